@@ -1,0 +1,12 @@
+"""Errors with an exit code. Anything else that escapes is a defect and ends with exit code 1."""
+
+from converters.errors import InputError
+
+
+class ParityError(RuntimeError):
+    """A written artifact does not compute what the model in memory computes; nothing was published."""
+
+    exit_code = 3
+
+
+__all__ = ["InputError", "ParityError"]
