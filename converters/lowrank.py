@@ -94,6 +94,13 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
+def add_weight_gradient(layer: nn.Module, gradient: Tensor) -> None:
+    """Add a gradient given as out×in to the ``.grad`` of a dense linear's weight."""
+    oriented = gradient.T if isinstance(layer, Conv1D) else gradient
+    weight = layer.weight
+    weight.grad = oriented.clone() if weight.grad is None else weight.grad.add_(oriented)
+
+
 def factorize(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
     """Replace the named dense linears by their factors, in place; returns the model.
 
@@ -159,6 +166,27 @@ def factors_of(model: nn.Module) -> dict[str, Factors]:
         )
         for name, layer in low_rank_layers(model).items()
     }
+
+
+@torch.no_grad()
+def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with its singular values shared evenly: both Gram matrices, upᵀ up and
+    down downᵀ, become diag(σ), largest first. Neither factor is then larger than it need be, which is
+    what low-precision storage and fine-tuning ask for.
+
+    Args:
+        up: m×r.
+        down: r×n.
+
+    Returns:
+        up (m×k) and down (k×n) with k = min(r, m, n), computed in float64, in the inputs' dtypes.
+    """
+    q_up, r_up = torch.linalg.qr(up.double())
+    q_down, r_down = torch.linalg.qr(down.double().T)
+    u, sigma, vt = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
+    root = sigma.sqrt()
+    new_up, new_down = (q_up @ u) * root, root[:, None] * (vt @ q_down.T)
+    return new_up.to(up.dtype), new_down.to(down.dtype)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -1,0 +1,85 @@
+"""Which linear layers of a model are compressed: those inside its repeated blocks.
+
+Found from the structure of the module tree, not from lists of names, so that a new family needs no row
+here. Embeddings, heads, tied weights and routers stay dense unless a pattern asks for them.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from converters.errors import InputError
+from converters.lowrank import DenseLinear
+
+ROUTER_NAMES = frozenset({"gate", "router", "gating"})
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def target_layers(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, nn.Linear]:
+    """Dense linears to compress, by name, in the model's own order.
+
+    Patterns are shell-style (``*.attention.*``) and match the whole dotted name. ``include`` replaces the
+    default choice and may name any dense linear whose weight is not tied; ``exclude`` is taken away afterwards.
+
+    Raises:
+        InputError: a pattern matches no layer, or nothing is left.
+    """
+    dense = {name: module for name, module in model.named_modules() if isinstance(module, DenseLinear)}
+    tied = _tied_weights(model)
+    free = {name: module for name, module in dense.items() if id(module.weight) not in tied}
+    if include:
+        chosen = {name for pattern in include for name in _matches(pattern, free, dense)}
+    else:
+        chosen = {name for name in free if _in_repeated_block(model, name) and not _is_router(model, name)}
+    for pattern in exclude:
+        chosen -= set(_matches(pattern, dense, dense))
+    if not chosen:
+        raise InputError(
+            "no layer is left to compress; choose layers with --include, or loosen --exclude "
+            f"(this model has {len(dense)} linear layers, e.g. {', '.join(list(dense)[:3]) or 'none'})"
+        )
+    return {name: module for name, module in dense.items() if name in chosen}
+
+
+def _matches(pattern: str, allowed: dict[str, nn.Linear], dense: dict[str, nn.Linear]) -> list[str]:
+    found = [name for name in allowed if fnmatchcase(name, pattern)]
+    if found:
+        return found
+    if any(fnmatchcase(name, pattern) for name in dense):
+        raise InputError(
+            f"pattern {pattern!r} matches only layers whose weight is tied to another; leave it out"
+        )
+    example = ", ".join(list(dense)[:3])
+    raise InputError(f"pattern {pattern!r} matches no linear layer; names look like: {example}")
+
+
+def _in_repeated_block(model: nn.Module, name: str) -> bool:
+    """Whether some ancestor is an entry of a list of like-built blocks (``encoder.layer.3.…``)."""
+    parts = name.split(".")
+    for depth in range(1, len(parts)):
+        parent = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(parent, nn.ModuleList) and depth < len(parts) - 1:
+            return True
+    return False
+
+
+def _is_router(model: nn.Module, name: str) -> bool:
+    """A linear that scores experts: small, decisive, and ruined by truncation."""
+    if name.rsplit(".", 1)[-1] not in ROUTER_NAMES:
+        return False
+    config = getattr(model, "config", None)
+    experts = {getattr(config, key, None) for key in EXPERT_COUNTS} - {None}
+    layer = model.get_submodule(name)
+    return not experts or getattr(layer, "out_features", None) in experts
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    """Identities of weights that stand in more than one module (input and output embeddings, say)."""
+    owners = Counter(
+        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
+    )
+    return {key for key, count in owners.items() if count > 1}

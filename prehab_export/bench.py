@@ -1,0 +1,213 @@
+"""Measure ONNX models against each other on ONNX Runtime: latency, memory, size.
+
+The first model is the baseline. What makes the figures comparable:
+
+- Latency is taken in *rounds*. In each round every model has a turn of the same length, in an order that is
+  reversed from round to round, so that drift of clocks and temperature falls on all alike. Each model lives in a
+  worker process of its own: the one that waits is blocked on its stdin, with its threads asleep.
+- Memory is taken first, in a fresh process per model and case that holds nothing else. This also finds out
+  what cannot run before any time is spent on measuring.
+- Speedups are ratios of medians; their interval comes from a bootstrap over rounds, because runs in one
+  round share whatever else the machine was doing.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+
+from converters.errors import InputError
+from prehab_export.bench_figures import Row, Samples, case_row, compare_rows
+from prehab_export.bench_graph import GraphFacts, read_graph
+from prehab_export.bench_process import WorkerProcess
+from prehab_export.bench_table import format_bench
+from prehab_export.machine import available_cores, machine_facts
+
+__all__ = ["BenchConfig", "bench", "format_bench"]
+
+Progress = Callable[[str], None]
+
+RUNTIME = {
+    "runtime": "onnxruntime",
+    "execution_provider": "CPUExecutionProvider",
+    "execution_mode": "sequential",
+    "graph_optimization": "all",
+    "inter_op_threads": 1,
+    "spinning": "within a run",
+}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """How to measure.
+
+    threads: intra-op threads of each session.
+    batch_sizes, sequence_lengths: every pair is a case; models that take no tokens use batch sizes only. For a
+        decoder with a cache the sequence is the prompt, and a request goes on to make ``new_tokens`` tokens.
+    warmup: unmeasured requests of each model before the first round.
+    rounds: turns of each model.
+    min_seconds: least length of a turn; a request that takes longer is always finished.
+    timeout_s: how long a worker may take for one answer (loading, warming up, or one turn).
+
+    Raises:
+        InputError: a value is out of range.
+    """
+
+    threads: int = field(default_factory=available_cores)
+    batch_sizes: tuple[int, ...] = (1,)
+    sequence_lengths: tuple[int, ...] = (128,)
+    warmup: int = 3
+    rounds: int = 20
+    min_seconds: float = 0.1
+    new_tokens: int = 32
+    timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("threads", 1), ("warmup", 0), ("rounds", 1), ("new_tokens", 1)):
+            _at_least(name, getattr(self, name), least)
+        for name in ("batch_sizes", "sequence_lengths"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty: give at least one")
+            for value in getattr(self, name):
+                _at_least(name, value, 1)
+        if not (math.isfinite(self.min_seconds) and self.min_seconds >= 0):
+            raise InputError(f"min_seconds is {self.min_seconds}: give 0 or more seconds")
+        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
+            raise InputError(f"timeout_s is {self.timeout_s}: give more than 0 seconds")
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}: give a whole number, {least} or more")
+
+
+def bench(
+    models: Mapping[str, Path],
+    config: BenchConfig,
+    vocab_size: int | None = None,
+    progress: Progress | None = None,
+) -> Row:
+    """Measure every model in every case; returns JSON types under machine, config, cases and comparison.
+
+    Keys carry their units; MB are 10⁶ bytes; a figure that does not apply or cannot be known is None. For a
+    decoder with a cache a "request" is a prefill and ``new_tokens`` tokens, and p50_ms … are of requests.
+    In the comparison ``speedup`` and its kin are baseline over model (above 1 is faster), ``memory_ratio`` and
+    ``size_ratio`` are model over baseline (below 1 is smaller). ``model_memory_ratio`` leaves out what Python
+    and ONNX Runtime take before a model is loaded.
+
+    Args:
+        models: name → ONNX file (or a folder with ``model.onnx``); the first is the baseline.
+        vocab_size: token ids are drawn below it; found from the embedding table when None.
+        progress: called with a short line as work goes on.
+
+    Raises:
+        InputError: a model is missing, does not run at a size asked for, or outgrew memory or time.
+    """
+    say = progress or (lambda _: None)
+    graphs = _read_graphs(models)
+    vocab_size = _common_vocab_size(graphs, vocab_size)
+    cases = _cases(config, graphs, vocab_size)
+    memory = {}
+    for (index, case), name in product(enumerate(cases), graphs):
+        say(f"memory of {name}{_sizes(case)}")
+        memory[index, name] = _memory(name, graphs[name], config, case)
+    rows: list[Row] = []
+    comparison: list[Row] = []
+    for index, case in enumerate(cases):
+        loads, samples = _latency(graphs, config, case, say)
+        new = [
+            case_row(name, config.threads, case, loads[name] | memory[index, name], samples[name], graph)
+            for name, graph in graphs.items()
+        ]
+        rows += new
+        comparison += compare_rows(new, samples)
+    settings = asdict(config) | RUNTIME | {"vocab_size": vocab_size}
+    return {"machine": machine_facts(), "config": settings, "cases": rows, "comparison": comparison}
+
+
+def _read_graphs(models: Mapping[str, Path]) -> dict[str, GraphFacts]:
+    if not models:
+        raise InputError("there are no models to measure")
+    graphs = {name: read_graph(Path(path)) for name, path in models.items()}
+    if len({(graph.takes_tokens, graph.decodes) for graph in graphs.values()}) > 1:
+        kinds = ", ".join(f"{name}: {_kind(graph)}" for name, graph in graphs.items())
+        raise InputError(f"the models take different inputs and cannot be compared ({kinds})")
+    return graphs
+
+
+def _kind(graph: GraphFacts) -> str:
+    if graph.decodes:
+        return "tokens and a cache"
+    return "tokens" if graph.takes_tokens else "no tokens"
+
+
+def _common_vocab_size(graphs: Mapping[str, GraphFacts], given: int | None) -> int | None:
+    if not any(graph.takes_tokens for graph in graphs.values()):
+        return None
+    if given is not None:
+        _at_least("vocab_size", given, 1)
+        return given
+    for name, graph in graphs.items():
+        if graph.vocab_size is None:
+            raise InputError(f"{name}: no embedding table was found in {graph.path}; give vocab_size")
+    return min(graph.vocab_size for graph in graphs.values() if graph.vocab_size is not None)
+
+
+def _cases(config: BenchConfig, graphs: Mapping[str, GraphFacts], vocab_size: int | None) -> list[Row]:
+    tokens = any(graph.takes_tokens for graph in graphs.values())
+    sequences: tuple[int | None, ...] = config.sequence_lengths if tokens else (None,)
+    return [
+        {"batch": batch, "sequence": sequence, "new_tokens": config.new_tokens, "vocab_size": vocab_size}
+        for batch, sequence in product(config.batch_sizes, sequences)
+    ]
+
+
+def _sizes(case: Row) -> str:
+    return f" at batch {case['batch']}" + (f", sequence {case['sequence']}" if case["sequence"] else "")
+
+
+def _memory(name: str, graph: GraphFacts, config: BenchConfig, case: Row) -> Row:
+    """The memory figures of a fresh process; its times are not used, since the sampling disturbs them."""
+    with WorkerProcess(name + _sizes(case), config.timeout_s) as worker:
+        try:
+            answer = _load(worker, graph, config, case, sample_memory=True)
+        except InputError as error:
+            if case["sequence"] is None:
+                raise
+            hint = "the sequence (with its new tokens) may be longer than the model's table of positions"
+            raise InputError(f"{error}\nIf an index or a shape does not fit, {hint}.") from error
+    return {key: value for key, value in answer.items() if key.endswith("_mb")}
+
+
+def _load(worker: WorkerProcess, graph: GraphFacts, config: BenchConfig, case: Row, sample_memory: bool = False) -> Row:
+    path = str(graph.path.resolve())
+    return worker.ask(action="load", model=path, threads=config.threads, case=case, sample_memory=sample_memory)
+
+
+def _latency(
+    graphs: Mapping[str, GraphFacts], config: BenchConfig, case: Row, say: Progress
+) -> tuple[dict[str, Row], dict[str, Samples]]:
+    """Loads and samples of every model, each in a worker of its own, turn by turn."""
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(WorkerProcess(name + _sizes(case), config.timeout_s)) for name in graphs}
+        loads = {name: _load(worker, graphs[name], config, case) for name, worker in workers.items()}
+        for worker in workers.values():
+            worker.ask(action="turn", min_runs=config.warmup, min_seconds=0)
+        answers: dict[str, list[Row]] = {name: [] for name in graphs}
+        for number, name in turns(list(graphs), config.rounds):
+            say(f"latency{_sizes(case)}: round {number + 1} of {config.rounds}, {name}")
+            answers[name].append(workers[name].ask(action="turn", min_runs=1, min_seconds=config.min_seconds))
+    return loads, {name: Samples.of(rounds) for name, rounds in answers.items()}
+
+
+def turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Who is measured when; every other round runs backwards, so that linear drift cancels.
+
+    >>> [name for _, name in turns(["a", "b"], 3)]
+    ['a', 'b', 'b', 'a', 'a', 'b']
+    """
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            yield number, name

@@ -1,0 +1,93 @@
+"""What the bench must know of an ONNX file before it runs it: kind of input, vocabulary, size on disk."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from converters.errors import InputError
+
+# Operators that change the type or the shape of token ids, or the form of a table, but not what they stand for.
+_CARRY = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "DequantizeLinear"}
+# Embedding look-ups → the place of the table among their inputs.
+_LOOKUP = {"Gather": 0, "GatherBlockQuantized": 0, "EmbedLayerNormalization": 2}
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """``vocab_size`` is None where no embedding table is fed by input_ids; bytes include external data."""
+
+    path: Path
+    takes_tokens: bool
+    decodes: bool
+    vocab_size: int | None
+    file_bytes: int
+
+
+def read_graph(path: Path) -> GraphFacts:
+    """Read a model's structure; a folder stands for the ``model.onnx`` in it.
+
+    Raises:
+        InputError: no such file, not an ONNX file, or an external data file is missing.
+    """
+    path = path / "model.onnx" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"there is no ONNX file {path}")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise InputError(f"{path} is not an ONNX file: {error}") from error
+    if not model.graph.input or not model.graph.output:
+        raise InputError(f"{path} is not an ONNX model: its graph has no inputs or no outputs")
+    names = [value.name for value in model.graph.input]
+    return GraphFacts(
+        path=path,
+        takes_tokens="input_ids" in names,
+        decodes=any(name.startswith("past_key_values.") for name in names),
+        vocab_size=_vocab_size(model.graph),
+        file_bytes=path.stat().st_size + sum(_file_size(path, name) for name in external_files(model)),
+    )
+
+
+def external_files(model: onnx.ModelProto) -> set[str]:
+    """Names of the files, relative to the model's folder, that hold its external weights."""
+    return {
+        entry.value
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _file_size(path: Path, name: str) -> int:
+    try:
+        return (path.parent / name).stat().st_size
+    except OSError as error:
+        raise InputError(f"{path} keeps weights in {name}, which is not beside it") from error
+
+
+def _vocab_size(graph: onnx.GraphProto) -> int | None:
+    """The least number of rows among the tables that input_ids are looked up in."""
+    rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
+    sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type in _CARRY}
+    sizes = [rows[table] for table in (_origin(t, sources) for t in _tables(graph, sources)) if table in rows]
+    return min(sizes, default=None)
+
+
+def _tables(graph: onnx.GraphProto, sources: dict[str, str]) -> Iterator[str]:
+    for node in graph.node:
+        if node.op_type not in _LOOKUP or any(a.name in ("axis", "gather_axis") and a.i for a in node.attribute):
+            continue
+        ids = node.input[0 if node.op_type == "EmbedLayerNormalization" else 1]
+        if _origin(ids, sources) == "input_ids":
+            yield node.input[_LOOKUP[node.op_type]]
+
+
+def _origin(name: str, sources: dict[str, str]) -> str:
+    """Follow a value back through the operators that only carry it."""
+    while name in sources:
+        name = sources[name]
+    return name

@@ -1,0 +1,119 @@
+"""Rehab: a short training of a truncated model's factors, each part kept only when it helped.
+
+Two methods. ``factors`` tunes both factors and the biases of every compressed layer together. ``lora`` trains
+LoRA adapters through PEFT, first on ``up``, then on ``down`` (SVD-LLM, arXiv 2403.07378), and merges each. Either
+way the rank stays what it was.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from converters.errors import InputError
+from converters.lowrank import low_rank_layers
+from prehab_export.data import Samples
+from prehab_export.tasks import Task
+from prehab_export.training import TrainConfig, train
+
+METHODS = ("factors", "lora")
+
+
+@dataclass(frozen=True)
+class RehabConfig:
+    """How to rehab: ``method`` is ``factors`` or ``lora``; ``lora_rank`` is the adapters' rank."""
+
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0, learning_rate=3e-4))
+    method: str = "factors"
+    lora_rank: int = 16
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InputError(f"--rehab-method must be one of {', '.join(METHODS)}, not {self.method!r}")
+        if self.lora_rank < 1:
+            raise InputError(f"--lora-rank must be 1 or more, not {self.lora_rank}")
+
+
+@dataclass(frozen=True)
+class Rehabilitation:
+    """history: one row a step. parts: held-out loss at the start and after each part, and whether it was kept."""
+
+    history: list[dict[str, float]]
+    parts: list[dict]
+
+
+def rehab(
+    model: nn.Module,
+    task: Task,
+    samples: Samples,
+    config: RehabConfig,
+    *,
+    held_out_loss: Callable[[nn.Module], float],
+    teacher: nn.Module | None = None,
+    progress: Callable[[dict[str, float]], None] | None = None,
+) -> Rehabilitation:
+    """Train the factors of ``model`` in place. After each part the held-out loss decides whether it stays.
+
+    Args:
+        held_out_loss: mean loss on samples that training never sees.
+        teacher: the dense model, when ``config.train.distill`` is above 0.
+    """
+    best = held_out_loss(model)
+    parts: list[dict] = [{"part": "truncated", "held_out_loss": best, "kept": True}]
+    history: list[dict[str, float]] = []
+    for part, share in _parts(config).items():
+        before = _factor_state(model)
+        schedule = replace(config.train, steps=share)
+        if config.method == "lora":
+            rows = _train_adapters(model, task, samples, schedule, part, config.lora_rank, teacher, progress)
+        else:
+            rows = train(model, task, samples, schedule, _factor_parameters(model), teacher=teacher, progress=progress)
+        history += [row | {"step": row["step"] + len(history)} for row in rows]
+        loss = held_out_loss(model)
+        parts.append({"part": part, "held_out_loss": loss, "kept": loss < best})
+        if loss < best:
+            best = loss
+        else:
+            _restore(model, before)
+    return Rehabilitation(history, parts)
+
+
+def _parts(config: RehabConfig) -> dict[str, int]:
+    steps = config.train.steps
+    return {"factors": steps} if config.method == "factors" else {"up": steps - steps // 2, "down": steps // 2}
+
+
+def _factor_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for layer in low_rank_layers(model).values() for parameter in layer.parameters()]
+
+
+def _factor_state(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in _factor_parameters(model)]
+
+
+@torch.no_grad()
+def _restore(model: nn.Module, state: list[Tensor]) -> None:
+    for parameter, value in zip(_factor_parameters(model), state, strict=True):
+        parameter.copy_(value)
+
+
+def _train_adapters(
+    model: nn.Module,
+    task: Task,
+    samples: Samples,
+    config: TrainConfig,
+    side: str,
+    rank: int,
+    teacher: nn.Module | None,
+    progress: Callable[[dict[str, float]], None] | None,
+) -> list[dict[str, float]]:
+    """LoRA on one side of every factor pair, merged exactly: (up + s·B A) down keeps the pair's rank."""
+    torch.manual_seed(config.seed)  # PEFT draws A at random
+    targets = [f"{name}.{side}" for name in low_rank_layers(model)]
+    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    adapters = [parameter for name, parameter in wrapped.named_parameters() if ".lora_" in name]
+    rows = train(wrapped, task, samples, config, adapters, teacher=teacher, progress=progress)
+    wrapped.merge_and_unload()
+    return rows

@@ -1,0 +1,99 @@
+"""What calibration knows of a model: input and gradient moments per layer, saved as safetensors."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from converters.errors import InputError
+
+
+@dataclass(frozen=True)
+class InputMoment:
+    """Moments of one input over ``tokens`` valid positions: second_moment E[x xᵀ] (n×n), mean E[x] (n)."""
+
+    second_moment: Tensor
+    mean: Tensor
+    tokens: int
+
+    def centred(self) -> Tensor:
+        """Covariance E[x xᵀ] − μ μᵀ in float64: the metric when the mean error can be folded into a bias."""
+        mean = self.mean.double()
+        return self.second_moment.double() - torch.outer(mean, mean)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments of every targeted layer.
+
+    inputs: by input group; layers fed by the same tensor share one entry.
+    groups: layer name → input group (named after its first layer).
+    gradients: layer name → G = E[Σ g gᵀ] (m×m), g the gradient of one unit's loss; empty when not collected.
+    units: how many units (samples, or predicted tokens) the gradients were averaged over.
+    """
+
+    inputs: dict[str, InputMoment]
+    groups: dict[str, str]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    units: int = 0
+
+    def input_of(self, layer: str) -> InputMoment:
+        return self.inputs[self.groups[layer]]
+
+    def blended(self, fresh: "Statistics", share: float) -> "Statistics":
+        """``(1 − share)·self + share·fresh`` for every moment: a running average over a moving model."""
+        inputs = {
+            name: InputMoment(
+                old.second_moment.lerp(fresh.inputs[name].second_moment, share),
+                old.mean.lerp(fresh.inputs[name].mean, share),
+                old.tokens,
+            )
+            for name, old in self.inputs.items()
+        }
+        gradients = {name: old.lerp(fresh.gradients[name], share) for name, old in self.gradients.items()}
+        return replace(self, inputs=inputs, gradients=gradients)
+
+    def check_finite(self) -> None:
+        """Raises:
+        InputError: a moment holds NaN or Inf; the message names the layer.
+        """
+        for group, moment in self.inputs.items():
+            if not (moment.second_moment.isfinite().all() and moment.mean.isfinite().all()):
+                raise InputError(f"the input of {group} holds NaN or Inf on the calibration data; {_ADVICE}")
+        for layer, moment in self.gradients.items():
+            if not moment.isfinite().all():
+                raise InputError(f"the output gradient of {layer} holds NaN or Inf on the calibration data; {_ADVICE}")
+
+
+_ADVICE = "check the data and the model in float32 before compressing"
+
+
+def save_statistics(statistics: Statistics, path: Path) -> None:
+    tensors = {f"gradient/{name}": tensor for name, tensor in statistics.gradients.items()}
+    for name, moment in statistics.inputs.items():
+        tensors[f"input/{name}"] = moment.second_moment
+        tensors[f"mean/{name}"] = moment.mean
+    facts = {
+        "groups": statistics.groups,
+        "tokens": {name: moment.tokens for name, moment in statistics.inputs.items()},
+        "units": statistics.units,
+    }
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"statistics": json.dumps(facts)})
+
+
+def load_statistics(path: Path) -> Statistics:
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["statistics"])
+        names = list(file.keys())
+        inputs = {
+            name: InputMoment(file.get_tensor(f"input/{name}"), file.get_tensor(f"mean/{name}"), tokens)
+            for name, tokens in facts["tokens"].items()
+        }
+        gradients = {
+            key.removeprefix("gradient/"): file.get_tensor(key) for key in names if key.startswith("gradient/")
+        }
+    return Statistics(inputs, facts["groups"], gradients, facts["units"])

@@ -1,0 +1,130 @@
+"""The one training loop, used before truncation (prehab) and after it (rehab).
+
+Short runs only: AdamW, a linear warm-up and a cosine to zero, optional distillation from a frozen teacher. Dropout
+stays off: a few hundred steps do not overfit through it, and the teacher and the statistics see the same network.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import cos, pi
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from converters.errors import InputError
+from prehab_export.data import Samples
+from prehab_export.tasks import Batch, Task
+
+# Called between backward and the optimiser step: may add to .grad, returns figures for the history.
+AfterBackward = Callable[[int], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """steps of batch_size samples; learning_rate is the peak; distill in [0, 1] is the share of the loss that is
+    the KL divergence from the teacher's output; 0 trains on the labels alone."""
+
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    distill: float = 0.5
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise InputError(f"the number of steps must be 0 or more, not {self.steps}")
+        if self.batch_size < 1:
+            raise InputError(f"the batch size must be 1 or more, not {self.batch_size}")
+        if not self.learning_rate > 0:
+            raise InputError(f"the learning rate must be positive, not {self.learning_rate}")
+        if not 0 <= self.distill <= 1:
+            raise InputError(f"the distillation share must lie between 0 and 1, not {self.distill}")
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    samples: Samples,
+    config: TrainConfig,
+    parameters: Sequence[nn.Parameter],
+    *,
+    teacher: nn.Module | None = None,
+    after_backward: AfterBackward | None = None,
+    progress: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train ``parameters`` of the model in place; everything else stays frozen. Returns one row of figures a step.
+
+    Raises:
+        FloatingPointError: the loss is NaN or Inf.
+    """
+    accelerator = Accelerator()
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step, config))
+    model.eval()
+    history = []
+    for step, batch in zip(range(config.steps), shuffled_batches(samples, config), strict=False):
+        optimizer.zero_grad(set_to_none=True)
+        row = {"step": step, "learning_rate": schedule.get_last_lr()[0]}
+        loss, figures = _loss(model, teacher, task, batch, config.distill)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower the learning rate")
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, config.clip)
+        row |= figures | (after_backward(step) if after_backward else {})
+        optimizer.step()
+        schedule.step()
+        history.append(row)
+        if progress is not None:
+            progress(row)
+    optimizer.zero_grad(set_to_none=True)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    return history
+
+
+def shuffled_batches(samples: Samples, config: TrainConfig) -> Iterator[Batch]:
+    """Batches without end: each epoch a fresh permutation, fixed by the seed; short last batches are dropped."""
+    generator = torch.Generator().manual_seed(config.seed)
+    size = min(config.batch_size, len(samples))
+    while True:
+        order = torch.randperm(len(samples), generator=generator).tolist()
+        for start in range(0, len(order) - size + 1, size):
+            yield from samples.batches(size, indices=order[start : start + size])
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A teacher: the model as it is now, without gradients."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _loss(
+    model: nn.Module, teacher: nn.Module | None, task: Task, batch: Batch, distill: float
+) -> tuple[Tensor, dict[str, float]]:
+    student = task.unit_logits(task.logits(model, batch), batch).float()
+    loss = nn.functional.cross_entropy(student, task.unit_labels(batch))
+    figures = {"task_loss": loss.item()}
+    if teacher is not None and distill > 0:
+        with torch.no_grad():
+            target = task.unit_logits(task.logits(teacher, batch), batch).float()
+        divergence = nn.functional.kl_div(
+            student.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True
+        )
+        figures["distillation"] = divergence.item()
+        loss = (1 - distill) * loss + distill * divergence
+    return loss, figures
+
+
+def _one_cycle(step: int, config: TrainConfig) -> float:
+    warmup = max(1, round(config.warmup * config.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + cos(pi * (step - warmup) / max(1, config.steps - warmup)))

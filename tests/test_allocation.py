@@ -1,0 +1,100 @@
+"""Rank allocation against exhaustive search."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prehab_export.allocation import Choice, _lower_hull, break_even, by_loss, rank_menu, spend, uniform
+
+
+def spectrum_losses(size, seed, decay=0.7):
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.sort(torch.rand(size, generator=generator).double() * decay ** torch.arange(size), descending=True)
+    tail = spectrum.values.flip(0).cumsum(0).flip(0)
+    return 0.5 * torch.cat([tail, tail.new_zeros(1)])
+
+
+def cost_of(ranks, shapes):
+    return sum(m * n if ranks[name] is None else ranks[name] * (m + n) for name, (m, n) in shapes.items())
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.2, 0.4, 0.6, 0.8, 0.95])
+def test_uniform_keeps_at_most_the_share_of_every_layer(keep):
+    shapes = {"a": (384, 384), "b": (1536, 384), "c": (30, 500)}
+    for name, rank in uniform(shapes, keep).items():
+        m, n = shapes[name]
+        assert rank is not None
+        assert rank * (m + n) <= keep * m * n + 1e-6
+        assert (rank + 1) * (m + n) > keep * m * n
+
+
+def test_uniform_takes_the_exact_floor():
+    assert uniform({"q": (384, 384), "f": (1536, 384)}, 1 - 0.6) == {"q": 76, "f": 122}
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1000), keep=st.floats(0.15, 0.9), multiple=st.sampled_from([1, 2, 4]))
+def test_allocation_stays_within_budget_and_the_multiple(seed, keep, multiple):
+    shapes = {"a": (24, 24), "b": (48, 24), "c": (24, 40)}
+    losses = {name: spectrum_losses(min(shape), seed + at) * 10**at for at, (name, shape) in enumerate(shapes.items())}
+    ranks = by_loss(shapes, losses, keep, multiple, floor_share=0.0)
+    floors = sum(multiple * (m + n) for m, n in shapes.values())
+    budget = keep * sum(m * n for m, n in shapes.values())
+    assert cost_of(ranks, shapes) <= max(budget, floors) + 1e-6
+    assert all(
+        rank is None or (rank % multiple == 0 and rank < break_even(*shapes[name])) for name, rank in ranks.items()
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), budget=st.floats(0.2, 0.95))
+def test_greedy_is_within_one_step_of_the_optimum(seed, budget):
+    shapes = {"a": (6, 8), "b": (10, 6), "c": (8, 8)}
+    menus = {
+        name: rank_menu(*shape, spectrum_losses(min(shape), seed + at), 1, 1)
+        for at, (name, shape) in enumerate(shapes.items())
+    }
+    limit = budget * sum(m * n for m, n in shapes.values())
+    chosen = spend(menus, limit)
+    spent = sum(choice.cost for choice in chosen.values())
+    loss = sum(choice.loss for choice in chosen.values())
+    floors = sum(min(choice.cost for choice in menu) for menu in menus.values())
+    assert spent <= max(limit, floors)
+    feasible = [
+        sum(choice.loss for choice in pick)
+        for pick in itertools.product(*menus.values())
+        if sum(choice.cost for choice in pick) <= max(limit, floors)
+    ]
+    # Linear programming duality: the one hull step that did not fit is all that greedy can miss.
+    steps = [a.loss - b.loss for menu in menus.values() for a, b in itertools.pairwise(_lower_hull(menu))]
+    assert loss <= min(feasible) + max(steps) + 1e-12
+
+
+def test_break_even_layers_become_dense_and_free_their_budget():
+    shapes = {"needs_all": (16, 16), "needs_none": (16, 16)}
+    losses = {
+        "needs_all": torch.linspace(100, 0, 17, dtype=torch.float64),
+        "needs_none": torch.linspace(1e-6, 0, 17, dtype=torch.float64),
+    }
+    ranks = by_loss(shapes, losses, 0.7, floor_share=0.0)
+    assert ranks["needs_all"] is None
+    assert ranks["needs_none"] is not None
+    assert ranks["needs_none"] < break_even(16, 16)
+
+
+def test_floor_is_kept():
+    shapes = {"a": (64, 64), "b": (64, 64)}
+    flat = torch.zeros(65, dtype=torch.float64)
+    steep = torch.linspace(1, 0, 65, dtype=torch.float64)
+    ranks = by_loss(shapes, {"a": flat, "b": steep}, 0.4, floor_share=0.5)
+    assert ranks["a"] >= 0.5 * 12
+
+
+def test_non_convex_menu_steps_over_the_hump():
+    menu = [Choice(1, 1, 10.0), Choice(2, 2, 9.9), Choice(3, 3, 0.0)]
+    other = [Choice(1, 1, 5.0), Choice(2, 3, 1.0)]
+    chosen = spend({"hump": menu, "other": other}, 4)
+    assert chosen["hump"].rank == 3

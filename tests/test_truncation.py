@@ -1,0 +1,143 @@
+"""Closed-form truncation against brute force in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from converters.lowrank import balance
+from prehab_export.truncation import decompose, objective_value, predicted_loss, square_root
+
+SHAPES = [(12, 20), (20, 12), (16, 16)]
+
+
+def moment(size, samples, generator, decay=2.0):
+    """A second moment with a spread of scales, of rank min(size, samples)."""
+    x = torch.randn(samples, size, generator=generator, dtype=torch.float64)
+    x = x * torch.logspace(0, -decay, size, dtype=torch.float64)
+    return x.T @ x / samples
+
+
+def case(m, n, seed=0, samples=200):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    return weight, moment(n, samples, generator), moment(m, samples, generator)
+
+
+def svd_llm(weight, second_moment, rank):
+    """SVD-LLM as published: Cholesky factor S of C, truncated SVD of W S, then a solve with S."""
+    factor = torch.linalg.cholesky(second_moment)
+    u, s, vt = torch.linalg.svd(weight @ factor, full_matrices=False)
+    cut = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    return torch.linalg.solve_triangular(factor, cut, upper=False, left=False)
+
+
+def whitened_optimum(weight, c, g, rank):
+    """Least possible objective at this rank: the tail of the whitened weight's singular values (Eckart–Young)."""
+    whitened = square_root(g) @ weight @ square_root(c)
+    return float(torch.linalg.svdvals(whitened)[rank:].square().sum())
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("rank", [1, 5, 11])
+def test_activation_is_svd_llm(m, n, rank):
+    weight, c, _ = case(m, n)
+    up, down = decompose(weight, c).truncated(rank)
+    assert torch.allclose(up @ down, svd_llm(weight, c, rank), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_weight_is_truncated_svd(m, n):
+    weight, _, _ = case(m, n)
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    up, down = decompose(weight).truncated(4)
+    assert torch.allclose(up @ down, (u[:, :4] * s[:4]) @ vt[:4], atol=1e-10)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("sides", ["C", "G", "CG", ""])
+def test_discarded_spectrum_is_the_objective(m, n, sides):
+    weight, c, g = case(m, n)
+    c = c if "C" in sides else None
+    g = g if "G" in sides else None
+    result = decompose(weight, c, g)
+    for rank in range(min(m, n) + 1):
+        up, down = result.truncated(rank)
+        value = objective_value(weight - up @ down, c, g)
+        assert value == pytest.approx(result.objective(rank), rel=1e-8, abs=1e-12 * float(result.spectrum.sum()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    m=st.integers(2, 14),
+    n=st.integers(2, 14),
+    seed=st.integers(0, 10_000),
+    samples=st.integers(1, 40),
+    data=st.data(),
+)
+def test_fisher_reaches_the_optimum_even_with_singular_moments(m, n, seed, samples, data):
+    weight, c, g = case(m, n, seed, samples)
+    rank = data.draw(st.integers(1, min(m, n)))
+    up, down = decompose(weight, c, g).truncated(rank)
+    assert up.isfinite().all()
+    assert down.isfinite().all()
+    scale = objective_value(weight, c, g)
+    assert objective_value(weight - up @ down, c, g) <= whitened_optimum(weight, c, g, rank) + 1e-7 * scale
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_each_objective_wins_in_its_own_metric(m, n):
+    weight, c, g = case(m, n)
+    rank = 4
+
+    def values(metric):
+        deltas = [weight - torch.matmul(*decompose(weight, *sides).truncated(rank)) for sides in ((), (c,), (c, g))]
+        return [objective_value(delta, *metric) for delta in deltas]
+
+    for own, metric in enumerate(((), (c,), (c, g))):
+        scores = values(metric)
+        assert scores[own] == min(scores)
+        assert all(score > scores[own] * (1 + 1e-6) for at, score in enumerate(scores) if at != own)
+
+
+def test_ill_conditioned_second_moment_keeps_its_accuracy():
+    weight, _, _ = case(48, 64)
+    generator = torch.Generator().manual_seed(1)
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=generator, dtype=torch.float64))[0]
+    c = (basis * torch.logspace(0, -15, 64, dtype=torch.float64)) @ basis.T
+    result = decompose(weight, c)
+    optimum = whitened_optimum(weight, c, torch.eye(48, dtype=torch.float64), 8)
+    assert result.objective(8) == pytest.approx(optimum, rel=1e-6)
+
+
+def test_rank_deficient_weight():
+    weight, c, g = case(10, 14)
+    weight = weight[:, :3] @ torch.randn(3, 14, dtype=torch.float64)
+    up, down = decompose(weight, c, g).truncated(6)
+    assert torch.allclose(up @ down, weight, atol=1e-8)
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("objective", ["weight", "activation", "fisher"])
+def test_predicted_loss_is_half_the_fisher_objective_at_every_rank(m, n, objective):
+    weight, c, g = case(m, n)
+    sides = {"weight": (), "activation": (c,), "fisher": (c, g)}[objective]
+    result = decompose(weight, *sides)
+    losses = predicted_loss(result, c, g)
+    assert losses.shape == (min(m, n) + 1,)
+    for rank in range(min(m, n) + 1):
+        up, down = result.truncated(rank)
+        brute = 0.5 * objective_value(weight - up @ down, c, g)
+        assert float(losses[rank]) == pytest.approx(brute, rel=1e-6, abs=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(m=st.integers(2, 12), n=st.integers(2, 12), seed=st.integers(0, 1000), scale=st.floats(1e-4, 1e4))
+def test_balanced_factors_share_their_scale(m, n, seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(m, n)
+    up = torch.randn(m, rank, generator=generator, dtype=torch.float64) * scale
+    down = torch.randn(rank, n, generator=generator, dtype=torch.float64) / scale
+    new_up, new_down = balance(up, down)
+    assert torch.allclose(new_up @ new_down, up @ down, atol=1e-9)
+    assert torch.allclose(new_up.T @ new_up, new_down @ new_down.T, atol=1e-9)
