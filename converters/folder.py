@@ -1,15 +1,10 @@
-"""Hugging Face folders of factored models: write, read, and let transformers' Auto classes read them.
+"""Hugging Face folders of factored models: write and read.
 
-``config.json`` carries the ranks by layer name as a ``quantization_config``, the place that transformers
-offers for layers that are not what the architecture says; the weights file holds ``….down.weight``,
-``….up.weight`` and ``….up.bias``, and everything else under its usual name. A model without compressed
-layers is written as a plain Hugging Face folder.
-
-transformers only *warns* about a ``quant_method`` that nobody registered and then returns random weights.
-So ``config.json`` also names an impossible ``transformers_weights`` file, which transformers checks before
-it reads any weight: a process that did not call `register_auto_model` gets a ValueError that tells it to.
-Tools that only read ``model_type`` are not disturbed. ``model.save_pretrained`` drops that entry (as it does
-for every model); publish with `save_folder`.
+``config.json`` carries the ranks by layer name, the weights file holds ``….down.weight``, ``….up.weight``
+and ``….up.bias``, and everything else under its usual name. A model without compressed layers is written as
+a plain Hugging Face folder. `register_auto_model` lets transformers' own ``from_pretrained`` read such
+folders; a process that did not call it gets an error, see `converters.registration`. A folder re-written by
+``model.save_pretrained`` loads as exactly, but transformers drops that safeguard: publish with `save_folder`.
 """
 
 import copy
@@ -18,97 +13,30 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from converters.errors import InputError
-from converters.lowrank import LowRankLinear, factorize_empty, low_rank_layers
-
-QUANT_METHOD = "prehab_lowrank"
-FORMAT_VERSION = 1
-GUARD = (
-    "none, these are low-rank factors: load with converters.folder.from_pretrained, "
-    "or call converters.folder.register_auto_model() first (pip install prehab-export)"
+from converters.lowrank import LowRankLinear
+from converters.registration import (
+    GUARD,
+    QUANT_METHOD,
+    LowRankConfig,
+    ranks_of,
+    register_auto_model,
+    without_guard,
 )
 
-
-@dataclass
-class LowRankConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` entry of ``config.json``: the rank of every compressed layer, by name."""
-
-    ranks: dict[str, int] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
-    quant_method: str = QUANT_METHOD
-
-    def __post_init__(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            raise InputError(
-                f"low-rank format version {self.format_version} is unknown, this release reads "
-                f"version {FORMAT_VERSION}: upgrade prehab-export"
-            )
-        for name, rank in self.ranks.items():
-            if type(rank) is not int or rank < 1:
-                raise InputError(f"config.json: the rank of {name} is {rank!r}, not a positive integer")
+__all__ = ["from_pretrained", "register_auto_model", "save_folder"]
 
 
-class LowRankQuantizer(HfQuantizer):
-    """Puts empty factors where the dense layers stood, while the model is still on the meta device."""
-
-    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        # The one hook that sees the model's config before its weights file is looked up.
-        if getattr(config, "transformers_weights", None) == GUARD:
-            del config.transformers_weights
-        return config
-
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        return factorize_empty(model, _names_within(model, self.quantization_config.ranks))
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        model.is_quantized = False  # factors are ordinary floats: allow .half(), .float() and training
-        return model
-
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        # Called by save_pretrained before it writes the config: ranks may have changed since loading.
-        self.quantization_config.ranks = ranks_of(model)
-        return None, {}
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
-def register_auto_model() -> None:
-    """Let ``AutoModelFor….from_pretrained`` (and every concrete class) read folders of factored models.
-
-    Changes transformers' tables for this process; calling it again does nothing.
-    """
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(LowRankConfig)
-        register_quantizer(QUANT_METHOD)(LowRankQuantizer)
-
-
-def ranks_of(model: nn.Module) -> dict[str, int]:
-    """The rank of every two-factor linear, by layer name."""
-    return {name: layer.rank for name, layer in low_rank_layers(model).items()}
-
-
-def save_folder(
-    model: PreTrainedModel, folder: Path, processor: Any = None, max_shard_size: int | str = "5GB"
-) -> None:
+def save_folder(model: PreTrainedModel, folder: Path, processor: Any = None, max_shard_size: int | str = "5GB") -> None:
     """Write a model, factored or dense, and its tokenizer or image processor as a Hugging Face folder.
 
     The folder appears complete or not at all, its bytes depend on the model only, and the model is left as
@@ -116,10 +44,10 @@ def save_folder(
     ``max_shard_size``.
 
     Raises:
-        InputError: the folder exists and is not empty, or the model has unmerged adapters, a foreign
-            quantisation, or a compressed layer that its architecture ties to another.
+        InputError: the folder exists and is not empty, or the model has an unmerged adapter, a foreign
+            quantisation, or parameters of several dtypes.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder, or remove it first")
     config = _config_to_save(model)
@@ -156,7 +84,7 @@ def from_pretrained(
     register_auto_model()
     folder = Path(path)
     config = _read_config(folder, trust_remote_code)
-    model_class = _model_class(config, folder, trust_remote_code)
+    model_class: Any = _model_class(config, folder, trust_remote_code)
     try:
         model, info = model_class.from_pretrained(
             folder,
@@ -178,25 +106,31 @@ def from_pretrained(
 
 
 def _config_to_save(model: PreTrainedModel) -> PreTrainedConfig:
-    ranks = ranks_of(model)
+    _check_saveable(model)
     config = copy.deepcopy(model.config)
-    existing = getattr(config, "quantization_config", None)
-    method = existing.get("quant_method") if isinstance(existing, Mapping) else _method(existing)
-    if method not in (None, QUANT_METHOD):
-        raise InputError(f"the model is quantised ({method}): save it before quantisation, or dequantise it")
-    if getattr(model, "_hf_peft_config_loaded", False) or getattr(model, "peft_config", None):
-        raise InputError("the model carries an adapter: merge it before saving (converters.adapters)")
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    if ranks:
+    if ranks := ranks_of(model):
         config.quantization_config = LowRankConfig(ranks=dict(sorted(ranks.items())))
     if isinstance(model.get_output_embeddings(), LowRankLinear):
         config.tie_word_embeddings = False  # a factored head shares nothing with the embedding
     return config
 
 
-def _method(quantization_config: Any) -> str | None:
-    return getattr(quantization_config, "quant_method", None)
+def _check_saveable(model: PreTrainedModel) -> None:
+    entry = getattr(model.config, "quantization_config", None)
+    if entry is not None and dict(entry).get("quant_method") != QUANT_METHOD:
+        raise InputError(f"the model is quantised ({dict(entry).get('quant_method')}): dequantise it first")
+    if getattr(model, "peft_config", None):
+        raise InputError("the model carries an adapter: merge it first, see converters.adapters")
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    # Loading casts every parameter to one dtype, but for those that the architecture keeps in float32.
+    keeps_float32 = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
+    if len(dtypes - {torch.float32} if keeps_float32 else dtypes) > 1:
+        raise InputError(
+            f"the model has parameters in {', '.join(sorted(map(str, dtypes)))}, and loading would cast them "
+            f"to {model.dtype}: do so first with model.to(dtype)"
+        )
 
 
 @contextmanager
@@ -250,9 +184,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     entry = getattr(config, "quantization_config", None)
     if entry is not None:
         _check_entry(path, entry)
-    if getattr(config, "transformers_weights", None) == GUARD:
-        del config.transformers_weights
-    return config
+    return without_guard(config)
 
 
 def _check_entry(path: Path, entry: dict[str, Any]) -> None:
@@ -278,18 +210,6 @@ def _model_class(config: PreTrainedConfig, folder: Path, trust_remote_code: bool
         hint = "pass trust_remote_code=True" if name in custom else "upgrade transformers"
         raise InputError(f"{folder}/config.json: the architecture {name} is not in transformers: {hint}")
     return getattr(transformers, name)
-
-
-def _names_within(model: PreTrainedModel, ranks: Mapping[str, int]) -> dict[str, int]:
-    """Layer names as this model has them: a task model's folder read as the bare model lacks the prefix
-    and the head; a bare model's folder read as a task model gains the prefix."""
-    prefix = f"{model.base_model_prefix}."
-    if model.base_model is model:
-        saved_with_head = any(name.startswith(prefix) for name in ranks)
-        inner = {name: rank for name, rank in ranks.items() if name.startswith(prefix) or not saved_with_head}
-        return {name.removeprefix(prefix): rank for name, rank in inner.items()}
-    known = dict(model.named_modules())
-    return {name if name in known else prefix + name: rank for name, rank in ranks.items()}
 
 
 def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:

@@ -45,6 +45,7 @@ class LowRankLinear(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
+        self.stands_for: type[DenseLinear] = nn.Linear  # what `densify` puts back
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
@@ -116,6 +117,8 @@ def factorize(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
             raise InputError(
                 f"{name}: factors {tuple(pair.up.shape)} x {tuple(pair.down.shape)} do not make {expected}"
             )
+        if (pair.bias is None) != (layer.bias is None):
+            raise InputError(f"{name}: the factors and the layer must both have a bias, or neither")
         _replace(model, name, LowRankLinear.from_factors(pair))
     return model
 
@@ -139,12 +142,16 @@ def factorize_empty(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace every two-factor linear by the plain linear that it equals, in place; returns the model."""
+    """Replace every two-factor linear by the dense one that it equals, in place; returns the model."""
     for name, layer in list(low_rank_layers(model).items()):
         weight, bias = layer.weight.detach(), layer.bias
-        dense = nn.Linear(
-            layer.in_features, layer.out_features, bias is not None, device="meta", dtype=weight.dtype
-        )
+        dense: DenseLinear
+        if layer.stands_for is Conv1D:
+            with torch.device("meta"):
+                dense = Conv1D(layer.out_features, layer.in_features)
+            weight = weight.T.contiguous()
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
         dense.weight = nn.Parameter(weight)
         if bias is not None:
             dense.bias = nn.Parameter(bias.detach())
@@ -199,4 +206,6 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     old = model.get_submodule(name)
     new.train(old.training)
+    if isinstance(new, LowRankLinear) and isinstance(old, Conv1D):
+        new.stands_for = Conv1D
     model.set_submodule(name, new)

@@ -17,9 +17,7 @@ ROUTER_NAMES = frozenset({"gate", "router", "gating"})
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def target_layers(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> dict[str, nn.Linear]:
+def target_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
     """Dense linears to compress, by name, in the model's own order.
 
     Patterns are shell-style (``*.attention.*``) and match the whole dotted name. ``include`` replaces the
@@ -50,9 +48,7 @@ def _matches(pattern: str, allowed: dict[str, nn.Linear], dense: dict[str, nn.Li
     if found:
         return found
     if any(fnmatchcase(name, pattern) for name in dense):
-        raise InputError(
-            f"pattern {pattern!r} matches only layers whose weight is tied to another; leave it out"
-        )
+        raise InputError(f"pattern {pattern!r} matches only layers whose weight is tied to another; leave it out")
     example = ", ".join(list(dense)[:3])
     raise InputError(f"pattern {pattern!r} matches no linear layer; names look like: {example}")
 
@@ -79,7 +75,5 @@ def _is_router(model: nn.Module, name: str) -> bool:
 
 def _tied_weights(model: nn.Module) -> set[int]:
     """Identities of weights that stand in more than one module (input and output embeddings, say)."""
-    owners = Counter(
-        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
-    )
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     return {key for key, count in owners.items() if count > 1}

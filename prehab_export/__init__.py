@@ -1,0 +1,60 @@
+"""prehab-export: compress trained transformers into low-rank models that deploy.
+
+Every verb of the command line is an ordinary function here. Names are loaded on first use: importing the package
+loads neither torch nor onnxruntime.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "BenchConfig": "prehab_export.bench_config",
+    "CalibrateConfig": "prehab_export.config",
+    "DataConfig": "prehab_export.config",
+    "Factors": "converters.lowrank",
+    "InputError": "converters.errors",
+    "LowRankLinear": "converters.lowrank",
+    "ParityError": "prehab_export.errors",
+    "PrehabConfig": "prehab_export.config",
+    "RehabConfig": "prehab_export.config",
+    "RunConfig": "prehab_export.config",
+    "Statistics": "prehab_export.statistics",
+    "TASKS": "prehab_export.tasks",
+    "TrainConfig": "prehab_export.config",
+    "TruncateConfig": "prehab_export.config",
+    "bench": "prehab_export.bench",
+    "calibrate": "prehab_export.calibrate",
+    "densify": "converters.lowrank",
+    "evaluate": "prehab_export.evaluate",
+    "export_onnx": "converters.onnx.export",
+    "factorize": "converters.lowrank",
+    "from_pretrained": "converters.folder",
+    "inspect_model": "prehab_export.inspection",
+    "load_data": "prehab_export.data",
+    "load_model": "prehab_export.models",
+    "load_processor": "prehab_export.models",
+    "load_statistics": "prehab_export.statistics",
+    "merge_dense_adapter": "converters.adapters",
+    "merge_into_factors": "converters.adapters",
+    "merge_lora": "prehab_export.merge",
+    "prehab": "prehab_export.prehab",
+    "register_auto_model": "converters.folder",
+    "rehab": "prehab_export.rehab",
+    "run": "prehab_export.pipeline",
+    "save_folder": "converters.folder",
+    "save_statistics": "prehab_export.statistics",
+    "target_layers": "converters.targets",
+    "truncate": "prehab_export.truncate",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

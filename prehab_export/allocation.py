@@ -12,8 +12,6 @@ from math import ceil
 
 from torch import Tensor
 
-ALLOCATIONS = ("uniform", "loss")
-
 
 @dataclass(frozen=True)
 class Choice:

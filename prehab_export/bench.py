@@ -11,19 +11,19 @@ The first model is the baseline. What makes the figures comparable:
   round share whatever else the machine was doing.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 from converters.errors import InputError
+from prehab_export.bench_config import BenchConfig, at_least
 from prehab_export.bench_figures import Row, Samples, case_row, compare_rows
 from prehab_export.bench_graph import GraphFacts, read_graph
 from prehab_export.bench_process import WorkerProcess
 from prehab_export.bench_table import format_bench
-from prehab_export.machine import available_cores, machine_facts
+from prehab_export.machine import machine_facts
 
 __all__ = ["BenchConfig", "bench", "format_bench"]
 
@@ -37,50 +37,6 @@ RUNTIME = {
     "inter_op_threads": 1,
     "spinning": "within a run",
 }
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """How to measure.
-
-    threads: intra-op threads of each session.
-    batch_sizes, sequence_lengths: every pair is a case; models that take no tokens use batch sizes only. For a
-        decoder with a cache the sequence is the prompt, and a request goes on to make ``new_tokens`` tokens.
-    warmup: unmeasured requests of each model before the first round.
-    rounds: turns of each model.
-    min_seconds: least length of a turn; a request that takes longer is always finished.
-    timeout_s: how long a worker may take for one answer (loading, warming up, or one turn).
-
-    Raises:
-        InputError: a value is out of range.
-    """
-
-    threads: int = field(default_factory=available_cores)
-    batch_sizes: tuple[int, ...] = (1,)
-    sequence_lengths: tuple[int, ...] = (128,)
-    warmup: int = 3
-    rounds: int = 20
-    min_seconds: float = 0.1
-    new_tokens: int = 32
-    timeout_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        for name, least in (("threads", 1), ("warmup", 0), ("rounds", 1), ("new_tokens", 1)):
-            _at_least(name, getattr(self, name), least)
-        for name in ("batch_sizes", "sequence_lengths"):
-            if not getattr(self, name):
-                raise InputError(f"{name} is empty: give at least one")
-            for value in getattr(self, name):
-                _at_least(name, value, 1)
-        if not (math.isfinite(self.min_seconds) and self.min_seconds >= 0):
-            raise InputError(f"min_seconds is {self.min_seconds}: give 0 or more seconds")
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise InputError(f"timeout_s is {self.timeout_s}: give more than 0 seconds")
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} is {value!r}: give a whole number, {least} or more")
 
 
 def bench(
@@ -109,21 +65,19 @@ def bench(
     graphs = _read_graphs(models)
     vocab_size = _common_vocab_size(graphs, vocab_size)
     cases = _cases(config, graphs, vocab_size)
-    memory = {}
-    for (index, case), name in product(enumerate(cases), graphs):
-        say(f"memory of {name}{_sizes(case)}")
-        memory[index, name] = _memory(name, graphs[name], config, case)
+    memory = [{name: _memory(name, graph, config, case, say) for name, graph in graphs.items()} for case in cases]
     rows: list[Row] = []
     comparison: list[Row] = []
-    for index, case in enumerate(cases):
+    for case, peaks in zip(cases, memory, strict=True):
         loads, samples = _latency(graphs, config, case, say)
         new = [
-            case_row(name, config.threads, case, loads[name] | memory[index, name], samples[name], graph)
+            case_row(name, config.threads, case, loads[name] | peaks[name], samples[name], graph)
             for name, graph in graphs.items()
         ]
         rows += new
         comparison += compare_rows(new, samples)
-    settings = asdict(config) | RUNTIME | {"vocab_size": vocab_size}
+    settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    settings |= RUNTIME | {"vocab_size": vocab_size}
     return {"machine": machine_facts(), "config": settings, "cases": rows, "comparison": comparison}
 
 
@@ -147,7 +101,7 @@ def _common_vocab_size(graphs: Mapping[str, GraphFacts], given: int | None) -> i
     if not any(graph.takes_tokens for graph in graphs.values()):
         return None
     if given is not None:
-        _at_least("vocab_size", given, 1)
+        at_least("vocab_size", given, 1)
         return given
     for name, graph in graphs.items():
         if graph.vocab_size is None:
@@ -168,16 +122,11 @@ def _sizes(case: Row) -> str:
     return f" at batch {case['batch']}" + (f", sequence {case['sequence']}" if case["sequence"] else "")
 
 
-def _memory(name: str, graph: GraphFacts, config: BenchConfig, case: Row) -> Row:
+def _memory(name: str, graph: GraphFacts, config: BenchConfig, case: Row, say: Progress) -> Row:
     """The memory figures of a fresh process; its times are not used, since the sampling disturbs them."""
+    say(f"memory of {name}{_sizes(case)}")
     with WorkerProcess(name + _sizes(case), config.timeout_s) as worker:
-        try:
-            answer = _load(worker, graph, config, case, sample_memory=True)
-        except InputError as error:
-            if case["sequence"] is None:
-                raise
-            hint = "the sequence (with its new tokens) may be longer than the model's table of positions"
-            raise InputError(f"{error}\nIf an index or a shape does not fit, {hint}.") from error
+        answer = _load(worker, graph, config, case, sample_memory=True)
     return {key: value for key, value in answer.items() if key.endswith("_mb")}
 
 

@@ -13,6 +13,7 @@ Row = dict[str, Any]
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
+LEAST_ROUNDS = 5  # with fewer there is nothing to draw from, and the interval would look far too narrow
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def ratio_interval(
 ) -> tuple[float | None, float | None]:
     """A bootstrap interval (`CONFIDENCE`) of median(baseline) / median(model).
 
-    Rounds are drawn with replacement, both models' turns of a round together; None with fewer than two rounds.
+    Rounds are drawn with replacement, both models' turns of a round together; None with fewer than `LEAST_ROUNDS`.
     """
     rounds = len(baseline)
-    if rounds < 2:
+    if rounds < LEAST_ROUNDS:
         return None, None
     rng = np.random.default_rng(0)
     draws = rng.integers(0, rounds, (resamples, rounds))

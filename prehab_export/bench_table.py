@@ -2,50 +2,50 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 Row = dict[str, Any]
 
-# columns of the table: heading, key of a case, digits
-_COLUMNS = (
-    ("p50 ms", "p50_ms", 2),
-    ("p90 ms", "p90_ms", 2),
-    ("items/s", "throughput_per_s", 1),
+# heading, key of a case, digits after the point
+_ENCODER = (("p50 ms", "p50_ms", 2), ("p90 ms", "p90_ms", 2), ("items /s", "throughput_per_s", 1))
+_DECODER = (
     ("first token ms", "time_to_first_token_ms", 2),
     ("next token ms", "inter_token_p50_ms", 2),
-    ("tokens/s", "tokens_per_s", 1),
-    ("load s", "load_s", 2),
-    ("peak MB", "peak_resident_mb", 0),
-    ("file MB", "file_mb", 1),
+    ("tok/s", "tokens_per_s", 1),
 )
+_BOTH = (("peak MB", "peak_resident_mb", 0), ("file MB", "file_mb", 1))
 
 
 def format_bench(result: Row) -> Table:
-    """The cases as a table for the terminal, with each model's speedup over the baseline beside it."""
-    table = Table(title=f"{result['machine']['cpu']}, {result['config']['threads']} threads")
-    tokens = any(row["sequence"] is not None for row in result["cases"])
-    columns = [column for column in _COLUMNS if any(row[column[1]] is not None for row in result["cases"])]
-    for heading in ("model", "batch", *(["sequence"] if tokens else [])):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for heading in ("speedup", *(heading for heading, _, _ in columns)):
+    """The cases in rows, each model's speedup over the baseline and its confidence interval beside them."""
+    cases = result["cases"]
+    tokens = any(row["sequence"] is not None for row in cases)
+    decodes = any(row["time_to_first_token_ms"] is not None for row in cases)
+    columns = (_DECODER if decodes else _ENCODER) + _BOTH
+    title = f"{result['machine']['cpu'] or 'CPU'}, {result['config']['threads']} thread(s)"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("model", overflow="fold")
+    for heading in ("batch", *(["seq"] if tokens else []), *(heading for heading, _, _ in columns)):
         table.add_column(heading, justify="right")
-    for row in result["cases"]:
+    table.add_column("speedup", no_wrap=True)
+    for row in cases:
         sizes = [str(row["batch"]), *([str(row["sequence"])] if tokens else [])]
         figures = [_figure(row[key], digits) for _, key, digits in columns]
-        table.add_row(row["model"], *sizes, _speedup(row, result["comparison"]), *figures)
+        table.add_row(row["model"], *sizes, *figures, _speedup(row, result["comparison"]))
     return table
 
 
 def _figure(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+    if value is None:
+        return ""
+    return f"{value:.{digits if value < 1000 else 0}f}"
 
 
 def _speedup(row: Row, comparison: list[Row]) -> str:
-    keys = ("model", "batch", "sequence", "threads")
     for entry in comparison:
-        if all(entry[key] == row[key] for key in keys):
-            interval = (
-                "" if entry["speedup_low"] is None else (f" ({entry['speedup_low']:.2f}–{entry['speedup_high']:.2f})")
-            )
-            return f"{entry['speedup']:.2f}×{interval}"
+        if all(entry[key] == row[key] for key in ("model", "batch", "sequence", "threads")):
+            low, high = entry["speedup_low"], entry["speedup_high"]
+            interval = "" if low is None else f" ({low:.2f}–{high:.2f})"
+            return f"{_figure(entry['speedup'], 2)}×{interval}"
     return ""

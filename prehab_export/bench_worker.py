@@ -262,7 +262,11 @@ def _open_and_serve(model: str, threads: int, case: Case) -> tuple[Plan, dict[st
     session = open_session(model, threads)
     load_s = time.perf_counter() - start
     plan, times = make_plan(session, case), Times()
-    serve(plan, times)
+    try:
+        serve(plan, times)
+    except Exception as error:
+        reason = "; a sequence (with its new tokens) may be longer than the model's table of positions"
+        raise RuntimeError(f"the graph fails at these sizes{reason if case.sequence else ''}: {error}") from error
     return plan, {"load_s": load_s, "first_ms": times.first_token_ms[0]}
 
 
@@ -280,7 +284,7 @@ def main() -> None:
                 assert plan is not None, "turn asked for before load"
                 answer = vars(turn(plan, request["min_runs"], request["min_seconds"]))
         except Exception as error:  # ORT's exceptions share no base class; the parent gives the context
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": " ".join(str(error).split()) or type(error).__name__}
         print(json.dumps(answer), file=answers, flush=True)
 
 

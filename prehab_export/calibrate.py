@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
+from prehab_export.config import FISHER_LABELS
 from prehab_export.statistics import InputMoment, Statistics
 from prehab_export.tasks import Batch, Task
-
-FISHER_LABELS = ("data", "model")
 
 
 def calibrate(
@@ -70,13 +69,13 @@ def calibrate(
     return statistics
 
 
-def warn_few_tokens(statistics: Statistics, layers: Mapping[str, nn.Module]) -> list[str]:
+def warn_few_tokens(statistics: Statistics) -> list[str]:
     """One warning a group of inputs seen fewer times than it is wide; also returned, for the report."""
     messages = [
         f"{group}: {moment.tokens} calibration tokens for {moment.mean.numel()} inputs; "
         "the second moment is singular. The result is still exact on the sample; give more samples for a better one."
         for group, moment in statistics.inputs.items()
-        if moment.tokens < moment.mean.numel() and any(statistics.groups[name] == group for name in layers)
+        if moment.tokens < moment.mean.numel()
     ]
     for message in messages:
         warnings.warn(message, stacklevel=2)

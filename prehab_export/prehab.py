@@ -6,61 +6,23 @@ after the task's backward pass; the moments and the bases behind it are refreshe
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from converters.errors import InputError
 from converters.lowrank import add_weight_gradient, dense_weight
 from prehab_export import surrogates
 from prehab_export.calibrate import calibrate
+from prehab_export.config import PrehabConfig, TruncateConfig
 from prehab_export.data import Samples
 from prehab_export.statistics import Statistics
 from prehab_export.tasks import Task
-from prehab_export.training import TrainConfig, frozen_copy, train
-from prehab_export.truncate import TruncateConfig, decompose_layers, layer_metric, plan_ranks
+from prehab_export.training import frozen_copy, train
+from prehab_export.truncate import decompose_layers, layer_metric, plan_ranks
 from prehab_export.truncation import square_root
 
-SCHEDULES = ("constant", "warmup")
-WHITENINGS = ("activation", "fisher")
 # λ climbs by this factor over the warm-up half of the run.
 WARMUP_SPAN = 1e3
-
-
-@dataclass(frozen=True)
-class PrehabConfig:
-    """How to prehab.
-
-    surrogate: ``tail``, ``nuclear``, ``stable-rank`` or ``spectral``.
-    strength: λ. Every layer's surrogate is 1 at the start, so that λ means the same for every model.
-    schedule: ``constant``, or ``warmup`` (λ rises exponentially over the first half).
-    whitening: ``activation`` (C alone) or ``fisher`` (C and G).
-    refresh_every: steps between fresh moments, bases and, under ``loss`` allocation, ranks.
-    refresh_samples: samples a refresh looks at.
-    """
-
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0, learning_rate=3e-4))
-    surrogate: str = "tail"
-    strength: float = 100.0
-    schedule: str = "constant"
-    whitening: str = "fisher"
-    refresh_every: int = 25
-    refresh_samples: int = 64
-
-    def __post_init__(self) -> None:
-        _choice("--surrogate", self.surrogate, surrogates.SURROGATES)
-        _choice("--prehab-schedule", self.schedule, SCHEDULES)
-        _choice("--prehab-whitening", self.whitening, WHITENINGS)
-        if self.strength < 0:
-            raise InputError(f"--prehab-lambda must be 0 or more, not {self.strength}")
-        if self.refresh_every < 1 or self.refresh_samples < 1:
-            raise InputError("--prehab-refresh and its number of samples must be 1 or more")
-
-
-def _choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{option} must be one of {', '.join(allowed)}, not {value!r}")
 
 
 def prehab(
@@ -72,6 +34,7 @@ def prehab(
     config: PrehabConfig,
     truncation: TruncateConfig,
     *,
+    seed: int = 0,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
@@ -94,9 +57,7 @@ def prehab(
         nonlocal current
         row: dict[str, float] = {}
         if step and step % config.refresh_every == 0:
-            batches = samples.subset(config.refresh_samples, seed=config.train.seed + step).batches(
-                config.train.batch_size
-            )
+            batches = samples.subset(config.refresh_samples, seed=seed + step).batches(config.train.batch_size)
             fresh = calibrate(model, batches, task, layers, gradients=bool(current.gradients))
             current = current.blended(fresh, 0.5)
             regulariser.refresh(current)
@@ -112,6 +73,7 @@ def prehab(
         samples,
         config.train,
         list(model.parameters()),
+        seed=seed,
         teacher=teacher,
         after_backward=after_backward,
         progress=progress,

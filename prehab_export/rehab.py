@@ -6,34 +6,17 @@ way the rank stays what it was.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from converters.errors import InputError
 from converters.lowrank import low_rank_layers
+from prehab_export.config import RehabConfig, TrainConfig
 from prehab_export.data import Samples
 from prehab_export.tasks import Task
-from prehab_export.training import TrainConfig, train
-
-METHODS = ("factors", "lora")
-
-
-@dataclass(frozen=True)
-class RehabConfig:
-    """How to rehab: ``method`` is ``factors`` or ``lora``; ``lora_rank`` is the adapters' rank."""
-
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0, learning_rate=3e-4))
-    method: str = "factors"
-    lora_rank: int = 16
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"--rehab-method must be one of {', '.join(METHODS)}, not {self.method!r}")
-        if self.lora_rank < 1:
-            raise InputError(f"--lora-rank must be 1 or more, not {self.lora_rank}")
+from prehab_export.training import train
 
 
 @dataclass(frozen=True)
@@ -51,6 +34,7 @@ def rehab(
     config: RehabConfig,
     *,
     held_out_loss: Callable[[nn.Module], float],
+    seed: int = 0,
     teacher: nn.Module | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> Rehabilitation:
@@ -67,7 +51,7 @@ def rehab(
         before = _factor_state(model)
         schedule = replace(config.train, steps=share)
         if config.method == "lora":
-            rows = _train_adapters(model, task, samples, schedule, part, config.lora_rank, teacher, progress)
+            rows = _train_adapters(model, task, samples, schedule, part, config.lora_rank, seed, teacher, progress)
         else:
             rows = train(model, task, samples, schedule, _factor_parameters(model), teacher=teacher, progress=progress)
         history += [row | {"step": row["step"] + len(history)} for row in rows]
@@ -106,14 +90,15 @@ def _train_adapters(
     config: TrainConfig,
     side: str,
     rank: int,
+    seed: int,
     teacher: nn.Module | None,
     progress: Callable[[dict[str, float]], None] | None,
 ) -> list[dict[str, float]]:
     """LoRA on one side of every factor pair, merged exactly: (up + s·B A) down keeps the pair's rank."""
-    torch.manual_seed(config.seed)  # PEFT draws A at random
+    torch.manual_seed(seed)  # PEFT draws A at random
     targets = [f"{name}.{side}" for name in low_rank_layers(model)]
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
     adapters = [parameter for name, parameter in wrapped.named_parameters() if ".lora_" in name]
-    rows = train(wrapped, task, samples, config, adapters, teacher=teacher, progress=progress)
+    rows = train(wrapped, task, samples, config, adapters, seed=seed, teacher=teacher, progress=progress)
     wrapped.merge_and_unload()
     return rows

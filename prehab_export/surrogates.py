@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SURROGATES = ("nuclear", "stable-rank", "spectral", "tail")
-
 
 def nuclear(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """``‖M‖_*``; its gradient is the polar factor UVᵀ.

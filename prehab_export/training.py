@@ -6,44 +6,18 @@ stays off: a few hundred steps do not overfit through it, and the teacher and th
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import cos, pi
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from converters.errors import InputError
+from prehab_export.config import TrainConfig
 from prehab_export.data import Samples
 from prehab_export.tasks import Batch, Task
 
 # Called between backward and the optimiser step: may add to .grad, returns figures for the history.
 AfterBackward = Callable[[int], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """steps of batch_size samples; learning_rate is the peak; distill in [0, 1] is the share of the loss that is
-    the KL divergence from the teacher's output; 0 trains on the labels alone."""
-
-    steps: int
-    batch_size: int = 32
-    learning_rate: float = 1e-4
-    distill: float = 0.5
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise InputError(f"the number of steps must be 0 or more, not {self.steps}")
-        if self.batch_size < 1:
-            raise InputError(f"the batch size must be 1 or more, not {self.batch_size}")
-        if not self.learning_rate > 0:
-            raise InputError(f"the learning rate must be positive, not {self.learning_rate}")
-        if not 0 <= self.distill <= 1:
-            raise InputError(f"the distillation share must lie between 0 and 1, not {self.distill}")
 
 
 def train(
@@ -53,6 +27,7 @@ def train(
     config: TrainConfig,
     parameters: Sequence[nn.Parameter],
     *,
+    seed: int = 0,
     teacher: nn.Module | None = None,
     after_backward: AfterBackward | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
@@ -71,7 +46,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step, config))
     model.eval()
     history = []
-    for step, batch in zip(range(config.steps), shuffled_batches(samples, config), strict=False):
+    for step, batch in zip(range(config.steps), shuffled_batches(samples, config.batch_size, seed), strict=False):
         optimizer.zero_grad(set_to_none=True)
         row = {"step": step, "learning_rate": schedule.get_last_lr()[0]}
         loss, figures = _loss(model, teacher, task, batch, config.distill)
@@ -91,10 +66,10 @@ def train(
     return history
 
 
-def shuffled_batches(samples: Samples, config: TrainConfig) -> Iterator[Batch]:
+def shuffled_batches(samples: Samples, batch_size: int, seed: int) -> Iterator[Batch]:
     """Batches without end: each epoch a fresh permutation, fixed by the seed; short last batches are dropped."""
-    generator = torch.Generator().manual_seed(config.seed)
-    size = min(config.batch_size, len(samples))
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, len(samples))
     while True:
         order = torch.randperm(len(samples), generator=generator).tolist()
         for start in range(0, len(order) - size + 1, size):

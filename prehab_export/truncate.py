@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from converters.errors import InputError
 from converters.lowrank import Factors, balance, dense_weight
 from prehab_export import allocation
+from prehab_export.config import TruncateConfig
 from prehab_export.statistics import Statistics
 from prehab_export.truncation import (
-    OBJECTIVES,
     Decomposition,
     damped,
     decompose,
@@ -25,50 +25,6 @@ from prehab_export.truncation import (
 # Directions that calibration never saw get this share of the mean energy: enough to order them by the weight
 # itself when rank is left over, too little to be seen in the objective.
 INPUT_DAMPING = 1e-8
-
-
-@dataclass(frozen=True)
-class TruncateConfig:
-    """How to truncate.
-
-    ratio: share of the targeted layers' parameters to remove, in (0, 1).
-    objective: ``weight``, ``activation`` or ``fisher``.
-    allocation: ``uniform`` (same share everywhere) or ``loss`` (least summed predicted loss).
-    rank_multiple: ranks come in multiples of this.
-    floor_share: under ``loss``, no layer gets less than this share of its uniform rank.
-    gradient_damping: share of the mean added to G's diagonal.
-    """
-
-    ratio: float = 0.6
-    objective: str = "fisher"
-    allocation: str = "loss"
-    rank_multiple: int = 1
-    floor_share: float = 0.1
-    gradient_damping: float = 1e-3
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise InputError(f"--ratio must lie between 0 and 1 (share of parameters removed), not {self.ratio}")
-        if self.objective not in OBJECTIVES:
-            raise InputError(f"--objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}")
-        if self.allocation not in allocation.ALLOCATIONS:
-            raise InputError(
-                f"--allocation must be one of {', '.join(allocation.ALLOCATIONS)}, not {self.allocation!r}"
-            )
-        if self.rank_multiple < 1:
-            raise InputError(f"--rank-multiple must be 1 or more, not {self.rank_multiple}")
-        if not 0 <= self.floor_share <= 1:
-            raise InputError(
-                f"--rank-floor must lie between 0 and 1 (share of the uniform rank), not {self.floor_share}"
-            )
-
-    @property
-    def keep(self) -> float:
-        return 1 - self.ratio
-
-    @property
-    def needs_gradients(self) -> bool:
-        return self.objective == "fisher" or self.allocation == "loss"
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OBJECTIVES = ("weight", "activation", "fisher")
-
 
 @dataclass(frozen=True)
 class Decomposition:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prehab_export import surrogates
+from prehab_export.config import SURROGATES
 
 
 def matrix(m, n, seed=0):
@@ -35,7 +36,7 @@ def evaluate(name, m, rank=3):
     return value, gradient
 
 
-@pytest.mark.parametrize("name", surrogates.SURROGATES)
+@pytest.mark.parametrize("name", SURROGATES)
 @pytest.mark.parametrize(("m", "n"), [(8, 12), (12, 8), (10, 10)])
 def test_value_and_gradient(name, m, n):
     x = matrix(m, n).requires_grad_()

@@ -1,0 +1,214 @@
+"""PEFT LoRA adapters merged into a model: exactly where they fit, re-truncated where they do not.
+
+An adapter trained on the factors themselves, or on a dense model, is merged by PEFT. One that was trained on
+the dense model and meets a two-factor layer makes ``[up, s·B] @ [down; A]`` of it, of rank r + k, which is
+cut back to rank r in the layer's metric. PEFT reads the adapter and decides every scale in all cases; the
+adapter is first loaded onto a skeleton without weights, so that a misfit shows before the model is touched.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from converters.adapter_files import ADAPTER_NAME, AdapterInfo, check_adapter, is_duplicate, plain_name
+from converters.errors import InputError
+from converters.lowrank import Factors, LowRankLinear, low_rank_layers
+from converters.retruncation import relative_error, retruncate
+
+__all__ = [
+    "AdapterInfo",
+    "MergeReport",
+    "MergedLayer",
+    "check_adapter",
+    "merge_dense_adapter",
+    "merge_into_factors",
+    "retruncate",
+]
+
+Metric = Callable[[str], tuple[Tensor | None, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """``error`` is ‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖, W being the product before it was cut back; ``exact``
+    says that this is no more than rounding."""
+
+    error: float
+    exact: bool
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What became of every layer with a LoRA pair, by name, and the tensors that were taken whole."""
+
+    layers: Mapping[str, MergedLayer]
+    replaced: tuple[str, ...]
+
+
+def merge_dense_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """Merge an adapter into the linears that it was trained on, through PEFT, in place; returns the model.
+
+    Raises:
+        InputError: the adapter is not plain LoRA or was trained for another base; the model is unchanged.
+    """
+    check_adapter(adapter)
+    _check_fit(_skeleton(model), adapter)
+    with _kept_flags(model):
+        return _load(model, adapter).merge_and_unload()
+
+
+def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | None = None) -> MergeReport:
+    """Merge an adapter into a factored model, in place, every layer keeping its rank.
+
+    Args:
+        model: has two-factor linears; dense linears may remain.
+        adapter: trained on this model's factors, or on the dense model that it was made from.
+        metric: by layer name, C (n×n) and G (m×m) of the metric tr(G Δ C Δᵀ) in which a two-factor layer
+            is cut back to its rank; None stands for the identity.
+
+    Raises:
+        InputError: the adapter is not plain LoRA or was trained for another base; the model is unchanged.
+    """
+    info = check_adapter(adapter)
+    factored = low_rank_layers(model)
+    if any(name.rpartition(".")[0] in factored for name in info.ranks):
+        merge_dense_adapter(model, adapter)
+        return MergeReport({name: MergedLayer(0.0, True) for name in info.ranks}, info.replaced)
+    skeleton = _skeleton(model)
+    _hide_factors(skeleton, low_rank_layers(skeleton))
+    _check_fit(skeleton, adapter, factored)
+    layers = {name: MergedLayer(0.0, True) for name in info.ranks}
+    merged = {}
+    for name, layer in factored.items():
+        if isinstance(lora := skeleton.get_submodule(name), LoraLayer):
+            metrics = metric(name) if metric else (None, None)
+            merged[name], layers[name] = _merge_pair(layer, lora, *metrics)
+    with _kept_flags(model):
+        _hide_factors(model, factored)
+        loaded = _load(model, adapter)
+        for name, layer in factored.items():
+            model.set_submodule(name, layer)
+        loaded.merge_and_unload()
+    for name, factors in merged.items():
+        _set_factors(factored[name], factors)
+    return MergeReport(layers, info.replaced)
+
+
+def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model whose parameters have shape, dtype and device, but no memory of their own."""
+    return copy.deepcopy(model, {id(p): _weightless(p.shape, p) for p in model.parameters()})
+
+
+def _weightless(shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
+    one = torch.zeros((), dtype=like.dtype, device=like.device)
+    return nn.Parameter(one.expand(shape), requires_grad=False)
+
+
+def _hide_factors(model: nn.Module, factored: Mapping[str, LowRankLinear]) -> None:
+    """Put a weightless dense linear, with the layer's own bias, where each two-factor linear stands."""
+    for name, layer in factored.items():
+        m, n = layer.out_features, layer.in_features
+        dense = nn.Linear(n, m, bias=layer.bias is not None, device="meta")
+        dense.weight = _weightless((m, n), layer.up.weight)
+        dense.bias = layer.up.bias
+        model.set_submodule(name, dense)
+
+
+def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftModel:
+    """Raises InputError naming the first thing in the adapter, or in the model, without a counterpart."""
+    try:
+        config = LoraConfig.from_pretrained(str(adapter))
+        config.base_model_name_or_path = None  # PEFT warns about any change of name
+        loaded = get_peft_model(model, config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=assign)
+        result = loaded.load_adapter(
+            str(adapter), ADAPTER_NAME, torch_device=str(model.device), low_cpu_mem_usage=assign
+        )
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{adapter} does not fit the model: {_first_mismatch(error)}") from error
+    unexpected = [key for key in result.unexpected_keys if not is_duplicate(key)]
+    if unexpected:
+        raise InputError(f"{adapter} is for another base: the model has no {plain_name(unexpected[0])}")
+    if result.missing_keys:
+        raise InputError(f"{adapter} is for another base: it has no {plain_name(result.missing_keys[0])}")
+    return loaded
+
+
+def _first_mismatch(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return plain_name(next((line for line in lines if "size mismatch" in line), lines[0]))
+
+
+def _check_fit(skeleton: PreTrainedModel, adapter: Path, factored: Mapping[str, LowRankLinear] | None = None) -> None:
+    """Load the adapter onto a skeleton, and look for what merging would get wrong."""
+    uses = Counter(id(p) for _, p in skeleton.named_parameters(remove_duplicate=False))
+    _load(skeleton, adapter, assign=True)
+    for name, module in skeleton.named_modules():
+        if isinstance(module, LoraLayer):
+            _check_lora_layer(adapter, name, module, uses)
+        elif isinstance(module, ModulesToSaveWrapper):
+            inside = [layer for layer in factored or () if f"{layer}.".startswith(f"{name}.")]
+            if inside:
+                raise InputError(
+                    f"{adapter} replaces {name} whole (modules_to_save), but {inside[0]} is factored: "
+                    "merge it before compression, or leave that layer dense"
+                )
+
+
+def _check_lora_layer(adapter: Path, name: str, lora: LoraLayer, uses: Mapping[int, int]) -> None:
+    if variant := lora.lora_variant.get(ADAPTER_NAME):
+        raise InputError(f"{adapter}: {name} is not plain LoRA ({type(variant).__name__})")
+    base = lora.get_base_layer()
+    if uses.get(id(base.weight), 1) > 1:
+        raise InputError(
+            f"{adapter}: the weight of {name} is tied to another layer, which merging would change too: "
+            "untie the model first (tie_word_embeddings=False and a copy of the weight)"
+        )
+    if lora.lora_bias.get(ADAPTER_NAME) and base.bias is None:
+        raise InputError(f"{adapter} carries a LoRA bias for {name}, which has no bias to add it to")
+
+
+def _merge_pair(
+    layer: LowRankLinear, lora: LoraLayer, C: Tensor | None, G: Tensor | None
+) -> tuple[Factors, MergedLayer]:
+    """The layer's new factors, and in ``bias`` what to add to its bias."""
+    down: Any = lora.lora_A[ADAPTER_NAME]
+    up: Any = lora.lora_B[ADAPTER_NAME]
+    scale = lora.scaling[ADAPTER_NAME]
+    full = Factors(
+        torch.cat([layer.up.weight.double(), scale * up.weight.double()], dim=1).detach(),
+        torch.cat([layer.down.weight.double(), down.weight.double()]).detach(),
+    )
+    cut = retruncate(full, layer.rank, C, G)
+    dtype = layer.up.weight.dtype
+    stored = Factors(cut.up.to(dtype), cut.down.to(dtype), None if up.bias is None else scale * up.bias.detach())
+    error = relative_error(full, stored, C, G)
+    return stored, MergedLayer(error, exact=error <= 4 * torch.finfo(dtype).eps)
+
+
+@torch.no_grad()
+def _set_factors(layer: LowRankLinear, factors: Factors) -> None:
+    layer.up.weight.copy_(factors.up)
+    layer.down.weight.copy_(factors.down)
+    if factors.bias is not None:
+        layer.up.bias.add_(factors.bias)
+
+
+@contextmanager
+def _kept_flags(model: PreTrainedModel) -> Iterator[None]:
+    """PEFT freezes the base model and switches it to eval mode; restore both."""
+    training, trainable = model.training, {name: p.requires_grad for name, p in model.named_parameters()}
+    yield
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trainable[name])
+    model.train(training)

@@ -1,0 +1,313 @@
+"""The command line: parse, call one function, print. Nothing heavy is imported before it is needed."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import click
+
+from converters.errors import InputError
+from prehab_export import config as options
+from prehab_export.errors import ParityError
+
+# Verb → the last stage that it brings up to date, and what it prints with --json.
+VERBS = {
+    "calibrate": ("calibrate", "Gather second moments of every targeted layer."),
+    "prehab": ("prehab", "Fine-tune towards weights that truncation hurts less."),
+    "truncate": ("truncate", "Choose ranks and cut every targeted layer into two factors."),
+    "rehab": ("rehab", "Train the factors for a few steps."),
+    "export": ("baseline", "Write the compressed folder and ONNX graph, and the dense twin."),
+    "verify": ("artifact", "Reopen what was written in a fresh process, check it, and publish it."),
+    "bench": ("bench", "Measure latency and memory against the dense model."),
+    "report": ("report", "Write report.json, report.md and the plots."),
+}
+
+Command = Callable[..., Any]
+
+
+def option(flag: str, path: str, help: str, **extra: Any) -> Callable[[Command], Command]:
+    """A flag that sets one field of the config, ``path`` being its place (``truncate.ratio``).
+
+    The default shown is the config's own; a flag that is not given stays unset, so that saved options and the YAML
+    file keep their say.
+    """
+    kind, default = _field(path)
+    if kind in (int, float):
+        extra.setdefault("type", kind)
+    if default not in (None, (), MISSING):
+        help = f"{help}  [default: {' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
+    return click.option(flag, path.replace(".", "__"), default=None, help=help, **extra)
+
+
+def _field(path: str) -> tuple[Any, Any]:
+    """Type and default of a config field."""
+    cls: Any = options.RunConfig
+    made: Any = None
+    for part in path.split("."):
+        kind = get_type_hints(cls)[part]
+        entry = next(item for item in fields(cls) if item.name == part)
+        if made is not None:
+            made = getattr(made, part)
+        elif entry.default_factory is not MISSING:
+            made = entry.default_factory()
+        else:
+            made = None if entry.default is MISSING else entry.default
+        cls = kind
+    kinds = [kind for kind in get_args(cls) or (cls,) if kind is not type(None)]
+    return kinds[0], made
+
+
+def _choice(values: tuple[str, ...]) -> click.Choice:
+    return click.Choice(values)
+
+
+RUN_OPTIONS = [
+    click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder."),
+    click.option(
+        "--config",
+        "config_file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Options as YAML, in the shape of a saved run.yaml. Flags win over it.",
+    ),
+    option("--task", "task", "What the model does.", type=_choice(options.TASK_NAMES)),
+    option("--data", "data.data", "Hub id, folder or file; sklearn-digits is built in."),
+    option("--data-config", "data.data_config", "Configuration of a hub data set (e.g. sst2 of glue)."),
+    option("--train-split", "data.train_split", "Split to calibrate and train on; found when not given."),
+    option("--eval-split", "data.eval_split", "Split to report on, e.g. validation+test; found when not given."),
+    option("--input-column", "data.input_column", "Column of images or texts; found when not given."),
+    option("--pair-column", "data.pair_column", "Second text column of a pair task; found when not given."),
+    option("--label-column", "data.label_column", "Column of labels; found when not given."),
+    option("--sequence-length", "data.sequence_length", "Window of a language model; longest text of a classifier."),
+    option("--eval-samples", "data.eval_samples", "Report on so many samples only."),
+    option("--batch-size", "data.batch_size", "Samples a batch, in calibration and evaluation."),
+    option("--adapter", "adapter", "PEFT LoRA adapter of the dense model, merged before anything else."),
+    option("--revision", "revision", "Branch, tag or commit of a hub model."),
+    option(
+        "--trust-remote-code/--no-trust-remote-code",
+        "trust_remote_code",
+        "Run code that comes with the model.",
+        is_flag=True,
+    ),
+    option("--seed", "seed", "Seed of everything drawn at random."),
+    option("--include", "calibrate.include", "Pattern of layers to compress instead of the default.", multiple=True),
+    option("--exclude", "calibrate.exclude", "Pattern of layers to leave dense.", multiple=True),
+    option("--calibration-samples", "calibrate.samples", "Samples to gather moments from."),
+    option(
+        "--fisher-labels",
+        "calibrate.labels",
+        "Labels behind the gradients: given ones, or drawn from the model.",
+        type=_choice(options.FISHER_LABELS),
+    ),
+    option("--ratio", "truncate.ratio", "Share of the targeted layers' parameters to remove."),
+    option("--objective", "truncate.objective", "What truncation minimises.", type=_choice(options.OBJECTIVES)),
+    option("--allocation", "truncate.allocation", "How ranks are shared out.", type=_choice(options.ALLOCATIONS)),
+    option("--rank-multiple", "truncate.rank_multiple", "Ranks come in multiples of this."),
+    option("--rank-floor", "truncate.floor_share", "Least share of its uniform rank that a layer gets."),
+    option("--prehab-steps", "prehab.train.steps", "Steps of prehab; 0 skips it."),
+    option("--prehab-lambda", "prehab.strength", "Weight of the surrogate."),
+    option("--surrogate", "prehab.surrogate", "Smooth stand-in for rank.", type=_choice(options.SURROGATES)),
+    option("--prehab-schedule", "prehab.schedule", "Course of λ.", type=_choice(options.SCHEDULES)),
+    option("--prehab-whitening", "prehab.whitening", "Metric of the surrogate.", type=_choice(options.WHITENINGS)),
+    option("--prehab-refresh", "prehab.refresh_every", "Steps between fresh moments."),
+    option("--prehab-lr", "prehab.train.learning_rate", "Peak learning rate of prehab."),
+    option("--prehab-batch-size", "prehab.train.batch_size", "Samples a step of prehab."),
+    option("--prehab-distill", "prehab.train.distill", "Share of the loss that follows the dense model's output."),
+    option("--prehab-guard/--no-prehab-guard", "prehab.guard", "Keep prehab only if truncation gains.", is_flag=True),
+    option("--rehab-steps", "rehab.train.steps", "Steps of rehab; 0 skips it."),
+    option("--rehab-method", "rehab.method", "Tune the factors, or LoRA on them.", type=_choice(options.REHAB_METHODS)),
+    option("--rehab-lr", "rehab.train.learning_rate", "Peak learning rate of rehab."),
+    option("--rehab-batch-size", "rehab.train.batch_size", "Samples a step of rehab."),
+    option("--rehab-distill", "rehab.train.distill", "Share of the loss that follows the dense model's output."),
+    option("--lora-rank", "rehab.lora_rank", "Rank of the adapters of --rehab-method lora."),
+    option("--threads", "bench.threads", "Threads of PyTorch and ONNX Runtime."),
+    option("--bench-batch", "bench.batch_sizes", "Batch size to measure; repeat for more.", multiple=True, type=int),
+    option("--bench-length", "bench.sequence_lengths", "Length to measure; repeat for more.", multiple=True, type=int),
+    option("--bench-rounds", "bench.rounds", "Turns of each model."),
+    option("--new-tokens", "bench.new_tokens", "Tokens that a decoder generates in a measurement."),
+    click.option("--force", is_flag=True, help="Do this stage again although it is up to date."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+]
+
+
+def run_options(command: Command) -> Command:
+    for decorate in reversed(RUN_OPTIONS):
+        command = decorate(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="prehab-export")
+def cli() -> None:
+    """Compress a trained transformer into a low-rank model that deploys.
+
+    Exit codes: 0 done, 1 a defect, 2 bad input, 3 the exported model does not compute what it should.
+    """
+
+
+@cli.command()
+@click.argument("model")
+@run_options
+def run(model: str, **flags: Any) -> None:
+    """All stages: calibrate, prehab, truncate, rehab, export, verify, bench, report.
+
+    MODEL is a local folder or a hub id, or the folder of an earlier run to go on with.
+    """
+    _run(model, flags, until="report", inherit=False)
+
+
+def _stage_command(verb: str, until: str, text: str) -> None:
+    def command(model: str | None, **flags: Any) -> None:
+        _run(model, flags, until=until, inherit=True)
+
+    command.__doc__ = f"""{text}
+
+    Works on the folder of a run, given as MODEL or with -o, with the options saved there unless others are
+    given; earlier stages are brought up to date first. With a model and -o it starts a new run and stops here.
+    """
+    cli.command(name=verb)(click.argument("model", required=False)(run_options(command)))
+
+
+for _verb, (_until, _text) in VERBS.items():
+    _stage_command(_verb, _until, _text)
+
+
+def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) -> None:
+    import yaml
+
+    from prehab_export.workspace import OPTIONS_FILE
+
+    output, config_file = flags.pop("output"), flags.pop("config_file")
+    force, as_json = flags.pop("force"), flags.pop("as_json")
+    if model is not None and (Path(model) / OPTIONS_FILE).is_file():
+        if output is not None and output.resolve() != Path(model).resolve():
+            raise InputError(f"{model} is the folder of a run; give a model, or leave out -o")
+        output, model, inherit = Path(model), None, True
+    if output is None:
+        raise InputError("give the run's folder with -o OUT")
+    values: dict[str, Any] = {}
+    if inherit and (output / OPTIONS_FILE).is_file():
+        values = _read_yaml(output / OPTIONS_FILE)
+    if config_file is not None:
+        values = _merged(values, _read_yaml(config_file))
+    if model is not None:
+        values["model"] = model
+    for path, value in flags.items():
+        if value is not None and value != ():
+            values = _merged(
+                values, functools.reduce(lambda inner, key: {key: inner}, reversed(path.split("__")), value)
+            )
+    config = _config(values)
+    text = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False, allow_unicode=True)
+    from prehab_export.pipeline import run as run_pipeline
+
+    workspace = run_pipeline(config, output, until=until, redo=[until] if force else (), options_text=text)
+    _show_result(workspace, until, as_json)
+
+
+def _config(values: dict[str, Any]) -> options.RunConfig:
+    for key, flag in (("model", "MODEL"), ("task", "--task"), ("data", "--data")):
+        if key not in values:
+            raise InputError(f"{flag} is not given, neither on the command line nor in a saved run")
+    config = options.from_dict(options.RunConfig, values)
+    return options.with_absolute_paths(config)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no options; its shape is that of a saved run.yaml")
+    return values
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merged(result[key], value) if both else value
+    return result
+
+
+def _show_result(workspace: Any, until: str, as_json: bool) -> None:
+    from prehab_export.summary import print_summary, result_of
+
+    if as_json:
+        click.echo(json.dumps(result_of(workspace, until), indent=2))
+    else:
+        print_summary(workspace, until)
+
+
+@cli.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo-run"), show_default=True)
+@click.option("--threads", type=int, default=None, help="Threads of PyTorch and ONNX Runtime.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def demo(output: Path, threads: int | None, as_json: bool) -> None:
+    """Train a small ViT on scikit-learn's digits and take it all the way. No network, about two minutes."""
+    from prehab_export.demo import run_demo
+
+    _show_result(run_demo(output, threads), "report", as_json)
+
+
+@cli.command()
+@click.argument("path", metavar="MODEL-OR-ARTIFACT")
+@click.option("--include", multiple=True, help="Pattern of layers to compress instead of the default.")
+@click.option("--exclude", multiple=True, help="Pattern of layers to leave dense.")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def inspect(path: str, as_json: bool, **flags: Any) -> None:
+    """Show layers, shapes, shared inputs, spectra, ranks, and what would be compressed."""
+    from prehab_export.inspection import inspect_model, print_inspection
+
+    result = inspect_model(path, **flags)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        print_inspection(result)
+
+
+@cli.command("merge-lora")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the merged artifact.")
+@click.option(
+    "--statistics",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Calibration statistics; found by itself when ARTIFACT lies in its run's folder.",
+)
+@click.option("--threads", type=int, default=None, help="Threads of ONNX Runtime.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def merge_lora(artifact: Path, adapter: Path, as_json: bool, **flags: Any) -> None:
+    """Merge a PEFT LoRA adapter into the factors of an artifact, at the same ranks."""
+    from prehab_export.merge import merge_lora as merge
+    from prehab_export.merge import print_merge
+
+    result = merge(artifact, adapter, **flags)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        print_merge(result)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: errors that a user can mend become one sentence and an exit code."""
+    try:
+        code = cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)
+    except (InputError, ParityError) as error:
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; run the same command again to go on", err=True)
+        code = 130
+    sys.exit(code or 0)

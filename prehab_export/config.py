@@ -1,0 +1,256 @@
+"""What a run is asked to do: one frozen dataclass a stage, checked when made.
+
+Light on purpose: the command line builds its options from these defaults without loading torch. Messages name the
+command line's flags; a YAML file has the shape of ``RunConfig``, one section a stage.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from converters.errors import InputError
+from prehab_export.bench_config import BenchConfig
+
+TASK_NAMES = ("image-classification", "text-classification", "text-generation")
+OBJECTIVES = ("weight", "activation", "fisher")
+ALLOCATIONS = ("uniform", "loss")
+SURROGATES = ("tail", "nuclear", "stable-rank", "spectral")
+SCHEDULES = ("constant", "warmup")
+WHITENINGS = ("activation", "fisher")
+FISHER_LABELS = ("data", "model")
+REHAB_METHODS = ("factors", "lora")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and which of them; None means: find it.
+
+    data: hub id, folder or file, or ``sklearn-digits``. sequence_length: window of a language model, longest text
+    of a classifier.
+    """
+
+    data: str
+    data_config: str | None = None
+    train_split: str | None = None
+    eval_split: str | None = None
+    input_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+    sequence_length: int | None = None
+    eval_samples: int | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        _at_least("--batch-size", self.batch_size, 1)
+        _at_least("--sequence-length", self.sequence_length, 2)
+        _at_least("--eval-samples", self.eval_samples, 1)
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """samples: how many to look at. labels: ``data`` (given ones) or ``model`` (drawn from the model's output).
+    include/exclude: shell-style patterns on layer names."""
+
+    samples: int = 512
+    labels: str = "data"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _at_least("--calibration-samples", self.samples, 1)
+        _one_of("--fisher-labels", self.labels, FISHER_LABELS)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """steps of batch_size samples; learning_rate is the peak; distill in [0, 1] is the share of the loss that is
+    the KL divergence from the dense model's output; 0 trains on the labels alone."""
+
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 3e-4
+    distill: float = 0.5
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least("the number of steps", self.steps, 0)
+        _at_least("--batch-size", self.batch_size, 1)
+        if not 0 < self.learning_rate < 1:
+            raise InputError(f"the learning rate must lie between 0 and 1, not {self.learning_rate}")
+        _share("the distillation share", self.distill)
+
+
+@dataclass(frozen=True)
+class PrehabConfig:
+    """How to prehab.
+
+    strength: λ. Every layer's surrogate is 1 at the start, so that λ means the same for every model.
+    schedule: ``constant``, or ``warmup`` (λ rises exponentially over the first half).
+    whitening: ``activation`` (C alone) or ``fisher`` (C and G).
+    refresh_every: steps between fresh moments, bases and, under ``loss`` allocation, ranks.
+    refresh_samples: samples that a refresh looks at.
+    guard: keep the result only if the truncated model is better for it on held-out samples.
+    """
+
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
+    surrogate: str = "tail"
+    strength: float = 100.0
+    schedule: str = "constant"
+    whitening: str = "fisher"
+    refresh_every: int = 25
+    refresh_samples: int = 64
+    guard: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("--surrogate", self.surrogate, SURROGATES)
+        _one_of("--prehab-schedule", self.schedule, SCHEDULES)
+        _one_of("--prehab-whitening", self.whitening, WHITENINGS)
+        _at_least("--prehab-refresh", self.refresh_every, 1)
+        _at_least("the samples of a refresh", self.refresh_samples, 1)
+        if not 0 <= self.strength < float("inf"):
+            raise InputError(f"--prehab-lambda must be 0 or more, not {self.strength}")
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.train.steps > 0 and self.whitening == "fisher"
+
+
+@dataclass(frozen=True)
+class TruncateConfig:
+    """How to truncate.
+
+    ratio: share of the targeted layers' parameters to remove, in (0, 1).
+    objective: ``weight``, ``activation`` or ``fisher``.
+    allocation: ``uniform`` (same share everywhere) or ``loss`` (least summed predicted loss).
+    rank_multiple: ranks come in multiples of this.
+    floor_share: under ``loss``, no layer gets less than this share of its uniform rank.
+    gradient_damping: share of its mean that is added to G's diagonal.
+    """
+
+    ratio: float = 0.6
+    objective: str = "fisher"
+    allocation: str = "loss"
+    rank_multiple: int = 1
+    floor_share: float = 0.1
+    gradient_damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise InputError(f"--ratio must lie between 0 and 1 (share of parameters removed), not {self.ratio}")
+        _one_of("--objective", self.objective, OBJECTIVES)
+        _one_of("--allocation", self.allocation, ALLOCATIONS)
+        _at_least("--rank-multiple", self.rank_multiple, 1)
+        _share("--rank-floor", self.floor_share)
+
+    @property
+    def keep(self) -> float:
+        return 1 - self.ratio
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.objective == "fisher" or self.allocation == "loss"
+
+
+@dataclass(frozen=True)
+class RehabConfig:
+    """How to rehab: ``method`` is ``factors`` or ``lora``; ``lora_rank`` is the adapters' rank."""
+
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
+    method: str = "factors"
+    lora_rank: int = 16
+
+    def __post_init__(self) -> None:
+        _one_of("--rehab-method", self.method, REHAB_METHODS)
+        _at_least("--lora-rank", self.lora_rank, 1)
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{option} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _at_least(option: str, value: int | None, lowest: int) -> None:
+    if value is not None and value < lowest:
+        raise InputError(f"{option} must be {lowest} or more, not {value}")
+
+
+def _share(option: str, value: Any) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"{option} must lie between 0 and 1, not {value}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is asked to do. ``revision`` and ``trust_remote_code`` are transformers' own terms."""
+
+    model: str
+    task: str
+    data: DataConfig
+    adapter: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    prehab: PrehabConfig = field(default_factory=PrehabConfig)
+    truncate: TruncateConfig = field(default_factory=TruncateConfig)
+    rehab: RehabConfig = field(default_factory=RehabConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("--task", self.task, TASK_NAMES)
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.truncate.needs_gradients or self.prehab.needs_gradients
+
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Build a config from nested mappings, the inverse of ``dataclasses.asdict``.
+
+    >>> from_dict(TruncateConfig, {"ratio": 0.5}).ratio
+    0.5
+
+    Raises:
+        InputError: an unknown key, a missing one, or a value of the wrong kind, with its place.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where or 'the options'}: expected a section with keys, found {values!r}")
+    kinds = get_type_hints(cls)
+    if unknown := sorted(set(values) - set(kinds)):
+        raise InputError(f"unknown option {where}{unknown[0]}; known here: {', '.join(kinds)}")
+    try:
+        return cls(**{key: _converted(kinds[key], value, f"{where}{key}") for key, value in values.items()})
+    except TypeError as error:
+        raise InputError(f"{where or 'the options'}: {str(error).split('() ')[-1]}") from error
+
+
+def _converted(kind: Any, value: Any, where: str) -> Any:
+    if is_dataclass(kind):
+        return from_dict(kind, value, f"{where}.")  # type: ignore[arg-type]
+    if get_origin(kind) is UnionType:
+        return None if value is None else _converted(get_args(kind)[0], value, where)
+    if get_origin(kind) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_converted(get_args(kind)[0], item, where) for item in items)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{where}: expected {kind.__name__}, found {value!r}")
+    return value
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Local paths made absolute, so that a saved run can be gone on with from anywhere; hub ids stay."""
+
+    def absolute(name: str | None) -> str | None:
+        return name if name is None or not Path(name).exists() else str(Path(name).resolve())
+
+    data = replace(config.data, data=absolute(config.data.data) or config.data.data)
+    return replace(config, model=absolute(config.model) or config.model, adapter=absolute(config.adapter), data=data)

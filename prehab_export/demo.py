@@ -1,0 +1,72 @@
+"""The demo: a small ViT trained on scikit-learn's digits, then the whole run on it. Nothing is downloaded."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from converters.folder import save_folder
+from prehab_export.bench_config import BenchConfig
+from prehab_export.config import DataConfig, PrehabConfig, RehabConfig, RunConfig, TrainConfig, TruncateConfig
+from prehab_export.data import load_data
+from prehab_export.pipeline import run
+from prehab_export.progress import bar, say
+from prehab_export.session import prepare_process
+from prehab_export.tasks import TASKS
+from prehab_export.training import train
+from prehab_export.workspace import Workspace, stage_key
+
+DIGITS = DataConfig("sklearn-digits", batch_size=64)
+TRAINING = TrainConfig(steps=500, batch_size=64, learning_rate=1e-3, distill=0.0)
+VIT = {
+    "image_size": 8,
+    "patch_size": 2,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "id2label": {digit: str(digit) for digit in range(10)},
+    "label2id": {str(digit): digit for digit in range(10)},
+}
+
+
+def run_demo(output: Path, threads: int | None = None) -> Workspace:
+    """Train, compress by 60%, export, verify, measure; all in ``output``. A second call goes on where one stopped."""
+    bench = BenchConfig() if threads is None else BenchConfig(threads=threads)
+    config = RunConfig(
+        model="",
+        task="image-classification",
+        data=DIGITS,
+        truncate=TruncateConfig(ratio=0.6),
+        prehab=PrehabConfig(train=TrainConfig(steps=60)),
+        rehab=RehabConfig(train=TrainConfig(steps=60)),
+        bench=bench,
+    )
+    prepare_process(config)
+    workspace = Workspace.open(output)
+    key = stage_key("dense", {"vit": VIT, "training": vars(TRAINING), "threads": bench.threads})
+    with workspace.locked():
+        if not workspace.is_current("dense", key):
+            say("[bold]a small ViT on digits")
+            with workspace.publish("dense", key, VIT) as folder:
+                _train_vit(folder / "model")
+    return run(replace(config, model=str(workspace.folder("dense") / "model")), output)
+
+
+def _train_vit(folder: Path) -> None:
+    torch.manual_seed(0)
+    task = TASKS["image-classification"]
+    model = ViTForImageClassification(ViTConfig(**VIT))
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    data = load_data(DIGITS, task, processor, model.config, seed=0)
+    with bar("train", TRAINING.steps) as advance:
+        train(
+            model,
+            task,
+            data.train,
+            TRAINING,
+            list(model.parameters()),
+            progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}"),
+        )
+    save_folder(model, folder, processor)

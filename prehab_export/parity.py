@@ -1,0 +1,147 @@
+"""Does a written model compute what the model in memory computes? References to keep, and the comparison."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from converters.onnx.generate import greedy_decode
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prehab_export.data import Samples
+from prehab_export.evaluate import onnx_predictor
+from prehab_export.tasks import Batch, Task
+
+# Largest |Δ| of float32 logits, relative to the largest logit. Summation order alone accounts for about 1e-6.
+TOLERANCE = 1e-4
+GREEDY_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model in memory answered: real batches of several shapes, their logits, a digest of every tensor,
+    and, for a decoder, greedy continuations (prompt B×T, continuation B×K)."""
+
+    batches: list[Batch]
+    logits: list[Tensor]
+    digests: dict[str, str]
+    greedy: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest difference on one batch. ``relative`` is over the largest reference logit."""
+
+    shape: dict[str, list[int]]
+    max_abs: float
+    relative: float
+
+
+def reference_batches(samples: Samples, task: Task) -> list[Batch]:
+    """Real inputs of several shapes: batches of 1, 2 and 5; for a decoder also several lengths and left padding."""
+    sizes = [min(size, len(samples)) for size in (1, 2, 5)]
+    batches = [next(iter(samples.batches(size, indices=list(range(size))))) for size in sizes]
+    if task.name != "text-generation":
+        return batches
+    length = batches[0]["input_ids"].shape[1]
+    cut = [
+        {key: value[:, :size] for key, value in batch.items()}
+        for batch, size in zip(batches, (length, max(2, length // 3), max(2, length // 2)), strict=True)
+    ]
+    padded = {key: value.clone() for key, value in cut[-1].items()}
+    padded["attention_mask"] = torch.ones_like(padded["input_ids"])
+    padded["attention_mask"][0, : cut[-1]["input_ids"].shape[1] // 3] = 0
+    return [*cut, padded]
+
+
+@torch.inference_mode()
+def reference_of(model: PreTrainedModel, task: Task, batches: list[Batch]) -> Reference:
+    """Ask the model in memory."""
+    logits = [task.logits(model, batch).float().cpu().contiguous() for batch in batches]
+    greedy = _greedy(model, batches[0]["input_ids"]) if task.name == "text-generation" else None
+    return Reference(batches, logits, digests_of(model), greedy)
+
+
+def digests_of(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every tensor of the state, with its dtype and shape."""
+
+    def digest(tensor: Tensor) -> str:
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data.tobytes()).hexdigest()
+
+    return {name: digest(tensor) for name, tensor in model.state_dict().items()}
+
+
+def compare(reference: Reference, task: Task, session: onnxruntime.InferenceSession) -> list[Comparison]:
+    """The ONNX graph against the reference, batch by batch; positions that are padding do not count."""
+    predict = onnx_predictor(session, task)
+    return [
+        compare_logits(batch, expected, predict(batch), task)
+        for batch, expected in zip(reference.batches, reference.logits, strict=True)
+    ]
+
+
+def compare_logits(batch: Batch, expected: Tensor, actual: Tensor, task: Task) -> Comparison:
+    difference = (actual.float().cpu() - expected).abs()
+    mask = task.token_mask(batch)
+    if mask is not None and difference.shape[:2] == mask.shape:
+        difference, expected = difference[mask], expected[mask]
+    largest = float(difference.max())
+    shape = {key: list(value.shape) for key, value in batch.items() if key != "labels"}
+    return Comparison(shape, largest, largest / max(float(expected.abs().max()), 1e-12))
+
+
+def same_greedy_tokens(reference: Reference, session: onnxruntime.InferenceSession) -> bool | None:
+    """Whether the graph, fed its own cache, continues the prompt with the same tokens; None where none were kept."""
+    if reference.greedy is None:
+        return None
+    prompt, continuation = reference.greedy
+    tokens = greedy_decode(session, prompt.numpy(), continuation.shape[1])
+    return bool(np.array_equal(tokens[:, -continuation.shape[1] :], continuation.numpy()))
+
+
+def save_reference(reference: Reference, folder: Path) -> None:
+    tensors = {}
+    for at, (batch, logits) in enumerate(zip(reference.batches, reference.logits, strict=True)):
+        tensors |= {f"{at}/{key}": value.contiguous() for key, value in batch.items()} | {f"{at}//logits": logits}
+    if reference.greedy is not None:
+        tensors |= {"greedy/prompt": reference.greedy[0], "greedy/continuation": reference.greedy[1]}
+    facts = {"batches": str(len(reference.batches)), "digests": json.dumps(reference.digests)}
+    save_file({key: value.clone() for key, value in tensors.items()}, folder / "reference.safetensors", metadata=facts)
+
+
+def load_reference(folder: Path) -> Reference:
+    batches: list[Batch] = []
+    logits = []
+    with safe_open(folder / "reference.safetensors", framework="pt") as file:
+        facts, names = file.metadata(), list(file.keys())
+        for at in range(int(facts["batches"])):
+            prefix = f"{at}/"
+            own = {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
+            logits.append(own.pop("/logits"))
+            batches.append(own)
+        greedy = None
+        if "greedy/prompt" in names:
+            greedy = file.get_tensor("greedy/prompt"), file.get_tensor("greedy/continuation")
+    return Reference(batches, logits, json.loads(facts["digests"]), greedy)
+
+
+def _greedy(model: PreTrainedModel, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    prompt = prompt[:1, : max(1, min(16, prompt.shape[1] // 2))]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    tokens = model.generate(
+        prompt.to(model.device),
+        attention_mask=torch.ones_like(prompt).to(model.device),
+        max_new_tokens=max(1, min(GREEDY_TOKENS, limit - prompt.shape[1])),
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return prompt.cpu(), tokens[:, prompt.shape[1] :].cpu()

@@ -1,0 +1,85 @@
+"""A run from start to end: check, then one stage after another, skipping what is already there and still valid."""
+
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from prehab_export.config import RunConfig
+from prehab_export.progress import say
+from prehab_export.session import Session, check, prepare_process
+from prehab_export.stages import STAGES, Stage
+from prehab_export.workspace import Workspace, stage_key
+
+
+def run(
+    config: RunConfig,
+    output: Path,
+    *,
+    until: str = "report",
+    redo: Collection[str] = (),
+    options_text: str | None = None,
+) -> Workspace:
+    """Bring the run's folder up to date with ``config``, through stage ``until``.
+
+    Stages whose options, inputs and earlier stages are unchanged are skipped; a run that was killed goes on after
+    the last finished stage and ends in the same artifact.
+
+    Args:
+        output: the run's folder; new, empty, or of an earlier run.
+        redo: stages to do again although they are up to date.
+        options_text: the options as YAML, saved beside the result.
+
+    Raises:
+        InputError: bad input, found before anything slow.
+        ParityError: the exported artifact does not compute what the model computes; nothing is published.
+    """
+    prepare_process(config)
+    workspace = Workspace.open(output)
+    with workspace.locked():
+        session = Session(config, workspace)
+        check(session)
+        if options_text is not None:
+            workspace.save_options(options_text)
+        _advance(session, until, redo)
+    return workspace
+
+
+def _advance(session: Session, until: str, redo: Collection[str]) -> None:
+    workspace = session.workspace
+    wanted = [stage for stage in STAGES.values() if stage.wanted(session.config)]
+    last = list(STAGES).index(until)
+    keys = stage_keys(session)
+    stale = [
+        stage.name for stage in wanted if stage.name in redo or not workspace.is_current(stage.name, keys[stage.name])
+    ]
+    # What no longer answers to these options must not stand there looking finished while the work goes on.
+    for name in ("artifact", "report"):
+        if name in stale:
+            workspace.withdraw(name)
+    for stage in wanted:
+        if list(STAGES).index(stage.name) > last:
+            return
+        if stage.name not in stale:
+            say(f"[dim]{stage.name}: up to date")
+            continue
+        started = time.monotonic()
+        say(f"[bold]{stage.name}")
+        torch.manual_seed(session.config.seed)
+        with workspace.publish(stage.name, keys[stage.name], stage.options(session.config)) as folder:
+            stage.work(session, folder)
+        say(f"  done in {time.monotonic() - started:.1f} s")
+
+
+def stage_keys(session: Session) -> dict[str, str]:
+    """The key of every wanted stage: its options, what the run starts from, and the keys of the stages it reads."""
+    keys: dict[str, str] = {}
+    for stage in STAGES.values():
+        if stage.wanted(session.config):
+            parents = [keys[name] for name in stage.parents if name in keys]
+            keys[stage.name] = stage_key(stage.name, session.source | dict(stage.options(session.config)), parents)
+    return keys
+
+
+__all__ = ["Stage", "run", "stage_keys"]

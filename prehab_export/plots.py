@@ -1,0 +1,50 @@
+"""The pictures of a report."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+
+def plot_ranks(layers: list[dict], path: Path) -> None:
+    """Share of its parameters that each layer keeps, one row a layer, coloured by the layer's role."""
+    names = [layer["name"] for layer in layers]
+    kept = [layer["parameters_after"] / layer["parameters_before"] for layer in layers]
+    roles = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    colours = {role: mpl.colormaps["tab10"](at % 10) for at, role in enumerate(roles)}
+    figure = Figure(figsize=(8, 1.2 + 0.16 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(range(len(names)), kept, color=[colours[name.rsplit(".", 1)[-1]] for name in names])
+    for at, layer in enumerate(layers):
+        rank = "dense" if layer["rank"] is None else str(layer["rank"])
+        axes.text(kept[at], at, f" {rank}", va="center", fontsize=6)
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.08)
+    axes.set_xlabel("share of the layer's parameters kept (number: rank)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_prehab(history: list[dict], metric: str, path: Path) -> None:
+    """Task loss, surrogate and the dense model's metric over the steps, one panel each."""
+    steps = [row["step"] for row in history]
+    measured = [row for row in history if f"dense_{metric}" in row]
+    panels = (
+        ("task loss (training batch)", steps, [row["task_loss"] for row in history], "linear"),
+        ("surrogate (1 at the start)", steps, [row["surrogate"] for row in history], "log"),
+        (
+            f"{metric} of the dense model, held out",
+            [row["step"] for row in measured],
+            [row[f"dense_{metric}"] for row in measured],
+            "linear",
+        ),
+    )
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    for axes, (title, x, y, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+        axes.plot(x, y, marker="o" if len(x) < 40 else None, markersize=3)
+        axes.set_yscale(scale)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,93 @@
+"""The report of a run (``report.json``, ``report.md``, plots) and the model card of its artifact."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from prehab_export.machine import machine_facts
+from prehab_export.plots import plot_prehab, plot_ranks
+from prehab_export.session import Session
+from prehab_export.workspace import write_json
+
+# Stage → the JSON file that it leaves, in the order of the report.
+STAGE_FACTS = {
+    "calibrate": "calibrate.json",
+    "prehab": "prehab.json",
+    "truncate": "truncate.json",
+    "rehab": "rehab.json",
+    "export": "export.json",
+    "baseline": "export.json",
+    "verify": "verify.json",
+    "bench": "bench.json",
+}
+
+
+def write_report(session: Session, folder: Path) -> None:
+    """Everything that is known of the run: all figures as JSON, the main ones as Markdown with plots."""
+    facts = collect(session) | {"machine": machine_facts()}
+    write_json(folder / "report.json", facts)
+    plot_ranks(facts["truncate"]["layers"], folder / "ranks.png")
+    if "prehab" in facts:
+        plot_prehab(facts["prehab"]["history"], facts["metric"]["name"], folder / "prehab.png")
+    (folder / "report.md").write_text(_render("report.md.j2", facts))
+
+
+def write_card(session: Session, folder: Path) -> None:
+    """The model card: what the model is, what compression cost, how to load it. No timings: they belong to a
+    machine, and the artifact must come out the same, byte for byte, wherever a run is repeated."""
+    (folder / "README.md").write_text(_render("card.md.j2", collect(session)))
+
+
+def collect(session: Session) -> dict[str, Any]:
+    """The facts of every stage that has run."""
+    workspace = session.workspace
+    facts: dict[str, Any] = {
+        "model": _public_name(session.config.model),
+        "data": _public_name(session.config.data.data),
+        "task": session.config.task,
+        "metric": {"name": session.task.metric, "higher_is_better": session.task.higher_is_better},
+        "config": asdict(session.config),
+        "source": session.source,
+        "evaluation": session.data.description,
+    }
+    for stage, name in STAGE_FACTS.items():
+        if workspace.manifest(stage) is not None and _ran(session, stage):
+            facts[stage] = json.loads((workspace.folder(stage) / name).read_text())
+    return facts
+
+
+def _ran(session: Session, stage: str) -> bool:
+    steps = {"prehab": session.config.prehab.train.steps, "rehab": session.config.rehab.train.steps}
+    return steps.get(stage, 1) > 0
+
+
+def _public_name(name: str) -> str:
+    """A hub id as it is; of a local path only the last part, since the rest is one machine's business."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _render(template: str, facts: dict[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("prehab_export"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"metric": _metric, "count": _count, "share": lambda x: f"{100 * x:.1f}%", "mb": _megabytes}
+    return environment.get_template(template).render(facts)
+
+
+def _metric(value: float) -> str:
+    return f"{value:.4f}" if value < 10 else f"{value:.2f}"
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:,.0f}"
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1e6:.2f} MB"

@@ -1,0 +1,165 @@
+"""What the stages of one run share: the checked request, the data, and where each stage finds the model so far."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from converters.adapters import check_adapter
+from converters.errors import InputError
+from converters.lowrank import dense_weight
+from converters.targets import target_layers
+from prehab_export.config import RunConfig
+from prehab_export.data import Samples, TaskData, load_data
+from prehab_export.evaluate import Metrics, evaluate, torch_predictor
+from prehab_export.files import sha256_of
+from prehab_export.models import check_task, empty_model, fingerprint, load_config, load_model, load_processor
+from prehab_export.progress import bar
+from prehab_export.statistics import Statistics, load_statistics
+from prehab_export.tasks import TASKS, Task
+from prehab_export.workspace import Workspace, check_disk_space
+
+# Training text or images put aside, to decide what is kept; never trained on and never reported on.
+HELD_OUT = 512
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run at work. Everything here is read from disk on first use, so that a resumed run sees the same."""
+
+    config: RunConfig
+    workspace: Workspace
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.config.task]
+
+    @cached_property
+    def model_config(self) -> Any:
+        options = self.config
+        config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        check_task(config, self.task)
+        return config
+
+    @cached_property
+    def processor(self) -> Any:
+        return load_processor(self.config.model, self.task)
+
+    @cached_property
+    def data(self) -> TaskData:
+        return load_data(self.config.data, self.task, self.processor, self.model_config, seed=self.config.seed)
+
+    @cached_property
+    def source(self) -> dict[str, Any]:
+        """What the run starts from, by content: model, adapter, data, task and seed."""
+        adapter = self.config.adapter
+        return {
+            "model": fingerprint(self.config.model),
+            "adapter": None if adapter is None else _folder_hash(Path(adapter)),
+            "data": self.data.fingerprint,
+            "task": self.config.task,
+            "seed": self.config.seed,
+            "batch_size": self.config.data.batch_size,
+        }
+
+    @cached_property
+    def _parts(self) -> tuple[Samples, Samples]:
+        return self.data.train.split(min(HELD_OUT, len(self.data.train) // 5), self.config.seed)
+
+    @property
+    def held_out(self) -> Samples:
+        return self._parts[0]
+
+    @property
+    def training(self) -> Samples:
+        return self._parts[1]
+
+    @property
+    def calibration(self) -> Samples:
+        wanted = min(self.config.calibrate.samples, len(self.training))
+        return self.training.subset(wanted, self.config.seed)
+
+    def layers(self, model: PreTrainedModel) -> dict:
+        return target_layers(model, self.config.calibrate.include, self.config.calibrate.exclude)
+
+    def load_given(self) -> PreTrainedModel:
+        options = self.config
+        return load_model(
+            options.model, self.task, revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+
+    def load_dense(self) -> PreTrainedModel:
+        """The dense model that everything is compared with: the given one, with its adapter merged."""
+        if self.config.adapter is None:
+            return self.load_given()
+        return self._load_stage("merge")
+
+    def _load_stage(self, stage: str) -> PreTrainedModel:
+        folder = self.workspace.folder(stage) / "model"
+        return load_model(str(folder), self.task, trust_remote_code=self.config.trust_remote_code)
+
+    def load_prepared(self) -> tuple[PreTrainedModel, Statistics]:
+        """The dense model to truncate and its moments: after prehab where that ran and was kept."""
+        folder = self.workspace.folder("prehab")
+        if self.config.prehab.train.steps and self.workspace.read_json("prehab", "prehab.json")["kept"]:
+            return self._load_stage("prehab"), load_statistics(folder / "statistics.safetensors")
+        return self.load_dense(), load_statistics(self.workspace.folder("calibrate") / "statistics.safetensors")
+
+    def factored_folder(self) -> Path:
+        return self.workspace.folder("rehab" if self.config.rehab.train.steps else "truncate") / "model"
+
+    def metrics(self, model: PreTrainedModel, samples: Samples, description: str) -> Metrics:
+        with bar(description, len(samples)) as advance:
+            batches = samples.batches(self.config.data.batch_size)
+            return evaluate(torch_predictor(model, self.task), batches, self.task, advance)
+
+    def held_out_loss(self, model: PreTrainedModel) -> float:
+        return self.metrics(model, self.held_out, "held-out loss").loss
+
+
+def prepare_process(config: RunConfig) -> None:
+    """Threads, determinism, and quiet libraries, for every process that works on a run."""
+    torch.set_num_threads(config.bench.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def check(session: Session) -> None:
+    """Everything that can be refused before slow work is refused here.
+
+    Raises:
+        InputError: see the table of bad input in the README.
+    """
+    model = empty_model(session.model_config, session.task)
+    layers = session.layers(model)
+    if session.config.adapter is not None:
+        check_adapter(Path(session.config.adapter), model)
+    if not len(session.data.train) or not len(session.data.evaluation):
+        raise InputError(
+            f"{session.config.data.data} has an empty split; give --train-split and --eval-split with rows"
+        )
+    if len(session.training) < 2:
+        raise InputError(
+            f"the training split has {len(session.data.train)} samples, too few to calibrate; give more data"
+        )
+    check_disk_space(session.workspace.root, _disk_estimate(model, layers, session.config))
+
+
+def _disk_estimate(model: PreTrainedModel, layers: dict, config: RunConfig) -> int:
+    """Bytes on disk for moments, intermediate models, and both ONNX graphs, in float32; a little too much."""
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    shapes = [dense_weight(layer).shape for layer in layers.values()]
+    moments = 4 * sum(n * n + (m * m if config.needs_gradients else 0) for m, n in shapes)
+    prehabbed = weights + moments if config.prehab.train.steps else 0
+    merged = weights if config.adapter else 0
+    # Factored model after truncation and rehab, artifact and its graph, dense graph, and the folder being replaced.
+    return moments + prehabbed + merged + 6 * weights
+
+
+def _folder_hash(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}

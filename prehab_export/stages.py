@@ -1,0 +1,205 @@
+"""The stages of a run: folder in, folder out. Each reads what earlier ones published and writes its own.
+
+The work itself is done by ordinary functions on ordinary objects (``calibrate``, ``prehab``, ``truncate`` …); what
+stands here only fetches their input and puts their output away.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from converters.adapters import merge_dense_adapter
+from converters.folder import from_pretrained, save_folder
+from converters.lowrank import factorize
+from prehab_export.bench import bench
+from prehab_export.calibrate import calibrate, warn_few_tokens
+from prehab_export.config import RunConfig
+from prehab_export.export import export_artifact, export_baseline
+from prehab_export.prehab import prehab
+from prehab_export.progress import bar
+from prehab_export.rehab import rehab
+from prehab_export.report import write_report
+from prehab_export.session import Session
+from prehab_export.statistics import Statistics, load_statistics, save_statistics
+from prehab_export.training import frozen_copy
+from prehab_export.truncate import Truncation, truncate
+from prehab_export.verify import publish_artifact, verify_in_fresh_process
+from prehab_export.workspace import write_json
+
+STATISTICS = "statistics.safetensors"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage does, which options its output depends on, which stages it reads, and when it is wanted."""
+
+    name: str
+    work: Callable[[Session, Path], None]
+    options: Callable[[RunConfig], Mapping[str, Any]]
+    parents: tuple[str, ...] = ()
+    wanted: Callable[[RunConfig], bool] = lambda _config: True
+
+
+def _merge(session: Session, folder: Path) -> None:
+    model = merge_dense_adapter(session.load_given(), Path(str(session.config.adapter)))
+    save_folder(model, folder / "model", session.processor)
+
+
+def _calibrate(session: Session, folder: Path) -> None:
+    model = session.load_dense()
+    layers = session.layers(model)
+    statistics = _statistics(session, model, layers)
+    save_statistics(statistics, folder / STATISTICS)
+    facts = {
+        "samples": len(session.calibration),
+        "tokens": {group: moment.tokens for group, moment in statistics.inputs.items()},
+        "layers": len(layers),
+        "input_groups": len(statistics.inputs),
+        "gradient_units": statistics.units,
+        "warnings": warn_few_tokens(statistics),
+    }
+    write_json(folder / "calibrate.json", facts)
+
+
+def _statistics(session: Session, model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Statistics:
+    options = session.config
+    with bar("calibrate", len(session.calibration)) as advance:
+        return calibrate(
+            model,
+            session.calibration.batches(options.data.batch_size),
+            session.task,
+            layers,
+            gradients=options.needs_gradients,
+            labels=options.calibrate.labels,
+            seed=options.seed,
+            progress=advance,
+        )
+
+
+def _prehab(session: Session, folder: Path) -> None:
+    options, task = session.config, session.task
+    model = session.load_dense()
+    layers = session.layers(model)
+    statistics = load_statistics(session.workspace.folder("calibrate") / STATISTICS)
+    without = _truncated_loss(session, model, statistics) if options.prehab.guard else None
+
+    def dense_metric(candidate: nn.Module) -> dict[str, float]:
+        metrics = session.metrics(candidate, session.held_out, "dense model on held-out samples")
+        return {f"dense_{metrics.name}": metrics.value, "dense_loss": metrics.loss}
+
+    with bar("prehab", options.prehab.train.steps) as advance:
+        history = prehab(
+            model,
+            task,
+            session.training,
+            layers,
+            statistics,
+            options.prehab,
+            options.truncate,
+            seed=options.seed,
+            evaluate=dense_metric,
+            progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}, surrogate {row['surrogate']:.3f}"),
+        )
+    fresh = _statistics(session, model, layers)
+    held_out = _truncated_loss(session, model, fresh) if options.prehab.guard else None
+    kept = held_out is None or without is None or held_out < without
+    if kept:
+        save_folder(model, folder / "model", session.processor)
+        save_statistics(fresh, folder / STATISTICS)
+    losses = {"truncated_loss_without": without, "truncated_loss_with": held_out}
+    write_json(folder / "prehab.json", {"kept": kept, **losses, "history": history})
+
+
+def _truncated_loss(session: Session, model: PreTrainedModel, statistics: Statistics) -> float:
+    """Held-out loss of the model as it would be truncated now; the model itself is left alone."""
+    candidate = frozen_copy(model)
+    factorize(candidate, _truncated(session, candidate, statistics).factors)
+    return session.held_out_loss(candidate)
+
+
+def _truncated(session: Session, model: nn.Module, statistics: Statistics) -> Truncation:
+    layers = session.layers(model)
+    with bar("truncate", len(layers)) as advance:
+        return truncate(layers, statistics, session.config.truncate, progress=advance)
+
+
+def _truncate(session: Session, folder: Path) -> None:
+    model, statistics = session.load_prepared()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    truncation = _truncated(session, model, statistics)
+    factorize(model, truncation.factors)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    width = next(model.parameters()).element_size()
+    save_folder(model, folder / "model", session.processor)
+    sizes = {
+        "total_parameters_before": total,
+        "total_parameters_after": after,
+        "weight_bytes_before": total * width,
+        "weight_bytes_after": after * width,
+    }
+    write_json(folder / "truncate.json", truncation.summary() | sizes)
+
+
+def _rehab(session: Session, folder: Path) -> None:
+    options = session.config.rehab
+    model = from_pretrained(session.workspace.folder("truncate") / "model")
+    teacher = frozen_copy(session.load_dense()) if options.train.distill else None
+    with bar("rehab", options.train.steps) as advance:
+        result = rehab(
+            model,
+            session.task,
+            session.training,
+            options,
+            held_out_loss=session.held_out_loss,
+            seed=session.config.seed,
+            teacher=teacher,
+            progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}"),
+        )
+    save_folder(model, folder / "model", session.processor)
+    write_json(folder / "rehab.json", asdict(result))
+
+
+def _bench(session: Session, folder: Path) -> None:
+    root = session.workspace
+    models = {
+        "dense": root.folder("baseline") / "onnx" / "model.onnx",
+        "compressed": root.folder("artifact") / "onnx" / "model.onnx",
+    }
+    vocabulary = getattr(session.model_config.get_text_config(), "vocab_size", None)
+    write_json(folder / "bench.json", bench(models, session.config.bench, vocabulary))
+
+
+def _needs_prehab(config: RunConfig) -> bool:
+    return config.prehab.train.steps > 0
+
+
+def _needs_rehab(config: RunConfig) -> bool:
+    return config.rehab.train.steps > 0
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("merge", _merge, lambda c: {}, wanted=lambda c: c.adapter is not None),
+        Stage("calibrate", _calibrate, lambda c: asdict(c.calibrate) | {"gradients": c.needs_gradients}, ("merge",)),
+        Stage(
+            "prehab",
+            _prehab,
+            lambda c: {"prehab": asdict(c.prehab), "truncate": asdict(c.truncate)},
+            ("merge", "calibrate"),
+            _needs_prehab,
+        ),
+        Stage("truncate", _truncate, lambda c: asdict(c.truncate), ("merge", "calibrate", "prehab")),
+        Stage("rehab", _rehab, lambda c: asdict(c.rehab), ("merge", "truncate"), _needs_rehab),
+        Stage("export", export_artifact, lambda c: {}, ("truncate", "rehab")),
+        Stage("baseline", export_baseline, lambda c: {"eval_samples": c.data.eval_samples}, ("merge",)),
+        Stage("verify", verify_in_fresh_process, lambda c: {}, ("export", "baseline")),
+        Stage("artifact", publish_artifact, lambda c: {}, ("verify",)),
+        Stage("bench", _bench, lambda c: asdict(c.bench), ("artifact", "baseline")),
+        Stage("report", write_report, lambda c: {}, ("artifact", "bench")),
+    )
+}

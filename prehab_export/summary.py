@@ -1,0 +1,64 @@
+"""What the command line says when a stage is done."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from prehab_export.report import STAGE_FACTS
+from prehab_export.workspace import Workspace
+
+
+def result_of(workspace: Workspace, until: str) -> dict[str, Any]:
+    """The JSON that the stage left: of ``report`` all there is."""
+    if until == "report":
+        return json.loads((workspace.folder("report") / "report.json").read_text())
+    stage = "verify" if until == "artifact" else until
+    if workspace.manifest(stage) is None:
+        return {"stage": stage, "skipped": True}
+    return json.loads((workspace.folder(stage) / STAGE_FACTS[stage]).read_text())
+
+
+def print_summary(workspace: Workspace, until: str) -> None:
+    """A few lines on stdout: what it cost, what it gained, where things lie."""
+    console = Console(highlight=False)
+    result = result_of(workspace, until)
+    if until == "report":
+        console.print(_table(result))
+        _print_speed(console, result)
+        _print_places(console, workspace.root)
+    elif result.get("skipped"):
+        console.print(f"{until}: skipped, 0 steps")
+    else:
+        console.print(f"{until}: done, in {workspace.folder(until)}")
+
+
+def _table(result: dict[str, Any]) -> Table:
+    metrics, truncation = result["verify"]["metrics"], result["truncate"]
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for heading in ("", "dense", "compressed"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for kind, label in (("pytorch", "PyTorch"), ("onnx", "ONNX Runtime")):
+        values = [f"{metrics[f'{side}_{kind}']['value']:.4f}" for side in ("dense", "compressed")]
+        table.add_row(f"{result['metric']['name']}, {label}", *values)
+    for key, label in (("targeted", "parameters, targeted layers"), ("total", "parameters, whole model")):
+        counts = [f"{truncation[f'{key}_parameters_{side}']:,}" for side in ("before", "after")]
+        table.add_row(label, *counts)
+    table.add_row("ONNX file, MB", *(f"{result[side]['bytes'] / 1e6:.2f}" for side in ("baseline", "export")))
+    return table
+
+
+def _print_speed(console: Console, result: dict[str, Any]) -> None:
+    from prehab_export.bench_table import format_bench
+
+    console.print(format_bench(result["bench"]))
+    if any(row["speedup"] < 1 for row in result["bench"]["comparison"]):
+        console.print("[yellow]slower than dense in at least one case; see the report")
+
+
+def _print_places(console: Console, root: Path) -> None:
+    console.print(f"artifact  {root / 'artifact'}")
+    console.print(f"report    {root / 'report' / 'report.md'}")

@@ -1,0 +1,153 @@
+"""Verification: reopen what was written, in a fresh process, and hold it to what the model in memory answered."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from converters.onnx.session import open_session
+
+from converters.folder import from_pretrained
+from prehab_export.config import RunConfig, from_dict
+from prehab_export.errors import InputError, ParityError
+from prehab_export.evaluate import Metrics, evaluate, onnx_predictor, torch_predictor
+from prehab_export.parity import (
+    TOLERANCE,
+    compare,
+    compare_logits,
+    digests_of,
+    load_reference,
+    same_greedy_tokens,
+)
+from prehab_export.progress import bar
+from prehab_export.report import write_card
+from prehab_export.session import Session, prepare_process
+from prehab_export.workspace import Workspace, write_json
+
+
+def verify(session: Session) -> dict[str, Any]:
+    """Check the exported folder and the dense graph.
+
+    Returns:
+        Every check with its figures, and the task metric of all that was written.
+
+    Raises:
+        ParityError: a reloaded tensor or answer differs, or a graph is off by more than the tolerance.
+    """
+    export, baseline = session.workspace.folder("export"), session.workspace.folder("baseline")
+    exported, dense = export / "model" / "onnx" / "model.onnx", baseline / "onnx" / "model.onnx"
+    reload, compressed_pytorch = _check_reload(session, export)
+    return {
+        "tolerance": TOLERANCE,
+        "compressed": {"reload": reload, "onnx": _check_graph(session, export, exported)},
+        "dense": {"onnx": _check_graph(session, baseline, dense)},
+        "metrics": {
+            "dense_pytorch": json.loads((baseline / "metrics.json").read_text()),
+            "dense_onnx": asdict(_graph_metrics(session, dense, "dense model, ONNX Runtime")),
+            "compressed_pytorch": asdict(compressed_pytorch),
+            "compressed_onnx": asdict(_graph_metrics(session, exported, "compressed model, ONNX Runtime")),
+        },
+    }
+
+
+def _check_reload(session: Session, export: Path) -> tuple[dict[str, Any], Metrics]:
+    """The folder as ``from_pretrained`` gives it back: every tensor bit for bit, and the same answers."""
+    reference = load_reference(export)
+    model = from_pretrained(export / "model", trust_remote_code=session.config.trust_remote_code)
+    digests = digests_of(model)
+    wrong = sorted(name for name in reference.digests | digests if reference.digests.get(name) != digests.get(name))
+    if wrong:
+        raise ParityError(
+            f"{len(wrong)} tensors differ after reloading the safetensors folder, the first is {wrong[0]}"
+        )
+    predict = torch_predictor(model, session.task)
+    answers = [
+        compare_logits(batch, logits, predict(batch), session.task)
+        for batch, logits in zip(reference.batches, reference.logits, strict=True)
+    ]
+    worst = max(answer.relative for answer in answers)
+    if worst > TOLERANCE:
+        raise ParityError(f"the reloaded model answers differently: max |Δ| is {worst:.2e} of the logits' scale")
+    metrics = session.metrics(model, session.data.evaluation, "compressed model, PyTorch")
+    return {"tensors": len(digests), "exact": True, "max_relative": worst}, metrics
+
+
+def _check_graph(session: Session, folder: Path, graph: Path) -> dict[str, Any]:
+    reference = load_reference(folder)
+    runtime = open_session(graph, threads=session.config.bench.threads)
+    results = compare(reference, session.task, runtime)
+    name = "compressed" if folder.name == "export" else "dense"
+    worst = max(results, key=lambda result: result.relative)
+    if not worst.relative <= TOLERANCE:
+        raise ParityError(
+            f"the {name} ONNX graph is off by {worst.relative:.2e} of the logits' scale on inputs {worst.shape}; "
+            f"at most {TOLERANCE:.0e} is allowed"
+        )
+    greedy = same_greedy_tokens(reference, runtime)
+    if greedy is False:
+        raise ParityError(f"the {name} ONNX graph does not generate the same greedy tokens as PyTorch")
+    return {"max_relative": worst.relative, "greedy_tokens_identical": greedy, "shapes": [asdict(r) for r in results]}
+
+
+def _graph_metrics(session: Session, graph: Path, description: str) -> Metrics:
+    runtime = open_session(graph, threads=session.config.bench.threads)
+    samples = session.data.evaluation
+    with bar(description, len(samples)) as advance:
+        batches = samples.batches(session.config.data.batch_size)
+        return evaluate(onnx_predictor(runtime, session.task), batches, session.task, advance)
+
+
+def verify_in_fresh_process(session: Session, folder: Path) -> None:
+    """Run ``verify`` in a new interpreter, so that nothing in memory can stand in for what is on disk.
+
+    Raises:
+        ParityError: what the other process found.
+    """
+    request = {"config": asdict(session.config), "output": str(session.workspace.root)}
+    answer_path = folder / "verify.json"
+    process = subprocess.run(
+        [sys.executable, "-m", "prehab_export.verify", str(answer_path)],
+        input=json.dumps(request),
+        text=True,
+        check=False,
+    )
+    answer = json.loads(answer_path.read_text()) if answer_path.is_file() else {}
+    if "parity_error" in answer:
+        raise ParityError(answer["parity_error"])
+    if "input_error" in answer:
+        raise InputError(answer["input_error"])
+    if process.returncode or "metrics" not in answer:
+        raise RuntimeError(f"the verification process ended with status {process.returncode}; its output is above")
+
+
+def publish_artifact(session: Session, folder: Path) -> None:
+    """What was verified, file by file, with a model card. Hard links where the file system has them: no second copy."""
+    shutil.copytree(session.workspace.folder("export") / "model", folder, copy_function=_link, dirs_exist_ok=True)
+    write_card(session, folder)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _main(answer_path: Path) -> None:
+    request = json.load(sys.stdin)
+    session = Session(from_dict(RunConfig, request["config"]), Workspace(Path(request["output"])))
+    prepare_process(session.config)
+    try:
+        answer = verify(session)
+    except ParityError as error:
+        answer = {"parity_error": str(error)}
+    except InputError as error:
+        answer = {"input_error": str(error)}
+    write_json(answer_path, answer)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
