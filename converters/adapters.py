@@ -8,7 +8,7 @@ adapter is first loaded onto a skeleton without weights, so that a misfit shows 
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ __all__ = [
     "MergeReport",
     "MergedLayer",
     "check_adapter",
+    "check_fit",
     "merge_dense_adapter",
     "merge_into_factors",
     "retruncate",
@@ -56,14 +57,23 @@ class MergeReport:
     replaced: tuple[str, ...]
 
 
+def check_fit(model: PreTrainedModel, adapter: Path) -> None:
+    """Refuse an adapter that ``merge_dense_adapter`` would refuse; works on a model without weights (meta) too.
+
+    Raises:
+        InputError: the adapter is not plain LoRA or was trained for another base.
+    """
+    check_adapter(adapter)
+    _check_fit(_skeleton(model), adapter)
+
+
 def merge_dense_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """Merge an adapter into the linears that it was trained on, through PEFT, in place; returns the model.
 
     Raises:
         InputError: the adapter is not plain LoRA or was trained for another base; the model is unchanged.
     """
-    check_adapter(adapter)
-    _check_fit(_skeleton(model), adapter)
+    check_fit(model, adapter)
     with _kept_flags(model):
         return _load(model, adapter).merge_and_unload()
 
@@ -151,11 +161,13 @@ def _first_mismatch(error: Exception) -> str:
 
 def _check_fit(skeleton: PreTrainedModel, adapter: Path, factored: Mapping[str, LowRankLinear] | None = None) -> None:
     """Load the adapter onto a skeleton, and look for what merging would get wrong."""
-    uses = Counter(id(p) for _, p in skeleton.named_parameters(remove_duplicate=False))
+    named = list(skeleton.named_parameters(remove_duplicate=False))
+    uses = Counter(id(parameter) for _, parameter in named)
+    tied = {name for name, parameter in named if uses[id(parameter)] > 1}
     _load(skeleton, adapter, assign=True)
     for name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer):
-            _check_lora_layer(adapter, name, module, uses)
+            _check_lora_layer(adapter, name, module, tied)
         elif isinstance(module, ModulesToSaveWrapper):
             inside = [layer for layer in factored or () if f"{layer}.".startswith(f"{name}.")]
             if inside:
@@ -165,16 +177,15 @@ def _check_fit(skeleton: PreTrainedModel, adapter: Path, factored: Mapping[str, 
                 )
 
 
-def _check_lora_layer(adapter: Path, name: str, lora: LoraLayer, uses: Mapping[int, int]) -> None:
+def _check_lora_layer(adapter: Path, name: str, lora: LoraLayer, tied: Set[str]) -> None:
     if variant := lora.lora_variant.get(ADAPTER_NAME):
         raise InputError(f"{adapter}: {name} is not plain LoRA ({type(variant).__name__})")
-    base = lora.get_base_layer()
-    if uses.get(id(base.weight), 1) > 1:
+    if f"{name}.weight" in tied:
         raise InputError(
             f"{adapter}: the weight of {name} is tied to another layer, which merging would change too: "
             "untie the model first (tie_word_embeddings=False and a copy of the weight)"
         )
-    if lora.lora_bias.get(ADAPTER_NAME) and base.bias is None:
+    if lora.lora_bias.get(ADAPTER_NAME) and lora.get_base_layer().bias is None:
         raise InputError(f"{adapter} carries a LoRA bias for {name}, which has no bias to add it to")
 
 

@@ -203,7 +203,8 @@ def _model_class(config: PreTrainedConfig, folder: Path, trust_remote_code: bool
     if not config.architectures:
         raise InputError(f"{folder}/config.json names no architectures: cannot tell which class to build")
     name = config.architectures[0]
-    custom = {ref.rpartition(".")[2]: ref for ref in (getattr(config, "auto_map", None) or {}).values()}
+    references = (getattr(config, "auto_map", None) or {}).values()
+    custom = {ref.rpartition(".")[2]: ref for ref in references if isinstance(ref, str)}
     if name in custom and trust_remote_code:
         return get_class_from_dynamic_module(custom[name], folder)
     if not hasattr(transformers, name):

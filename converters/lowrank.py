@@ -97,8 +97,9 @@ def dense_weight(layer: nn.Module) -> Tensor:
 
 def add_weight_gradient(layer: nn.Module, gradient: Tensor) -> None:
     """Add a gradient given as out×in to the ``.grad`` of a dense linear's weight."""
-    oriented = gradient.T if isinstance(layer, Conv1D) else gradient
     weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    oriented = (gradient.T if isinstance(layer, Conv1D) else gradient).to(weight.dtype)
     weight.grad = oriented.clone() if weight.grad is None else weight.grad.add_(oriented)
 
 

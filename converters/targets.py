@@ -5,7 +5,7 @@ here. Embeddings, heads, tied weights and routers stay dense unless a pattern as
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -17,7 +17,7 @@ ROUTER_NAMES = frozenset({"gate", "router", "gating"})
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def target_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, nn.Linear]:
+def target_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, DenseLinear]:
     """Dense linears to compress, by name, in the model's own order.
 
     Patterns are shell-style (``*.attention.*``) and match the whole dotted name. ``include`` replaces the
@@ -43,7 +43,7 @@ def target_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
     return {name: module for name, module in dense.items() if name in chosen}
 
 
-def _matches(pattern: str, allowed: dict[str, nn.Linear], dense: dict[str, nn.Linear]) -> list[str]:
+def _matches(pattern: str, allowed: Mapping[str, nn.Module], dense: Mapping[str, nn.Module]) -> list[str]:
     found = [name for name in allowed if fnmatchcase(name, pattern)]
     if found:
         return found

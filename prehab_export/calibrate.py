@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from converters.errors import InputError
 from prehab_export.config import FISHER_LABELS
 from prehab_export.statistics import InputMoment, Statistics
-from prehab_export.tasks import Batch, Task
+from prehab_export.tasks import Batch, Task, sample_count
 
 
 def calibrate(
@@ -63,7 +63,7 @@ def calibrate(
                     nn.functional.cross_entropy(unit_logits.float(), targets, reduction="sum").backward()
             tally.units += unit_logits.shape[0]
             if progress is not None:
-                progress(next(iter(batch.values())).shape[0])
+                progress(sample_count(batch))
     statistics = tally.result()
     statistics.check_finite()
     return statistics

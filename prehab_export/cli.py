@@ -168,7 +168,8 @@ def _stage_command(verb: str, until: str, text: str) -> None:
     Works on the folder of a run, given as MODEL or with -o, with the options saved there unless others are
     given; earlier stages are brought up to date first. With a model and -o it starts a new run and stops here.
     """
-    cli.command(name=verb)(click.argument("model", required=False)(run_options(command)))
+    with_model = click.argument("model", required=False)(run_options(command))
+    cli.command(name=verb)(with_model)
 
 
 for _verb, (_until, _text) in VERBS.items():

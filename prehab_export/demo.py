@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -19,7 +20,7 @@ from prehab_export.workspace import Workspace, stage_key
 
 DIGITS = DataConfig("sklearn-digits", batch_size=64)
 TRAINING = TrainConfig(steps=500, batch_size=64, learning_rate=1e-3, distill=0.0)
-VIT = {
+VIT: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 2,
     "hidden_size": 128,

@@ -4,11 +4,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from converters.onnx.export import OnnxExport, export_onnx
-from converters.onnx.session import open_session
 from transformers import PreTrainedModel
 
 from converters.folder import from_pretrained, save_folder
+from converters.onnx.export import OnnxExport, export_onnx
+from converters.onnx.session import open_session
 from prehab_export.parity import TOLERANCE, Reference, compare, reference_batches, reference_of, save_reference
 from prehab_export.progress import say
 from prehab_export.session import Session
@@ -34,7 +34,8 @@ def _export_graph(session: Session, model: PreTrainedModel, folder: Path, path: 
     reference = reference_of(model, session.task, reference_batches(session.data.evaluation, session.task))
     save_reference(reference, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = getattr(session.processor, "model_input_names", None)
+    is_text = session.task.name != "image-classification"
+    names = session.processor.model_input_names if is_text else None
     export = export_onnx(model, path, session.task.name, text_inputs=names)
     fused = True
     if not _holds(reference, session, path):

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from converters.onnx.generate import greedy_decode
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from converters.onnx.generate import greedy_decode
 from prehab_export.data import Samples
 from prehab_export.evaluate import onnx_predictor
 from prehab_export.tasks import Batch, Task
@@ -107,7 +107,7 @@ def same_greedy_tokens(reference: Reference, session: onnxruntime.InferenceSessi
 
 
 def save_reference(reference: Reference, folder: Path) -> None:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for at, (batch, logits) in enumerate(zip(reference.batches, reference.logits, strict=True)):
         tensors |= {f"{at}/{key}": value.contiguous() for key, value in batch.items()} | {f"{at}//logits": logits}
     if reference.greedy is not None:

@@ -128,8 +128,7 @@ class Regulariser:
             value, gradient = term(dense_weight(layer).float())
             start = self.start[name].clamp_min(torch.finfo(torch.float32).tiny)
             total += (value / start).item()
-            scaled = (strength / len(self.terms) / start * gradient).to(layer.weight.dtype)
-            add_weight_gradient(layer, scaled)
+            add_weight_gradient(layer, strength / len(self.terms) / start * gradient)
         return total / max(1, len(self.terms))
 
     def _ranks(self, statistics: Statistics) -> dict[str, int | None]:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
-from converters.adapters import check_adapter
+from converters.adapters import check_fit
 from converters.errors import InputError
-from converters.lowrank import dense_weight
+from converters.lowrank import DenseLinear, dense_weight
 from converters.targets import target_layers
 from prehab_export.config import RunConfig
 from prehab_export.data import Samples, TaskData, load_data
@@ -38,16 +39,19 @@ class Session:
     def task(self) -> Task:
         return TASKS[self.config.task]
 
+    @property
+    def _origin(self) -> dict[str, Any]:
+        return {"revision": self.config.revision, "trust_remote_code": self.config.trust_remote_code}
+
     @cached_property
     def model_config(self) -> Any:
-        options = self.config
-        config = load_config(options.model, revision=options.revision, trust_remote_code=options.trust_remote_code)
+        config = load_config(self.config.model, **self._origin)
         check_task(config, self.task)
         return config
 
     @cached_property
     def processor(self) -> Any:
-        return load_processor(self.config.model, self.task)
+        return load_processor(self.config.model, self.task, **self._origin)
 
     @cached_property
     def data(self) -> TaskData:
@@ -58,7 +62,7 @@ class Session:
         """What the run starts from, by content: model, adapter, data, task and seed."""
         adapter = self.config.adapter
         return {
-            "model": fingerprint(self.config.model),
+            "model": fingerprint(self.config.model, revision=self.config.revision),
             "adapter": None if adapter is None else _folder_hash(Path(adapter)),
             "data": self.data.fingerprint,
             "task": self.config.task,
@@ -83,14 +87,11 @@ class Session:
         wanted = min(self.config.calibrate.samples, len(self.training))
         return self.training.subset(wanted, self.config.seed)
 
-    def layers(self, model: PreTrainedModel) -> dict:
+    def layers(self, model: nn.Module) -> dict[str, DenseLinear]:
         return target_layers(model, self.config.calibrate.include, self.config.calibrate.exclude)
 
     def load_given(self) -> PreTrainedModel:
-        options = self.config
-        return load_model(
-            options.model, self.task, revision=options.revision, trust_remote_code=options.trust_remote_code
-        )
+        return load_model(self.config.model, self.task, **self._origin)
 
     def load_dense(self) -> PreTrainedModel:
         """The dense model that everything is compared with: the given one, with its adapter merged."""
@@ -112,12 +113,12 @@ class Session:
     def factored_folder(self) -> Path:
         return self.workspace.folder("rehab" if self.config.rehab.train.steps else "truncate") / "model"
 
-    def metrics(self, model: PreTrainedModel, samples: Samples, description: str) -> Metrics:
+    def metrics(self, model: nn.Module, samples: Samples, description: str) -> Metrics:
         with bar(description, len(samples)) as advance:
             batches = samples.batches(self.config.data.batch_size)
             return evaluate(torch_predictor(model, self.task), batches, self.task, advance)
 
-    def held_out_loss(self, model: PreTrainedModel) -> float:
+    def held_out_loss(self, model: nn.Module) -> float:
         return self.metrics(model, self.held_out, "held-out loss").loss
 
 
@@ -135,10 +136,10 @@ def check(session: Session) -> None:
     Raises:
         InputError: see the table of bad input in the README.
     """
-    model = empty_model(session.model_config, session.task)
+    model = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
     layers = session.layers(model)
     if session.config.adapter is not None:
-        check_adapter(Path(session.config.adapter), model)
+        check_fit(model, Path(session.config.adapter))
     if not len(session.data.train) or not len(session.data.evaluation):
         raise InputError(
             f"{session.config.data.data} has an empty split; give --train-split and --eval-split with rows"

@@ -89,7 +89,7 @@ def _prehab(session: Session, folder: Path) -> None:
 
     def dense_metric(candidate: nn.Module) -> dict[str, float]:
         metrics = session.metrics(candidate, session.held_out, "dense model on held-out samples")
-        return {f"dense_{metrics.name}": metrics.value, "dense_loss": metrics.loss}
+        return {f"dense_{metrics.metric}": metrics.value, "dense_loss": metrics.loss}
 
     with bar("prehab", options.prehab.train.steps) as advance:
         history = prehab(

@@ -64,8 +64,8 @@ class Statistics:
         for group, moment in self.inputs.items():
             if not (moment.second_moment.isfinite().all() and moment.mean.isfinite().all()):
                 raise InputError(f"the input of {group} holds NaN or Inf on the calibration data; {_ADVICE}")
-        for layer, moment in self.gradients.items():
-            if not moment.isfinite().all():
+        for layer, gradient in self.gradients.items():
+            if not gradient.isfinite().all():
                 raise InputError(f"the output gradient of {layer} holds NaN or Inf on the calibration data; {_ADVICE}")
 
 

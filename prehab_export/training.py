@@ -48,7 +48,7 @@ def train(
     history = []
     for step, batch in zip(range(config.steps), shuffled_batches(samples, config.batch_size, seed), strict=False):
         optimizer.zero_grad(set_to_none=True)
-        row = {"step": step, "learning_rate": schedule.get_last_lr()[0]}
+        row: dict[str, float] = {"step": step, "learning_rate": float(schedule.get_last_lr()[0])}
         loss, figures = _loss(model, teacher, task, batch, config.distill)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower the learning rate")

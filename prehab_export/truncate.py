@@ -174,7 +174,7 @@ def _decompose_layer(layer: nn.Module, metric: Metric, config: TruncateConfig) -
 
 
 def _cut(layer: nn.Module, entry: Decomposed, rank: int, metric: Metric) -> Factors:
-    weight = dense_weight(layer).detach()
+    weight: Tensor = dense_weight(layer).detach()
     up, down = (factor.double() for factor in entry.decomposition.truncated(rank))
     bias = None
     if layer.bias is not None and metric.mean is not None:

@@ -25,6 +25,8 @@ from transformers import (
 
 from converters.lowrank import DenseLinear, Factors, dense_weight, factorize
 
+torch.set_num_threads(1)  # models this small only lose time to several threads
+
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -50,7 +52,12 @@ FAMILIES = {
     "opt": (
         OPTForCausalLM,
         OPTConfig(
-            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32
+            vocab_size=50,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=64,
+            word_embed_proj_dim=32,
         ),
     ),
     "gpt2": (

@@ -1,0 +1,64 @@
+"""Attention as ONNX's own ``Attention`` operator (opset 23), put in place of a model's attention while it is traced.
+
+Matching the operator in a finished graph depends on how each architecture, transformers release and mask spells
+its softmax. transformers calls attention through a registry instead, so the operator can be traced directly, with
+the key/value heads of grouped-query attention unrepeated and the mask as the model computes it: padding on either
+side, sliding windows and any split into past and new tokens stay exact. ONNX Runtime's ``GroupQueryAttention``
+does not offer that: it refuses several new tokens after a past for batches above one, and takes the rotary
+positions of a prompt from the sequence's start whatever ``position_ids`` says.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn, onnx
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+ONNX_ATTENTION = "onnx"
+PLAIN_ATTENTION = "eager"
+
+# What an attention may be asked to do beyond scale and mask; the operator has no equal for these.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+def _onnx_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: object,
+) -> tuple[Tensor, None]:
+    """query (B, H, S, d), key and value (B, H_kv, T, d), additive mask (B, 1, S, T) → (B, S, H, d).
+
+    Raises:
+        NotImplementedError: the model asks for something that the operator cannot do.
+    """
+    asked = [name for name in _UNSUPPORTED if options.get(name) is not None]
+    if asked:
+        raise NotImplementedError(f"attention with {', '.join(asked)}")
+    if attention_mask is None and (module.is_causal if is_causal is None else is_causal):
+        raise NotImplementedError("causal attention without a mask")
+    output = onnx.ops.attention(query, key, value, attention_mask, scale=scaling)[0]
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ONNX_ATTENTION, _onnx_attention)
+AttentionMaskInterface.register(ONNX_ATTENTION, eager_mask)
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let the model use the named attention; models that do not use the registry keep their own."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    try:
+        if model._can_set_attn_implementation():
+            model.set_attn_implementation(name)
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]

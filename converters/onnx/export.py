@@ -1,0 +1,218 @@
+"""torch → ONNX for image classification, text classification and text generation."""
+
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from converters.errors import InputError
+from converters.onnx.attention import ONNX_ATTENTION, PLAIN_ATTENTION, attention_implementation
+from converters.onnx.cache import cache_layout, cache_of, tensors_of
+from converters.onnx.fuse import count_fusions, fuse, simplify
+from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
+from converters.onnx.names import restore_weight_names, store_transposed, tidy
+
+TASKS = ("image-classification", "text-classification", "text-generation")
+
+# Fused graphs use the Attention, RotaryEmbedding and RMSNormalization that opset 23 brought; plain ones do without.
+FUSED_OPSET, PLAIN_OPSET = 23, 20
+
+# A protobuf file ends at 2 GiB.
+EXTERNAL_DATA_THRESHOLD = 1_900_000_000
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written: ``fusions`` counts the fused operators in the graph, ``bytes`` the graph and its external
+    data."""
+
+    path: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    opset: int
+    fusions: dict[str, int]
+    bytes: int
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    path: Path,
+    task: str,
+    *,
+    text_inputs: Sequence[str] | None = None,
+    fuse: bool = True,
+    external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
+) -> OnnxExport:
+    """Write the model, dense or factored, as one ONNX graph; the model is handed back as it was.
+
+    - image-classification: ``pixel_values`` → ``logits``; the batch is free, the image size is the config's.
+    - text-classification: ``input_ids``, ``attention_mask``, ``token_type_ids`` → ``logits``, of which the ones
+      that the model uses and, if ``text_inputs`` is given, that are named there (what a tokenizer produces).
+    - text-generation: ``input_ids``, ``attention_mask``, ``position_ids`` (if the model takes them) and
+      ``past_key_values.{i}.key/value`` → ``logits`` and ``present.{i}.key/value``, for prompt (past length 0)
+      and decoding alike. Padding is the attention mask's matter, on either side.
+
+    The graph keeps the model's dtype. ONNX Runtime's CPU kernels want float32: cast a bfloat16 or float16 model
+    first. Weights above ``external_data_threshold`` bytes go to ``<name>.onnx_data`` beside the graph. ``fuse=False``
+    writes standard operators of an older opset only, to compare with or for other runtimes.
+
+    Raises:
+        InputError: an unknown task, or a model that does not fit it.
+        RuntimeError: torch could not trace the model.
+    """
+    if task not in TASKS:
+        raise InputError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+    with _as_found(model), torch.no_grad():
+        traced = _Traced(model, task, text_inputs)
+        graph = _trace(traced, _attention(traced) if fuse else PLAIN_ATTENTION, FUSED_OPSET if fuse else PLAIN_OPSET)
+        _optimise(graph, fuse, _tensor_names(model))
+        size = _publish(graph, path, external_data_threshold)
+    return OnnxExport(
+        path=path,
+        inputs=traced.inputs.names,
+        outputs=traced.outputs,
+        opset=graph.opset_imports[""],
+        fusions=count_fusions(graph),
+        bytes=size,
+    )
+
+
+class _Traced(nn.Module):
+    """A model with tensors in and tensors out, in the order of the graph's inputs and outputs."""
+
+    def __init__(self, model: PreTrainedModel, task: str, offered: Sequence[str] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.outputs: tuple[str, ...] = ("logits",)
+        if task == "text-generation":
+            layout = cache_layout(model)
+            self.inputs: GraphInputs = decoder_inputs(model, layout)
+            self.outputs += layout.present_names
+        elif task == "text-classification":
+            self.inputs = text_inputs(model, offered)
+        else:
+            self.inputs = image_inputs(model)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        named = dict(zip(self.inputs.names, tensors, strict=True))
+        past = [named.pop(name) for name in self.inputs.names if name.startswith("past_key_values.")]
+        if not past:
+            return (self.model(**named).logits,)
+        output = self.model(**named, past_key_values=cache_of(past), use_cache=True)
+        return (output.logits, *tensors_of(output.past_key_values))
+
+
+@contextmanager
+def _as_found(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and no cache beside the one that is asked for, both undone at the end."""
+    training = {name: module.training for name, module in model.named_modules()}
+    use_cache = getattr(model.config, "use_cache", None)
+    model.eval()
+    if use_cache is not None:
+        model.config.use_cache = False
+    try:
+        yield
+    finally:
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        for name, module in model.named_modules():
+            module.training = training[name]
+
+
+def _attention(traced: _Traced) -> str:
+    """The attention to trace with: ONNX's operator, unless the model asks for more than it can do."""
+    with attention_implementation(traced.model, ONNX_ATTENTION):
+        try:
+            traced(*traced.inputs.tensors.values())
+        except NotImplementedError:
+            return PLAIN_ATTENTION
+    return ONNX_ATTENTION
+
+
+def _trace(traced: _Traced, attention: str, opset: int) -> ir.Model:
+    inputs = traced.inputs
+    try:
+        with _quiet(), attention_implementation(traced.model, attention):
+            program = torch.onnx.export(
+                traced,
+                tuple(inputs.tensors.values()),
+                input_names=inputs.names,
+                output_names=traced.outputs,
+                dynamic_shapes=(tuple(inputs.axes.values()),),
+                opset_version=opset,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+    except Exception as error:
+        kind = type(traced.model).__name__
+        raise RuntimeError(f"torch could not export {kind} to ONNX: {_reason(error)}") from error
+    assert program is not None
+    return program.model
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line; the exporter wraps it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _tensor_names(model: PreTrainedModel) -> frozenset[str]:
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return frozenset(name for name, _ in tensors)
+
+
+def _optimise(graph: ir.Model, fused: bool, weights: frozenset[str]) -> None:
+    with _quiet():
+        restore_weight_names(graph.graph, prefix="model.")
+        store_transposed(graph)
+        (fuse if fused else simplify)(graph)
+        tidy(graph, weights)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress and warnings from the user; what fails still raises."""
+    disabled = logging.root.manager.disable
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(redirect_stdout(StringIO()))
+        stack.enter_context(redirect_stderr(StringIO()))
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def _publish(graph: ir.Model, path: Path, threshold: int) -> int:
+    """Write beside the destination, check, move into place; returns the bytes written."""
+    data = path.with_name(f"{path.name}_data")
+    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        written = folder / path.name
+        ir.save(graph, written, external_data=data.name if weights > threshold else None)
+        onnx.checker.check_model(str(written))
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        data.unlink(missing_ok=True)  # of an earlier export; the graph that belongs to it goes next
+        for file in sorted(folder.iterdir(), reverse=True):  # the graph last: it is what makes the export complete
+            os.replace(file, path.with_name(file.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return size

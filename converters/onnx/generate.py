@@ -1,0 +1,56 @@
+"""Greedy decoding with an exported decoder: numpy and ONNX Runtime, nothing else."""
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from converters.errors import InputError
+
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
+
+def greedy_decode(
+    session: onnxruntime.InferenceSession, input_ids: NDArray[np.int64], new_tokens: int
+) -> NDArray[np.int64]:
+    """The prompt (batch, sequence), no padding, and after it the ``new_tokens`` most likely tokens, one by one:
+    (batch, sequence + new_tokens). Decoding does not stop at an end-of-sequence token.
+
+    Raises:
+        InputError: the graph has no cache inputs, or the prompt is not a matrix with at least one token.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise InputError(f"input_ids must be (batch, sequence) with a token or more, got shape {input_ids.shape}")
+    cache = empty_cache(session, input_ids.shape[0])
+    present = [name.replace("past_key_values", "present", 1) for name in cache]
+    tokens, step = input_ids.astype(np.int64), input_ids.astype(np.int64)
+    for _ in range(new_tokens):
+        logits, *updated = session.run(["logits", *present], step_inputs(session, step, tokens.shape[1]) | cache)
+        cache = dict(zip(cache, updated, strict=True))
+        step = logits[:, -1:].argmax(axis=-1)
+        tokens = np.concatenate([tokens, step], axis=1)
+    return tokens
+
+
+def empty_cache(session: onnxruntime.InferenceSession, batch: int) -> dict[str, NDArray[np.floating]]:
+    """A past of length 0 (batch, heads, 0, width) for every cache input of the graph.
+
+    Raises:
+        InputError: the graph has none.
+    """
+    inputs = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+    if not inputs:
+        raise InputError("the graph has no past_key_values inputs; export it with the task text-generation")
+    return {i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), _TYPES[i.type]) for i in inputs}
+
+
+def step_inputs(
+    session: onnxruntime.InferenceSession, step: NDArray[np.int64], total: int
+) -> dict[str, NDArray[np.int64]]:
+    """The inputs beside the cache for the last tokens ``step`` (batch, sequence) of ``total``, without padding."""
+    batch, length = step.shape
+    values = {
+        "input_ids": step,
+        "attention_mask": np.ones((batch, total), np.int64),
+        "position_ids": np.tile(np.arange(total - length, total, dtype=np.int64), (batch, 1)),
+    }
+    return {i.name: values[i.name] for i in session.get_inputs() if i.name in values}

@@ -1,0 +1,79 @@
+"""Names in a graph: weights keep the names they have in the model, everything else is numbered.
+
+A weight appears under its ``state_dict`` name. ONNX multiplies from the left (x @ W), so the weight of an
+``nn.Linear`` is stored transposed, and then its name ends in ``.T``: ``…query.down.weight.T`` is in×rank. What
+the exporter or a fusion made up has no such name and is called ``constant_{i}``.
+"""
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnx_ir.tensor_adapters import TorchTensor
+
+TRANSPOSED = ".T"
+
+
+def restore_weight_names(graph: ir.Graph, prefix: str) -> None:
+    """Take the wrapper's prefix off the initialisers' names."""
+    for value in list(graph.initializers.values()):
+        assert value.name is not None
+        if value.name.startswith(prefix):
+            _rename_initializer(graph, value, value.name.removeprefix(prefix))
+
+
+def store_transposed(model: ir.Model) -> None:
+    """Replace ``Transpose(weight)`` by a weight that is stored transposed, so that it keeps a readable name.
+
+    A weight that is also read as it stands (an embedding tied to the output layer) keeps its ``Transpose``: two
+    copies would double it on disk.
+    """
+    graph = model.graph
+    for source in list(graph.initializers.values()):
+        readers = [node for node, _ in source.uses()]
+        if not readers or not all(_swaps_axes(node) for node in readers):
+            continue
+        tensor = source.const_value
+        assert isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, torch.Tensor)
+        name = f"{source.name}{TRANSPOSED}"
+        stored = TorchTensor(tensor.raw.detach().T, name=name)  # a view: copied when it is written, not before
+        value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+        graph.register_initializer(value)
+        for node in readers:
+            node.outputs[0].replace_all_uses_with(value)
+    RemoveUnusedNodesPass()(model)
+
+
+def _swaps_axes(node: ir.Node) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [1, 0]
+
+
+def tidy(model: ir.Model, weights: frozenset[str]) -> None:
+    """Number nodes and values in graph order and strip what the exporter left behind (stack traces, paths, stale
+    shapes), so that equal weights make equal files. ``weights`` are the names to keep."""
+    ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    graph = model.graph
+    graph.name = "model"
+    kept = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    for index, node in enumerate(graph.all_nodes()):
+        node.name = f"{node.op_type}_{index}"
+        for position, value in enumerate(node.outputs):
+            if id(value) not in kept:
+                value.name = f"value_{index}_{position}" if value.uses() else ""
+                value.shape = None  # onnxruntime's quantiser rejects a graph over one shape that a rewrite left stale
+    made_up = [value for value in graph.initializers.values() if _weight_name(value.name) not in weights]
+    for index, value in enumerate(made_up):
+        _rename_initializer(graph, value, f"constant_{index}")
+
+
+def _weight_name(name: str | None) -> str:
+    return (name or "").removesuffix(TRANSPOSED)
+
+
+def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    assert value.name is not None
+    del graph.initializers[value.name]
+    value.name = name
+    if value.const_value is not None:
+        value.const_value.name = name
+    graph.initializers[name] = value

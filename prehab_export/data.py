@@ -1,0 +1,151 @@
+"""Data as tasks take it: samples in a fixed order, turned into batches when they are asked for."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedConfig
+
+from converters.errors import InputError
+from prehab_export.config import DataConfig
+from prehab_export.data_batches import Collate, Encoder, encode
+from prehab_export.data_columns import Columns, choose_columns
+from prehab_export.data_source import choose_splits, held_out_count, open_source
+from prehab_export.models import longest_input
+from prehab_export.tasks import Batch, Task
+
+DEFAULT_WINDOW = 256
+# More than a short run will ever see, and a bound on the time that a huge corpus takes to tokenise.
+MOST_TRAINING_WINDOWS = 65536
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some rows of a split, in order. ``collate`` makes a batch of given rows."""
+
+    rows: np.ndarray
+    collate: Collate
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Batches of ``batch_size`` samples, the last one maybe shorter, padded to the longest in each.
+
+        indices: positions in these samples to take, in their order; all of them by default.
+        """
+        rows = self.rows if indices is None else self.rows[np.asarray(indices, np.int64)]
+        for start in range(0, len(rows), batch_size):
+            yield self.collate(rows[start : start + batch_size].tolist())
+
+    def first(self, count: int) -> "Samples":
+        return Samples(self.rows[:count], self.collate)
+
+    def subset(self, count: int, seed: int) -> "Samples":
+        """``count`` samples (all, if there are fewer) drawn without repeats, in their old order."""
+        return self.split(count, seed)[0]
+
+    def split(self, count: int, seed: int) -> tuple["Samples", "Samples"]:
+        """``count`` samples drawn at random, and the rest; both in their old order."""
+        order = np.random.default_rng(seed).permutation(len(self.rows))
+        drawn, rest = np.sort(order[:count]), np.sort(order[count:])
+        return Samples(self.rows[drawn], self.collate), Samples(self.rows[rest], self.collate)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """fingerprint: a hash of the content and of what decides which of it is used; description: for the report."""
+
+    train: Samples
+    evaluation: Samples
+    fingerprint: str
+    description: dict[str, Any]
+
+
+def load_data(config: DataConfig, task: Task, processor: Any, model_config: PreTrainedConfig, seed: int) -> TaskData:
+    """Samples to train on and samples to judge by.
+
+    ``config.eval_samples`` takes the first windows of a language model, and random rows of a classifier, whose
+    splits are often sorted by class. A lone split gives up its last windows, or random rows, for evaluation.
+
+    Args:
+        processor: tokenizer or image processor, from `prehab_export.models.load_processor`.
+
+    Raises:
+        InputError: data that is not there, has no rows, or does not fit the task or the model.
+    """
+    source = open_source(config)
+    splits = choose_splits(source, config)
+    columns = choose_columns(splits.train, config, task)
+    length = _sequence_length(config, task, processor, model_config)
+    encoder = Encoder(task, processor, model_config, columns, length)
+    train = _samples(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
+    if splits.evaluation is None:
+        train, evaluation = _cut(train, task, seed)
+    else:
+        _check_same_columns(splits.evaluation, splits.evaluation_name, columns)
+        evaluation = _samples(splits.evaluation, splits.evaluation_name, encoder, config.eval_samples)
+    if config.eval_samples is not None:
+        is_text = task.name == "text-generation"
+        evaluation = evaluation.first(config.eval_samples) if is_text else evaluation.subset(config.eval_samples, seed)
+    description = {
+        "data": config.data,
+        "config": config.data_config,
+        "columns": {name: column for name, column in asdict(columns).items() if column is not None},
+        "train_split": splits.train_name,
+        "eval_split": splits.evaluation_name,
+        "train_samples": len(train),
+        "eval_samples": len(evaluation),
+        "sequence_length": length,
+    }
+    return TaskData(train, evaluation, _fingerprint(source.fingerprint, config, description), description)
+
+
+def _samples(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None) -> Samples:
+    count, collate = encode(rows, split, encoder, most_windows)
+    return Samples(np.arange(count), collate)
+
+
+def _fingerprint(content: str, config: DataConfig, description: dict[str, Any]) -> str:
+    """Of the content and of all that decides what is trained on; how much of it judges is not part of it."""
+    used = {key: description[key] for key in ("config", "columns", "train_split", "eval_split", "sequence_length")}
+    return hashlib.sha256(json.dumps([content, used], sort_keys=True).encode()).hexdigest()
+
+
+def _cut(samples: Samples, task: Task, seed: int) -> tuple[Samples, Samples]:
+    """(train, evaluation) of a lone split; text is cut once, so that evaluation is a text that training never saw."""
+    if len(samples) < 2:
+        raise InputError("the data has one sample, which cannot be both trained on and judged by; give more")
+    count = held_out_count(len(samples))
+    if task.name == "text-generation":
+        keep = len(samples) - count
+        return samples.first(keep), Samples(samples.rows[keep:], samples.collate)
+    evaluation, train = samples.split(count, seed)
+    return train, evaluation
+
+
+def _check_same_columns(rows: Dataset, split: str, columns: Columns) -> None:
+    for column in asdict(columns).values():
+        if column is not None and column not in rows.column_names:
+            raise InputError(f"the split {split} has no column {column!r}; it has {', '.join(rows.column_names)}")
+
+
+def _sequence_length(config: DataConfig, task: Task, processor: Any, model_config: PreTrainedConfig) -> int | None:
+    """Window of a language model, longest text of a classifier, in tokens; None where there is no bound."""
+    if task.name == "image-classification":
+        return None
+    bounds = [longest_input(model_config, task)]
+    if task.name == "text-classification" and processor.model_max_length < 1e9:  # transformers' "no limit" is 1e30
+        bounds.append(processor.model_max_length)
+    longest = min((bound for bound in bounds if bound is not None), default=None)
+    if config.sequence_length is not None:
+        if longest is not None and config.sequence_length > longest:
+            raise InputError(f"--sequence-length {config.sequence_length} is more than the model's {longest} positions")
+        return config.sequence_length
+    if task.name == "text-classification":
+        return longest
+    return DEFAULT_WINDOW if longest is None else min(DEFAULT_WINDOW, longest)

@@ -1,0 +1,238 @@
+"""Datasets as they lie on disk or on the hub: which splits there are, and which rows train and which judge."""
+
+import functools
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, ReadInstruction
+
+from converters.errors import InputError
+from prehab_export.config import DataConfig
+from prehab_export.files import sha256_of
+
+DIGITS = "sklearn-digits"
+DIGITS_EVALUATION = 360
+
+# Which of `datasets`' readers takes a single file. Separators and the like are in READER_OPTIONS.
+FILE_READERS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
+# Line breaks belong to a text, and the word "null" in a cell is a word.
+READER_OPTIONS: dict[str, dict[str, Any]] = {
+    "text": {"keep_linebreaks": True},
+    "csv": {"keep_default_na": False},
+}
+TRAIN_NAMES = ("train", "training")
+EVAL_NAMES = ("validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
+HELD_OUT_SHARE = 0.2
+HELD_OUT_MOST = 5000
+
+
+@dataclass(frozen=True)
+class Source:
+    """All splits of a dataset, and a hash of its content."""
+
+    splits: DatasetDict
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Rows to train on and rows to judge by, with the names they go by.
+
+    ``evaluation`` is None when the data has one split: the evaluation part is then cut from its samples.
+    """
+
+    train: Dataset
+    train_name: str
+    evaluation: Dataset | None
+    evaluation_name: str
+
+
+def open_source(config: DataConfig) -> Source:
+    """Every split of the data.
+
+    Raises:
+        InputError: nothing there, a kind of file that is not read, or the hub out of reach.
+    """
+    datasets.disable_progress_bars()
+    if config.data == DIGITS:
+        return Source(_digits(), hashlib.sha256(DIGITS.encode()).hexdigest())  # the same rows for everyone
+    path = Path(config.data)
+    try:
+        if path.is_file():
+            return Source(_from_file(path), _content_hash(path, [path]))
+        if path.is_dir():
+            splits = _from_folder(path, config.data_config)
+            return Source(splits, _content_hash(path, [file for file in path.rglob("*") if file.is_file()]))
+        if config.data.startswith((".", "~", "/")) or config.data.count("/") > 1 or path.suffix in FILE_READERS:
+            raise InputError(f"no such file or folder: {config.data}")
+        return _from_hub(config)
+    except InputError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        where = "" if path.exists() else " (neither a file nor a folder here, so it was looked for on the hub)"
+        raise InputError(f"cannot read the data {config.data}{where}: {_reason(error)}") from error
+
+
+def choose_splits(source: Source, config: DataConfig) -> Splits:
+    """The splits that the configuration names, or those that go by common names.
+
+    Raises:
+        InputError: an unknown or an empty split, or none that can be told to be the one to train on.
+    """
+    sizes = {name: split.num_rows for name, split in source.splits.items()}
+    evaluation_name = config.eval_split or _evaluation_name(list(sizes), config)
+    train_name = config.train_split or _train_name(list(sizes), config)
+    if config.eval_split is not None and config.train_split is None:
+        used = {part.splitname for part in _instruction(config.eval_split, sizes, config)}
+        if train_name in used:
+            raise InputError(
+                f"--eval-split {config.eval_split} takes rows of {train_name}, which would also be trained on; "
+                f"say which rows are left with --train-split, as in '{train_name}[:80%]'"
+            )
+    train = _select(source.splits, train_name, sizes, config)
+    if evaluation_name is None:
+        return Splits(train, train_name, None, f"{train_name}, held out")
+    return Splits(train, train_name, _select(source.splits, evaluation_name, sizes, config), evaluation_name)
+
+
+def held_out_count(samples: int) -> int:
+    """How many samples of a lone split judge: a fifth, at most 5,000, and at least one."""
+    return min(HELD_OUT_MOST, max(1, int(samples * HELD_OUT_SHARE)))
+
+
+def _train_name(names: Sequence[str], config: DataConfig) -> str:
+    found = _named(names, TRAIN_NAMES)
+    if found is None and len(names) == 1:
+        found = names[0]
+    if found is None:
+        raise InputError(
+            f"{config.data} has the splits {', '.join(names)}; say which one to train on with --train-split"
+        )
+    return found
+
+
+def _evaluation_name(names: Sequence[str], config: DataConfig) -> str | None:
+    if len(names) == 1:
+        return None
+    exact = _named(names, EVAL_NAMES)
+    if exact is not None:
+        return exact
+    # GLUE's MNLI has validation_matched and validation_mismatched: theirs to choose.
+    near = [name for name in names if name.lower().startswith(EVAL_NAMES)]
+    if len(near) > 1:
+        raise InputError(f"{config.data} has the splits {', '.join(near)}; say which one to judge by: --eval-split")
+    return near[0] if near else None
+
+
+def _named(names: Sequence[str], wanted: Sequence[str]) -> str | None:
+    by_lower = {name.lower(): name for name in names}
+    return next((by_lower[name] for name in wanted if name in by_lower), None)
+
+
+def _instruction(split: str, sizes: dict[str, int], config: DataConfig) -> list[Any]:
+    try:
+        return ReadInstruction.from_spec(split).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise InputError(
+            f"{config.data} has no split {split!r}; it has {', '.join(sizes)} (also 'a+b' and 'a[:80%]')"
+        ) from error
+
+
+def _select(splits: DatasetDict, split: str, sizes: dict[str, int], config: DataConfig) -> Dataset:
+    parts = [
+        splits[part.splitname].select(range(part.from_ or 0, sizes[part.splitname] if part.to is None else part.to))
+        for part in _instruction(split, sizes, config)
+    ]
+    rows = datasets.concatenate_datasets(parts)
+    if not rows.num_rows:
+        raise InputError(f"the split {split} of {config.data} is empty; name one that has rows")
+    return rows
+
+
+def _from_file(path: Path) -> DatasetDict:
+    reader = FILE_READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path} is not a kind of file that is read here; give {', '.join(FILE_READERS)} or a folder")
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty")
+    options = dict(READER_OPTIONS.get(reader, {}))
+    if path.suffix.lower() == ".tsv":
+        options["sep"] = "\t"
+    return datasets.load_dataset(reader, data_files={"train": str(path)}, cache_dir=_scratch(), **options)
+
+
+def _from_folder(path: Path, name: str | None) -> DatasetDict:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
+    reader = datasets.load_dataset_builder(str(path), name, cache_dir=_scratch()).name
+    return datasets.load_dataset(str(path), name, cache_dir=_scratch(), **READER_OPTIONS.get(reader, {}))
+
+
+def _from_hub(config: DataConfig) -> Source:
+    builder = datasets.load_dataset_builder(config.data, config.data_config)
+    options = READER_OPTIONS.get(builder.name, {})
+    splits = datasets.load_dataset(config.data, config.data_config, **options)
+    identity = f"{config.data}\0{config.data_config}\0{builder.hash}"
+    return Source(splits, hashlib.sha256(identity.encode()).hexdigest())
+
+
+@functools.cache
+def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="prehab-export-data-")
+
+
+def _scratch() -> str:
+    """Where `datasets` puts its Arrow copy of local files: gone when the process ends, not kept in the user's cache."""
+    return _scratch_folder().name
+
+
+def _content_hash(root: Path, files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(root.parent)}\0{sha256_of(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause says what was wrong with the file; the wrappers only say that something was."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "…"
+
+
+def _digits() -> DatasetDict:
+    """scikit-learn's 1,797 digits of 8×8 pixels, in a fixed order: 1,437 to train on, 360 to judge by."""
+    from PIL import Image as PilImage
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(pixels))
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
+    parts = {"train": order[DIGITS_EVALUATION:], "test": order[:DIGITS_EVALUATION]}
+    return DatasetDict(
+        {
+            name: Dataset.from_dict(
+                {"image": [PilImage.fromarray(pixels[i]) for i in rows], "label": digits.target[rows]},
+                features=features,
+            )
+            for name, rows in parts.items()
+        }
+    )

@@ -1,0 +1,137 @@
+"""The tasks: what a model of each kind is asked, and what one unit of its loss is.
+
+A *unit* is what cross-entropy is taken over: a sample of a classifier, a predicted token of a language model.
+Calibration, training and evaluation are written once, in terms of units, and know nothing else of a task.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+# The label that cross-entropy passes over, everywhere in PyTorch and transformers.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of `TASKS`. B: samples of a batch, T: tokens, K: classes or vocabulary, U: units.
+
+    auto_class: name of the transformers class that loads such a model.
+    metric: ``accuracy`` (higher is better) or ``perplexity`` (lower is better).
+    logits: (model, batch) → (B, K) or (B, T, K); labels are not shown to the model.
+    unit_logits: (logits, batch) → (U, K).
+    unit_labels: (batch) → (U), aligned with ``unit_logits``.
+    token_mask: (batch) → bool (B, T), True for real tokens; None when every position counts.
+    """
+
+    name: str
+    auto_class: str
+    metric: str
+    logits: Callable[[nn.Module, Batch], Tensor]
+    unit_logits: Callable[[Tensor, Batch], Tensor]
+    unit_labels: Callable[[Batch], Tensor]
+    token_mask: Callable[[Batch], Tensor | None]
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric == "accuracy"
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of every unit in nats (U), in float32 at least."""
+        unit_logits = self.unit_logits(logits, batch)
+        if unit_logits.dtype in (torch.float16, torch.bfloat16):
+            unit_logits = unit_logits.float()
+        return nn.functional.cross_entropy(unit_logits, self.unit_labels(batch), reduction="none")
+
+
+def sample_count(batch: Batch) -> int:
+    """B."""
+    return next(iter(batch.values())).shape[0]
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """The batch without its labels."""
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def _classifier_logits(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**model_inputs(batch)).logits
+
+
+def _decoder_logits(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**model_inputs(batch), use_cache=False).logits
+
+
+def _sample_logits(logits: Tensor, batch: Batch) -> Tensor:
+    return logits[batch["labels"] != IGNORED]
+
+
+def _sample_labels(batch: Batch) -> Tensor:
+    labels = batch["labels"]
+    return labels[labels != IGNORED]
+
+
+def _token_logits(logits: Tensor, batch: Batch) -> Tensor:
+    return logits[:, :-1][_next_tokens(batch) != IGNORED]
+
+
+def _token_labels(batch: Batch) -> Tensor:
+    targets = _next_tokens(batch)
+    return targets[targets != IGNORED]
+
+
+def _next_tokens(batch: Batch) -> Tensor:
+    """What each position but the last has to predict (B, T−1); `IGNORED` where that is padding.
+
+    Without ``labels`` every real token is a target.
+    """
+    targets = batch.get("labels", batch["input_ids"])[:, 1:]
+    mask = batch.get("attention_mask")
+    return targets if mask is None else targets.masked_fill(mask[:, 1:] == 0, IGNORED)
+
+
+def _attended(batch: Batch) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return None if mask is None else mask.bool()
+
+
+def _every_position(_batch: Batch) -> None:
+    return None
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="image-classification",
+            auto_class="AutoModelForImageClassification",
+            metric="accuracy",
+            logits=_classifier_logits,
+            unit_logits=_sample_logits,
+            unit_labels=_sample_labels,
+            token_mask=_every_position,
+        ),
+        Task(
+            name="text-classification",
+            auto_class="AutoModelForSequenceClassification",
+            metric="accuracy",
+            logits=_classifier_logits,
+            unit_logits=_sample_logits,
+            unit_labels=_sample_labels,
+            token_mask=_attended,
+        ),
+        Task(
+            name="text-generation",
+            auto_class="AutoModelForCausalLM",
+            metric="perplexity",
+            logits=_decoder_logits,
+            unit_logits=_token_logits,
+            unit_labels=_token_labels,
+            token_mask=_attended,
+        ),
+    )
+}
