@@ -141,9 +141,8 @@ def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftMo
         config = LoraConfig.from_pretrained(str(adapter))
         config.base_model_name_or_path = None  # PEFT warns about any change of name
         loaded = get_peft_model(model, config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=assign)
-        result = loaded.load_adapter(
-            str(adapter), ADAPTER_NAME, torch_device=str(model.device), low_cpu_mem_usage=assign
-        )
+        device = "cpu" if model.device.type == "meta" else str(model.device)  # safetensors cannot read onto meta
+        result = loaded.load_adapter(str(adapter), ADAPTER_NAME, torch_device=device, low_cpu_mem_usage=assign)
     except (ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{adapter} does not fit the model: {_first_mismatch(error)}") from error
     unexpected = [key for key in result.unexpected_keys if not is_duplicate(key)]

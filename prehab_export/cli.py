@@ -65,7 +65,7 @@ def _choice(values: tuple[str, ...]) -> click.Choice:
     return click.Choice(values)
 
 
-RUN_OPTIONS = [
+RUN_OPTIONS: list[Callable[[Command], Command]] = [
     click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder."),
     click.option(
         "--config",
@@ -305,6 +305,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (InputError, ParityError) as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
+    except FloatingPointError as error:  # a loss that overflowed, with what to change
+        click.echo(f"error: {error}", err=True)
+        code = InputError.exit_code
     except click.ClickException as error:
         error.show()
         code = error.exit_code

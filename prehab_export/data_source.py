@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,6 +85,9 @@ def open_source(config: DataConfig) -> Source:
     except InputError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        empty = re.search(r'Instruction "(.+)" corresponds to no data', str(error))
+        if empty is not None:
+            raise InputError(f"the split {empty[1]} of {config.data} is empty; give it rows or take it away") from error
         where = "" if path.exists() else " (neither a file nor a folder here, so it was looked for on the hub)"
         raise InputError(f"cannot read the data {config.data}{where}: {_reason(error)}") from error
 

@@ -44,7 +44,7 @@ def chunked(texts: Iterable[str], size: int = CHUNK_CHARACTERS) -> Iterator[str]
     """The joined text in pieces of at least ``size`` characters, cut where a word ends.
 
     >>> list(chunked(["one two", "three\\n", "four"], size=6))
-    ['one', ' two', '\\nthree\\nfour']
+    ['one', ' two\\nthree', '\\nfour']
     """
     pieces: list[str] = []
     waiting, enough = 0, size

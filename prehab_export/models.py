@@ -63,6 +63,19 @@ def check_task(config: PreTrainedConfig, task: Task) -> None:
         _check_classes(config)
 
 
+def task_of(config: PreTrainedConfig) -> Task:
+    """The task that a model was made for, from the head that its configuration names.
+
+    Raises:
+        InputError: it names no head, or one of no task known here.
+    """
+    architecture = next(iter(config.architectures or ()), None)
+    for task in TASKS.values():
+        if architecture is not None and _fits(config, architecture, task):
+            return task
+    raise InputError(f"{architecture or 'the model'} has no head for any of {', '.join(TASKS)}")
+
+
 def _fits(config: PreTrainedConfig, architecture: str, task: Task) -> bool:
     known: set[str] = set()
     for names in _ARCHITECTURES[task.name].values():
@@ -108,9 +121,10 @@ def load_model(
         )
     _check_loading(model, info)
     _check_finite(model, loaded)
-    if task.name == "text-classification" and _no_padding(loaded.config):
+    text = loaded.config.get_text_config()
+    if task.name == "text-classification" and not _in_vocabulary(text.pad_token_id, text):
         # Decoders with a classification head find each row's last token by this id.
-        loaded.config.pad_token_id = padding_id(loaded.config)
+        text.pad_token_id = padding_id(loaded.config)
     return loaded.eval()
 
 
@@ -157,16 +171,13 @@ def longest_input(config: PreTrainedConfig, task: Task) -> int | None:
 def padding_id(config: PreTrainedConfig) -> int:
     """The id to pad with: the model's own, else its end-of-text, else 0 (a mask hides it)."""
     text = config.get_text_config()
-    for candidate in (text.pad_token_id, text.eos_token_id):
-        first = candidate[0] if isinstance(candidate, list) and candidate else candidate
-        if isinstance(first, int) and first >= 0:
-            return first
-    return 0
+    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    return next((token for token in (text.pad_token_id, *ends) if _in_vocabulary(token, text)), 0)
 
 
-def _no_padding(config: PreTrainedConfig) -> bool:
-    own = config.get_text_config().pad_token_id
-    return own is None or own < 0
+def _in_vocabulary(token: int | None, text: PreTrainedConfig) -> bool:
+    """Configurations keep ids of other vocabularies by default (GPT-2: 50256), or −1 for none."""
+    return token is not None and 0 <= token < getattr(text, "vocab_size", token + 1)
 
 
 def load_processor(model: str, task: Task, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

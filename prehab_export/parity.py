@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from converters.onnx.generate import greedy_decode
 from prehab_export.data import Samples
-from prehab_export.evaluate import onnx_predictor
+from prehab_export.evaluation import onnx_predictor
 from prehab_export.tasks import Batch, Task
 
 # Largest |Δ| of float32 logits, relative to the largest logit. Summation order alone accounts for about 1e-6.
@@ -135,7 +136,8 @@ def load_reference(folder: Path) -> Reference:
 def _greedy(model: PreTrainedModel, prompt: Tensor) -> tuple[Tensor, Tensor]:
     prompt = prompt[:1, : max(1, min(16, prompt.shape[1] // 2))]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    tokens = model.generate(
+    generate: Any = model.generate
+    tokens = generate(
         prompt.to(model.device),
         attention_mask=torch.ones_like(prompt).to(model.device),
         max_new_tokens=max(1, min(GREEDY_TOKENS, limit - prompt.shape[1])),

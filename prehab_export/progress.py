@@ -14,6 +14,11 @@ Advance = Callable[..., None]
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def result_console() -> Console:
+    """For results, on stdout: as wide as the terminal, and wide enough for long layer names where there is none."""
+    return Console(highlight=False) if Console().is_terminal else Console(highlight=False, width=160)
+
+
 def say(text: str) -> None:
     console.print(text)
 

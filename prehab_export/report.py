@@ -32,13 +32,13 @@ def write_report(session: Session, folder: Path) -> None:
     plot_ranks(facts["truncate"]["layers"], folder / "ranks.png")
     if "prehab" in facts:
         plot_prehab(facts["prehab"]["history"], facts["metric"]["name"], folder / "prehab.png")
-    (folder / "report.md").write_text(_render("report.md.j2", facts))
+    (folder / "report.md").write_text(render("report.md.j2", facts))
 
 
 def write_card(session: Session, folder: Path) -> None:
     """The model card: what the model is, what compression cost, how to load it. No timings: they belong to a
     machine, and the artifact must come out the same, byte for byte, wherever a run is repeated."""
-    (folder / "README.md").write_text(_render("card.md.j2", collect(session)))
+    (folder / "README.md").write_text(render("card.md.j2", collect(session)))
 
 
 def collect(session: Session) -> dict[str, Any]:
@@ -69,7 +69,8 @@ def _public_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
-def _render(template: str, facts: dict[str, Any]) -> str:
+def render(template: str, facts: dict[str, Any]) -> str:
+    """A template of this package, filled in; a fact that is missing is an error, not a gap."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("prehab_export"),
         undefined=jinja2.StrictUndefined,

@@ -16,7 +16,7 @@ from converters.lowrank import DenseLinear, dense_weight
 from converters.targets import target_layers
 from prehab_export.config import RunConfig
 from prehab_export.data import Samples, TaskData, load_data
-from prehab_export.evaluate import Metrics, evaluate, torch_predictor
+from prehab_export.evaluation import Metrics, evaluate, torch_predictor
 from prehab_export.files import sha256_of
 from prehab_export.models import check_task, empty_model, fingerprint, load_config, load_model, load_processor
 from prehab_export.progress import bar
@@ -123,9 +123,14 @@ class Session:
 
 
 def prepare_process(config: RunConfig) -> None:
-    """Threads, determinism, and quiet libraries, for every process that works on a run."""
+    """Threads and determinism, for every process that works on a run."""
     torch.set_num_threads(config.bench.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """What transformers has to say is for those who call it; this tool speaks for itself."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

@@ -15,19 +15,19 @@ from transformers import PreTrainedModel
 from converters.adapters import merge_dense_adapter
 from converters.folder import from_pretrained, save_folder
 from converters.lowrank import factorize
-from prehab_export.bench import bench
-from prehab_export.calibrate import calibrate, warn_few_tokens
+from prehab_export.benchmark import bench
+from prehab_export.calibration import calibrate, warn_few_tokens
 from prehab_export.config import RunConfig
 from prehab_export.export import export_artifact, export_baseline
-from prehab_export.prehab import prehab
+from prehab_export.prehabilitation import prehab
 from prehab_export.progress import bar
-from prehab_export.rehab import rehab
+from prehab_export.rehabilitation import rehab
 from prehab_export.report import write_report
 from prehab_export.session import Session
 from prehab_export.statistics import Statistics, load_statistics, save_statistics
 from prehab_export.training import frozen_copy
-from prehab_export.truncate import Truncation, truncate
-from prehab_export.verify import publish_artifact, verify_in_fresh_process
+from prehab_export.truncation import Truncation, truncate
+from prehab_export.verification import publish_artifact, verify_in_fresh_process
 from prehab_export.workspace import write_json
 
 STATISTICS = "statistics.safetensors"

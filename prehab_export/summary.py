@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from prehab_export.progress import result_console
 from prehab_export.report import STAGE_FACTS
 from prehab_export.workspace import Workspace
 
@@ -24,7 +25,7 @@ def result_of(workspace: Workspace, until: str) -> dict[str, Any]:
 
 def print_summary(workspace: Workspace, until: str) -> None:
     """A few lines on stdout: what it cost, what it gained, where things lie."""
-    console = Console(highlight=False)
+    console = result_console()
     result = result_of(workspace, until)
     if until == "report":
         console.print(_table(result))

@@ -1,136 +1,210 @@
-"""The best rank-r factors of one weight in a whitened metric, in closed form.
+"""Truncation of a model's targeted layers: decompose each once, share out ranks, cut, balance, measure.
 
-Every objective is ``tr(G Δ C Δᵀ)`` with ``Δ = W − Ŵ``; they differ in which metric is the identity:
-
-==============  ============  ==============  ===========================================
-objective       C             G               known as
-==============  ============  ==============  ===========================================
-``weight``      identity      identity        truncated SVD
-``activation``  E[x xᵀ]       identity        SVD-LLM (arXiv 2403.07378)
-``fisher``      E[x xᵀ]       E[g gᵀ]         K-FAC loss increase (GFWSVD, arXiv 2505.17974)
-==============  ============  ==============  ===========================================
-
-The whitened weight is ``M = G^½ W C^½``. SVD-LLM takes a Cholesky factor of C and solves with it; here the
-smaller Gram matrix of M is diagonalised instead (Swift-SVD, arXiv 2604.01609, does so for ``activation``), and
-one factor follows from the other by least squares. Nothing is ever inverted but the eigenvalues themselves, so a
-singular C or G needs no special case, and the discarded eigenvalues are the exact value of the objective.
-
-Tensors in, tensors out. Shapes: W m×n (out×in), C n×n, G m×m. The eigen-step runs in float64: in float32 it
-loses most of its accuracy once C is ill-conditioned.
+One decomposition a layer serves every ratio and allocation, so it is kept (up to break-even rank, at the size of
+the dense weight) and only sliced.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 
-import torch
 from torch import Tensor
+
+from converters.errors import InputError
+from converters.lowrank import DenseLinear, Factors, LowRankLinear, balance, dense_weight
+from prehab_export import allocation
+from prehab_export.config import TruncateConfig
+from prehab_export.decomposition import (
+    Decomposition,
+    damped,
+    decompose,
+    objective_value,
+    predicted_loss,
+)
+from prehab_export.statistics import Statistics
+
+# Directions that calibration never saw get this share of the mean energy: enough to order them by the weight
+# itself when rank is left over, too little to be seen in the objective.
+INPUT_DAMPING = 1e-8
 
 
 @dataclass(frozen=True)
-class Decomposition:
-    """All ranks of one weight at once: rank r is the first r columns of ``up`` and rows of ``down``.
+class LayerResult:
+    """What became of one layer. ``rank`` None: it stays dense. Losses in nats, per unit."""
 
-    up: m×k, down: k×n with k = min(m, n), float64; spectrum: k eigenvalues, descending.
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    objective: float
+    predicted_loss: float | None
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass(frozen=True)
+class Truncation:
+    factors: dict[str, Factors]
+    layers: list[LayerResult]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
+
+    def summary(self) -> dict:
+        before = sum(layer.parameters_before for layer in self.layers)
+        after = sum(layer.parameters_after for layer in self.layers)
+        losses = [layer.predicted_loss for layer in self.layers if layer.predicted_loss is not None]
+        return {
+            "targeted_parameters_before": before,
+            "targeted_parameters_after": after,
+            "targeted_share_removed": 1 - after / before,
+            # One multiply-add a weight and token: for the targeted layers the two counts are the same.
+            "targeted_multiply_adds_per_token_before": before,
+            "targeted_multiply_adds_per_token_after": after,
+            "predicted_loss_increase": sum(losses) if losses else None,
+            "layers_factored": len(self.factors),
+            "layers_dense": len(self.layers) - len(self.factors),
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The metric of one layer, float64: C (n×n, centred where a bias can take the mean), μ (n) and G (m×m)."""
+
+    second_moment: Tensor
+    gradient_moment: Tensor | None
+    mean: Tensor | None
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """One layer's decomposition, cut at break-even, with its predicted loss at ranks 0…min(m, n) if G is known."""
+
+    decomposition: Decomposition
+    losses: Tensor | None
+
+
+def layer_metric(
+    name: str, layer: DenseLinear | LowRankLinear, statistics: Statistics, gradient_damping: float
+) -> Metric:
+    """C, G and μ of a layer, damped; C is centred when the layer has a bias to fold the mean error into."""
+    moment = statistics.input_of(name)
+    has_bias = layer.bias is not None
+    second = moment.centred() if has_bias else moment.second_moment
+    gradient = statistics.gradients.get(name)
+    return Metric(
+        damped(second, INPUT_DAMPING),
+        None if gradient is None else damped(gradient, gradient_damping),
+        moment.mean.double() if has_bias else None,
+    )
+
+
+def decompose_layers(
+    layers: Mapping[str, DenseLinear],
+    statistics: Statistics,
+    config: TruncateConfig,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Decomposed]:
+    """Decompose every layer under the configured objective.
+
+    Raises:
+        InputError: gradient moments are needed and the statistics hold none.
     """
+    if config.needs_gradients and not statistics.gradients:
+        raise InputError(
+            f"objective {config.objective!r} with allocation {config.allocation!r} needs gradient moments; "
+            "calibrate with gradients, or take --objective activation --allocation uniform"
+        )
+    result = {}
+    for name, layer in layers.items():
+        result[name] = _decompose_layer(layer, layer_metric(name, layer, statistics, config.gradient_damping), config)
+        if progress is not None:
+            progress(1)
+    return result
 
-    up: Tensor
-    down: Tensor
-    spectrum: Tensor
 
-    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The two factors at this rank, unbalanced: up m×r, down r×n."""
-        return self.up[:, :rank], self.down[:rank]
+def plan_ranks(
+    layers: Mapping[str, DenseLinear], decomposed: Mapping[str, Decomposed], config: TruncateConfig
+) -> dict[str, int | None]:
+    """Ranks by the configured allocation; None leaves a layer dense."""
+    shapes = {name: (layer.shape[0], layer.shape[1]) for name, layer in _weights(layers).items()}
+    if config.allocation == "uniform":
+        return allocation.uniform(shapes, config.keep, config.rank_multiple)
+    losses = {name: entry.losses for name, entry in decomposed.items() if entry.losses is not None}
+    return allocation.by_loss(shapes, losses, config.keep, config.rank_multiple, config.floor_share)
 
-    def objective(self, rank: int) -> float:
-        """Value of the objective at this rank: the discarded eigenvalues."""
-        return float(self.spectrum[rank:].sum())
 
+def truncate(
+    layers: Mapping[str, DenseLinear],
+    statistics: Statistics,
+    config: TruncateConfig,
+    *,
+    decomposed: Mapping[str, Decomposed] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Truncation:
+    """The factors of every targeted layer, balanced and in the layer's own dtype, and what they cost.
 
-def decompose(
-    weight: Tensor, second_moment: Tensor | None = None, gradient_moment: Tensor | None = None
-) -> Decomposition:
-    """Diagonalise the whitened weight. ``None`` stands for the identity on that side.
-
-    >>> w = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
-    >>> [round(v, 6) for v in decompose(w).spectrum.tolist()]
-    [9.0, 1.0]
-    >>> up, down = decompose(w).truncated(1)
-    >>> torch.round(up @ down, decimals=6).tolist()
-    [[3.0, 0.0], [0.0, 0.0]]
+    Args:
+        layers: dense layers by name; left as they are (see ``converters.lowrank.factorize``).
+        decomposed: decompositions of these very weights and statistics, when at hand.
     """
-    w = weight.detach().double()
-    c = None if second_moment is None else symmetric(second_moment)
-    g = None if gradient_moment is None else symmetric(gradient_moment)
-    if w.shape[0] <= w.shape[1]:
-        # Left side: M Mᵀ = G^½ (W C Wᵀ) G^½. Given down = Uᵀ G^½ W, down C downᵀ is diagonal, and the best up is
-        # W C downᵀ over that diagonal; with a regular G this is G^-½ U, but it needs no inverse of G.
-        root = None if g is None else square_root(g)
-        wc = w if c is None else w @ c
-        spectrum, basis = _eigh_descending(_sandwich(root, wc @ w.T))
-        down = basis.T @ (w if root is None else root @ w)
-        up = basis if root is None else (wc @ down.T) * _reciprocal(spectrum)
-    else:
-        # Right side, mirrored: Mᵀ M = C^½ (Wᵀ G W) C^½, up = W C^½ V, and down by least squares in the metric G.
-        root = None if c is None else square_root(c)
-        gw = w if g is None else g @ w
-        spectrum, basis = _eigh_descending(_sandwich(root, w.T @ gw))
-        up = (w if root is None else w @ root) @ basis
-        down = basis.T if root is None else _reciprocal(spectrum)[:, None] * (up.T @ gw)
-    return Decomposition(up, down, spectrum)
+    decomposed = decomposed or decompose_layers(layers, statistics, config, progress)
+    ranks = plan_ranks(layers, decomposed, config)
+    factors, results = {}, []
+    for name, layer in layers.items():
+        metric = layer_metric(name, layer, statistics, config.gradient_damping)
+        pair = None if (rank := ranks[name]) is None else _cut(layer, decomposed[name], rank, metric)
+        if pair is not None:
+            factors[name] = pair
+        results.append(_measure(name, layer, pair, metric, config))
+    return Truncation(factors, results)
 
 
-def predicted_loss(decomposition: Decomposition, second_moment: Tensor, gradient_moment: Tensor) -> Tensor:
-    """Predicted loss increase ``½ tr(G Δ C Δᵀ)`` at every rank 0…k, whatever objective chose the factors.
-
-    With Δ_r the sum of the dropped rank-one terms, this is half the sum over i, j > r of
-    ``(upᵢᵀ G upⱼ)(downᵢ C downⱼᵀ)``: for ``fisher`` the matrix is diagonal and holds the spectrum.
-
-    Returns:
-        k+1 values, float64, for ranks 0…k.
-    """
-    up, down = decomposition.up, decomposition.down
-    terms = (up.T @ symmetric(gradient_moment) @ up) * (down @ symmetric(second_moment) @ down.T)
-    # Sum of the trailing block [r:, r:]: its diagonal plus twice what lies right of it, accumulated from the end.
-    increments = terms.diagonal() + 2 * terms.triu(1).sum(1)
-    tail = increments.flip(0).cumsum(0).flip(0)
-    return 0.5 * torch.cat([tail, tail.new_zeros(1)]).clamp_min(0)
+def _decompose_layer(layer: DenseLinear, metric: Metric, config: TruncateConfig) -> Decomposed:
+    weight = dense_weight(layer)
+    second = None if config.objective == "weight" else metric.second_moment
+    gradient = metric.gradient_moment if config.objective == "fisher" else None
+    full = decompose(weight, second, gradient)
+    losses = None
+    if metric.gradient_moment is not None:
+        losses = predicted_loss(full, metric.second_moment, metric.gradient_moment)
+    most = allocation.break_even(*weight.shape)
+    # float32 holds the cut factors at the dense weight's size; the eigen-step above was float64.
+    kept = replace(full, up=full.up[:, :most].float().clone(), down=full.down[:most].float().clone())
+    return Decomposed(kept, losses)
 
 
-def objective_value(delta: Tensor, second_moment: Tensor | None = None, gradient_moment: Tensor | None = None) -> float:
-    """``tr(G Δ C Δᵀ)`` in float64, for Δ of shape m×n; ``None`` stands for the identity."""
-    d = delta.detach().double()
-    right = d if second_moment is None else d @ symmetric(second_moment)
-    left = d if gradient_moment is None else symmetric(gradient_moment) @ d
-    return float((left * right).sum())
+def _cut(layer: DenseLinear, entry: Decomposed, rank: int, metric: Metric) -> Factors:
+    weight: Tensor = dense_weight(layer).detach()
+    up, down = (factor.double() for factor in entry.decomposition.truncated(rank))
+    bias = None
+    if layer.bias is not None and metric.mean is not None:
+        # E[(W − Ŵ)x] is known, so the bias takes it for free; the metric above was centred to match.
+        missing = weight.double() @ metric.mean - up @ (down @ metric.mean)
+        bias = (layer.bias.detach().double() + missing).to(weight.dtype)
+    up, down = balance(up, down)
+    return Factors(up.to(weight.dtype), down.to(weight.dtype), bias)
 
 
-def symmetric(matrix: Tensor) -> Tensor:
-    """The symmetric part in float64: accumulated moments are symmetric only up to rounding."""
-    a = matrix.detach().double()
-    return 0.5 * (a + a.T)
+def _measure(
+    name: str, layer: DenseLinear, pair: Factors | None, metric: Metric, config: TruncateConfig
+) -> LayerResult:
+    """The objective again, of the factors as stored: after balancing and the cast to the storage dtype."""
+    weight = dense_weight(layer).detach().double()
+    m, n = weight.shape
+    if pair is None:
+        has_g = metric.gradient_moment is not None
+        return LayerResult(name, m, n, None, 0.0, 0.0 if has_g else None, m * n, m * n)
+    delta = weight - pair.up.double() @ pair.down.double()
+    second = None if config.objective == "weight" else metric.second_moment
+    gradient = metric.gradient_moment if config.objective == "fisher" else None
+    value = objective_value(delta, second, gradient)
+    loss = None
+    if metric.gradient_moment is not None:
+        loss = 0.5 * objective_value(delta, metric.second_moment, metric.gradient_moment)
+    return LayerResult(name, m, n, pair.rank, value, loss, m * n, pair.rank * (m + n))
 
 
-def square_root(matrix: Tensor) -> Tensor:
-    """Symmetric square root of a positive semidefinite matrix, float64; negative rounding noise counts as zero."""
-    values, vectors = torch.linalg.eigh(symmetric(matrix))
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-
-def damped(matrix: Tensor, share: float) -> Tensor:
-    """``A + share · mean(diag A) · I``, float64: gives directions never seen a small weight instead of none."""
-    a = symmetric(matrix)
-    return a + share * a.diagonal().mean() * torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
-
-
-def _sandwich(root: Tensor | None, inner: Tensor) -> Tensor:
-    return inner if root is None else root @ inner @ root
-
-
-def _eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
-    return values.flip(0).clamp_min(0), vectors.flip(1)
-
-
-def _reciprocal(spectrum: Tensor) -> Tensor:
-    """1/λ, and 0 where λ is rounding noise: such a direction carries nothing in the metric."""
-    floor = spectrum[0] * spectrum.shape[0] * torch.finfo(spectrum.dtype).eps
-    return torch.where(spectrum > floor, 1 / spectrum.clamp_min(torch.finfo(spectrum.dtype).tiny), 0.0)
+def _weights(layers: Mapping[str, DenseLinear]) -> dict[str, Tensor]:
+    return {name: dense_weight(layer) for name, layer in layers.items()}

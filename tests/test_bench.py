@@ -18,11 +18,11 @@ from rich.console import Console
 
 from converters.errors import InputError
 from prehab_export import machine
-from prehab_export.bench import BenchConfig, bench, format_bench, turns
 from prehab_export.bench_figures import ratio_interval
 from prehab_export.bench_graph import read_graph
 from prehab_export.bench_process import WorkerProcess
 from prehab_export.bench_worker import Case, Times, make_plan, open_session, serve
+from prehab_export.benchmark import BenchConfig, bench, format_bench, turns
 from prehab_export.machine import available_cores, machine_facts
 
 VOCAB, POSITIONS, HIDDEN = 50, 24, 16
@@ -465,7 +465,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     vision(tmp_path / "m.onnx")
     code = """
         from pathlib import Path
-        from prehab_export.bench import BenchConfig, bench
+        from prehab_export.benchmark import BenchConfig, bench
         bench({"m": Path("m.onnx")}, BenchConfig(rounds=10**6), progress=lambda line: print(line, flush=True))
     """
     parent = subprocess.Popen(

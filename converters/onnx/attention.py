@@ -10,6 +10,7 @@ positions of a prompt from the sequence's start whatever ``position_ids`` says.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn, onnx
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -30,7 +31,7 @@ def _onnx_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, S, d), key and value (B, H_kv, T, d), additive mask (B, 1, S, T) → (B, S, H, d).
 
@@ -46,8 +47,22 @@ def _onnx_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _onnx_mask(
+    *,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    local_size: int | None = None,
+    **options: Any,
+) -> Tensor | None:
+    """The additive mask; none where every token sees every other. transformers materialises that one while tracing,
+    for it cannot tell a mask of ones from another; but without a padding mask there is nothing to tell."""
+    if attention_mask is None and allow_is_bidirectional_skip and local_size is None:
+        return None
+    return eager_mask(attention_mask=attention_mask, local_size=local_size, **options)
+
+
 AttentionInterface.register(ONNX_ATTENTION, _onnx_attention)
-AttentionMaskInterface.register(ONNX_ATTENTION, eager_mask)
+AttentionMaskInterface.register(ONNX_ATTENTION, _onnx_mask)
 
 
 @contextmanager

@@ -34,7 +34,10 @@ def cache_layout(model: PreTrainedModel) -> CacheLayout:
     if model.config.is_encoder_decoder or "past_key_values" not in inspect.signature(model.forward).parameters:
         raise InputError(f"{kind} is not a decoder with a key/value cache; text-generation needs one")
     ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
-    layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    try:
+        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    except Exception as error:
+        raise InputError(f"{kind} does not run on two tokens with a cache: {error}") from error
     past: dict[str, tuple[int, int]] = {}
     for index, layer in enumerate(layers):
         # A sliding window only drops what the mask hides anyway, so a full cache serves it too.
@@ -54,4 +57,4 @@ def cache_of(tensors: Sequence[Tensor]) -> DynamicCache:
 
 
 def tensors_of(cache: DynamicCache) -> list[Tensor]:
-    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return [tensor for key, value, *_ in cache for tensor in (key, value)]

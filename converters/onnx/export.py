@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from converters.errors import InputError
 from converters.onnx.attention import ONNX_ATTENTION, PLAIN_ATTENTION, attention_implementation
 from converters.onnx.cache import cache_layout, cache_of, tensors_of
-from converters.onnx.fuse import count_fusions, fuse, simplify
-from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
+from converters.onnx.fuse import count_fusions, fuse_graph, simplify_graph
+from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, token_inputs
 from converters.onnx.names import restore_weight_names, store_transposed, tidy
 
 TASKS = ("image-classification", "text-classification", "text-generation")
@@ -74,6 +74,8 @@ def export_onnx(
     """
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
     with _as_found(model), torch.no_grad():
         traced = _Traced(model, task, text_inputs)
         graph = _trace(traced, _attention(traced) if fuse else PLAIN_ATTENTION, FUSED_OPSET if fuse else PLAIN_OPSET)
@@ -101,7 +103,7 @@ class _Traced(nn.Module):
             self.inputs: GraphInputs = decoder_inputs(model, layout)
             self.outputs += layout.present_names
         elif task == "text-classification":
-            self.inputs = text_inputs(model, offered)
+            self.inputs = token_inputs(model, offered)
         else:
             self.inputs = image_inputs(model)
 
@@ -179,7 +181,7 @@ def _optimise(graph: ir.Model, fused: bool, weights: frozenset[str]) -> None:
     with _quiet():
         restore_weight_names(graph.graph, prefix="model.")
         store_transposed(graph)
-        (fuse if fused else simplify)(graph)
+        (fuse_graph if fused else simplify_graph)(graph)
         tidy(graph, weights)
 
 

@@ -48,7 +48,7 @@ def image_inputs(model: PreTrainedModel) -> GraphInputs:
     return GraphInputs({"pixel_values": pixels}, {"pixel_values": {0: "batch_size"}})
 
 
-def text_inputs(model: PreTrainedModel, offered: Sequence[str] | None) -> GraphInputs:
+def token_inputs(model: PreTrainedModel, offered: Sequence[str] | None) -> GraphInputs:
     """Token inputs (batch, sequence): those of TEXT_INPUTS that are offered and that the model makes use of.
 
     Raises:
@@ -91,7 +91,7 @@ def _takes(model: PreTrainedModel, name: str) -> bool:
 
 
 def _token_ids(model: PreTrainedModel, length: int) -> Tensor:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(1, BATCH * length + 1, device=model.device) % vocabulary
     return ids.reshape(BATCH, length)
 

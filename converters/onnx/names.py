@@ -33,7 +33,8 @@ def store_transposed(model: ir.Model) -> None:
         if not readers or not all(_swaps_axes(node) for node in readers):
             continue
         tensor = source.const_value
-        assert isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, torch.Tensor)
+        assert isinstance(tensor, ir.Tensor)
+        assert isinstance(tensor.raw, torch.Tensor)
         name = f"{source.name}{TRANSPOSED}"
         stored = TorchTensor(tensor.raw.detach().T, name=name)  # a view: copied when it is written, not before
         value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)

@@ -8,12 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from converters.onnx.session import open_session
-
 from converters.folder import from_pretrained
+from converters.onnx.session import open_session
 from prehab_export.config import RunConfig, from_dict
 from prehab_export.errors import InputError, ParityError
-from prehab_export.evaluate import Metrics, evaluate, onnx_predictor, torch_predictor
+from prehab_export.evaluation import Metrics, evaluate, onnx_predictor, torch_predictor
 from prehab_export.parity import (
     TOLERANCE,
     compare,
@@ -109,7 +108,7 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
     request = {"config": asdict(session.config), "output": str(session.workspace.root)}
     answer_path = folder / "verify.json"
     process = subprocess.run(
-        [sys.executable, "-m", "prehab_export.verify", str(answer_path)],
+        [sys.executable, "-m", "prehab_export.verification", str(answer_path)],
         input=json.dumps(request),
         text=True,
         check=False,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.lowrank import balance
-from prehab_export.truncation import decompose, objective_value, predicted_loss, square_root
+from prehab_export.decomposition import decompose, objective_value, predicted_loss, square_root
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 

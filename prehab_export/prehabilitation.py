@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from converters.lowrank import add_weight_gradient, dense_weight
+from converters.lowrank import DenseLinear, add_weight_gradient, dense_weight
 from prehab_export import surrogates
-from prehab_export.calibrate import calibrate
+from prehab_export.calibration import calibrate
 from prehab_export.config import PrehabConfig, TruncateConfig
 from prehab_export.data import Samples
+from prehab_export.decomposition import square_root
 from prehab_export.statistics import Statistics
 from prehab_export.tasks import Task
 from prehab_export.training import frozen_copy, train
-from prehab_export.truncate import decompose_layers, layer_metric, plan_ranks
-from prehab_export.truncation import square_root
+from prehab_export.truncation import decompose_layers, layer_metric, plan_ranks
 
 # λ climbs by this factor over the warm-up half of the run.
 WARMUP_SPAN = 1e3
@@ -29,7 +29,7 @@ def prehab(
     model: nn.Module,
     task: Task,
     samples: Samples,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, DenseLinear],
     statistics: Statistics,
     config: PrehabConfig,
     truncation: TruncateConfig,
@@ -98,7 +98,7 @@ class Regulariser:
     """The surrogate of every targeted layer, with what it caches between refreshes."""
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], surrogate: str, use_gradients: bool, truncation: TruncateConfig
+        self, layers: Mapping[str, DenseLinear], surrogate: str, use_gradients: bool, truncation: TruncateConfig
     ) -> None:
         self.layers = layers
         self.surrogate = surrogate

@@ -1,0 +1,136 @@
+"""The best rank-r factors of one weight in a whitened metric, in closed form.
+
+Every objective is ``tr(G Δ C Δᵀ)`` with ``Δ = W − Ŵ``; they differ in which metric is the identity:
+
+==============  ============  ==============  ===========================================
+objective       C             G               known as
+==============  ============  ==============  ===========================================
+``weight``      identity      identity        truncated SVD
+``activation``  E[x xᵀ]       identity        SVD-LLM (arXiv 2403.07378)
+``fisher``      E[x xᵀ]       E[g gᵀ]         K-FAC loss increase (GFWSVD, arXiv 2505.17974)
+==============  ============  ==============  ===========================================
+
+The whitened weight is ``M = G^½ W C^½``. SVD-LLM takes a Cholesky factor of C and solves with it; here the
+smaller Gram matrix of M is diagonalised instead (Swift-SVD, arXiv 2604.01609, does so for ``activation``), and
+one factor follows from the other by least squares. Nothing is ever inverted but the eigenvalues themselves, so a
+singular C or G needs no special case, and the discarded eigenvalues are the exact value of the objective.
+
+Tensors in, tensors out. Shapes: W m×n (out×in), C n×n, G m×m. The eigen-step runs in float64: in float32 it
+loses most of its accuracy once C is ill-conditioned.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """All ranks of one weight at once: rank r is the first r columns of ``up`` and rows of ``down``.
+
+    up: m×k, down: k×n with k = min(m, n), float64; spectrum: k eigenvalues, descending.
+    """
+
+    up: Tensor
+    down: Tensor
+    spectrum: Tensor
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The two factors at this rank, unbalanced: up m×r, down r×n."""
+        return self.up[:, :rank], self.down[:rank]
+
+    def objective(self, rank: int) -> float:
+        """Value of the objective at this rank: the discarded eigenvalues."""
+        return float(self.spectrum[rank:].sum())
+
+
+def decompose(
+    weight: Tensor, second_moment: Tensor | None = None, gradient_moment: Tensor | None = None
+) -> Decomposition:
+    """Diagonalise the whitened weight. ``None`` stands for the identity on that side.
+
+    >>> w = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> [round(v, 6) for v in decompose(w).spectrum.tolist()]
+    [9.0, 1.0]
+    >>> up, down = decompose(w).truncated(1)
+    >>> torch.round(up @ down, decimals=6).tolist()
+    [[3.0, 0.0], [0.0, 0.0]]
+    """
+    w = weight.detach().double()
+    c = None if second_moment is None else symmetric(second_moment)
+    g = None if gradient_moment is None else symmetric(gradient_moment)
+    if w.shape[0] <= w.shape[1]:
+        # Left side: M Mᵀ = G^½ (W C Wᵀ) G^½. Given down = Uᵀ G^½ W, down C downᵀ is diagonal, and the best up is
+        # W C downᵀ over that diagonal; with a regular G this is G^-½ U, but it needs no inverse of G.
+        root = None if g is None else square_root(g)
+        wc = w if c is None else w @ c
+        spectrum, basis = _eigh_descending(_sandwich(root, wc @ w.T))
+        down = basis.T @ (w if root is None else root @ w)
+        up = basis if root is None else (wc @ down.T) * _reciprocal(spectrum)
+    else:
+        # Right side, mirrored: Mᵀ M = C^½ (Wᵀ G W) C^½, up = W C^½ V, and down by least squares in the metric G.
+        root = None if c is None else square_root(c)
+        gw = w if g is None else g @ w
+        spectrum, basis = _eigh_descending(_sandwich(root, w.T @ gw))
+        up = (w if root is None else w @ root) @ basis
+        down = basis.T if root is None else _reciprocal(spectrum)[:, None] * (up.T @ gw)
+    return Decomposition(up, down, spectrum)
+
+
+def predicted_loss(decomposition: Decomposition, second_moment: Tensor, gradient_moment: Tensor) -> Tensor:
+    """Predicted loss increase ``½ tr(G Δ C Δᵀ)`` at every rank 0…k, whatever objective chose the factors.
+
+    With Δ_r the sum of the dropped rank-one terms, this is half the sum over i, j > r of
+    ``(upᵢᵀ G upⱼ)(downᵢ C downⱼᵀ)``: for ``fisher`` the matrix is diagonal and holds the spectrum.
+
+    Returns:
+        k+1 values, float64, for ranks 0…k.
+    """
+    up, down = decomposition.up, decomposition.down
+    terms = (up.T @ symmetric(gradient_moment) @ up) * (down @ symmetric(second_moment) @ down.T)
+    # Sum of the trailing block [r:, r:]: its diagonal plus twice what lies right of it, accumulated from the end.
+    increments = terms.diagonal() + 2 * terms.triu(1).sum(1)
+    tail = increments.flip(0).cumsum(0).flip(0)
+    return 0.5 * torch.cat([tail, tail.new_zeros(1)]).clamp_min(0)
+
+
+def objective_value(delta: Tensor, second_moment: Tensor | None = None, gradient_moment: Tensor | None = None) -> float:
+    """``tr(G Δ C Δᵀ)`` in float64, for Δ of shape m×n; ``None`` stands for the identity."""
+    d = delta.detach().double()
+    right = d if second_moment is None else d @ symmetric(second_moment)
+    left = d if gradient_moment is None else symmetric(gradient_moment) @ d
+    return float((left * right).sum())
+
+
+def symmetric(matrix: Tensor) -> Tensor:
+    """The symmetric part in float64: accumulated moments are symmetric only up to rounding."""
+    a = matrix.detach().double()
+    return 0.5 * (a + a.T)
+
+
+def square_root(matrix: Tensor) -> Tensor:
+    """Symmetric square root of a positive semidefinite matrix, float64; negative rounding noise counts as zero."""
+    values, vectors = torch.linalg.eigh(symmetric(matrix))
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+
+
+def damped(matrix: Tensor, share: float) -> Tensor:
+    """``A + share · mean(diag A) · I``, float64: gives directions never seen a small weight instead of none."""
+    a = symmetric(matrix)
+    return a + share * a.diagonal().mean() * torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
+
+
+def _sandwich(root: Tensor | None, inner: Tensor) -> Tensor:
+    return inner if root is None else root @ inner @ root
+
+
+def _eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _reciprocal(spectrum: Tensor) -> Tensor:
+    """1/λ, and 0 where λ is rounding noise: such a direction carries nothing in the metric."""
+    floor = spectrum[0] * spectrum.shape[0] * torch.finfo(spectrum.dtype).eps
+    return torch.where(spectrum > floor, 1 / spectrum.clamp_min(torch.finfo(spectrum.dtype).tiny), 0.0)

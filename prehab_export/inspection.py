@@ -1,0 +1,127 @@
+"""A look at a model or an artifact: its layers, what they share, how compressible they are, what would be done."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from converters.folder import from_pretrained
+from converters.lowrank import DenseLinear, dense_weight, low_rank_layers
+from converters.onnx.inputs import image_inputs, text_inputs
+from converters.registration import ranks_of
+from converters.targets import target_layers
+from prehab_export.allocation import break_even
+from prehab_export.calibration import shared_inputs
+from prehab_export.models import load_config, load_model, task_of
+from prehab_export.progress import result_console
+from prehab_export.session import quiet_libraries
+from prehab_export.tasks import Batch, Task
+
+ENERGY = 0.99
+
+
+def inspect_model(
+    path: str,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Facts of a dense model, a compressed folder, or the folder of a run (its artifact).
+
+    Returns:
+        ``model`` with totals, and ``layers``: name, shape, rank (two-factor layers), parameters, and for a dense
+        layer whether it is targeted, its input group, its stable rank ‖W‖_F²/‖W‖₂², and how many singular values
+        hold 99% of ‖W‖_F².
+
+    Raises:
+        InputError: no such model, or a pattern that matches nothing.
+    """
+    quiet_libraries()
+    folder = Path(path) / "artifact" if (Path(path) / "artifact").is_dir() else Path(path)
+    config = load_config(str(folder), revision=revision, trust_remote_code=trust_remote_code)
+    task = task_of(config)
+    if getattr(config, "quantization_config", None) is not None:
+        model = from_pretrained(folder, trust_remote_code=trust_remote_code)
+    else:
+        model = load_model(str(folder), task, revision=revision, trust_remote_code=trust_remote_code)
+    ranks = ranks_of(model)
+    targets = {} if ranks else target_layers(model, include, exclude)
+    groups = shared_inputs(model, _example(model, task), task, targets) if targets else {}
+    layers = [_low_rank_facts(name, layer) for name, layer in low_rank_layers(model).items()]
+    factor_names = {f"{name}.{side}" for name in ranks for side in ("down", "up")}
+    for name, module in model.named_modules():
+        if isinstance(module, DenseLinear) and name not in factor_names:
+            layers.append(_dense_facts(name, dense_weight(module), name in targets, groups.get(name)))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "model": Path(path).name if Path(path).exists() else path,
+        "architecture": type(model).__name__,
+        "task": task.name,
+        "parameters": total,
+        "targeted_parameters": sum(row["parameters"] for row in layers if row["targeted"]),
+        "layers_factored": len(ranks),
+        "input_groups": len(set(groups.values())),
+        "layers": layers,
+    }
+
+
+def _example(model: PreTrainedModel, task: Task) -> Batch:
+    inputs = image_inputs(model) if task.name == "image-classification" else text_inputs(model, None)
+    return inputs.tensors
+
+
+def _low_rank_facts(name: str, layer: Any) -> dict[str, Any]:
+    m, n, r = layer.out_features, layer.in_features, layer.rank
+    return {
+        "name": name,
+        "shape": [m, n],
+        "rank": r,
+        "parameters": r * (m + n),
+        "share_kept": r * (m + n) / (m * n),
+        "targeted": True,
+    }
+
+
+def _dense_facts(name: str, weight: torch.Tensor, targeted: bool, group: str | None) -> dict[str, Any]:
+    m, n = weight.shape
+    facts = {"name": name, "shape": [m, n], "rank": None, "parameters": m * n, "share_kept": 1.0, "targeted": targeted}
+    if not targeted:
+        return facts
+    energy = torch.linalg.svdvals(weight.detach().double()).square()
+    within = energy.cumsum(0) / energy.sum().clamp_min(1e-300)
+    return facts | {
+        "input_group": group,
+        "break_even_rank": break_even(m, n),
+        "stable_rank": float(energy.sum() / energy[0].clamp_min(1e-300)),
+        "rank_of_99_percent": int((within < ENERGY).sum()) + 1,
+    }
+
+
+def print_inspection(facts: dict[str, Any]) -> None:
+    """The same as a table on stdout."""
+    console = result_console()
+    console.print(f"{facts['model']}: {facts['architecture']}, {facts['task']}")
+    console.print(
+        f"{facts['parameters']:,} parameters, {facts['targeted_parameters']:,} of them in "
+        + (f"{facts['layers_factored']} two-factor layers" if facts["layers_factored"] else "layers to compress")
+    )
+    headings = ("layer", "out×in", "parameters", "rank", "kept", "shares input with", "stable rank", "99% in")
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in headings[::5] else "right", overflow="fold")
+    for row in facts["layers"]:
+        shape = "×".join(map(str, row["shape"]))
+        rank = row["rank"] or f"≤ {row['break_even_rank'] - 1}" if row["targeted"] else "stays dense"
+        group = row.get("input_group")
+        shared = group.rsplit(".", 1)[-1] if group and group != row["name"] else ""
+        stable = f"{row['stable_rank']:.1f}" if "stable_rank" in row else ""
+        energy = str(row.get("rank_of_99_percent", ""))
+        kept = f"{100 * row['share_kept']:.0f}%"
+        table.add_row(row["name"], shape, f"{row['parameters']:,}", str(rank), kept, shared, stable, energy)
+    console.print(table)

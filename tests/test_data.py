@@ -1,0 +1,604 @@
+"""Data in the shapes that people keep it in: small files made here, read back by brute force."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PilImage
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    DistilBertConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    ViTConfig,
+    ViTImageProcessorPil,
+)
+
+from converters.errors import InputError
+from prehab_export.config import DataConfig
+from prehab_export.data import load_data
+from prehab_export.data_text import chunked, token_windows
+from prehab_export.evaluation import evaluate, torch_predictor
+from prehab_export.models import load_config, load_model, load_processor
+from prehab_export.tasks import TASKS
+
+IMAGE, TEXT, GENERATION = TASKS["image-classification"], TASKS["text-classification"], TASKS["text-generation"]
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+WORDS = ["the", "a", "film", "was", "good", "bad", "dull", "fine", "very", "not", "and", "but", "one", "two", "three"]
+WORDS += ["four", "five"]
+NAMES = {0: "negative", 1: "positive"}
+
+
+@pytest.fixture(scope="module")
+def word_tokenizer(tmp_path_factory):
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return saved_tokenizer(core, tmp_path_factory.mktemp("words"), pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory):
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator([story(400)], trainer)
+    core.add_special_tokens(["<s>"])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
+    return saved_tokenizer(core, tmp_path_factory.mktemp("bytes"), bos_token="<s>")
+
+
+def saved_tokenizer(core, folder, **tokens):
+    PreTrainedTokenizerFast(tokenizer_object=core, **tokens).save_pretrained(folder)
+    BertConfig().save_pretrained(folder)
+    return load_processor(str(folder), TEXT)
+
+
+def story(words, seed=0):
+    rng = np.random.default_rng(seed)
+    gaps = rng.choice([" ", " ", " ", "\n", " \n \n ", ", ", ".\n", "  "], words)
+    return "".join(str(rng.choice(WORDS)) + gap for gap in gaps)
+
+
+def reviews(count, seed=0):
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(2, 9))) for _ in range(count)]
+    return texts, rng.integers(0, 2, count).tolist()
+
+
+def bert_config(names=NAMES, **options):
+    return BertConfig(**SMALL, vocab_size=40, max_position_embeddings=16, id2label=dict(names), **options)
+
+
+def write_csv(path, columns, separator=","):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+def load(data, task, processor, model_config, seed=0, **options):
+    return load_data(DataConfig(data=str(data), **options), task, processor, model_config, seed=seed)
+
+
+def labels_of(samples):
+    return torch.cat([batch["labels"] for batch in samples.batches(7)]).tolist()
+
+
+def first_batch(samples, size=1000):
+    return next(samples.batches(size))
+
+
+# ----------------------------------------------------------------- kinds of files
+
+
+def test_single_files_of_every_kind_hold_the_same_samples(tmp_path, word_tokenizer):
+    texts, labels = reviews(30)
+    columns = {"text": texts, "label": labels}
+    write_csv(tmp_path / "a.csv", columns)
+    write_csv(tmp_path / "a.tsv", columns, "\t")
+    pandas.DataFrame(columns).to_parquet(tmp_path / "a.parquet")
+    rows = [{"text": text, "label": label} for text, label in zip(texts, labels, strict=True)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    batches = []
+    for name in ("a.csv", "a.tsv", "a.parquet", "a.jsonl", "a.json"):
+        data = load(tmp_path / name, TEXT, word_tokenizer, bert_config())
+        assert (len(data.train), len(data.evaluation)) == (24, 6)
+        batches.append(first_batch(data.train))
+    for batch in batches[1:]:
+        assert batch.keys() == batches[0].keys()
+        assert all(torch.equal(batch[name], batches[0][name]) for name in batch)
+
+
+def test_a_csv_with_odd_names_needs_only_what_cannot_be_told(tmp_path, word_tokenizer):
+    texts, labels = reviews(20)
+    verdicts = [NAMES[label].upper() for label in labels]
+    path = write_csv(tmp_path / "odd.csv", {"Unnamed: 0": range(20), "What they wrote": texts, "Verdict (±)": verdicts})
+    with pytest.raises(InputError, match=r"'Verdict \(±\)'.*--label-column"):
+        load(path, TEXT, word_tokenizer, bert_config())
+    for options in ({"label_column": "Verdict (±)"}, {"input_column": "What they wrote"}):
+        data = load(path, TEXT, word_tokenizer, bert_config(), **options)
+        assert data.description["columns"] == {"input": "What they wrote", "label": "Verdict (±)"}
+        assert sorted(labels_of(data.train) + labels_of(data.evaluation)) == sorted(labels)
+
+
+def test_words_that_look_like_missing_values_stay_words(tmp_path, word_tokenizer):
+    path = write_csv(tmp_path / "a.csv", {"text": ["null", "NA", "None", "good"], "label": [0, 1, 0, 1]})
+    data = load(path, TEXT, word_tokenizer, bert_config())
+    assert len(data.train) + len(data.evaluation) == 4
+
+
+def test_splits_are_found_by_file_name(tmp_path, word_tokenizer):
+    sizes = {"train": 12, "dev": 5, "test": 4}
+    for seed, (name, size) in enumerate(sizes.items()):
+        texts, labels = reviews(size, seed)
+        write_csv(tmp_path / f"{name}.tsv", {"sentence": texts, "label": labels}, "\t")
+    data = load(tmp_path, TEXT, word_tokenizer, bert_config())
+    assert (len(data.train), len(data.evaluation)) == (12, 5)
+    both = load(tmp_path, TEXT, word_tokenizer, bert_config(), eval_split="validation+test")
+    assert labels_of(both.evaluation) == reviews(5, 1)[1] + reviews(4, 2)[1]
+    part = load(tmp_path, TEXT, word_tokenizer, bert_config(), train_split="train[:50%]", eval_split="train[50%:]")
+    assert labels_of(part.train) + labels_of(part.evaluation) == reviews(12, 0)[1]
+
+
+def test_a_dataset_saved_to_disk_is_read(tmp_path, word_tokenizer):
+    texts, labels = reviews(20)
+    rows = Dataset.from_dict({"text": texts, "label": labels})
+    DatasetDict(train=rows, test=rows.select(range(5))).save_to_disk(tmp_path / "saved")
+    data = load(tmp_path / "saved", TEXT, word_tokenizer, bert_config())
+    assert labels_of(data.evaluation) == labels[:5]
+
+
+@pytest.mark.parametrize("name", ["./none", "/no/such/file.csv", "none.parquet", "a/b/c"])
+def test_a_path_that_is_not_there_is_refused_at_once(name, word_tokenizer):
+    with pytest.raises(InputError, match="no such file or folder"):
+        load(name, TEXT, word_tokenizer, bert_config())
+
+
+def test_a_hub_dataset_out_of_reach_says_where_it_looked(monkeypatch, word_tokenizer):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"nobody/has-this.*looked for on the hub"):
+        load("nobody/has-this", TEXT, word_tokenizer, bert_config())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.docx", b"x", "not a kind of file"),
+        ("a.csv", b"", "is empty"),
+        ("a.parquet", b"not parquet at all", "cannot read the data"),
+        ("a.jsonl", b'{"text": ', "cannot read the data"),
+        ("a.csv", b"text,label\n", "the split train of .* is empty"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused(tmp_path, name, content, message, word_tokenizer):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path / name, TEXT, word_tokenizer, bert_config())
+
+
+def test_an_empty_folder_is_refused(tmp_path, word_tokenizer):
+    with pytest.raises(InputError, match="cannot read the data"):
+        load(tmp_path, TEXT, word_tokenizer, bert_config())
+
+
+# ----------------------------------------------------------------- splits
+
+
+@pytest.fixture
+def three_splits(tmp_path):
+    for name, size in {"train": 12, "validation": 5, "test": 4}.items():
+        texts, labels = reviews(size)
+        write_csv(tmp_path / f"{name}.csv", {"text": texts, "label": labels})
+    return tmp_path
+
+
+def test_an_unknown_split_lists_those_there_are(three_splits, word_tokenizer):
+    with pytest.raises(InputError, match="no split 'holdout'; it has train, validation, test"):
+        load(three_splits, TEXT, word_tokenizer, bert_config(), eval_split="holdout")
+
+
+def test_an_empty_slice_is_refused(three_splits, word_tokenizer):
+    with pytest.raises(InputError, match="is empty"):
+        load(three_splits, TEXT, word_tokenizer, bert_config(), eval_split="test[:0]")
+
+
+def test_evaluation_rows_out_of_the_training_split_must_be_taken_out_of_training(three_splits, word_tokenizer):
+    with pytest.raises(InputError, match="--train-split"):
+        load(three_splits, TEXT, word_tokenizer, bert_config(), eval_split="train[80%:]")
+
+
+def test_splits_without_one_to_train_on_are_refused(tmp_path, word_tokenizer):
+    texts, labels = reviews(5)
+    for name in ("validation", "test"):
+        write_csv(tmp_path / f"{name}.csv", {"text": texts, "label": labels})
+    with pytest.raises(InputError, match="--train-split"):
+        load(tmp_path, TEXT, word_tokenizer, bert_config())
+
+
+def test_a_lone_split_is_cut_without_overlap_and_by_the_seed(tmp_path, word_tokenizer):
+    path = write_csv(tmp_path / "a.csv", {"text": [f"one {'two ' * i}" for i in range(10)], "label": [0, 1] * 5})
+    first, again = (load(path, TEXT, word_tokenizer, bert_config(), seed=3) for _ in range(2))
+    other = load(path, TEXT, word_tokenizer, bert_config(), seed=4)
+    assert sorted([*first.train.rows, *first.evaluation.rows]) == list(range(10))
+    assert first.train.rows.tolist() == again.train.rows.tolist()
+    assert first.train.rows.tolist() != other.train.rows.tolist()
+    assert len(first.evaluation) == 2
+
+
+def test_secret_labels_are_refused(tmp_path, word_tokenizer):
+    texts, labels = reviews(8)
+    write_csv(tmp_path / "train.csv", {"sentence": texts, "label": labels})
+    write_csv(tmp_path / "test.csv", {"sentence": texts, "label": [-1] * 8})
+    with pytest.raises(InputError, match="every label of test is -1"):
+        load(tmp_path, TEXT, word_tokenizer, bert_config())
+
+
+# ----------------------------------------------------------------- columns and labels
+
+
+@pytest.mark.parametrize("option", ["input_column", "label_column", "pair_column"])
+def test_a_column_that_is_not_there_lists_those_that_are(three_splits, word_tokenizer, option):
+    flag = "--" + option.replace("_", "-")
+    with pytest.raises(InputError, match=f"{flag}.*no column 'nope'; it has 'text', 'label'"):
+        load(three_splits, TEXT, word_tokenizer, bert_config(), **{option: "nope"})
+
+
+def test_several_columns_of_text_ask_for_a_choice(tmp_path, word_tokenizer):
+    texts, labels = reviews(10)
+    path = write_csv(tmp_path / "a.csv", {"headline": texts, "opinion": texts, "label": labels})
+    with pytest.raises(InputError, match="'headline', 'opinion': choose with --input-column"):
+        load(path, TEXT, word_tokenizer, bert_config())
+
+
+def test_sentence_pairs_are_found_and_both_encoded(tmp_path, word_tokenizer):
+    columns = {"idx": [0, 1], "premise": ["one two", "good"], "hypothesis": ["three", "bad film"], "label": [0, 1]}
+    write_csv(tmp_path / "train.csv", columns)
+    write_csv(tmp_path / "test.csv", columns)
+    data = load(tmp_path, TEXT, word_tokenizer, bert_config())
+    assert data.description["columns"] == {"input": "premise", "pair": "hypothesis", "label": "label"}
+    batch = first_batch(data.train)
+    expected = word_tokenizer(["one two", "good"], ["three", "bad film"], padding=True, return_tensors="pt")
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    named = load(tmp_path, TEXT, word_tokenizer, bert_config(), input_column="hypothesis", pair_column="premise")
+    assert named.description["columns"] == {"input": "hypothesis", "pair": "premise", "label": "label"}
+
+
+@pytest.mark.parametrize("kind", ["names", "class labels"])
+def test_labels_follow_the_models_names_whatever_their_order(tmp_path, word_tokenizer, kind):
+    names = ["Positive", "NEGATIVE"]  # the model has them the other way round
+    rows = [names[i] for i in (0, 1, 1, 0)]
+    table = {"text": ["good", "bad", "dull", "fine"], "label": rows}
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    dataset = Dataset.from_dict(table, features=features if kind == "class labels" else None)
+    for split in ("train", "test"):
+        dataset.to_parquet(tmp_path / f"{split}.parquet")
+    assert labels_of(load(tmp_path, TEXT, word_tokenizer, bert_config()).train) == [1, 0, 0, 1]
+
+
+def test_class_names_that_say_nothing_of_the_models_go_by_position(tmp_path, word_tokenizer):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    rows = Dataset.from_dict({"text": ["one", "two", "three"], "label": [1, 0, 1]}, features=features)
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
+    assert labels_of(load(tmp_path / "saved", TEXT, word_tokenizer, bert_config()).train) == [1, 0, 1]
+
+
+def test_class_names_of_which_some_are_unknown_are_refused(tmp_path, word_tokenizer):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["mixed", "negative", "positive"])})
+    rows = Dataset.from_dict({"text": ["one", "two", "three"], "label": [1, 0, 1]}, features=features)
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"'mixed'.*unknown to the model"):
+        load(tmp_path / "saved", TEXT, word_tokenizer, bert_config())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2, 1], "row 2 of train has label 2 .*2 classes"),
+        ([0, 1, 1, -1], "row 3 of train has label -1"),
+        (["positive", "great", "positive", "negative"], "row 1 of train has label 'great'.*'negative', 'positive'"),
+        (["positive", "negative", "", "negative"], "row 2 of train has label ''"),
+    ],
+)
+def test_a_label_outside_the_models_classes_names_its_row(tmp_path, word_tokenizer, labels, message):
+    write_csv(tmp_path / "train.csv", {"text": WORDS[:4], "label": labels})
+    write_csv(tmp_path / "test.csv", {"text": WORDS[:4], "label": labels})
+    with pytest.raises(InputError, match=message):
+        load(tmp_path, TEXT, word_tokenizer, bert_config())
+
+
+def test_scores_are_not_labels(tmp_path, word_tokenizer):
+    path = write_csv(tmp_path / "a.csv", {"text": WORDS[:4], "score": [0.5, 1.5, 2.5, 3.5]})
+    with pytest.raises(InputError, match=r"--label-column.*float64.*not one class a row"):
+        load(path, TEXT, word_tokenizer, bert_config(), label_column="score")
+
+
+def test_rows_without_text_are_named(tmp_path, word_tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"text": "good", "label": 0}\n{"text": null, "label": 1}\n')
+    with pytest.raises(InputError, match="row 1 of train has no text"):
+        load(tmp_path / "a.jsonl", TEXT, word_tokenizer, bert_config())
+
+
+# ----------------------------------------------------------------- batches of text
+
+
+def test_text_batches_are_padded_to_the_longest_and_keep_their_order(tmp_path, word_tokenizer):
+    texts, labels = reviews(20)
+    for split in ("train", "test"):
+        write_csv(tmp_path / f"{split}.csv", {"text": texts, "label": labels})
+    data = load(tmp_path, TEXT, word_tokenizer, bert_config())
+    for start, batch in zip(range(0, 20, 6), data.train.batches(6), strict=True):
+        expected = word_tokenizer(texts[start : start + 6], padding=True, return_tensors="pt")
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+        assert batch["labels"].tolist() == labels[start : start + 6]
+    picked = next(data.train.batches(3, indices=[7, 2, 11]))
+    assert picked["labels"].tolist() == [labels[i] for i in (7, 2, 11)]
+
+
+def test_texts_are_cut_at_the_models_reach_or_at_the_given_length(tmp_path, word_tokenizer):
+    long = [" ".join(WORDS * 3)] * 5
+    path = write_csv(tmp_path / "a.csv", {"text": long, "label": [0] * 5})
+    roberta = RobertaConfig(**SMALL, vocab_size=40, max_position_embeddings=16, pad_token_id=1, num_labels=2)
+    for config, length, expected in ((bert_config(), None, 16), (bert_config(), 9, 9), (roberta, None, 14)):
+        data = load(path, TEXT, word_tokenizer, config, sequence_length=length)
+        assert first_batch(data.train)["input_ids"].shape[1] == expected
+    with pytest.raises(InputError, match="more than the model's 16 positions"):
+        load(path, TEXT, word_tokenizer, bert_config(), sequence_length=17)
+
+
+def test_inputs_that_a_model_does_not_take_are_left_out(tmp_path, word_tokenizer):
+    texts, labels = reviews(10)
+    path = write_csv(tmp_path / "a.csv", {"text": texts, "label": labels})
+    distilbert = DistilBertConfig(vocab_size=40, dim=32, n_layers=1, n_heads=2, hidden_dim=64, num_labels=2)
+    batch = first_batch(load(path, TEXT, word_tokenizer, distilbert).train)
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_a_decoder_without_a_padding_token_pads_with_its_end_of_text(tmp_path, byte_tokenizer):
+    path = write_csv(tmp_path / "a.csv", {"text": ["one", "one two three four", "one two"] * 3, "label": [0, 1, 0] * 3})
+    config = LlamaConfig(**SMALL, vocab_size=500, num_labels=2, eos_token_id=9)
+    assert byte_tokenizer.pad_token is None
+    batch = first_batch(load(path, TEXT, byte_tokenizer, config).train)
+    hidden = batch["attention_mask"] == 0
+    assert hidden.any()
+    assert (batch["input_ids"][hidden] == 9).all()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, byte_tokenizer):
+    texts, labels = reviews(10)
+    path = write_csv(tmp_path / "a.csv", {"text": texts, "label": labels})
+    with pytest.raises(InputError, match="do not belong together"):
+        first_batch(load(path, TEXT, byte_tokenizer, small_vocabulary(20)).train)
+    (tmp_path / "a.txt").write_text(story(300))
+    with pytest.raises(InputError, match="do not belong together"):
+        load(tmp_path / "a.txt", GENERATION, byte_tokenizer, LlamaConfig(**SMALL, vocab_size=20), sequence_length=8)
+
+
+def small_vocabulary(size):
+    return BertConfig(**SMALL, vocab_size=size, max_position_embeddings=16, num_labels=2)
+
+
+# ----------------------------------------------------------------- samples
+
+
+def test_subsets_and_splits_are_fixed_by_the_seed_and_miss_nothing(three_splits, word_tokenizer):
+    train = load(three_splits, TEXT, word_tokenizer, bert_config()).train
+    held_out, rest = train.split(5, seed=1)
+    assert sorted([*held_out.rows, *rest.rows]) == train.rows.tolist()
+    assert (len(held_out), len(rest)) == (5, 7)
+    assert held_out.rows.tolist() == train.subset(5, seed=1).rows.tolist()
+    assert train.subset(5, seed=1).rows.tolist() != train.subset(5, seed=2).rows.tolist()
+    assert len(train.subset(1000, seed=0)) == 12
+    everything = first_batch(train)
+    assert torch.equal(first_batch(rest)["labels"], everything["labels"][rest.rows])
+
+
+def test_fewer_evaluation_samples_are_a_fixed_draw(three_splits, word_tokenizer):
+    whole = load(three_splits, TEXT, word_tokenizer, bert_config())
+    part = load(three_splits, TEXT, word_tokenizer, bert_config(), eval_samples=3)
+    assert len(part.evaluation) == part.description["eval_samples"] == 3
+    assert set(part.evaluation.rows) < set(whole.evaluation.rows)
+    assert part.fingerprint == whole.fingerprint
+
+
+def test_the_fingerprint_follows_rows_splits_and_columns(three_splits, word_tokenizer):
+    def fingerprint(**options):
+        return load(three_splits, TEXT, word_tokenizer, bert_config(), **options).fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == fingerprint(train_split="train", label_column="label", batch_size=3) == first
+    assert fingerprint(train_split="train[:6]") != first
+    assert fingerprint(sequence_length=8) != first
+    texts, labels = reviews(12)
+    write_csv(three_splits / "train.csv", {"text": texts, "label": [1 - labels[0], *labels[1:]]})
+    assert fingerprint() != first
+
+
+# ----------------------------------------------------------------- language models
+
+
+def test_windows_are_the_whole_text_tokenised_once(tmp_path, byte_tokenizer):
+    text = story(600)
+    (tmp_path / "train.txt").write_text(text)
+    (tmp_path / "test.txt").write_text(story(200, seed=1))
+    data = load(tmp_path, GENERATION, byte_tokenizer, LlamaConfig(**SMALL, vocab_size=500), sequence_length=16)
+    ids = byte_tokenizer(text, add_special_tokens=False).input_ids
+    whole = len(ids) // 16
+    batch = first_batch(data.train)
+    assert set(batch) == {"input_ids"}
+    assert batch["input_ids"].tolist() == np.reshape(ids[: whole * 16], (whole, 16)).tolist()
+
+
+@pytest.mark.parametrize("size", [40, 300, 10**6])
+def test_a_text_in_chunks_gives_the_tokens_of_the_whole(byte_tokenizer, size):
+    text = story(800)
+    chunks = list(chunked(text.splitlines(keepends=True), size))
+    assert "".join(chunks) == text
+    assert (len(chunks) > 1) == (size < len(text))
+    ids = [token for chunk in chunks for token in byte_tokenizer(chunk, add_special_tokens=False).input_ids]
+    assert ids == byte_tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_text_without_a_place_to_cut_stays_whole():
+    rows = ["..." * 50] * 40
+    assert list(chunked(rows, size=100)) == ["\n".join(rows)]
+
+
+def test_rows_are_joined_by_one_line_break(tmp_path, byte_tokenizer):
+    rows = [{"content": "one two"}, {"content": "three\n"}, {"content": ""}, {"content": "four five"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows * 10)))
+    expected = byte_tokenizer("one two\nthree\n\nfour five\n" * 10, add_special_tokens=False).input_ids
+    windows = token_windows([row["content"] for row in rows * 10], byte_tokenizer, 4)
+    assert windows.ravel().tolist() == expected[: windows.size]
+    data = load(
+        tmp_path / "a.jsonl", GENERATION, byte_tokenizer, LlamaConfig(**SMALL, vocab_size=500), sequence_length=4
+    )
+    both = torch.cat([first_batch(data.train)["input_ids"], first_batch(data.evaluation)["input_ids"]])
+    assert both.tolist() == windows.tolist()
+
+
+def test_fewer_evaluation_windows_are_the_first_ones(tmp_path, byte_tokenizer):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text(story(300))
+    config = LlamaConfig(**SMALL, vocab_size=500)
+    whole = load(tmp_path, GENERATION, byte_tokenizer, config, sequence_length=16)
+    part = load(tmp_path, GENERATION, byte_tokenizer, config, sequence_length=16, eval_samples=3)
+    assert len(part.train) == len(whole.train)
+    expected = first_batch(whole.evaluation)["input_ids"][:3]
+    assert torch.equal(first_batch(part.evaluation)["input_ids"], expected)
+
+
+def test_the_window_is_bounded_by_the_models_positions(tmp_path, byte_tokenizer):
+    (tmp_path / "a.txt").write_text(story(600))
+    config = LlamaConfig(**SMALL, vocab_size=500, max_position_embeddings=32)
+    data = load(tmp_path / "a.txt", GENERATION, byte_tokenizer, config)
+    assert data.description["sequence_length"] == first_batch(data.train)["input_ids"].shape[1] == 32
+
+
+def test_a_text_shorter_than_a_window_is_refused(tmp_path, byte_tokenizer):
+    (tmp_path / "a.txt").write_text("one two three")
+    with pytest.raises(InputError, match="too short for one window of 256 tokens"):
+        load(tmp_path / "a.txt", GENERATION, byte_tokenizer, LlamaConfig(**SMALL, vocab_size=500))
+
+
+# ----------------------------------------------------------------- images
+
+
+def processor(size=8, channels=3):
+    return ViTImageProcessorPil(
+        size={"height": size, "width": size}, image_mean=[0.5] * channels, image_std=[0.5] * channels
+    )
+
+
+def vit_config(names, channels=3):
+    return ViTConfig(**SMALL, image_size=8, patch_size=4, num_channels=channels, id2label=dict(enumerate(names)))
+
+
+def picture(seed, mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+    return PilImage.fromarray(pixels).convert(mode)
+
+
+def test_an_image_folder_with_class_subfolders(tmp_path):
+    for split, count in (("train", 4), ("validation", 2)):
+        for number, name in enumerate(("cat", "dog")):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                picture(10 * number + i, ("RGB", "L", "RGBA", "P")[i]).save(folder / f"{i}.png")
+    data = load(tmp_path, IMAGE, processor(), vit_config(["dog", "horse", "cat"]))
+    assert (len(data.train), len(data.evaluation)) == (8, 4)
+    assert sorted(labels_of(data.train)) == [0] * 4 + [2] * 4  # by the model's names, not the folders' order
+    batch = first_batch(data.evaluation)
+    expected = processor()(images=[picture(0)], return_tensors="pt")["pixel_values"][0]
+    assert any(torch.equal(image, expected) for image in batch["pixel_values"])
+    assert batch["pixel_values"].shape == (4, 3, 8, 8)
+
+
+@pytest.mark.parametrize("shape", ["feature", "struct", "bytes"])
+def test_images_in_parquet_with_and_without_the_hugging_face_header(tmp_path, shape):
+    pictures = [picture(i) for i in range(6)]
+    for i, image in enumerate(pictures):
+        image.save(tmp_path / f"{i}.png")
+    encoded = [(tmp_path / f"{i}.png").read_bytes() for i in range(6)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        if shape == "feature":
+            features = Features({"img": Image(), "label": Value("int64")})
+            Dataset.from_dict({"img": pictures, "label": [0, 1] * 3}, features=features).to_parquet(
+                folder / f"{split}.parquet"
+            )
+        else:
+            cells = [{"bytes": data, "path": None} if shape == "struct" else data for data in encoded]
+            pandas.DataFrame({"img": cells, "label": [0, 1] * 3}).to_parquet(folder / f"{split}.parquet")
+    batch = first_batch(load(folder, IMAGE, processor(), vit_config(["a", "b"])).train)
+    expected = processor()(images=pictures, return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], expected)
+    assert batch["labels"].tolist() == [0, 1] * 3
+
+
+def test_a_damaged_image_names_its_row(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    good = (tmp_path / "0.png").read_bytes()
+    pandas.DataFrame({"image": [good, good[:60], b"junk", good], "label": [0, 1, 0, 1]}).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    data = load(tmp_path / "a.parquet", IMAGE, processor(), vit_config(["a", "b"]), train_split="train")
+    collate = data.train.collate
+    for row in (1, 2):
+        with pytest.raises(InputError, match=f"row {row} of train: cannot read the image"):
+            collate([row])
+
+
+def test_text_is_not_images(three_splits):
+    with pytest.raises(InputError, match="no column of images"):
+        load(three_splits, IMAGE, processor(), vit_config(["a", "b"]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_embedded_digits(channels):
+    names = [str(i) for i in range(10)]
+    first, again = (load("sklearn-digits", IMAGE, processor(8, channels), vit_config(names, channels)) for _ in "ab")
+    assert (len(first.train), len(first.evaluation)) == (1437, 360)
+    assert set(labels_of(first.evaluation)) == set(range(10))
+    batch, other = first_batch(first.train, 4), first_batch(again.train, 4)
+    assert batch["pixel_values"].shape == (4, channels, 8, 8)
+    assert torch.equal(batch["pixel_values"], other["pixel_values"])
+    assert first.fingerprint == again.fingerprint
+
+
+# ----------------------------------------------------------------- the shared models
+
+
+def test_the_shared_language_model_is_judged_on_the_first_windows_of_the_text():
+    if not SHARED.is_dir():
+        pytest.skip("the shared models are not here")
+    folder, task = str(SHARED / "models" / "llama-wiki"), GENERATION
+    config = load_config(folder)
+    data = load(SHARED / "data" / "wikitext2", task, load_processor(folder, task), config, eval_samples=2)
+    model = load_model(folder, task)
+    found = evaluate(torch_predictor(model, task), data.evaluation.batches(2), task)
+    text = (SHARED / "data" / "wikitext2" / "test.txt").read_text()[:20000]
+    ids = load_processor(folder, task)(text, add_special_tokens=False).input_ids[: 2 * 256]
+    windows = torch.tensor(ids).view(2, 256)
+    with torch.inference_mode():
+        expected = model(input_ids=windows, labels=windows).loss.item()
+    assert found.loss == pytest.approx(expected, rel=1e-4)
+    assert found.units == 2 * 255

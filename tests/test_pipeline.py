@@ -1,0 +1,367 @@
+"""The whole way on tiny models, from the command line: results, resuming, kills, and refusals."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from prehab_export import from_pretrained
+from prehab_export.cli import main
+
+QUICK = [
+    "--calibration-samples",
+    "32",
+    "--threads",
+    "1",
+    "--bench-rounds",
+    "1",
+    "--eval-samples",
+    "24",
+    "--batch-size",
+    "16",
+]
+TRAINED = ["--prehab-steps", "4", "--rehab-steps", "4", "--prehab-refresh", "2", "--no-prehab-guard"]
+TEXT = ["--input-column", "what was said", "--bench-length", "8"]
+
+
+def invoke(*arguments) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0)
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-c", "from prehab_export.cli import main; main()", *map(str, arguments)]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def vit_options(vit_folder):
+    return [vit_folder, "--task", "image-classification", "--data", "sklearn-digits", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def finished(vit_folder, tmp_path_factory):
+    """A run of a ViT with all stages."""
+    output = tmp_path_factory.mktemp("runs") / "vit"
+    assert invoke("run", *vit_options(vit_folder), "-o", output, *TRAINED) == 0
+    return output
+
+
+def test_the_folder_has_the_promised_layout(finished):
+    expected = ["config.json", "model.safetensors", "preprocessor_config.json", "onnx/model.onnx", "README.md"]
+    assert all((finished / "artifact" / name).is_file() for name in expected)
+    assert (finished / "baseline" / "onnx" / "model.onnx").is_file()
+    assert (finished / "report" / "report.md").stat().st_size > 500
+    assert (finished / "report" / "ranks.png").is_file()
+    assert (finished / "report" / "prehab.png").is_file()
+    assert not list(finished.rglob("*.partial"))
+    here = str(finished.parent)
+    for path in (finished / "artifact").rglob("*"):
+        assert path.is_dir() or here.encode() not in path.read_bytes()
+
+
+def test_the_report_says_what_it_cost(finished):
+    report = json.loads((finished / "report" / "report.json").read_text())
+    metrics = report["verify"]["metrics"]
+    assert set(metrics) == {"dense_pytorch", "dense_onnx", "compressed_pytorch", "compressed_onnx"}
+    assert all(entry["samples"] == 24 and entry["metric"] == "accuracy" for entry in metrics.values())
+    assert metrics["compressed_onnx"]["loss"] == pytest.approx(metrics["compressed_pytorch"]["loss"], rel=1e-4)
+    assert report["truncate"]["targeted_share_removed"] >= 0.6 - 1e-9
+    assert report["verify"]["compressed"]["onnx"]["max_relative"] <= 1e-4
+    history = report["prehab"]["history"]
+    assert [row["step"] for row in history] == [0, 1, 2, 3]
+    assert all({"task_loss", "surrogate", "strength"} <= set(row) for row in history)
+    assert "dense_accuracy" in history[0]
+    assert {case["model"] for case in report["bench"]["cases"]} == {"dense", "compressed"}
+
+
+def test_the_artifact_computes_the_same_in_both_runtimes(finished):
+    artifact = finished / "artifact"
+    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = from_pretrained(artifact)(pixel_values=pixels).logits.numpy()
+    session = onnxruntime.InferenceSession(str(artifact / "onnx" / "model.onnx"))
+    (actual,) = session.run(["logits"], {"pixel_values": pixels.numpy()})
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_second_run_does_nothing_and_a_changed_option_only_what_depends_on_it(vit_folder, tmp_path):
+    output = tmp_path / "run"
+    assert invoke("truncate", *vit_options(vit_folder), "-o", output) == 0
+    manifests = output / "manifests"
+    before = {path.name: path.stat().st_mtime_ns for path in manifests.glob("*.json")}
+    assert set(before) == {"calibrate.json", "truncate.json"}
+    assert invoke("truncate", output) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in manifests.glob("*.json")} == before
+    assert invoke("truncate", output, "--ratio", "0.8") == 0
+    after = {path.name: path.stat().st_mtime_ns for path in manifests.glob("*.json")}
+    assert after["calibrate.json"] == before["calibrate.json"]
+    assert after["truncate.json"] != before["truncate.json"]
+    assert json.loads((output / "stages/truncate/truncate.json").read_text())["targeted_share_removed"] >= 0.8 - 1e-9
+
+
+def test_a_damaged_stage_is_done_again(vit_folder, tmp_path):
+    output = tmp_path / "run"
+    assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 0
+    statistics = output / "stages/calibrate/statistics.safetensors"
+    whole = hashes(statistics.parent)
+    statistics.write_bytes(statistics.read_bytes()[:-8])
+    assert invoke("calibrate", output) == 0
+    assert hashes(statistics.parent) == whole
+
+
+def test_text_classification(bert_folder, reviews, tmp_path, capsys):
+    arguments = ["run", bert_folder, "--task", "text-classification", "--data", reviews, "-o", tmp_path / "run"]
+    assert invoke(*arguments, *QUICK, *TEXT, "--ratio", "0.5", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verify"]["dense"]["onnx"]["max_relative"] <= 1e-4
+    assert {case["sequence"] for case in report["bench"]["cases"]} == {8}
+    assert (tmp_path / "run/artifact/tokenizer.json").is_file()
+
+
+def test_text_generation(llama_folder, prose, tmp_path, capsys):
+    arguments = ["run", llama_folder, "--task", "text-generation", "--data", prose, "-o", tmp_path / "run"]
+    more = [
+        "--sequence-length",
+        "24",
+        "--bench-length",
+        "8",
+        "--new-tokens",
+        "4",
+        "--rehab-steps",
+        "2",
+        "--rehab-method",
+        "lora",
+    ]
+    assert invoke(*arguments, *QUICK, *more, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verify"]["compressed"]["onnx"]["greedy_tokens_identical"] is True
+    assert report["verify"]["metrics"]["compressed_onnx"]["metric"] == "perplexity"
+    assert [part["part"] for part in report["rehab"]["parts"]] == ["truncated", "up", "down"]
+    assert report["bench"]["cases"][0]["tokens_per_s"] > 0
+
+
+def test_options_from_yaml_and_flags(vit_folder, tmp_path):
+    options = tmp_path / "options.yaml"
+    options.write_text(
+        "task: image-classification\ndata: {data: sklearn-digits, eval_samples: 20}\n"
+        "truncate: {ratio: 0.4}\ncalibrate: {samples: 16}\nbench: {threads: 1}\n"
+    )
+    output = tmp_path / "run"
+    assert invoke("truncate", vit_folder, "-o", output, "--config", options, "--ratio", "0.7") == 0
+    saved = (output / "run.yaml").read_text()
+    assert "ratio: 0.7" in saved
+    assert "samples: 16" in saved
+    options.write_text("truncate: {ration: 0.4}\n")
+    assert invoke("truncate", output, "--config", options) == 2
+
+
+def test_adapter_is_merged_before_anything_else(vit_folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageClassification
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False)
+    get_peft_model(AutoModelForImageClassification.from_pretrained(vit_folder), config).save_pretrained(
+        tmp_path / "lora"
+    )
+    output = tmp_path / "run"
+    assert invoke("truncate", *vit_options(vit_folder), "-o", output, "--adapter", tmp_path / "lora") == 0
+    plain = AutoModelForImageClassification.from_pretrained(vit_folder).state_dict()
+    merged = AutoModelForImageClassification.from_pretrained(output / "stages/merge/model").state_dict()
+    changed = {name for name, value in plain.items() if not torch.equal(value, merged[name])}
+    assert changed
+    assert all(name.split(".")[-2] in ("q_proj", "fc1") for name in changed)
+
+
+def test_merge_lora_into_an_artifact(finished, vit_folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageClassification
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForImageClassification.from_pretrained(vit_folder), config).save_pretrained(
+        tmp_path / "lora"
+    )
+    assert invoke("merge-lora", finished, tmp_path / "lora", "-o", tmp_path / "merged", "--threads", 1) == 0
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = from_pretrained(tmp_path / "merged")(pixel_values=pixels).logits.numpy()
+        before = from_pretrained(finished / "artifact")(pixel_values=pixels).logits.numpy()
+    session = onnxruntime.InferenceSession(str(tmp_path / "merged" / "onnx" / "model.onnx"))
+    (actual,) = session.run(["logits"], {"pixel_values": pixels.numpy()})
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+    assert not np.allclose(before, expected)
+    assert invoke("merge-lora", finished, tmp_path / "lora", "-o", tmp_path / "merged") == 2
+
+
+def test_inspect(finished, vit_folder, capsys):
+    assert invoke("inspect", vit_folder, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["input_groups"] == 8
+    assert sum(row["targeted"] for row in facts["layers"]) == 12
+    assert invoke("inspect", finished, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["layers_factored"] > 0
+
+
+def test_a_wrong_artifact_is_fatal_and_nothing_is_published(vit_folder, tmp_path, monkeypatch, capsys):
+    """The exporter writes a weight that is not the model's: the fresh process must notice."""
+    import prehab_export.export as export
+
+    original = export.save_folder
+
+    def damaged(model, folder, processor):
+        next(iter(model.vit.layers[0].mlp.parameters())).data.mul_(1.01)
+        original(model, folder, processor)
+        next(iter(model.vit.layers[0].mlp.parameters())).data.div_(1.01)
+
+    monkeypatch.setattr(export, "save_folder", damaged)
+    output = tmp_path / "run"
+    assert invoke("run", *vit_options(vit_folder), "-o", output) == 3
+    assert "differ after reloading" in capsys.readouterr().err
+    assert not (output / "artifact").exists()
+    assert not (output / "report").exists()
+
+
+BAD = {
+    "missing model": (["./nowhere", "--task", "image-classification", "--data", "sklearn-digits"], "no such"),
+    "missing data": (["VIT", "--task", "image-classification", "--data", "./nowhere.csv"], "nowhere.csv"),
+    "wrong task": (["VIT", "--task", "text-classification", "--data", "CSV"], "image-classification"),
+    "unknown column": (["BERT", "--task", "text-classification", "--data", "CSV", "--input-column", "nope"], "nope"),
+    "ratio": (
+        ["VIT", "--task", "image-classification", "--data", "sklearn-digits", "--ratio", "1.2"],
+        "between 0 and 1",
+    ),
+    "pattern": (
+        ["VIT", "--task", "image-classification", "--data", "sklearn-digits", "--include", "*zzz*"],
+        "matches no",
+    ),
+    "adapter": (
+        ["VIT", "--task", "image-classification", "--data", "sklearn-digits", "--adapter", "ADAPTER"],
+        "adapter",
+    ),
+    "label": (["BERT", "--task", "text-classification", "--data", "LABELS"], "label"),
+    "empty split": (["BERT", "--task", "text-classification", "--data", "EMPTY"], "empty|no rows|no data"),
+    "no task": (["VIT", "--data", "sklearn-digits"], "--task"),
+    "steps": (
+        ["VIT", "--task", "image-classification", "--data", "sklearn-digits", "--rehab-steps", "-1"],
+        "0 or more",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_at_once_with_a_sentence(case, vit_folder, bert_folder, reviews, tmp_path, capsys):
+    import re
+
+    labels, empty, adapter = tmp_path / "labels.csv", tmp_path / "empty.csv", tmp_path / "adapter"
+    labels.write_text("text,label\n" + "good film,0\nbad film,7\n" * 20)
+    empty.write_text("text,label\n")
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    places = {
+        "VIT": vit_folder,
+        "BERT": bert_folder,
+        "CSV": reviews,
+        "LABELS": labels,
+        "EMPTY": empty,
+        "ADAPTER": adapter,
+    }
+    arguments, message = BAD[case]
+    code = invoke("run", *(places.get(argument, argument) for argument in arguments), "-o", tmp_path / "run")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert re.search(message, error, re.IGNORECASE), error
+    assert "Traceback" not in error
+    assert not list((tmp_path / "run").glob("stages/*"))
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(vit_folder, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert invoke("run", *vit_options(vit_folder), "-o", tmp_path) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_no_disk_space_is_said_before_any_work(vit_folder, tmp_path, monkeypatch, capsys):
+    import collections
+
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: usage(100, 100, 0))
+    assert invoke("run", *vit_options(vit_folder), "-o", tmp_path / "run") == 2
+    assert "GB are free" in capsys.readouterr().err
+
+
+def test_nan_weights_name_the_tensor(vit_folder, tmp_path, capsys):
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(vit_folder)
+    model.vit.layers[1].mlp.fc1.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    AutoImageProcessor.from_pretrained(vit_folder, backend="pil").save_pretrained(tmp_path / "nan")
+    options = vit_options(tmp_path / "nan")
+    assert invoke("run", *options, "-o", tmp_path / "run") == 2
+    assert "layers.1.mlp.fc1" in capsys.readouterr().err
+
+
+def test_two_runs_in_one_folder_are_refused(vit_folder, tmp_path, capsys):
+    from prehab_export.workspace import Workspace
+
+    with Workspace.open(tmp_path / "run").locked():
+        assert invoke("run", *vit_options(vit_folder), "-o", tmp_path / "run") == 2
+    assert "another run" in capsys.readouterr().err
+
+
+def killed_at(stage: str, arguments: list[str], output: Path) -> None:
+    """Start a run and SIGKILL its whole process group as soon as the stage has begun to write."""
+    process = subprocess.Popen(command(*arguments), start_new_session=True, stderr=subprocess.DEVNULL)
+    begun = [output / "stages" / f"{stage}.partial", output / f"{stage}.partial"]
+    done = output / "manifests" / f"{stage}.json"
+    while process.poll() is None and not any(path.exists() for path in begun) and not done.exists():
+        time.sleep(0.002)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "truncate",
+        "artifact",
+        *(
+            pytest.param(s, marks=pytest.mark.slow)
+            for s in ("calibrate", "prehab", "rehab", "export", "baseline", "verify", "bench")
+        ),
+    ],
+)
+def test_a_killed_run_ends_in_the_same_artifact(stage, finished, vit_folder, tmp_path):
+    output = tmp_path / "run"
+    arguments = ["run", *vit_options(vit_folder), "-o", output, *TRAINED]
+    killed_at(stage, arguments, output)
+    assert not (output / "report").exists()
+    assert subprocess.run(command(*arguments), check=False, stderr=subprocess.DEVNULL).returncode == 0
+    assert hashes(output / "artifact") == hashes(finished / "artifact")
+
+
+def test_help_loads_nothing_heavy():
+    script = (
+        "import sys\nfrom prehab_export.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'onnxruntime', 'onnx', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).returncode == 0
