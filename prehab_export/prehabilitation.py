@@ -21,6 +21,8 @@ from prehab_export.tasks import Task
 from prehab_export.training import frozen_copy, train
 from prehab_export.truncation import decompose_layers, layer_metric, plan_ranks
 
+# Power iterations before the first value of ``spectral``; afterwards two a step follow the moving weight.
+SETTLING = 25
 # λ climbs by this factor over the warm-up half of the run.
 WARMUP_SPAN = 1e3
 
@@ -145,7 +147,7 @@ class Regulariser:
         root_c = square_root(metric.second_moment).float()
         if self.surrogate == "tail":
             return _tail_term(weight, root_g, root_c, rank)
-        return _whitened_term(self.surrogate, root_g, root_c)
+        return _whitened_term(self.surrogate, root_g, root_c, root_g @ weight @ root_c)
 
 
 def _tail_term(weight: Tensor, root_g: Tensor, root_c: Tensor, rank: int) -> Term:
@@ -165,8 +167,10 @@ def _tail_term(weight: Tensor, root_g: Tensor, root_c: Tensor, rank: int) -> Ter
     return term
 
 
-def _whitened_term(surrogate: str, root_g: Tensor, root_c: Tensor) -> Term:
+def _whitened_term(surrogate: str, root_g: Tensor, root_c: Tensor, now: Tensor) -> Term:
     vector = torch.ones(root_c.shape[0], device=root_c.device)
+    for _ in range(SETTLING if surrogate == "spectral" else 0):
+        vector = surrogates.spectral(now, vector)[2]
 
     def term(w: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal vector

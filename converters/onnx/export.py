@@ -21,7 +21,7 @@ from converters.errors import InputError
 from converters.onnx.attention import ONNX_ATTENTION, PLAIN_ATTENTION, attention_implementation
 from converters.onnx.cache import cache_layout, cache_of, tensors_of
 from converters.onnx.fuse import count_fusions, fuse_graph, simplify_graph
-from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, token_inputs
+from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
 from converters.onnx.names import restore_weight_names, store_transposed, tidy
 
 TASKS = ("image-classification", "text-classification", "text-generation")
@@ -103,7 +103,7 @@ class _Traced(nn.Module):
             self.inputs: GraphInputs = decoder_inputs(model, layout)
             self.outputs += layout.present_names
         elif task == "text-classification":
-            self.inputs = token_inputs(model, offered)
+            self.inputs = text_inputs(model, offered)
         else:
             self.inputs = image_inputs(model)
 

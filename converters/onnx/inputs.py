@@ -48,7 +48,7 @@ def image_inputs(model: PreTrainedModel) -> GraphInputs:
     return GraphInputs({"pixel_values": pixels}, {"pixel_values": {0: "batch_size"}})
 
 
-def token_inputs(model: PreTrainedModel, offered: Sequence[str] | None) -> GraphInputs:
+def text_inputs(model: PreTrainedModel, offered: Sequence[str] | None) -> GraphInputs:
     """Token inputs (batch, sequence): those of TEXT_INPUTS that are offered and that the model makes use of.
 
     Raises:

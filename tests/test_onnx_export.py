@@ -1,0 +1,407 @@
+"""Exported graphs against PyTorch: parity, names, fusions, determinism, and what is left of the model."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from small_models import FAMILIES, TEXT, build, truncated
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from converters.errors import InputError
+from converters.onnx.export import export_onnx
+from converters.onnx.generate import greedy_decode
+from converters.onnx.inputs import text_inputs
+from converters.onnx.session import open_session
+
+TOLERANCE = 5e-6  # max |Δ| over max |logit|; PyTorch against itself with another attention differs by 1e-6
+
+GROUPED = {**TEXT, "num_key_value_heads": 2}
+SPECIAL = {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}
+FAMILIES = {
+    **FAMILIES,
+    "roberta": (RobertaForSequenceClassification, RobertaConfig(**TEXT, type_vocab_size=1)),
+    "mistral": (MistralForCausalLM, MistralConfig(**GROUPED, sliding_window=4)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**GROUPED, head_dim=16)),
+    "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**TEXT)),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**GROUPED, head_dim=16, sliding_window=4)),
+    "modernbert": (ModernBertForSequenceClassification, ModernBertConfig(**{**TEXT, **SPECIAL})),
+    "llama-classifier": (
+        LlamaForSequenceClassification,
+        LlamaConfig(**{**GROUPED, "num_hidden_layers": 1}, pad_token_id=1, num_labels=3),
+    ),
+}
+TASKS = {"vit": "image-classification", "deit": "image-classification"}
+TASKS |= dict.fromkeys(["bert", "roberta", "distilbert", "modernbert", "llama-classifier"], "text-classification")
+SLOW = pytest.mark.slow
+
+
+def make(family, rank=None):
+    model_class, config = FAMILIES[family]
+    torch.manual_seed(0)
+    model = model_class._from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)  # equal tensors are stored once, under one name
+    return model if rank is None else truncated(model, rank)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """export(family, rank, fuse) → (model, OnnxExport), each done once."""
+    done = {}
+
+    def export(family, rank=None, fuse=True):
+        key = (family, rank, fuse)
+        if key not in done:
+            model = make(family, rank)
+            folder = tmp_path_factory.mktemp("graph")
+            task = TASKS.get(family, "text-generation")
+            done[key] = model, export_onnx(model, folder / "model.onnx", task, fuse=fuse)
+        return done[key]
+
+    return export
+
+
+def relative(actual, expected, where=...):
+    expected = expected.numpy()
+    return np.abs(actual - expected)[where].max() / np.abs(expected).max()
+
+
+def padded(batch, length, padding):
+    """An attention mask whose first row is padded on the right (padding > 0) or on the left (< 0)."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    if padding > 0:
+        mask[0, -padding:] = 0
+    mask[0, : max(-padding, 0)] = 0
+    return mask
+
+
+@pytest.mark.parametrize(("family", "rank"), [("vit", None), ("vit", 6), pytest.param("deit", 6, marks=SLOW)])
+def test_images_match_pytorch_at_any_batch(exported, family, rank):
+    model, export = exported(family, rank)
+    session = open_session(export.path)
+    for batch in (1, 2, 5):
+        pixels = torch.randn(batch, 3, 16, 16)
+        with torch.no_grad():
+            expected = model(pixels).logits
+        assert relative(session.run(None, {"pixel_values": pixels.numpy()})[0], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "rank"),
+    [
+        ("bert", None),
+        ("bert", 6),
+        pytest.param("roberta", None, marks=SLOW),
+        pytest.param("distilbert", 6, marks=SLOW),
+        pytest.param("modernbert", None, marks=SLOW),
+        ("llama-classifier", None),
+    ],
+)
+@pytest.mark.parametrize("fuse", [True, pytest.param(False, marks=SLOW)])
+def test_texts_match_pytorch_with_padding_on_either_side(exported, family, rank, fuse):
+    model, export = exported(family, rank, fuse)
+    session = open_session(export.path)
+    for batch, length, padding in [(1, 1, 0), (2, 7, 0), (3, 9, 2), (3, 9, -2)]:
+        mask = padded(batch, length, padding)
+        ids = torch.randint(3, 50, (batch, length))
+        ids[mask == 0] = model.config.pad_token_id or 0
+        feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.randint(0, 2, ids.shape)}
+        feed = {name: feed[name] for name in export.inputs}
+        with torch.no_grad():
+            expected = model(**feed).logits
+        actual = session.run(None, {name: value.numpy() for name, value in feed.items()})[0]
+        assert relative(actual, expected) < TOLERANCE
+
+
+# (batch, new tokens, past, padding): prompts, decoding steps, and several new tokens after a past.
+STEPS = [(1, 4, 0, 0), (2, 6, 0, 2), (2, 6, 0, -2), (1, 1, 7, 0), (3, 1, 7, -2), (2, 3, 5, 0), (2, 3, 5, -2)]
+
+
+@pytest.mark.parametrize(
+    ("family", "rank"),
+    [
+        ("llama-tied", 6),
+        ("mistral", None),
+        *(
+            pytest.param(family, rank, marks=SLOW)
+            for family in ("llama", "gpt2", "qwen2", "qwen3", "opt", "gpt-neox", "gemma2")
+            for rank in (None, 6)
+        ),
+    ],
+)
+@pytest.mark.parametrize("fuse", [True, pytest.param(False, marks=SLOW)])
+def test_decoders_match_one_pass_of_pytorch_without_a_cache(exported, family, rank, fuse):
+    model, export = exported(family, rank, fuse)
+    session = open_session(export.path)
+    for batch, new, past, padding in STEPS:
+        mask = padded(batch, past + new, padding)
+        feed = {"input_ids": torch.randint(3, 50, mask.shape), "attention_mask": mask}
+        feed["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        feed = {name: value for name, value in feed.items() if name in export.inputs}
+        with torch.no_grad():
+            expected = model(**feed, use_cache=False).logits[:, past:]
+        actual = in_two_parts(session, {name: value.numpy() for name, value in feed.items()}, past)
+        assert relative(actual, expected, mask[:, past:].numpy() == 1) < TOLERANCE
+
+
+def in_two_parts(session, feed, past):
+    """Logits of the tokens after ``past``, the tokens before it having gone through the cache."""
+    cache = {
+        value.name: np.zeros((len(feed["input_ids"]), value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values")
+    }
+    if past:
+        first = {name: value[:, :past] for name, value in feed.items()}
+        cache = dict(zip(cache, session.run(None, first | cache)[1:], strict=True))
+    rest = {name: value if name == "attention_mask" else value[:, past:] for name, value in feed.items()}
+    return session.run(None, rest | cache)[0]
+
+
+def test_greedy_decoding_gives_the_tokens_of_pytorch(exported):
+    model, export = exported("llama-tied", 6)
+    tokens = torch.tensor([[5, 9, 23], [7, 41, 8]])
+    actual = greedy_decode(open_session(export.path), tokens.numpy(), 6)
+    for _ in range(6):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    np.testing.assert_array_equal(actual, tokens.numpy())
+
+
+def test_greedy_decoding_needs_a_cache_and_a_prompt(exported):
+    with pytest.raises(InputError, match="past_key_values"):
+        greedy_decode(open_session(exported("bert")[1].path), np.ones((1, 2), np.int64), 1)
+    with pytest.raises(InputError, match="input_ids"):
+        greedy_decode(open_session(exported("mistral")[1].path), np.ones((1, 0), np.int64), 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "counts"),
+    [
+        ("vit", {"ScaledDotProductAttention": 2, "SkipLayerNormalization": 4, "BiasGelu": 2}),
+        ("bert", {"ScaledDotProductAttention": 2, "SkipLayerNormalization": 4, "BiasGelu": 2}),
+    ],
+)
+def test_dense_and_factored_encoders_are_fused_alike(exported, family, counts):
+    for rank in (None, 6):
+        assert exported(family, rank)[1].fusions == counts
+
+
+def test_decoders_are_fused(exported):
+    counts = {
+        "ScaledDotProductAttention": 2,
+        "SkipSimplifiedLayerNormalization": 4,
+        "RMSNormalization": 1,
+        "RotaryEmbedding": 4,
+    }
+    assert exported("mistral", None)[1].fusions == counts
+    assert exported("llama-tied", 6)[1].fusions == counts
+
+
+def test_plain_graphs_use_standard_operators_of_an_older_opset(exported):
+    export = exported("vit", None, fuse=False)[1]
+    graph = onnx.load(export.path)
+    assert {node.domain for node in graph.graph.node} == {""}
+    assert export.opset == 20
+    assert not graph.functions
+
+
+def test_what_was_written_is_reported(exported):
+    export = exported("mistral", None)[1]
+    session = open_session(export.path)
+    cache = [f"{layer}.{part}" for layer in (0, 1) for part in ("key", "value")]
+    assert export.inputs == (
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        *(f"past_key_values.{name}" for name in cache),
+    )
+    assert export.outputs == ("logits", *(f"present.{name}" for name in cache))
+    assert tuple(value.name for value in session.get_inputs()) == export.inputs
+    assert tuple(value.name for value in session.get_outputs()) == export.outputs
+    assert export.bytes == export.path.stat().st_size
+    assert session.get_inputs()[3].shape == ["batch_size", 2, "past_sequence_length", 8]
+
+
+def test_weights_keep_their_names(exported):
+    model, export = exported("bert", 6)
+    stored = {value.name: onnx.numpy_helper.to_array(value) for value in onnx.load(export.path).graph.initializer}
+    name = "bert.encoder.layer.1.attention.self.query"
+    layer = model.get_submodule(name)
+    np.testing.assert_array_equal(stored[f"{name}.down.weight.T"], layer.down.weight.detach().numpy().T)
+    np.testing.assert_array_equal(stored[f"{name}.up.weight.T"], layer.up.weight.detach().numpy().T)
+    np.testing.assert_array_equal(stored[f"{name}.up.bias"], layer.up.bias.detach().numpy())
+    unnamed = [value for name, value in stored.items() if name.startswith("constant_")]
+    assert max(value.size for value in unnamed) < 64
+
+
+def test_nothing_of_the_exporting_machine_is_left_in_the_graph(exported):
+    graph = onnx.load(exported("mistral", None)[1].path)
+    assert not graph.metadata_props
+    assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
+    text = str(graph.SerializeToString())
+    assert str(Path.home()) not in text
+    assert ".py" not in text
+
+
+@pytest.mark.parametrize(("family", "rank"), [("vit", 6), ("bert", None), ("llama-tied", 6)])
+def test_onnxruntime_can_quantise_the_graph(exported, tmp_path, family, rank):
+    export = exported(family, rank)[1]
+    quantize_dynamic(export.path, tmp_path / "int8.onnx", weight_type=QuantType.QInt8)
+    feed = {value.name: feed_of(value) for value in open_session(export.path).get_inputs()}
+    actual = open_session(tmp_path / "int8.onnx").run(["logits"], feed)[0]
+    expected = open_session(export.path).run(["logits"], feed)[0]
+    assert relative(actual, torch.from_numpy(expected)) < 0.2
+
+
+def feed_of(value):
+    sizes = {"batch_size": 2, "sequence_length": 4, "total_sequence_length": 4, "past_sequence_length": 0}
+    shape = [sizes.get(axis, axis) for axis in value.shape]
+    if value.type == "tensor(int64)":
+        return np.ones(shape, np.int64)
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+EXPORT_ANEW = """
+import sys
+from pathlib import Path
+from converters.onnx.export import export_onnx
+sys.path.insert(0, "tests")
+from test_onnx_export import make
+export_onnx(make("vit", 6), Path(sys.argv[1]), "image-classification")
+"""
+
+
+def test_equal_weights_make_equal_files_in_every_process(exported, tmp_path):
+    path = tmp_path / "again.onnx"
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, "-c", EXPORT_ANEW, str(path)], cwd=root, check=True, capture_output=True)
+    first, second = (hashlib.sha256(file.read_bytes()) for file in (exported("vit", 6)[1].path, path))
+    assert first.hexdigest() == second.hexdigest()
+
+
+def test_external_data_moves_with_the_folder(tmp_path, capfd):
+    model = make("vit", 6)
+    (tmp_path / "here").mkdir()
+    export = export_onnx(model, tmp_path / "here" / "net.onnx", "image-classification", external_data_threshold=1000)
+    assert "".join(capfd.readouterr()) == ""  # the exporter's chatter is nobody's business
+    assert sorted(file.name for file in export.path.parent.iterdir()) == ["net.onnx", "net.onnx_data"]
+    assert export.bytes == sum(file.stat().st_size for file in export.path.parent.iterdir())
+    export.path.parent.rename(tmp_path / "there")
+    pixels = torch.randn(1, 3, 16, 16)
+    actual = open_session(tmp_path / "there" / "net.onnx").run(None, {"pixel_values": pixels.numpy()})[0]
+    with torch.no_grad():
+        assert relative(actual, model(pixels).logits) < TOLERANCE
+
+
+def test_the_model_is_handed_back_as_it_was(tmp_path):
+    model = build("bert").train()
+    model.bert.encoder.layer[0].eval()
+    model.config.use_cache = True
+    training = [module.training for module in model.modules()]
+    attention = model.config._attn_implementation
+    weights = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    export_onnx(model, tmp_path / "model.onnx", "text-classification", text_inputs=["input_ids"])
+    assert [module.training for module in model.modules()] == training
+    assert model.config._attn_implementation == attention
+    assert model.config.use_cache is True
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    for name, value in model.state_dict().items():
+        assert value.data_ptr() == weights[name][0]
+        assert torch.equal(value, weights[name][1])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("offered", [None, ["input_ids"], ["input_ids", "token_type_ids", "attention_mask", "labels"]])
+def test_text_inputs_are_what_both_tokenizer_and_model_know(family, offered):
+    known = ("input_ids", "attention_mask") + ("token_type_ids",) * (family == "bert")
+    expected = tuple(name for name in known if offered is None or name in offered)
+    assert text_inputs(make(family), offered).names == expected
+
+
+def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch):
+    def fail(path):
+        raise onnx.checker.ValidationError("broken")
+
+    monkeypatch.setattr(onnx.checker, "check_model", fail)
+    with pytest.raises(onnx.checker.ValidationError):
+        export_onnx(build("vit"), tmp_path / "model.onnx", "image-classification")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class"),
+    [
+        (MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=50), MambaForCausalLM),
+        (
+            Qwen3NextConfig(**{**GROUPED, "num_hidden_layers": 4}, head_dim=16, num_experts=4, num_experts_per_tok=2),
+            Qwen3NextForCausalLM,
+        ),
+    ],
+)
+def test_decoders_without_a_plain_cache_are_refused(tmp_path, config, model_class):
+    model = model_class._from_config(config).eval()
+    with pytest.raises(InputError, match="key"):
+        export_onnx(model, tmp_path / "model.onnx", "text-generation")
+
+
+def test_mistakes_are_named(tmp_path):
+    model = build("bert")
+    with pytest.raises(InputError, match="unknown task 'chat'"):
+        export_onnx(model, tmp_path / "model.onnx", "chat")
+    with pytest.raises(InputError, match="image_size"):
+        export_onnx(model, tmp_path / "model.onnx", "image-classification")
+    with pytest.raises(InputError, match="input_ids"):
+        export_onnx(model, tmp_path / "model.onnx", "text-classification", text_inputs=["attention_mask"])
+    with pytest.raises(InputError, match="folder"):
+        export_onnx(model, tmp_path, "text-classification")
+    with pytest.raises(InputError, match="no ONNX graph"):
+        open_session(tmp_path / "missing.onnx")
+
+
+def test_a_model_that_torch_cannot_trace_is_named(tmp_path, monkeypatch):
+    model = build("vit")
+    original = type(model).forward
+
+    def branching(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        if output.logits.sum() > 0:
+            output.logits = output.logits + 1
+        return output
+
+    monkeypatch.setattr(type(model), "forward", branching)
+    with pytest.raises(RuntimeError, match="could not export ViTForImageClassification"):
+        export_onnx(model, tmp_path / "model.onnx", "image-classification")
+
+
+def test_sessions_state_their_threads(exported):
+    session = open_session(exported("vit")[1].path, threads=2)
+    options = session.get_session_options()
+    assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
