@@ -19,6 +19,10 @@ from prehab_export.statistics import InputMoment, Statistics
 from prehab_export.tasks import Batch, Task, sample_count
 
 
+class CalibrationWarning(UserWarning):
+    """The sample is too small for what was asked of it; the result is valid but could be better."""
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable[Batch],
@@ -66,20 +70,22 @@ def calibrate(
                 progress(sample_count(batch))
     statistics = tally.result()
     statistics.check_finite()
+    if (message := few_tokens(statistics)) is not None:
+        warnings.warn(message, CalibrationWarning, stacklevel=2)
     return statistics
 
 
-def warn_few_tokens(statistics: Statistics) -> list[str]:
-    """One warning a group of inputs seen fewer times than it is wide; also returned, for the report."""
-    messages = [
-        f"{group}: {moment.tokens} calibration tokens for {moment.mean.numel()} inputs; "
-        "the second moment is singular. The result is still exact on the sample; give more samples for a better one."
-        for group, moment in statistics.inputs.items()
-        if moment.tokens < moment.mean.numel()
-    ]
-    for message in messages:
-        warnings.warn(message, stacklevel=2)
-    return messages
+def few_tokens(statistics: Statistics) -> str | None:
+    """What to tell the user when layers have more inputs than calibration showed tokens; None when none has."""
+    short = {group: m for group, m in statistics.inputs.items() if m.tokens < m.mean.numel()}
+    if not short:
+        return None
+    group, moment = next(iter(short.items()))
+    return (
+        f"{moment.tokens} calibration tokens for the {moment.mean.numel()} inputs of {group}"
+        + (f" and of {len(short) - 1} more" if len(short) > 1 else "")
+        + "; the second moment is singular. Truncation is exact on the sample all the same; more samples make it better"
+    )
 
 
 def shared_inputs(model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -5,6 +5,7 @@ weight and R one of ``surrogates``. The surrogate's gradient is known in closed 
 after the task's backward pass; the moments and the bases behind it are refreshed every few steps.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from converters.lowrank import DenseLinear, add_weight_gradient, dense_weight
 from prehab_export import surrogates
-from prehab_export.calibration import calibrate
+from prehab_export.calibration import CalibrationWarning, calibrate
 from prehab_export.config import PrehabConfig, TruncateConfig
 from prehab_export.data import Samples
 from prehab_export.decomposition import square_root
@@ -60,7 +61,9 @@ def prehab(
         row: dict[str, float] = {}
         if step and step % config.refresh_every == 0:
             batches = samples.subset(config.refresh_samples, seed=seed + step).batches(config.train.batch_size)
-            fresh = calibrate(model, batches, task, layers, gradients=bool(current.gradients))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", CalibrationWarning)  # a refresh only moves a running average
+                fresh = calibrate(model, batches, task, layers, gradients=bool(current.gradients))
             current = current.blended(fresh, 0.5)
             regulariser.refresh(current)
         if step % config.refresh_every == 0 and evaluate is not None:

@@ -4,6 +4,7 @@ The work itself is done by ordinary functions on ordinary objects (``calibrate``
 stands here only fetches their input and puts their output away.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +17,11 @@ from converters.adapters import merge_dense_adapter
 from converters.folder import from_pretrained, save_folder
 from converters.lowrank import factorize
 from prehab_export.benchmark import bench
-from prehab_export.calibration import calibrate, warn_few_tokens
+from prehab_export.calibration import CalibrationWarning, calibrate, few_tokens
 from prehab_export.config import RunConfig
 from prehab_export.export import export_artifact, export_baseline
 from prehab_export.prehabilitation import prehab
-from prehab_export.progress import bar
+from prehab_export.progress import bar, say
 from prehab_export.rehabilitation import rehab
 from prehab_export.report import write_report
 from prehab_export.session import Session
@@ -54,20 +55,23 @@ def _calibrate(session: Session, folder: Path) -> None:
     layers = session.layers(model)
     statistics = _statistics(session, model, layers)
     save_statistics(statistics, folder / STATISTICS)
+    if (warning := few_tokens(statistics)) is not None:
+        say(f"  [yellow]warning: {warning}")
     facts = {
         "samples": len(session.calibration),
         "tokens": {group: moment.tokens for group, moment in statistics.inputs.items()},
         "layers": len(layers),
         "input_groups": len(statistics.inputs),
         "gradient_units": statistics.units,
-        "warnings": warn_few_tokens(statistics),
+        "warnings": [] if warning is None else [warning],
     }
     write_json(folder / "calibrate.json", facts)
 
 
 def _statistics(session: Session, model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Statistics:
     options = session.config
-    with bar("calibrate", len(session.calibration)) as advance:
+    with bar("calibrate", len(session.calibration)) as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # said once, by the stage
         return calibrate(
             model,
             session.calibration.batches(options.data.batch_size),

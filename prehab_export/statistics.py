@@ -73,6 +73,7 @@ _ADVICE = "check the data and the model in float32 before compressing"
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
+    """Write moments as one safetensors file, counts and groups in its metadata."""
     tensors = {f"gradient/{name}": tensor for name, tensor in statistics.gradients.items()}
     for name, moment in statistics.inputs.items():
         tensors[f"input/{name}"] = moment.second_moment
@@ -86,7 +87,14 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
 
 
 def load_statistics(path: Path) -> Statistics:
+    """Read what ``save_statistics`` wrote.
+
+    Raises:
+        InputError: the file is not of that kind.
+    """
     with safe_open(path, framework="pt") as file:
+        if "statistics" not in (file.metadata() or {}):
+            raise InputError(f"{path} holds no calibration statistics; give a statistics.safetensors of a run")
         facts = json.loads(file.metadata()["statistics"])
         names = list(file.keys())
         inputs = {

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from math import cos, pi
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from prehab_export.config import TrainConfig
@@ -37,7 +36,6 @@ def train(
     Raises:
         FloatingPointError: the loss is NaN or Inf.
     """
-    accelerator = Accelerator()
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     for parameter in parameters:
@@ -52,8 +50,8 @@ def train(
         loss, figures = _loss(model, teacher, task, batch, config.distill)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower the learning rate")
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, config.clip)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, config.clip)
         row |= figures | (after_backward(step) if after_backward else {})
         optimizer.step()
         schedule.step()

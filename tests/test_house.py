@@ -1,0 +1,75 @@
+"""The rules of the house that a program can see."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from importlib import import_module
+from pathlib import Path
+
+import prehab_export
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("converters", "prehab_export")
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, known: set[str]) -> set[str]:
+    """Modules of ours that a file imports, at any depth in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & known
+
+
+def test_converters_never_import_prehab_export():
+    known = modules()
+    for name, path in known.items():
+        if name.startswith("converters"):
+            assert not any(other.startswith("prehab_export") for other in imports(path, set(known))), name
+
+
+def test_imports_go_down_only():
+    known = modules()
+    graph = {name: imports(path, set(known) - set(PACKAGES)) for name, path in known.items() if name not in PACKAGES}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError where an import goes up
+    assert len(order) == len(graph)
+
+
+def test_importing_the_package_is_light():
+    script = "import sys, prehab_export, converters; sys.exit(bool({'torch', 'onnxruntime'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_every_public_name_is_what_it_says_and_documented():
+    for name in prehab_export.__all__:
+        value = getattr(prehab_export, name)
+        assert value is not None
+        if callable(value):
+            assert value.__doc__, name
+    # A function must not be shadowed by a module of the same name.
+    for module in modules():
+        if module.startswith("prehab_export."):
+            import_module(module)
+    assert all(
+        callable(getattr(prehab_export, name)) for name in ("calibrate", "prehab", "truncate", "rehab", "bench", "run")
+    )
+
+
+def test_no_pickle():
+    for name, path in modules().items():
+        text = path.read_text()
+        assert "torch.load(" not in text, name
+        assert "torch.save(" not in text, name
+        assert "import pickle" not in text, name
