@@ -64,9 +64,10 @@ def export_onnx(
       ``past_key_values.{i}.key/value`` → ``logits`` and ``present.{i}.key/value``, for prompt (past length 0)
       and decoding alike. Padding is the attention mask's matter, on either side.
 
-    The graph keeps the model's dtype. ONNX Runtime's CPU kernels want float32: cast a bfloat16 or float16 model
-    first. Weights above ``external_data_threshold`` bytes go to ``<name>.onnx_data`` beside the graph. ``fuse=False``
-    writes standard operators of an older opset only, to compare with or for other runtimes.
+    The graph keeps the model's dtype. ONNX Runtime on CPU runs float16 graphs but has few bfloat16 kernels and does
+    not open such a graph: cast a bfloat16 model to float32 first. Weights above ``external_data_threshold`` bytes
+    go to ``<name>.onnx_data`` beside the graph. ``fuse=False`` writes standard operators of an older opset only, to
+    compare with or for other runtimes.
 
     Raises:
         InputError: an unknown task, or a model that does not fit it.
