@@ -26,7 +26,7 @@ import prehab_export as px
 from prehab_export.evaluation import torch_predictor
 from prehab_export.machine import machine_facts
 from prehab_export.progress import bar, say
-from prehab_export.session import HELD_OUT, quiet_libraries
+from prehab_export.session import held_out_split, quiet_libraries
 from prehab_export.tasks import Task
 from prehab_export.training import frozen_copy, train
 from prehab_export.truncation import decompose_layers
@@ -47,7 +47,7 @@ class Bench:
     ) -> None:
         self.model, self.task, self.batch_size, self.seed = model, task, data.batch_size, seed
         self.data = px.load_data(data, task, processor, model.config, seed=seed)
-        self.training = self.data.train.split(min(HELD_OUT, len(self.data.train) // 5), seed)[1]
+        self.training = held_out_split(self.data.train, seed)[1]
         self.calibration = self.training.subset(samples, seed)
 
     def metric(self, model: nn.Module) -> dict[str, float]:

@@ -8,7 +8,7 @@ from rich.table import Table
 Row = dict[str, Any]
 
 # heading, key of a case, digits after the point
-_ENCODER = (("p50 ms", "p50_ms", 2), ("p90 ms", "p90_ms", 2), ("items /s", "throughput_per_s", 1))
+_ENCODER = (("p50 ms", "p50_ms", 2), ("p90 ms", "p90_ms", 2), ("items/s", "throughput_per_s", 1))
 _DECODER = (
     ("first token ms", "time_to_first_token_ms", 2),
     ("next token ms", "inter_token_p50_ms", 2),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from converters.folder import save_folder
 from prehab_export.bench_config import BenchConfig
@@ -13,11 +13,12 @@ from prehab_export.config import DataConfig, PrehabConfig, RehabConfig, RunConfi
 from prehab_export.data import load_data
 from prehab_export.pipeline import run
 from prehab_export.progress import bar, say
-from prehab_export.session import prepare_process
+from prehab_export.session import held_out_split, prepare_process
 from prehab_export.tasks import TASKS
 from prehab_export.training import train
 from prehab_export.workspace import Workspace, stage_key
 
+NAME = "vit-digits"
 DIGITS = DataConfig("sklearn-digits", batch_size=64)
 TRAINING = TrainConfig(steps=500, batch_size=64, learning_rate=1e-3, distill=0.0)
 VIT: dict[str, Any] = {
@@ -51,21 +52,22 @@ def run_demo(output: Path, threads: int | None = None) -> Workspace:
         if not workspace.is_current("dense", key):
             say("[bold]a small ViT on digits")
             with workspace.publish("dense", key, VIT) as folder:
-                _train_vit(folder / "model")
-    return run(replace(config, model=str(workspace.folder("dense") / "model")), output)
+                _train_vit(folder / NAME)
+    return run(replace(config, model=str(workspace.folder("dense") / NAME)), output)
 
 
 def _train_vit(folder: Path) -> None:
     torch.manual_seed(0)
     task = TASKS["image-classification"]
     model = ViTForImageClassification(ViTConfig(**VIT))
-    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     data = load_data(DIGITS, task, processor, model.config, seed=0)
+    _, training = held_out_split(data.train, seed=0)  # what the run puts aside is put aside here too
     with bar("train", TRAINING.steps) as advance:
         train(
             model,
             task,
-            data.train,
+            training,
             TRAINING,
             list(model.parameters()),
             progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}"),

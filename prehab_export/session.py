@@ -72,7 +72,7 @@ class Session:
 
     @cached_property
     def _parts(self) -> tuple[Samples, Samples]:
-        return self.data.train.split(min(HELD_OUT, len(self.data.train) // 5), self.config.seed)
+        return held_out_split(self.data.train, self.config.seed)
 
     @property
     def held_out(self) -> Samples:
@@ -120,6 +120,11 @@ class Session:
 
     def held_out_loss(self, model: nn.Module) -> float:
         return self.metrics(model, self.held_out, "held-out loss").loss
+
+
+def held_out_split(train: Samples, seed: int) -> tuple[Samples, Samples]:
+    """Samples to decide by (at most ``HELD_OUT``, or a fifth), and the rest, to calibrate and train on."""
+    return train.split(min(HELD_OUT, len(train) // 5), seed)
 
 
 def prepare_process(config: RunConfig) -> None:
