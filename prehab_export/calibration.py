@@ -175,6 +175,9 @@ class _Tally:
             name: InputMoment(self.outer[name] / count, self.total[name] / count, count)
             for name, count in self.tokens.items()
         }
+        silent = [name for name in self.groups if self.gradient and name not in self.gradient]
+        if silent:
+            raise InputError(f"{silent[0]} has no part in the loss; leave it out with --exclude {silent[0]!r}")
         gradients = {name: total / self.units for name, total in self.gradient.items()}
         return Statistics(inputs, dict(self.groups), gradients, self.units)
 

@@ -4,7 +4,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -25,6 +25,13 @@ VERBS = {
     "bench": ("bench", "Measure latency and memory against the dense model."),
     "report": ("report", "Write report.json, report.md and the plots."),
 }
+
+# Last stage → what --force does again; of ``run``, all that is measured rather than computed.
+REDO = {
+    "baseline": ("export", "baseline"),
+    "artifact": ("verify", "artifact"),
+    "report": ("verify", "artifact", "bench", "report"),
+} | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "rehab", "bench")}
 
 Command = Callable[..., Any]
 
@@ -128,7 +135,7 @@ RUN_OPTIONS: list[Callable[[Command], Command]] = [
     option("--bench-length", "bench.sequence_lengths", "Length to measure; repeat for more.", multiple=True, type=int),
     option("--bench-rounds", "bench.rounds", "Turns of each model."),
     option("--new-tokens", "bench.new_tokens", "Tokens that a decoder generates in a measurement."),
-    click.option("--force", is_flag=True, help="Do this stage again although it is up to date."),
+    click.option("--force", is_flag=True, help="Do this verb's work again although it is up to date."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 ]
 
@@ -177,8 +184,6 @@ for _verb, (_until, _text) in VERBS.items():
 
 
 def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) -> None:
-    import yaml
-
     from prehab_export.workspace import OPTIONS_FILE
 
     output, config_file = flags.pop("output"), flags.pop("config_file")
@@ -202,10 +207,9 @@ def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) ->
                 values, functools.reduce(lambda inner, key: {key: inner}, reversed(path.split("__")), value)
             )
     config = _config(values)
-    text = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False, allow_unicode=True)
     from prehab_export.pipeline import run as run_pipeline
 
-    workspace = run_pipeline(config, output, until=until, redo=[until] if force else (), options_text=text)
+    workspace = run_pipeline(config, output, until=until, redo=REDO[until] if force else ())
     _show_result(workspace, until, as_json)
 
 
@@ -285,6 +289,7 @@ def inspect(path: str, as_json: bool, **flags: Any) -> None:
     help="Calibration statistics; found by itself when ARTIFACT lies in its run's folder.",
 )
 @click.option("--threads", type=int, default=None, help="Threads of ONNX Runtime.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 def merge_lora(artifact: Path, adapter: Path, as_json: bool, **flags: Any) -> None:
     """Merge a PEFT LoRA adapter into the factors of an artifact, at the same ranks."""

@@ -4,8 +4,9 @@ Light on purpose: the command line builds its options from these defaults withou
 command line's flags; a YAML file has the shape of ``RunConfig``, one section a stage.
 """
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -68,7 +69,7 @@ class TrainConfig:
     """steps of batch_size samples; learning_rate is the peak; distill in [0, 1] is the share of the loss that is
     the KL divergence from the dense model's output; 0 trains on the labels alone."""
 
-    steps: int
+    steps: int = 0
     batch_size: int = 32
     learning_rate: float = 3e-4
     distill: float = 0.5
@@ -96,7 +97,7 @@ class PrehabConfig:
     guard: keep the result only if the truncated model is better for it on held-out samples.
     """
 
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
+    train: TrainConfig = field(default_factory=TrainConfig)
     surrogate: str = "tail"
     strength: float = 100.0
     schedule: str = "constant"
@@ -136,7 +137,7 @@ class TruncateConfig:
     allocation: str = "loss"
     rank_multiple: int = 1
     floor_share: float = 0.1
-    gradient_damping: float = 1e-3
+    gradient_damping: float = 1e-2
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -159,7 +160,7 @@ class TruncateConfig:
 class RehabConfig:
     """How to rehab: ``method`` is ``factors`` or ``lora``; ``lora_rank`` is the adapters' rank."""
 
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=0))
+    train: TrainConfig = field(default_factory=TrainConfig)
     method: str = "factors"
     lora_rank: int = 16
 
@@ -208,6 +209,14 @@ class RunConfig:
         return self.truncate.needs_gradients or self.prehab.needs_gradients
 
 
+def to_yaml(config: RunConfig) -> str:
+    """The options as a YAML document that ``from_dict`` reads back."""
+    import yaml
+
+    plain = json.loads(json.dumps(asdict(config)))  # tuples become lists
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
 T = TypeVar("T")
 
 
@@ -231,6 +240,13 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         raise InputError(f"{where or 'the options'}: {str(error).split('() ')[-1]}") from error
 
 
+def _number(value: int | str, where: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise InputError(f"{where}: expected a number, found {value!r}") from error
+
+
 def _converted(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
         return from_dict(kind, value, f"{where}.")  # type: ignore[arg-type]
@@ -239,8 +255,8 @@ def _converted(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_converted(get_args(kind)[0], item, where) for item in items)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        return _number(value, where)  # YAML reads 1e-4 as a string
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"{where}: expected {kind.__name__}, found {value!r}")
     return value

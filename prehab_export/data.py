@@ -66,7 +66,15 @@ class TaskData:
     description: dict[str, Any]
 
 
-def load_data(config: DataConfig, task: Task, processor: Any, model_config: PreTrainedConfig, seed: int) -> TaskData:
+def load_data(
+    config: DataConfig,
+    task: Task,
+    processor: Any,
+    model_config: PreTrainedConfig,
+    seed: int,
+    *,
+    trust_remote_code: bool = False,
+) -> TaskData:
     """Samples to train on and samples to judge by.
 
     ``config.eval_samples`` takes the first windows of a language model, and random rows of a classifier, whose
@@ -74,6 +82,7 @@ def load_data(config: DataConfig, task: Task, processor: Any, model_config: PreT
 
     Args:
         processor: tokenizer or image processor, from `prehab_export.models.load_processor`.
+        trust_remote_code: build a model that comes as code, to see how long its input may be.
 
     Raises:
         InputError: data that is not there, has no rows, or does not fit the task or the model.
@@ -81,7 +90,10 @@ def load_data(config: DataConfig, task: Task, processor: Any, model_config: PreT
     source = open_source(config)
     splits = choose_splits(source, config)
     columns = choose_columns(splits.train, config, task)
-    length = _sequence_length(config, task, processor, model_config)
+    most = None
+    if task.name != "image-classification":
+        most = longest_input(model_config, task, trust_remote_code=trust_remote_code)
+    length = _sequence_length(config, task, processor, most)
     encoder = Encoder(task, processor, model_config, columns, length)
     train = _samples(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
     if splits.evaluation is None:
@@ -134,11 +146,11 @@ def _check_same_columns(rows: Dataset, split: str, columns: Columns) -> None:
             raise InputError(f"the split {split} has no column {column!r}; it has {', '.join(rows.column_names)}")
 
 
-def _sequence_length(config: DataConfig, task: Task, processor: Any, model_config: PreTrainedConfig) -> int | None:
+def _sequence_length(config: DataConfig, task: Task, processor: Any, most: int | None) -> int | None:
     """Window of a language model, longest text of a classifier, in tokens; None where there is no bound."""
     if task.name == "image-classification":
         return None
-    bounds = [longest_input(model_config, task)]
+    bounds = [most]
     if task.name == "text-classification" and processor.model_max_length < 1e9:  # transformers' "no limit" is 1e30
         bounds.append(processor.model_max_length)
     longest = min((bound for bound in bounds if bound is not None), default=None)

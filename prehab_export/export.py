@@ -1,25 +1,33 @@
 """Writing the deployable folder and its dense twin, each with the answers that verification will hold it to."""
 
-from dataclasses import asdict
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
+from rich.markup import escape
 from transformers import PreTrainedModel
 
 from converters.folder import from_pretrained, save_folder
 from converters.onnx.export import OnnxExport, export_onnx
-from converters.onnx.session import open_session
-from prehab_export.parity import TOLERANCE, Reference, compare, reference_batches, reference_of, save_reference
+from prehab_export.errors import InputError, ParityError
+from prehab_export.parity import Reference, check_graph, reference_batches, reference_of, save_reference
 from prehab_export.progress import say
 from prehab_export.session import Session
+from prehab_export.tasks import Task
 from prehab_export.workspace import write_json
+
+# Digests of every tensor of a factored model as it was in memory, beside the folder it was written to.
+DIGESTS = "digests.json"
 
 
 def export_artifact(session: Session, folder: Path) -> None:
     """``model/`` (Hugging Face folder with ``onnx/model.onnx`` inside) and the reference of the model in memory."""
     model = from_pretrained(session.factored_folder(), trust_remote_code=session.config.trust_remote_code)
-    save_folder(model, folder / "model", session.processor)
-    _export_graph(session, model, folder, folder / "model" / "onnx" / "model.onnx")
+    save_folder(model, folder / "model", session.fresh_processor())
+    # What the reloaded artifact must equal is the model that truncation or rehab held, not a copy read back from disk.
+    digests = json.loads((session.factored_folder().parent / DIGESTS).read_text())
+    _export_graph(session, model, folder, folder / "model" / "onnx" / "model.onnx", digests)
 
 
 def export_baseline(session: Session, folder: Path) -> None:
@@ -30,26 +38,46 @@ def export_baseline(session: Session, folder: Path) -> None:
     write_json(folder / "metrics.json", asdict(metrics))
 
 
-def _export_graph(session: Session, model: PreTrainedModel, folder: Path, path: Path) -> None:
-    reference = reference_of(model, session.task, reference_batches(session.data.evaluation, session.task))
+def _export_graph(
+    session: Session, model: PreTrainedModel, folder: Path, path: Path, digests: dict[str, str] | None = None
+) -> None:
+    batches = reference_batches(session.data.evaluation, session.task, model)
+    reference = reference_of(model, session.task, batches)
+    if digests is not None:
+        reference = replace(reference, digests=digests)
     save_reference(reference, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     is_text = session.task.name != "image-classification"
-    names = session.processor.model_input_names if is_text else None
-    export = export_onnx(model, path, session.task.name, text_inputs=names)
-    fused = True
-    if not _holds(reference, session, path):
-        # A fusion rule that does not fit this architecture must cost speed, never correctness.
-        say("  [yellow]the fused graph is not exact for this model; exporting without fusion")
-        export = export_onnx(model, path, session.task.name, text_inputs=names, fuse=False)
-        fused = False
-    write_json(folder / "export.json", _facts(export) | {"fused": fused})
+    export = export_exact(
+        model, path, session.task, reference, session.processor.model_input_names if is_text else None, session.threads
+    )
+    write_json(folder / "export.json", {key: value for key, value in asdict(export).items() if key != "path"})
 
 
-def _holds(reference: Reference, session: Session, path: Path) -> bool:
-    runtime = open_session(path, threads=session.config.bench.threads)
-    return all(result.relative <= TOLERANCE for result in compare(reference, session.task, runtime))
+def export_exact(
+    model: PreTrainedModel,
+    path: Path,
+    task: Task,
+    reference: Reference,
+    text_inputs: Sequence[str] | None,
+    threads: int,
+) -> OnnxExport:
+    """The ONNX graph, fused where that is exact; plain, and said so, where it is not.
 
+    A fusion that does not fit an architecture must cost speed, never correctness.
 
-def _facts(export: OnnxExport) -> dict[str, Any]:
-    return {key: value for key, value in asdict(export).items() if key != "path"}
+    Raises:
+        ParityError: the plain graph is not exact either.
+    """
+    pixels = reference.batches[0].get("pixel_values")
+    size = None if pixels is None else (pixels.shape[-2], pixels.shape[-1])
+    try:
+        export = export_onnx(model, path, task.name, text_inputs=text_inputs, image_size=size)
+        check_graph(reference, task, path, threads)
+    except InputError:
+        raise
+    except (ParityError, RuntimeError) as error:
+        say(f"  [yellow]warning: exporting without fusion, since the fused graph does not serve: {escape(str(error))}")
+        export = export_onnx(model, path, task.name, text_inputs=text_inputs, image_size=size, fuse=False)
+        check_graph(reference, task, path, threads)
+    return export

@@ -154,7 +154,7 @@ def input_names(config: PreTrainedConfig, task: Task) -> frozenset[str] | None:
     return frozenset(inspect.signature(model_class.forward).parameters)
 
 
-def longest_input(config: PreTrainedConfig, task: Task) -> int | None:
+def longest_input(config: PreTrainedConfig, task: Task, *, trust_remote_code: bool = False) -> int | None:
     """How many tokens the model's positions reach; None where nothing bounds them.
 
     RoBERTa and its kin start counting after the padding index, so that part of their table is never used.
@@ -162,7 +162,7 @@ def longest_input(config: PreTrainedConfig, task: Task) -> int | None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1:
         return None
-    for name, module in empty_model(config, task).named_modules():
+    for name, module in empty_model(config, task, trust_remote_code=trust_remote_code).named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return limit - module.padding_idx - 1
     return limit

@@ -1,8 +1,9 @@
 """Does a written model compute what the model in memory computes? References to keep, and the comparison."""
 
 import hashlib
+import inspect
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from converters.errors import InputError
 from converters.onnx.generate import greedy_decode
+from converters.onnx.session import open_session
 from prehab_export.data import Samples
+from prehab_export.errors import ParityError
 from prehab_export.evaluation import onnx_predictor
 from prehab_export.tasks import Batch, Task
 
@@ -44,7 +48,7 @@ class Comparison:
     relative: float
 
 
-def reference_batches(samples: Samples, task: Task) -> list[Batch]:
+def reference_batches(samples: Samples, task: Task, model: PreTrainedModel) -> list[Batch]:
     """Real inputs of several shapes: batches of 1, 2 and 5; for a decoder also several lengths and left padding."""
     sizes = [min(size, len(samples)) for size in (1, 2, 5)]
     batches = [next(iter(samples.batches(size, indices=list(range(size))))) for size in sizes]
@@ -58,6 +62,10 @@ def reference_batches(samples: Samples, task: Task) -> list[Batch]:
     padded = {key: value.clone() for key, value in cut[-1].items()}
     padded["attention_mask"] = torch.ones_like(padded["input_ids"])
     padded["attention_mask"][0, : cut[-1]["input_ids"].shape[1] // 3] = 0
+    if (
+        "position_ids" in inspect.signature(model.forward).parameters
+    ):  # GPT-2 and its kin count padding too unless they are told otherwise
+        padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return [*cut, padded]
 
 
@@ -107,6 +115,38 @@ def same_greedy_tokens(reference: Reference, session: onnxruntime.InferenceSessi
     return bool(np.array_equal(tokens[:, -continuation.shape[1] :], continuation.numpy()))
 
 
+def check_graph(reference: Reference, task: Task, path: Path, threads: int) -> dict[str, Any]:
+    """Hold a graph to the reference: logits of every batch, and greedy decoding with its own cache.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ParityError: ONNX Runtime refuses the graph, or it computes something else.
+    """
+    try:
+        session = open_session(path, threads)
+        results = compare(reference, task, session)
+        greedy = same_greedy_tokens(reference, session)
+    except InputError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions share no base class but this
+        raise ParityError(f"ONNX Runtime cannot run {path.parent.name}/{path.name}: {error}") from error
+    for result in results:
+        if not result.relative <= TOLERANCE:  # so written that NaN fails too
+            raise ParityError(
+                f"{path.name} is off by {result.relative:.2e} of the logits' scale on inputs {result.shape}; "
+                f"at most {TOLERANCE:.0e} is allowed"
+            )
+    if greedy is False:
+        raise ParityError(f"{path.name} does not generate the same greedy tokens as PyTorch")
+    return {
+        "max_relative": max(result.relative for result in results),
+        "greedy_tokens_identical": greedy,
+        "shapes": [asdict(result) for result in results],
+    }
+
+
 def save_reference(reference: Reference, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for at, (batch, logits) in enumerate(zip(reference.batches, reference.logits, strict=True)):
@@ -134,16 +174,12 @@ def load_reference(folder: Path) -> Reference:
 
 
 def _greedy(model: PreTrainedModel, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely token, again and again: not ``generate``, which obeys a model's own penalties and stops."""
     prompt = prompt[:1, : max(1, min(16, prompt.shape[1] // 2))]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    generate: Any = model.generate
-    tokens = generate(
-        prompt.to(model.device),
-        attention_mask=torch.ones_like(prompt).to(model.device),
-        max_new_tokens=max(1, min(GREEDY_TOKENS, limit - prompt.shape[1])),
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return prompt.cpu(), tokens[:, prompt.shape[1] :].cpu()
+    step, past, tokens = prompt.to(model.device), None, []
+    for _ in range(max(1, min(GREEDY_TOKENS, limit - prompt.shape[1]))):
+        output: Any = model(input_ids=step, past_key_values=past, use_cache=True)
+        step, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+        tokens.append(step)
+    return prompt.cpu(), torch.cat(tokens, 1).cpu()

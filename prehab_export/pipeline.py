@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from prehab_export.config import RunConfig
+from prehab_export.config import RunConfig, to_yaml
 from prehab_export.progress import say
 from prehab_export.session import Session, check, prepare_process
 from prehab_export.stages import STAGES, Stage
@@ -19,7 +19,6 @@ def run(
     *,
     until: str = "report",
     redo: Collection[str] = (),
-    options_text: str | None = None,
 ) -> Workspace:
     """Bring the run's folder up to date with ``config``, through stage ``until``.
 
@@ -29,7 +28,6 @@ def run(
     Args:
         output: the run's folder; new, empty, or of an earlier run.
         redo: stages to do again although they are up to date.
-        options_text: the options as YAML, saved beside the result.
 
     Raises:
         InputError: bad input, found before anything slow.
@@ -40,36 +38,36 @@ def run(
     with workspace.locked():
         session = Session(config, workspace)
         check(session)
-        if options_text is not None:
-            workspace.save_options(options_text)
+        workspace.save_options(to_yaml(config))
         _advance(session, until, redo)
     return workspace
 
 
 def _advance(session: Session, until: str, redo: Collection[str]) -> None:
     workspace = session.workspace
-    wanted = [stage for stage in STAGES.values() if stage.wanted(session.config)]
-    last = list(STAGES).index(until)
+    order = list(STAGES)
     keys = stage_keys(session)
-    stale = [
-        stage.name for stage in wanted if stage.name in redo or not workspace.is_current(stage.name, keys[stage.name])
-    ]
+    stale = [name for name in keys if name in redo or not workspace.is_current(name, keys[name])]
+    for name in set(order) - set(keys):
+        workspace.withdraw(name)  # of other options; nothing may read it by mistake
     # What no longer answers to these options must not stand there looking finished while the work goes on.
     for name in ("artifact", "report"):
         if name in stale:
             workspace.withdraw(name)
-    for stage in wanted:
-        if list(STAGES).index(stage.name) > last:
-            return
-        if stage.name not in stale:
-            say(f"[dim]{stage.name}: up to date")
-            continue
-        started = time.monotonic()
-        say(f"[bold]{stage.name}")
-        torch.manual_seed(session.config.seed)
-        with workspace.publish(stage.name, keys[stage.name], stage.options(session.config)) as folder:
-            stage.work(session, folder)
-        say(f"  done in {time.monotonic() - started:.1f} s")
+    for name in order[: order.index(until) + 1]:
+        if name in stale:
+            _do(session, STAGES[name], keys[name])
+        elif name in keys:
+            say(f"[dim]{name}: up to date")
+
+
+def _do(session: Session, stage: Stage, key: str) -> None:
+    started = time.monotonic()
+    say(f"[bold]{stage.name}")
+    torch.manual_seed(session.config.seed)
+    with session.workspace.publish(stage.name, key, stage.options(session.config)) as folder:
+        stage.work(session, folder)
+    say(f"  done in {time.monotonic() - started:.1f} s")
 
 
 def stage_keys(session: Session) -> dict[str, str]:

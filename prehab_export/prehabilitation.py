@@ -37,6 +37,7 @@ def prehab(
     config: PrehabConfig,
     truncation: TruncateConfig,
     *,
+    fisher_labels: str = "data",
     seed: int = 0,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
@@ -46,6 +47,7 @@ def prehab(
     Args:
         statistics: of the model as it is now, with gradients when whitening is ``fisher``.
         truncation: how the model will be cut; sets the ranks that ``tail`` aims at.
+        fisher_labels: labels behind the refreshed gradients, as in ``calibrate``.
         evaluate: figures of the dense model (its metric), asked for at every refresh and at the end.
 
     Returns:
@@ -63,7 +65,15 @@ def prehab(
             batches = samples.subset(config.refresh_samples, seed=seed + step).batches(config.train.batch_size)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", CalibrationWarning)  # a refresh only moves a running average
-                fresh = calibrate(model, batches, task, layers, gradients=bool(current.gradients))
+                fresh = calibrate(
+                    model,
+                    batches,
+                    task,
+                    layers,
+                    gradients=bool(current.gradients),
+                    labels=fisher_labels,
+                    seed=seed + step,
+                )
             current = current.blended(fresh, 0.5)
             regulariser.refresh(current)
         if step % config.refresh_every == 0 and evaluate is not None:

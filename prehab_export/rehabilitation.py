@@ -53,7 +53,8 @@ def rehab(
         if config.method == "lora":
             rows = _train_adapters(model, task, samples, schedule, part, config.lora_rank, seed, teacher, progress)
         else:
-            rows = train(model, task, samples, schedule, _factor_parameters(model), teacher=teacher, progress=progress)
+            own = _factor_parameters(model)
+            rows = train(model, task, samples, schedule, own, seed=seed, teacher=teacher, progress=progress)
         history += [row | {"step": row["step"] + len(history)} for row in rows]
         loss = held_out_loss(model)
         parts.append({"part": part, "held_out_loss": loss, "kept": loss < best})

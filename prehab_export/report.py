@@ -1,12 +1,13 @@
 """The report of a run (``report.json``, ``report.md``, plots) and the model card of its artifact."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from prehab_export.config import RunConfig
 from prehab_export.machine import machine_facts
 from prehab_export.plots import plot_prehab, plot_ranks
 from prehab_export.session import Session
@@ -43,15 +44,15 @@ def write_card(session: Session, folder: Path) -> None:
 
 def collect(session: Session) -> dict[str, Any]:
     """The facts of every stage that has run."""
-    workspace = session.workspace
+    workspace, config = session.workspace, _public(session.config)
     facts: dict[str, Any] = {
-        "model": _public_name(session.config.model),
-        "data": _public_name(session.config.data.data),
+        "model": config.model,
+        "data": config.data.data,
         "task": session.config.task,
         "metric": {"name": session.task.metric, "higher_is_better": session.task.higher_is_better},
-        "config": asdict(session.config),
+        "config": asdict(config),
         "source": session.source,
-        "evaluation": session.data.description,
+        "evaluation": session.data.description | {"data": config.data.data},
     }
     for stage, name in STAGE_FACTS.items():
         if workspace.manifest(stage) is not None and _ran(session, stage):
@@ -64,9 +65,16 @@ def _ran(session: Session, stage: str) -> bool:
     return steps.get(stage, 1) > 0
 
 
-def _public_name(name: str) -> str:
-    """A hub id as it is; of a local path only the last part, since the rest is one machine's business."""
-    return Path(name).resolve().name if Path(name).exists() else name
+def _public(config: RunConfig) -> RunConfig:
+    """Hub ids as they are; of local paths only the last part, since the rest is one machine's business."""
+
+    def name(place: str) -> str:
+        return Path(place).resolve().name if Path(place).exists() else place
+
+    adapter = None if config.adapter is None else name(config.adapter)
+    return replace(
+        config, model=name(config.model), adapter=adapter, data=replace(config.data, data=name(config.data.data))
+    )
 
 
 def render(template: str, facts: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What the stages of one run share: the checked request, the data, and where each stage finds the model so far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,20 @@ from converters.adapters import check_fit
 from converters.errors import InputError
 from converters.lowrank import DenseLinear, dense_weight
 from converters.targets import target_layers
+from prehab_export.bench_config import BenchConfig
 from prehab_export.config import RunConfig
 from prehab_export.data import Samples, TaskData, load_data
 from prehab_export.evaluation import Metrics, evaluate, torch_predictor
 from prehab_export.files import sha256_of
-from prehab_export.models import check_task, empty_model, fingerprint, load_config, load_model, load_processor
+from prehab_export.models import (
+    check_task,
+    empty_model,
+    fingerprint,
+    load_config,
+    load_model,
+    load_processor,
+    longest_input,
+)
 from prehab_export.progress import bar
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import TASKS, Task
@@ -34,6 +43,34 @@ class Session:
 
     config: RunConfig
     workspace: Workspace
+
+    @cached_property
+    def bench(self) -> BenchConfig:
+        """What to measure, at lengths that the model's positions allow: the default is shortened to fit.
+
+        Raises:
+            InputError: a given length is longer than the model takes.
+        """
+        config = self.config.bench
+        if self.config.task == "image-classification":
+            return config
+        trust = self.config.trust_remote_code
+        limit = longest_input(self.model_config, self.task, trust_remote_code=trust)
+        generated = config.new_tokens if self.config.task == "text-generation" else 0
+        longest = max(config.sequence_lengths)
+        if limit is None or longest + generated <= limit:
+            return config
+        if config.sequence_lengths != BenchConfig().sequence_lengths or limit <= 2 * generated:
+            raise InputError(
+                f"--bench-length {longest}"
+                + (f" and --new-tokens {generated} together are" if generated else " is")
+                + f" more than the model's {limit} positions; give smaller ones"
+            )
+        return replace(config, sequence_lengths=(limit - generated,))
+
+    @property
+    def threads(self) -> int:
+        return self.config.bench.threads
 
     @property
     def task(self) -> Task:
@@ -51,11 +88,22 @@ class Session:
 
     @cached_property
     def processor(self) -> Any:
+        return self.fresh_processor()
+
+    def fresh_processor(self) -> Any:
+        """As stored, to be saved again: a tokenizer that has been used remembers how, and would be saved with that."""
         return load_processor(self.config.model, self.task, **self._origin)
 
     @cached_property
     def data(self) -> TaskData:
-        return load_data(self.config.data, self.task, self.processor, self.model_config, seed=self.config.seed)
+        return load_data(
+            self.config.data,
+            self.task,
+            self.processor,
+            self.model_config,
+            seed=self.config.seed,
+            trust_remote_code=self.config.trust_remote_code,
+        )
 
     @cached_property
     def source(self) -> dict[str, Any]:
@@ -124,7 +172,7 @@ class Session:
 
 def held_out_split(train: Samples, seed: int) -> tuple[Samples, Samples]:
     """Samples to decide by (at most ``HELD_OUT``, or a fifth), and the rest, to calibrate and train on."""
-    return train.split(min(HELD_OUT, len(train) // 5), seed)
+    return train.split(min(HELD_OUT, max(1, len(train) // 5)), seed)
 
 
 def prepare_process(config: RunConfig) -> None:
@@ -156,8 +204,10 @@ def check(session: Session) -> None:
         )
     if len(session.training) < 2:
         raise InputError(
-            f"the training split has {len(session.data.train)} samples, too few to calibrate; give more data"
+            f"the training split has {len(session.data.train)} samples, too few to calibrate on and to decide by; "
+            "give more data"
         )
+    session.bench  # noqa: B018  its lengths are checked against the model's positions
     check_disk_space(session.workspace.root, _disk_estimate(model, layers, session.config))
 
 

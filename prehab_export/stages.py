@@ -19,7 +19,8 @@ from converters.lowrank import factorize
 from prehab_export.benchmark import bench
 from prehab_export.calibration import CalibrationWarning, calibrate, few_tokens
 from prehab_export.config import RunConfig
-from prehab_export.export import export_artifact, export_baseline
+from prehab_export.export import DIGESTS, export_artifact, export_baseline
+from prehab_export.parity import digests_of
 from prehab_export.prehabilitation import prehab
 from prehab_export.progress import bar, say
 from prehab_export.rehabilitation import rehab
@@ -47,7 +48,7 @@ class Stage:
 
 def _merge(session: Session, folder: Path) -> None:
     model = merge_dense_adapter(session.load_given(), Path(str(session.config.adapter)))
-    save_folder(model, folder / "model", session.processor)
+    save_folder(model, folder / "model", session.fresh_processor())
 
 
 def _calibrate(session: Session, folder: Path) -> None:
@@ -104,6 +105,7 @@ def _prehab(session: Session, folder: Path) -> None:
             statistics,
             options.prehab,
             options.truncate,
+            fisher_labels=options.calibrate.labels,
             seed=options.seed,
             evaluate=dense_metric,
             progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}, surrogate {row['surrogate']:.3f}"),
@@ -112,7 +114,7 @@ def _prehab(session: Session, folder: Path) -> None:
     held_out = _truncated_loss(session, model, fresh) if options.prehab.guard else None
     kept = held_out is None or without is None or held_out < without
     if kept:
-        save_folder(model, folder / "model", session.processor)
+        save_folder(model, folder / "model", session.fresh_processor())
         save_statistics(fresh, folder / STATISTICS)
     losses = {"truncated_loss_without": without, "truncated_loss_with": held_out}
     write_json(folder / "prehab.json", {"kept": kept, **losses, "history": history})
@@ -135,10 +137,12 @@ def _truncate(session: Session, folder: Path) -> None:
     model, statistics = session.load_prepared()
     total = sum(parameter.numel() for parameter in model.parameters())
     truncation = _truncated(session, model, statistics)
+    _say_what_was_removed(session, truncation)
     factorize(model, truncation.factors)
     after = sum(parameter.numel() for parameter in model.parameters())
     width = next(model.parameters()).element_size()
-    save_folder(model, folder / "model", session.processor)
+    write_json(folder / DIGESTS, digests_of(model))
+    save_folder(model, folder / "model", session.fresh_processor())
     sizes = {
         "total_parameters_before": total,
         "total_parameters_after": after,
@@ -148,9 +152,17 @@ def _truncate(session: Session, folder: Path) -> None:
     write_json(folder / "truncate.json", truncation.summary() | sizes)
 
 
+def _say_what_was_removed(session: Session, truncation: Truncation) -> None:
+    removed, asked = truncation.summary()["targeted_share_removed"], session.config.truncate.ratio
+    if abs(removed - asked) > 0.03:
+        say(f"  [yellow]warning: {removed:.0%} removed where {asked:.0%} was asked: ranks are whole and have a floor")
+
+
 def _rehab(session: Session, folder: Path) -> None:
     options = session.config.rehab
-    model = from_pretrained(session.workspace.folder("truncate") / "model")
+    model = from_pretrained(
+        session.workspace.folder("truncate") / "model", trust_remote_code=session.config.trust_remote_code
+    )
     teacher = frozen_copy(session.load_dense()) if options.train.distill else None
     with bar("rehab", options.train.steps) as advance:
         result = rehab(
@@ -163,7 +175,8 @@ def _rehab(session: Session, folder: Path) -> None:
             teacher=teacher,
             progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}"),
         )
-    save_folder(model, folder / "model", session.processor)
+    write_json(folder / DIGESTS, digests_of(model))
+    save_folder(model, folder / "model", session.fresh_processor())
     write_json(folder / "rehab.json", asdict(result))
 
 
@@ -174,7 +187,7 @@ def _bench(session: Session, folder: Path) -> None:
         "compressed": root.folder("artifact") / "onnx" / "model.onnx",
     }
     vocabulary = getattr(session.model_config.get_text_config(), "vocab_size", None)
-    write_json(folder / "bench.json", bench(models, session.config.bench, vocabulary))
+    write_json(folder / "bench.json", bench(models, session.bench, vocabulary))
 
 
 def _needs_prehab(config: RunConfig) -> bool:

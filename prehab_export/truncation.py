@@ -86,18 +86,26 @@ class Decomposed:
 
 
 def layer_metric(
-    name: str, layer: DenseLinear | LowRankLinear, statistics: Statistics, gradient_damping: float
+    name: str,
+    layer: DenseLinear | LowRankLinear,
+    statistics: Statistics,
+    gradient_damping: float,
+    fold_mean: bool = True,
 ) -> Metric:
-    """C, G and μ of a layer, damped; C is centred when the layer has a bias to fold the mean error into."""
+    """C, G and μ of a layer, damped. Where a bias can take the mean error, C is centred and μ given."""
     moment = statistics.input_of(name)
-    has_bias = layer.bias is not None
-    second = moment.centred() if has_bias else moment.second_moment
+    folds = fold_mean and layer.bias is not None
     gradient = statistics.gradients.get(name)
     return Metric(
-        damped(second, INPUT_DAMPING),
+        damped(moment.centred() if folds else moment.second_moment, INPUT_DAMPING),
         None if gradient is None else damped(gradient, gradient_damping),
-        moment.mean.double() if has_bias else None,
+        moment.mean.double() if folds else None,
     )
+
+
+def _metric(name: str, layer: DenseLinear, statistics: Statistics, config: TruncateConfig) -> Metric:
+    # Plain SVD knows nothing of the inputs, their mean included.
+    return layer_metric(name, layer, statistics, config.gradient_damping, fold_mean=config.objective != "weight")
 
 
 def decompose_layers(
@@ -118,7 +126,7 @@ def decompose_layers(
         )
     result = {}
     for name, layer in layers.items():
-        result[name] = _decompose_layer(layer, layer_metric(name, layer, statistics, config.gradient_damping), config)
+        result[name] = _decompose_layer(layer, _metric(name, layer, statistics, config), config)
         if progress is not None:
             progress(1)
     return result
@@ -148,16 +156,24 @@ def truncate(
     Args:
         layers: dense layers by name; left as they are (see ``converters.lowrank.factorize``).
         decomposed: decompositions of these very weights and statistics, when at hand.
+
+    Raises:
+        InputError: gradient moments are needed and missing, or every layer would stay dense.
     """
     decomposed = decomposed or decompose_layers(layers, statistics, config, progress)
     ranks = plan_ranks(layers, decomposed, config)
     factors, results = {}, []
     for name, layer in layers.items():
-        metric = layer_metric(name, layer, statistics, config.gradient_damping)
-        pair = None if (rank := ranks[name]) is None else _cut(layer, decomposed[name], rank, metric)
+        metric = _metric(name, layer, statistics, config)
+        pair = None if (rank := ranks[name]) is None else _cut(layer, decomposed[name], rank, metric.mean)
         if pair is not None:
             factors[name] = pair
         results.append(_measure(name, layer, pair, metric, config))
+    if not factors:
+        raise InputError(
+            f"no layer gets smaller at --ratio {config.ratio} with --rank-multiple {config.rank_multiple}; "
+            "remove more, or take a smaller multiple"
+        )
     return Truncation(factors, results)
 
 
@@ -175,14 +191,13 @@ def _decompose_layer(layer: DenseLinear, metric: Metric, config: TruncateConfig)
     return Decomposed(kept, losses)
 
 
-def _cut(layer: DenseLinear, entry: Decomposed, rank: int, metric: Metric) -> Factors:
+def _cut(layer: DenseLinear, entry: Decomposed, rank: int, mean: Tensor | None) -> Factors:
     weight: Tensor = dense_weight(layer).detach()
     up, down = (factor.double() for factor in entry.decomposition.truncated(rank))
-    bias = None
-    if layer.bias is not None and metric.mean is not None:
-        # E[(W − Ŵ)x] is known, so the bias takes it for free; the metric above was centred to match.
-        missing = weight.double() @ metric.mean - up @ (down @ metric.mean)
-        bias = (layer.bias.detach().double() + missing).to(weight.dtype)
+    bias = None if layer.bias is None else layer.bias.detach().clone()
+    if bias is not None and mean is not None:
+        # E[(W − Ŵ)x] is known, so the bias takes it for free; the metric was centred to match.
+        bias = (bias.double() + weight.double() @ mean - up @ (down @ mean)).to(weight.dtype)
     up, down = balance(up, down)
     return Factors(up.to(weight.dtype), down.to(weight.dtype), bias)
 

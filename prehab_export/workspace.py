@@ -21,6 +21,8 @@ from converters.errors import InputError
 from prehab_export.files import sha256_of
 
 OPTIONS_FILE = "run.yaml"
+# What makes a folder ours: only then is anything in it replaced or removed.
+MARKER = "manifests/.prehab-export"
 # Stages whose folder others rely on; the rest lie under stages/.
 PUBLIC = frozenset({"artifact", "baseline", "report"})
 RECORDED_VERSIONS = (
@@ -62,10 +64,12 @@ class Workspace:
         """
         if root.exists() and not root.is_dir():
             raise InputError(f"{root} is a file; give a folder for the output")
-        if root.is_dir() and any(root.iterdir()) and not (root / "manifests").is_dir():
+        holds_files = any(path.is_file() for path in root.rglob("*"))
+        if holds_files and not (root / MARKER).is_file():
             raise InputError(f"{root} holds something else; give an empty or new folder, or one of an earlier run")
         try:
-            (root / "manifests").mkdir(parents=True, exist_ok=True)
+            (root / MARKER).parent.mkdir(parents=True, exist_ok=True)
+            (root / MARKER).touch()
         except OSError as error:
             raise InputError(f"cannot write to {root}: {error.strerror}") from error
         return cls(root)
@@ -84,8 +88,9 @@ class Workspace:
                 raise InputError(
                     f"another run is working in {self.root}; wait for it or take another folder"
                 ) from error
-            for stale in [*self.root.glob("*.partial"), *self.root.glob("stages/*.partial")]:
-                shutil.rmtree(stale)
+            for place in ("", "stages/", "manifests/"):
+                for stale in self.root.glob(f"{place}*.partial"):
+                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
             yield
 
     def folder(self, stage: str) -> Path:
@@ -159,8 +164,9 @@ def check_disk_space(folder: Path, needed: int) -> None:
     InputError: the file system of ``folder`` has less than ``needed`` bytes free.
     """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(existing).free
-    if free < needed:
+    if free < needed - written:
         raise InputError(
             f"{folder} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
             "free some space or give a folder on another disk with -o"

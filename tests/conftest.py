@@ -83,6 +83,24 @@ def llama_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def gpt2_folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        initializer_range=0.2,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt2"
+    save_folder(transformers.GPT2LMHeadModel(config), folder, word_tokenizer())
+    return folder
+
+
 def sentence(seed: int) -> tuple[str, str]:
     generator = torch.Generator().manual_seed(seed)
     length = int(torch.randint(3, 12, (1,), generator=generator))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,18 @@ def test_text_generation(llama_folder, prose, tmp_path, capsys):
     assert report["verify"]["metrics"]["compressed_onnx"]["metric"] == "perplexity"
     assert [part["part"] for part in report["rehab"]["parts"]] == ["truncated", "up", "down"]
     assert report["bench"]["cases"][0]["tokens_per_s"] > 0
+
+
+def test_a_decoder_that_counts_positions_from_the_left(gpt2_folder, prose, tmp_path, capsys):
+    """GPT-2: Conv1D layers, learned positions (so that padding must be told apart), a position table of 64."""
+    arguments = ["run", gpt2_folder, "--task", "text-generation", "--data", prose, "-o", tmp_path / "run"]
+    assert invoke(*arguments, *QUICK, "--sequence-length", "24", "--new-tokens", "4", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["verify"]["compressed"]["onnx"]["max_relative"] <= 1e-4
+    assert report["truncate"]["layers_factored"] > 0
+    assert report["bench"]["cases"][0]["sequence"] == 60  # the default, shortened to what the table allows
+    assert invoke("bench", tmp_path / "run", "--bench-length", "100") == 2
+    assert "64 positions" in capsys.readouterr().err
 
 
 def test_options_from_yaml_and_flags(vit_folder, tmp_path):
@@ -355,6 +368,44 @@ def test_a_killed_run_ends_in_the_same_artifact(stage, finished, vit_folder, tmp
     assert not (output / "report").exists()
     assert subprocess.run(command(*arguments), check=False, stderr=subprocess.DEVNULL).returncode == 0
     assert hashes(output / "artifact") == hashes(finished / "artifact")
+
+
+def test_a_killed_text_run_ends_in_the_same_artifact(bert_folder, reviews, tmp_path):
+    """A tokenizer that has been used must not leave its mark on what is saved."""
+    arguments = ["run", bert_folder, "--task", "text-classification", "--data", reviews, *QUICK, *TEXT]
+    assert invoke(*arguments, "-o", tmp_path / "whole") == 0
+    killed_at("export", [*arguments, "-o", tmp_path / "killed"], tmp_path / "killed")
+    assert invoke(*arguments, "-o", tmp_path / "killed") == 0
+    assert hashes(tmp_path / "killed" / "artifact") == hashes(tmp_path / "whole" / "artifact")
+
+
+def test_leftovers_of_a_kill_are_cleared_and_foreign_folders_kept(vit_folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 0
+    (output / "run.yaml.partial").write_text("half")
+    (output / "manifests" / "x.json.partial").write_text("half")
+    (output / "stages" / "truncate.partial").mkdir()
+    assert invoke("calibrate", output) == 0
+    assert not list(output.rglob("*.partial"))
+    foreign = tmp_path / "cluster"
+    (foreign / "manifests").mkdir(parents=True)
+    (foreign / "manifests" / "deployment.yaml").write_text("kind: Deployment")
+    assert invoke("run", *vit_options(vit_folder), "-o", foreign) == 2
+    assert (foreign / "manifests" / "deployment.yaml").is_file()
+
+
+def test_stages_of_other_options_are_withdrawn(finished, vit_folder, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    assert (output / "stages/prehab/prehab.json").is_file()
+    assert invoke("truncate", output, "--prehab-steps", "0") == 0
+    assert not (output / "stages/prehab").exists()
+    assert not (output / "artifact").exists()
+
+
+def test_a_ratio_that_makes_nothing_smaller_is_refused(vit_folder, tmp_path, capsys):
+    assert invoke("truncate", *vit_options(vit_folder), "-o", tmp_path / "run", "--rank-multiple", "64") == 2
+    assert "no layer gets smaller" in capsys.readouterr().err
 
 
 def test_help_loads_nothing_heavy():

@@ -52,12 +52,14 @@ def export_onnx(
     task: str,
     *,
     text_inputs: Sequence[str] | None = None,
+    image_size: tuple[int, int] | None = None,
     fuse: bool = True,
     external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
 ) -> OnnxExport:
     """Write the model, dense or factored, as one ONNX graph; the model is handed back as it was.
 
-    - image-classification: ``pixel_values`` → ``logits``; the batch is free, the image size is the config's.
+    - image-classification: ``pixel_values`` → ``logits``; the batch is free; the image is of ``image_size`` (height,
+      width) or, without it, of the config's.
     - text-classification: ``input_ids``, ``attention_mask``, ``token_type_ids`` → ``logits``, of which the ones
       that the model uses and, if ``text_inputs`` is given, that are named there (what a tokenizer produces).
     - text-generation: ``input_ids``, ``attention_mask``, ``position_ids`` (if the model takes them) and
@@ -78,7 +80,7 @@ def export_onnx(
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
     with _as_found(model), torch.no_grad():
-        traced = _Traced(model, task, text_inputs)
+        traced = _Traced(model, task, text_inputs, image_size)
         graph = _trace(traced, _attention(traced) if fuse else PLAIN_ATTENTION, FUSED_OPSET if fuse else PLAIN_OPSET)
         _optimise(graph, fuse, _tensor_names(model))
         size = _publish(graph, path, external_data_threshold)
@@ -95,7 +97,13 @@ def export_onnx(
 class _Traced(nn.Module):
     """A model with tensors in and tensors out, in the order of the graph's inputs and outputs."""
 
-    def __init__(self, model: PreTrainedModel, task: str, offered: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        task: str,
+        offered: Sequence[str] | None,
+        image_size: tuple[int, int] | None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.outputs: tuple[str, ...] = ("logits",)
@@ -106,7 +114,7 @@ class _Traced(nn.Module):
         elif task == "text-classification":
             self.inputs = text_inputs(model, offered)
         else:
-            self.inputs = image_inputs(model)
+            self.inputs = image_inputs(model, image_size)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.inputs.names, tensors, strict=True))

@@ -31,13 +31,13 @@ class GraphInputs:
         return tuple(self.tensors)
 
 
-def image_inputs(model: PreTrainedModel) -> GraphInputs:
+def image_inputs(model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> GraphInputs:
     """``pixel_values`` (batch, channels, height, width); only the batch is free.
 
     Raises:
         InputError: the config does not say how large its images are.
     """
-    size = getattr(model.config, "image_size", None)
+    size = image_size or getattr(model.config, "image_size", None)
     if size is None:
         raise InputError(
             f"the config of {type(model).__name__} has no image_size; set it to the height and width in pixels"
