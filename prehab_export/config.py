@@ -89,7 +89,7 @@ class TrainConfig:
 class PrehabConfig:
     """How to prehab.
 
-    strength: λ. Every layer's surrogate is 1 at the start, so that λ means the same for every model.
+    strength: λ. The surrogate is 1 at the start, so that λ means the same for every model.
     schedule: ``constant``, or ``warmup`` (λ rises exponentially over the first half).
     whitening: ``activation`` (C alone) or ``fisher`` (C and G).
     refresh_every: steps between fresh moments, bases and, under ``loss`` allocation, ranks.

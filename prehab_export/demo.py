@@ -41,8 +41,8 @@ def run_demo(output: Path, threads: int | None = None) -> Workspace:
         task="image-classification",
         data=DIGITS,
         truncate=TruncateConfig(ratio=0.6),
-        prehab=PrehabConfig(train=TrainConfig(steps=60)),
-        rehab=RehabConfig(train=TrainConfig(steps=60)),
+        prehab=PrehabConfig(train=TrainConfig(steps=60, learning_rate=1e-4), strength=10.0),
+        rehab=RehabConfig(train=TrainConfig(steps=60, learning_rate=1e-4)),
         bench=bench,
     )
     prepare_process(config)

@@ -10,7 +10,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from converters.folder import from_pretrained
-from converters.lowrank import DenseLinear, dense_weight, low_rank_layers
+from converters.lowrank import DenseLinear, LowRankLinear, dense_weight, low_rank_layers
 from converters.onnx.inputs import image_inputs, text_inputs
 from converters.registration import ranks_of
 from converters.targets import target_layers
@@ -35,8 +35,8 @@ def inspect_model(
     """Facts of a dense model, a compressed folder, or the folder of a run (its artifact).
 
     Returns:
-        ``model`` with totals, and ``layers``: name, shape, rank (two-factor layers), parameters, and for a dense
-        layer whether it is targeted, its input group, its stable rank ‖W‖_F²/‖W‖₂², and how many singular values
+        ``model`` with totals, and ``layers``: name, shape, rank (two-factor layers), parameters, whether it is
+        targeted; of those that are, the input group, the stable rank ‖W‖_F²/‖W‖₂², and how many singular values
         hold 99% of ‖W‖_F².
 
     Raises:
@@ -51,9 +51,10 @@ def inspect_model(
     else:
         model = load_model(str(folder), task, revision=revision, trust_remote_code=trust_remote_code)
     ranks = ranks_of(model)
-    targets = {} if ranks else target_layers(model, include, exclude)
-    groups = shared_inputs(model, _example(model, task), task, targets) if targets else {}
-    layers = [_low_rank_facts(name, layer) for name, layer in low_rank_layers(model).items()]
+    factored = low_rank_layers(model)
+    targets = {} if factored else target_layers(model, include, exclude)
+    groups = shared_inputs(model, _example(model, task), task, targets or factored)
+    layers = [_low_rank_facts(name, layer, groups[name]) for name, layer in factored.items()]
     factor_names = {f"{name}.{side}" for name in ranks for side in ("down", "up")}
     for name, module in model.named_modules():
         if isinstance(module, DenseLinear) and name not in factor_names:
@@ -76,8 +77,11 @@ def _example(model: PreTrainedModel, task: Task) -> Batch:
     return inputs.tensors
 
 
-def _low_rank_facts(name: str, layer: Any) -> dict[str, Any]:
+def _low_rank_facts(name: str, layer: LowRankLinear, group: str) -> dict[str, Any]:
     m, n, r = layer.out_features, layer.in_features, layer.rank
+    # The product's singular values, from the small triangles of its two factors.
+    left = torch.linalg.qr(layer.up.weight.detach().double()).R
+    right = torch.linalg.qr(layer.down.weight.detach().double().T).R
     return {
         "name": name,
         "shape": [m, n],
@@ -85,19 +89,22 @@ def _low_rank_facts(name: str, layer: Any) -> dict[str, Any]:
         "parameters": r * (m + n),
         "share_kept": r * (m + n) / (m * n),
         "targeted": True,
-    }
+    } | _spectrum_facts(left @ right.T, group)
 
 
 def _dense_facts(name: str, weight: torch.Tensor, targeted: bool, group: str | None) -> dict[str, Any]:
     m, n = weight.shape
     facts = {"name": name, "shape": [m, n], "rank": None, "parameters": m * n, "share_kept": 1.0, "targeted": targeted}
-    if not targeted:
+    if not targeted or group is None:
         return facts
-    energy = torch.linalg.svdvals(weight.detach().double()).square()
+    return facts | {"break_even_rank": break_even(m, n)} | _spectrum_facts(weight.detach().double(), group)
+
+
+def _spectrum_facts(matrix: torch.Tensor, group: str) -> dict[str, Any]:
+    energy = torch.linalg.svdvals(matrix).square()
     within = energy.cumsum(0) / energy.sum().clamp_min(1e-300)
-    return facts | {
+    return {
         "input_group": group,
-        "break_even_rank": break_even(m, n),
         "stable_rank": float(energy.sum() / energy[0].clamp_min(1e-300)),
         "rank_of_99_percent": int((within < ENERGY).sum()) + 1,
     }

@@ -130,9 +130,14 @@ class Regulariser:
             for name, rank in self._ranks(statistics).items()
             if rank is not None
         }
-        for name, term in self.terms.items():
-            if name not in self.start:
-                self.start[name] = term(dense_weight(self.layers[name]).float())[0]
+        fresh = [name for name in self.terms if name not in self.start]
+        values = {name: self.terms[name](dense_weight(self.layers[name]).float())[0] for name in fresh}
+        if self.surrogate == "tail" and self.use_gradients and values:
+            # In the metric of both sides a tail is a rise in loss, and layers compare: they share one scale, or a
+            # layer with next to nothing to lose would weigh as much as the one that loses most.
+            whole = torch.stack(list((self.start or values).values())).mean()
+            values = dict.fromkeys(fresh, whole)
+        self.start |= values
 
     @torch.no_grad()
     def add_gradients(self, strength: float) -> float:

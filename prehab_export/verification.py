@@ -125,7 +125,7 @@ def _main(answer_path: Path) -> None:
     prepare_process(session.config)
     try:
         answer = verify(session)
-    except ParityError as error:
+    except (ParityError, FloatingPointError) as error:  # a written model that overflows is not what was in memory
         answer = {"parity_error": str(error)}
     except InputError as error:
         answer = {"input_error": str(error)}
