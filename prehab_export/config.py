@@ -99,7 +99,7 @@ class PrehabConfig:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     surrogate: str = "tail"
-    strength: float = 100.0
+    strength: float = 300.0
     schedule: str = "constant"
     whitening: str = "fisher"
     refresh_every: int = 25
