@@ -44,30 +44,6 @@ class Session:
     config: RunConfig
     workspace: Workspace
 
-    @cached_property
-    def bench(self) -> BenchConfig:
-        """What to measure, at lengths that the model's positions allow: the default is shortened to fit.
-
-        Raises:
-            InputError: a given length is longer than the model takes.
-        """
-        config = self.config.bench
-        if self.config.task == "image-classification":
-            return config
-        trust = self.config.trust_remote_code
-        limit = longest_input(self.model_config, self.task, trust_remote_code=trust)
-        generated = config.new_tokens if self.config.task == "text-generation" else 0
-        longest = max(config.sequence_lengths)
-        if limit is None or longest + generated <= limit:
-            return config
-        if config.sequence_lengths != BenchConfig().sequence_lengths or limit <= 2 * generated:
-            raise InputError(
-                f"--bench-length {longest}"
-                + (f" and --new-tokens {generated} together are" if generated else " is")
-                + f" more than the model's {limit} positions; give smaller ones"
-            )
-        return replace(config, sequence_lengths=(limit - generated,))
-
     @property
     def threads(self) -> int:
         return self.config.bench.threads
@@ -207,8 +183,32 @@ def check(session: Session) -> None:
             f"the training split has {len(session.data.train)} samples, too few to calibrate on and to decide by; "
             "give more data"
         )
-    session.bench  # noqa: B018  its lengths are checked against the model's positions
+    bench_config(session)
     check_disk_space(session.workspace.root, _disk_estimate(model, layers, session.config))
+
+
+def bench_config(session: Session) -> BenchConfig:
+    """What to measure, at lengths that the model's positions allow: the default is shortened to fit.
+
+    Raises:
+        InputError: a given length is longer than the model takes.
+    """
+    config = session.config.bench
+    if session.config.task == "image-classification":
+        return config
+    trust = session.config.trust_remote_code
+    limit = longest_input(session.model_config, session.task, trust_remote_code=trust)
+    generated = config.new_tokens if session.config.task == "text-generation" else 0
+    longest = max(config.sequence_lengths)
+    if limit is None or longest + generated <= limit:
+        return config
+    if config.sequence_lengths != BenchConfig().sequence_lengths or limit <= 2 * generated:
+        raise InputError(
+            f"--bench-length {longest}"
+            + (f" and --new-tokens {generated} together are" if generated else " is")
+            + f" more than the model's {limit} positions; give smaller ones"
+        )
+    return replace(config, sequence_lengths=(limit - generated,))
 
 
 def _disk_estimate(model: PreTrainedModel, layers: dict, config: RunConfig) -> int:

@@ -25,7 +25,7 @@ from prehab_export.prehabilitation import prehab
 from prehab_export.progress import bar, say
 from prehab_export.rehabilitation import rehab
 from prehab_export.report import write_report
-from prehab_export.session import Session
+from prehab_export.session import Session, bench_config
 from prehab_export.statistics import Statistics, load_statistics, save_statistics
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Truncation, truncate
@@ -187,7 +187,7 @@ def _bench(session: Session, folder: Path) -> None:
         "compressed": root.folder("artifact") / "onnx" / "model.onnx",
     }
     vocabulary = getattr(session.model_config.get_text_config(), "vocab_size", None)
-    write_json(folder / "bench.json", bench(models, session.bench, vocabulary))
+    write_json(folder / "bench.json", bench(models, bench_config(session), vocabulary))
 
 
 def _needs_prehab(config: RunConfig) -> bool:
