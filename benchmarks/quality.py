@@ -1,11 +1,10 @@
-"""Accuracy against share removed: every method on one model, with or without prehab before the cut.
+"""Accuracy against share removed: every recipe at every ratio on one model, the same steps for all that train.
 
     python benchmarks/quality.py MODEL --task TASK --data DATA --eval-split test --ratio 0.8 --ratio 0.9 \
-        --prehab-steps 150 --out benchmarks/results/NAME.json
+        --recipe svd-llm --recipe drift --recipe full --steps 200 --seeds 3 --out benchmarks/results/NAME.json
 
-Methods: plain SVD, SVD-LLM (``activation`` + ``uniform``), ``fisher`` + ``uniform``, ``fisher`` + ``loss``; each on the
-model as it is, after the same number of task-only steps (the control), and after prehab. All from one calibration
-sample and the same batches.
+A recipe is what happens before the cut, the cut, and what happens after it. Rows already in the output file are not
+computed again, so a benchmark that was stopped goes on, and more recipes, ratios or seeds can be asked for later.
 """
 
 import copy
@@ -14,7 +13,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,139 +23,264 @@ import torch
 from torch import nn
 
 import prehab_export as px
+from prehab_export.compression import Samplesets, compress
+from prehab_export.config import RefineConfig, Schedule
+from prehab_export.data import Samples
 from prehab_export.evaluation import torch_predictor
 from prehab_export.machine import machine_facts
 from prehab_export.progress import bar, say
+from prehab_export.refinement import refine
 from prehab_export.session import held_out_split, quiet_libraries
-from prehab_export.tasks import Task
-from prehab_export.training import frozen_copy, train
-from prehab_export.truncation import decompose_layers
+from prehab_export.sweep_methods import METHODS
+from prehab_export.training import frozen_copy, labelled_loss, train
+from prehab_export.truncation import Decompositions, decompose_layers
 
-METHODS = {
-    "svd": ("weight", "uniform"),
-    "svd-llm": ("activation", "uniform"),
-    "fisher-uniform": ("fisher", "uniform"),
-    "fisher-loss": ("fisher", "loss"),
+
+@dataclass(frozen=True)
+class Recipe:
+    """before: ``task`` (the control: task loss and distillation) or ``prehab``. cut: a method of ``sweep``. after:
+    ``lora``, ``factors`` or ``refine``. early: share of the steps that goes to what comes before the cut."""
+
+    cut: str
+    before: str | None = None
+    after: str | None = None
+    early: float = 0.5
+
+    def steps(self, total: int) -> tuple[int, int]:
+        """Steps before and after the cut."""
+        share = {(False, False): 0.0, (True, False): 1.0, (False, True): 0.0, (True, True): self.early}
+        first = round(total * share[self.before is not None, self.after is not None])
+        return first, total - first if self.after else 0
+
+    @property
+    def trains(self) -> bool:
+        return self.before is not None or self.after is not None
+
+
+RECIPES = {
+    "svd": Recipe("svd"),
+    "svd-llm": Recipe("svd-llm"),
+    "fisher-uniform": Recipe("fisher-uniform"),
+    "fisher": Recipe("fisher"),
+    "drift": Recipe("drift"),
+    "svd-llm + lora": Recipe("svd-llm", after="lora"),
+    "task + svd-llm": Recipe("svd-llm", before="task"),
+    "prehab + svd-llm": Recipe("svd-llm", before="prehab"),
+    "prehab + svd-llm + lora": Recipe("svd-llm", before="prehab", after="lora"),
+    "refined": Recipe("drift", after="refine"),
+    "full": Recipe("drift", after="factors"),
+    "prehab + drift": Recipe("drift", before="prehab"),
+    "prehab 75% + full": Recipe("drift", before="prehab", after="factors", early=0.75),
+    "prehab 50% + full": Recipe("drift", before="prehab", after="factors", early=0.5),
+    "prehab 25% + full": Recipe("drift", before="prehab", after="factors", early=0.25),
 }
 
 
+@dataclass(frozen=True)
+class Options:
+    steps: int
+    batch_size: int
+    lr: float
+    tune_lr: float
+    distill: float
+    surrogate: str
+    strength: float
+    whitening: str
+    schedule: str
+    calibration_samples: int
+    fisher_labels: str
+    held_out_seed: int = 0
+
+
 class Bench:
-    """One model, its data, and what is asked of it."""
+    """One model, its data, and what is asked of it. What several rows need is computed once."""
 
-    def __init__(
-        self, model: nn.Module, task: Task, data: px.DataConfig, samples: int, seed: int, processor: Any
-    ) -> None:
-        self.model, self.task, self.batch_size, self.seed = model, task, data.batch_size, seed
-        self.data = px.load_data(data, task, processor, model.config, seed=seed)
-        self.training = held_out_split(self.data.train, seed)[1]
-        self.calibration = self.training.subset(samples, seed)
+    def __init__(self, model: nn.Module, task: Any, data: px.DataConfig, options: Options, processor: Any) -> None:
+        self.model, self.task, self.options = model, task, options
+        self.evaluation_batch = data.batch_size
+        self.data = px.load_data(data, task, processor, model.config, seed=0)
+        self.held_out, self.training = held_out_split(self.data.train, options.held_out_seed)
+        self.calibration = self.training.subset(min(options.calibration_samples, len(self.training)), 0)
+        self.decomposed: tuple[str, Decompositions] = ("", Decompositions({}))
 
-    def metric(self, model: nn.Module) -> dict[str, float]:
-        with bar("evaluate", len(self.data.evaluation)) as advance:
-            batches = self.data.evaluation.batches(self.batch_size)
+    @cached_property
+    def statistics(self) -> px.Statistics:
+        return self.calibrated(self.model)
+
+    def calibrated(self, model: nn.Module) -> px.Statistics:
+        layers = px.target_layers(model)
+        batches = self.calibration.batches(self.evaluation_batch)
+        with bar("calibrate", len(self.calibration)) as advance:
+            return px.calibrate(model, batches, self.task, layers, labels=self.options.fisher_labels, progress=advance)
+
+    def metric(self, model: nn.Module, samples: Samples | None = None) -> dict[str, Any]:
+        samples = samples or self.data.evaluation
+        with bar("evaluate", len(samples)) as advance:
+            batches = samples.batches(self.evaluation_batch)
             return asdict(px.evaluate(torch_predictor(model, self.task), batches, self.task, advance))
 
-    def statistics(self, model: nn.Module) -> px.Statistics:
-        layers = px.target_layers(model)
-        return px.calibrate(model, self.calibration.batches(self.batch_size), self.task, layers, seed=self.seed)
+    def row(self, name: str, ratio: float, seed: int) -> dict[str, Any]:
+        """One recipe at one ratio: the metric, what it took, and how it was trained."""
+        recipe = RECIPES[name]
+        early, late = recipe.steps(self.options.steps)
+        started = time.monotonic()
+        torch.manual_seed(seed)
+        model, facts = self.model, {}
+        if early:
+            model, facts = self.tuned(recipe, ratio, early, seed)
+        model, cut = self.cut(model, recipe.cut, ratio)
+        if late:
+            facts |= self.trained(model, recipe, late, seed)
+        seconds = time.monotonic() - started
+        result = {"recipe": name, "ratio": ratio, "seed": seed, "steps": early + late, "seconds": seconds}
+        return result | self.metric(model) | cut | facts
 
-    def rows(self, model: nn.Module, ratios: tuple[float, ...], label: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The metric of every method at every ratio, one decomposition a layer and objective."""
-        statistics, layers = self.statistics(model), px.target_layers(model)
-        for objective in dict.fromkeys(objective for objective, _ in METHODS.values()):
-            config = px.TruncateConfig(objective=objective, allocation="loss")
-            decomposed = decompose_layers(layers, statistics, config)
-            for method, (own, allocation) in METHODS.items():
-                for ratio in ratios if own == objective else ():
-                    cut = replace(config, ratio=ratio, allocation=allocation)
-                    result = px.truncate(layers, statistics, cut, decomposed=decomposed)
-                    candidate = px.factorize(copy.deepcopy(model), result.factors)
-                    row = label | {"method": method, "ratio": ratio} | self.metric(candidate)
-                    row["predicted_loss_increase"] = result.summary()["predicted_loss_increase"]
-                    say(f"{label} {method} {ratio}: {row['value']:.4f}")
-                    yield row
+    def cut(self, model: nn.Module, method: str, ratio: float) -> tuple[nn.Module, dict[str, Any]]:
+        """The model, compressed; the given one is left alone."""
+        base = px.TruncateConfig(ratio=ratio)
+        config, layers = METHODS[method].at(ratio, base), px.target_layers(model)
+        samples = Samplesets(self.calibration, self.held_out, self.evaluation_batch)
+        statistics, decomposed = self.statistics, None
+        if model is not self.model:
+            statistics = self.calibrated(model)
+        else:
+            if self.decomposed[0] != config.objective:  # one decomposition a layer serves every ratio
+                self.decomposed = (config.objective, decompose_layers(layers, statistics, config))
+            decomposed = self.decomposed[1]
+        result = compress(model, self.task, layers, statistics, samples, config, decomposed=decomposed, progress=bar)
+        predicted = result.truncation.summary()["predicted_loss_increase"]
+        return result.truncation.apply(copy.deepcopy(model)), {"predicted_loss_increase": predicted}
+
+    def tuned(self, recipe: Recipe, ratio: float, steps: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        """A copy of the dense model after prehab, or after as many steps without the regulariser."""
+        model, options = copy.deepcopy(self.model), self.options
+        training = px.TrainConfig(
+            steps=steps, batch_size=options.batch_size, learning_rate=options.lr, distill=options.distill
+        )
+        with bar(f"{recipe.before} {ratio:g}", steps) as advance:
+            if recipe.before == "task":
+                loss = labelled_loss(self.task, frozen_copy(model), options.distill)
+                history = train(
+                    model, self.training, training, list(model.parameters()), loss, seed=seed,
+                    progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
+                )  # fmt: skip
+            else:
+                history = px.prehab(
+                    model,
+                    self.task,
+                    self.training,
+                    px.target_layers(model),
+                    self.statistics,
+                    px.PrehabConfig(
+                        train=training,
+                        surrogate=options.surrogate,
+                        strength=options.strength,
+                        whitening=options.whitening,
+                        schedule=options.schedule,
+                    ),
+                    METHODS[recipe.cut].at(ratio, px.TruncateConfig()),
+                    fisher_labels=options.fisher_labels,
+                    seed=seed,
+                    progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}, {row['surrogate']:.3f}"),
+                )
+        dense = self.metric(model)
+        return model, {"dense_value": dense["value"], "dense_loss": dense["loss"], "early": _thinned(history)}
+
+    def trained(self, model: nn.Module, recipe: Recipe, steps: int, seed: int) -> dict[str, Any]:
+        """Train the compressed model in place."""
+        options = self.options
+        schedule = {"steps": steps, "batch_size": options.batch_size, "learning_rate": options.tune_lr}
+        with bar(f"{recipe.after} ", steps) as advance:
+            if recipe.after == "refine":
+                history = refine(
+                    model, frozen_copy(self.model), self.task, self.calibration, RefineConfig(Schedule(**schedule)),
+                    seed=seed, progress=lambda row: advance(1, note=f"{row['divergence']:.4f}"),
+                )  # fmt: skip
+                return {"late": _thinned(history)}
+            result = px.rehab(
+                model,
+                self.task,
+                self.training,
+                px.RehabConfig(px.TrainConfig(**schedule, distill=options.distill), method=recipe.after or "factors"),
+                held_out_loss=lambda candidate: self.metric(candidate, self.held_out)["loss"],
+                seed=seed,
+                teacher=frozen_copy(self.model) if options.distill else None,
+                progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
+            )
+        return {"late": _thinned(result.history), "parts": result.parts}
+
+
+def _thinned(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Every tenth row: enough to draw."""
+    return [row for row in history if row["step"] % 10 == 0]
+
+
+def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> Iterator[tuple[str, float, int]]:
+    """What does not train has one seed. Grouped so that decompositions are used again."""
+    for recipe in recipes:
+        for ratio in ratios:
+            for seed in range(seeds if RECIPES[recipe].trains else 1):
+                yield recipe, ratio, seed
 
 
 @click.command(help=__doc__)
 @click.argument("model")
 @click.option("--task", required=True)
 @click.option("--data", required=True)
+@click.option("--data-config")
+@click.option("--train-split")
 @click.option("--eval-split")
 @click.option("--eval-samples", type=int)
+@click.option("--sequence-length", type=int)
+@click.option("--evaluation-batch", type=int, default=32)
+@click.option("--recipe", "recipes", type=click.Choice(list(RECIPES)), multiple=True, required=True)
 @click.option("--ratio", "ratios", type=float, multiple=True, required=True)
-@click.option("--calibration-samples", type=int, default=512)
+@click.option("--seeds", type=int, default=1)
+@click.option("--steps", type=int, default=150)
 @click.option("--batch-size", type=int, default=64)
-@click.option("--prehab-steps", type=int, default=0)
-@click.option("--prehab-lambda", type=float, default=px.PrehabConfig.strength)
-@click.option("--prehab-ratio", type=float, help="Ratio whose ranks prehab aims at; the last --ratio by default.")
-@click.option("--surrogate", default="tail")
-@click.option("--whitening", default="fisher")
-@click.option("--lr", type=float, default=3e-4)
+@click.option("--lr", type=float, default=3e-4, help="Peak rate before the cut.")
+@click.option("--tune-lr", type=float, default=1e-3, help="Peak rate after the cut.")
 @click.option("--distill", type=float, default=0.5)
-@click.option("--seed", type=int, default=0)
+@click.option("--surrogate", default="tail")
+@click.option("--prehab-lambda", "strength", type=float, default=300.0)
+@click.option("--whitening", default="fisher")
+@click.option("--schedule", default="constant")
+@click.option("--calibration-samples", type=int, default=512)
+@click.option("--fisher-labels", default="data")
 @click.option("--threads", type=int, default=2)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(model: str, task: str, data: str, ratios: tuple[float, ...], seed: int, out: Path, **options: Any) -> None:
-    torch.set_num_threads(options["threads"])
+def main(
+    model: str,
+    task: str,
+    recipes: tuple[str, ...],
+    ratios: tuple[float, ...],
+    seeds: int,
+    threads: int,
+    evaluation_batch: int,
+    out: Path,
+    **rest: Any,
+) -> None:
+    torch.set_num_threads(threads)
     quiet_libraries()
-    chosen = px.TASKS[task]
-    config = px.DataConfig(
-        data, eval_split=options["eval_split"], eval_samples=options["eval_samples"], batch_size=options["batch_size"]
-    )
+    data = {key: rest.pop(key) for key in ("data", "data_config", "train_split", "eval_split", "eval_samples")}
+    data |= {"sequence_length": rest.pop("sequence_length"), "batch_size": evaluation_batch}
+    options, chosen = Options(**rest), px.TASKS[task]
     dense = px.load_model(model, chosen)
-    bench = Bench(dense, chosen, config, options["calibration_samples"], seed, px.load_processor(model, chosen))
-    result: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
-        "machine": machine_facts(),
-        "dense": bench.metric(dense),
-        "rows": list(bench.rows(dense, ratios, {"before": "nothing"})),
-        "training": [],
-    }
-    if options["prehab_steps"]:
-        aim = options["prehab_ratio"] or ratios[-1]
-        for before in ("task-only", "prehab"):
-            tuned = copy.deepcopy(dense)
-            started = time.monotonic()
-            history = _tuned(tuned, bench, before, aim, options)
-            facts = {"before": before, "steps": len(history), "seconds": time.monotonic() - started}
-            result["training"].append(facts | {"dense": bench.metric(tuned), "history": history})
-            result["rows"] += bench.rows(tuned, ratios, {"before": before})
-    out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _tuned(
-    model: nn.Module, bench: Bench, before: str, ratio: float, options: dict[str, Any]
-) -> list[dict[str, float]]:
-    training = px.TrainConfig(
-        steps=options["prehab_steps"],
-        batch_size=options["batch_size"],
-        learning_rate=options["lr"],
-        distill=options["distill"],
-    )
-    with bar(before, training.steps) as advance:
-        if before == "task-only":
-            teacher = frozen_copy(model) if training.distill else None
-            parameters = list(model.parameters())
-            return train(
-                model, bench.task, bench.training, training, parameters, seed=bench.seed, teacher=teacher,
-                progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
-            )  # fmt: skip
-        return px.prehab(
-            model,
-            bench.task,
-            bench.training,
-            px.target_layers(model),
-            bench.statistics(model),
-            px.PrehabConfig(
-                train=training,
-                surrogate=options["surrogate"],
-                strength=options["prehab_lambda"],
-                whitening=options["whitening"],
-            ),
-            px.TruncateConfig(ratio=ratio, objective="activation", allocation="uniform"),
-            seed=bench.seed,
-            progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}, surrogate {row['surrogate']:.3f}"),
-        )
+    bench = Bench(dense, chosen, px.DataConfig(**data), options, px.load_processor(model, chosen))
+    result: dict[str, Any] = {"commands": [], "machine": machine_facts(), "options": asdict(options), "rows": []}
+    if out.exists():
+        result = json.loads(out.read_text())
+        if result["options"] != asdict(options):
+            raise px.InputError(f"{out} was made with other options; give another file")
+    result["commands"].append(shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]))
+    result.setdefault("dense", bench.metric(dense))
+    done = {(row["recipe"], row["ratio"], row["seed"]) for row in result["rows"]}
+    for key in wanted(recipes, ratios, seeds):
+        if key not in done:
+            row = bench.row(*key)
+            say(f"{key}: {row['value']:.4f} (loss {row['loss']:.4f}) in {row['seconds']:.0f} s")
+            result["rows"].append(row)
+            out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

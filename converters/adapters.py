@@ -4,11 +4,14 @@ An adapter trained on the factors themselves, or on a dense model, is merged by 
 the dense model and meets a two-factor layer makes ``[up, s·B] @ [down; A]`` of it, of rank r + k, which is
 cut back to rank r in the layer's metric. PEFT reads the adapter and decides every scale in all cases; the
 adapter is first loaded onto a skeleton without weights, so that a misfit shows before the model is touched.
+
+Layers that share ``down`` are one such product: their outputs are stacked, every A is added to ``down``, the B stand
+side by side, and the sum of the metrics decides what is kept.
 """
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ from transformers import PreTrainedModel
 
 from converters.adapter_files import ADAPTER_NAME, AdapterInfo, check_adapter, is_duplicate, plain_name
 from converters.errors import InputError
-from converters.lowrank import Factors, LowRankLinear, low_rank_layers
+from converters.lowrank import Factors, LowRankLinear, low_rank_layers, shared_groups
 from converters.retruncation import relative_error, retruncate
 
 __all__ = [
@@ -51,7 +54,8 @@ class MergedLayer:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What became of every layer with a LoRA pair, by name, and the tensors that were taken whole."""
+    """What became of every layer with a LoRA pair, and of those that share ``down`` with one, by name, and the tensors
+    that were taken whole."""
 
     layers: Mapping[str, MergedLayer]
     replaced: tuple[str, ...]
@@ -61,9 +65,10 @@ def check_fit(model: PreTrainedModel, adapter: Path) -> None:
     """Refuse an adapter that ``merge_dense_adapter`` would refuse; works on a model without weights (meta) too.
 
     Raises:
-        InputError: the adapter is not plain LoRA or was trained for another base.
+        InputError: the adapter is not plain LoRA, was trained for another base, or changes a ``down`` that layers
+            share.
     """
-    check_adapter(adapter)
+    _check_shared(adapter, check_adapter(adapter), shared_groups(model))
     _check_fit(_skeleton(model), adapter)
 
 
@@ -85,10 +90,12 @@ def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | N
         model: has two-factor linears; dense linears may remain.
         adapter: trained on this model's factors, or on the dense model that it was made from.
         metric: by layer name, C (n×n) and G (m×m) of the metric tr(G Δ C Δᵀ) in which a two-factor layer
-            is cut back to its rank; None stands for the identity.
+            is cut back to its rank; None stands for the identity. Layers that share ``down`` read one input, so
+            the first one's C serves all.
 
     Raises:
-        InputError: the adapter is not plain LoRA or was trained for another base; the model is unchanged.
+        InputError: the adapter is not plain LoRA, was trained for another base, or changes a ``down`` that layers
+            share; the model is unchanged.
     """
     info = check_adapter(adapter)
     factored = low_rank_layers(model)
@@ -99,11 +106,14 @@ def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | N
     _hide_factors(skeleton, low_rank_layers(skeleton))
     _check_fit(skeleton, adapter, factored)
     layers = {name: MergedLayer(0.0, True) for name in info.ranks}
-    merged = {}
-    for name, layer in factored.items():
-        if isinstance(lora := skeleton.get_submodule(name), LoraLayer):
-            metrics = metric(name) if metric else (None, None)
-            merged[name], layers[name] = _merge_pair(layer, lora, *metrics)
+    merged: dict[str, Factors] = {}
+    for group in _groups(model):
+        pairs = [_pair(skeleton.get_submodule(name), factored[name]) for name in group]
+        if any(pair.rank for pair in pairs):
+            metrics = [metric(name) if metric else (None, None) for name in group]
+            cut, reports = _merge_pairs([factored[name] for name in group], pairs, metrics)
+            merged |= zip(group, cut, strict=True)
+            layers |= zip(group, reports, strict=True)
     with _kept_flags(model):
         _hide_factors(model, factored)
         loaded = _load(model, adapter)
@@ -176,6 +186,17 @@ def _check_fit(skeleton: PreTrainedModel, adapter: Path, factored: Mapping[str, 
                 )
 
 
+def _check_shared(adapter: Path, info: AdapterInfo, groups: Sequence[Sequence[str]]) -> None:
+    """PEFT wraps a shared module under its first name only, so that its adapter works on that one layer."""
+    for group in groups:
+        for name in group:
+            if f"{name}.down" in info.ranks or f"{name}.down.weight" in info.replaced:
+                raise InputError(
+                    f"{adapter} changes {name}.down for that layer alone, but {', '.join(group)} hold one down between "
+                    "them: merging would change them all. Train an adapter of the up factors or of the dense model"
+                )
+
+
 def _check_lora_layer(adapter: Path, name: str, lora: LoraLayer, tied: Set[str]) -> None:
     if variant := lora.lora_variant.get(ADAPTER_NAME):
         raise InputError(f"{adapter}: {name} is not plain LoRA ({type(variant).__name__})")
@@ -188,22 +209,54 @@ def _check_lora_layer(adapter: Path, name: str, lora: LoraLayer, tied: Set[str])
         raise InputError(f"{adapter} carries a LoRA bias for {name}, which has no bias to add it to")
 
 
-def _merge_pair(
-    layer: LowRankLinear, lora: LoraLayer, C: Tensor | None, G: Tensor | None
-) -> tuple[Factors, MergedLayer]:
-    """The layer's new factors, and in ``bias`` what to add to its bias."""
+def _groups(model: nn.Module) -> list[tuple[str, ...]]:
+    """The two-factor layers, those that share ``down`` together."""
+    shared = shared_groups(model)
+    grouped = {name for group in shared for name in group}
+    return shared + [(name,) for name in low_rank_layers(model) if name not in grouped]
+
+
+def _pair(lora: nn.Module, layer: LowRankLinear) -> Factors:
+    """What a layer's adapter adds to its product, of rank 0 without one, and in ``bias`` what it adds to its bias."""
+    if not isinstance(lora, LoraLayer):
+        return Factors(
+            layer.up.weight.new_zeros(layer.out_features, 0), layer.up.weight.new_zeros(0, layer.in_features)
+        )
     down: Any = lora.lora_A[ADAPTER_NAME]
     up: Any = lora.lora_B[ADAPTER_NAME]
     scale = lora.scaling[ADAPTER_NAME]
-    full = Factors(
-        torch.cat([layer.up.weight.double(), scale * up.weight.double()], dim=1).detach(),
-        torch.cat([layer.down.weight.double(), down.weight.double()]).detach(),
-    )
-    cut = retruncate(full, layer.rank, C, G)
-    dtype = layer.up.weight.dtype
-    stored = Factors(cut.up.to(dtype), cut.down.to(dtype), None if up.bias is None else scale * up.bias.detach())
-    error = relative_error(full, stored, C, G)
-    return stored, MergedLayer(error, exact=error <= 4 * torch.finfo(dtype).eps)
+    bias = None if up.bias is None else scale * up.bias.detach()
+    return Factors(scale * up.weight.double(), down.weight.double(), bias)
+
+
+@torch.no_grad()
+def _merge_pairs(
+    layers: Sequence[LowRankLinear], pairs: Sequence[Factors], metrics: Sequence[tuple[Tensor | None, Tensor | None]]
+) -> tuple[list[Factors], list[MergedLayer]]:
+    """The new factors of one layer or of layers that share ``down``, and in ``bias`` what to add to their biases."""
+    first, C = layers[0], metrics[0][0]
+    sizes = [layer.out_features for layer in layers]
+    stacked = torch.cat([layer.up.weight.double() for layer in layers])
+    beside = torch.block_diag(*(pair.up.double() for pair in pairs))
+    downs = [first.down.weight.double(), *(pair.down.double() for pair in pairs)]
+    full = Factors(torch.cat([stacked, beside], dim=1), torch.cat(downs))
+    cut = retruncate(full, first.rank, C, _blocks([G for _, G in metrics], sizes))
+    dtype = first.up.weight.dtype
+    down = cut.down.to(dtype)
+    factors, reports = [], []
+    rows = zip(full.up.split(sizes), cut.up.split(sizes), pairs, metrics, strict=True)
+    for whole, up, pair, (_, G) in rows:
+        factors.append(Factors(up.to(dtype), down, pair.bias))
+        error = relative_error(Factors(whole, full.down), factors[-1], C, G)
+        reports.append(MergedLayer(error, exact=error <= 4 * torch.finfo(dtype).eps))
+    return factors, reports
+
+
+def _blocks(metrics: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Tensor] | None:
+    """The output metrics of stacked layers; identities beside others are written out."""
+    if all(G is None for G in metrics):
+        return None
+    return [torch.eye(size) if G is None else G for G, size in zip(metrics, sizes, strict=True)]
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Hugging Face folders of factored models: write and read.
 
 ``config.json`` carries the ranks by layer name, the weights file holds ``….down.weight``, ``….up.weight``
-and ``….up.bias``, and everything else under its usual name. A model without compressed layers is written as
+and ``….up.bias``, and everything else under its usual name. Layers that share one ``down`` are listed in
+``config.json`` too, and the tensor stands under the first one's name. A model without compressed layers is written as
 a plain Hugging Face folder. `register_auto_model` lets transformers' own ``from_pretrained`` read such
 folders; a process that did not call it gets an error, see `converters.registration`. A folder re-written by
 ``model.save_pretrained`` loads as exactly, but transformers drops that safeguard: publish with `save_folder`.
@@ -30,6 +31,7 @@ from converters.registration import (
     LowRankConfig,
     ranks_of,
     register_auto_model,
+    shared_of,
     without_guard,
 )
 
@@ -111,7 +113,7 @@ def _config_to_save(model: PreTrainedModel) -> PreTrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     if ranks := ranks_of(model):
-        config.quantization_config = LowRankConfig(ranks=dict(sorted(ranks.items())))
+        config.quantization_config = LowRankConfig(ranks=dict(sorted(ranks.items())), shared=shared_of(model))
     if isinstance(model.get_output_embeddings(), LowRankLinear):
         config.tie_word_embeddings = False  # a factored head shares nothing with the embedding
     return config

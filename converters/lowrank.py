@@ -3,9 +3,12 @@
 A compressed layer holds ``y = up(down(x))``: two plain ``nn.Linear`` modules, so that every exporter,
 quantiser and adapter library sees two ordinary matrix products. Weights are out×in throughout, as in
 ``nn.Linear``; transformers' ``Conv1D`` (GPT-2) stores in×out and is transposed at this border only.
+
+Layers that read the same input (q, k and v; gate and up) may hold the very same ``down`` module: it is then
+stored, counted and trained once, and ``down(x)`` need be computed once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +22,10 @@ DenseLinear = nn.Linear | Conv1D
 
 @dataclass(frozen=True)
 class Factors:
-    """``W ≈ up @ down``: up (m×r), down (r×n), bias (m) or None."""
+    """``W ≈ up @ down``: up (m×r), down (r×n), bias (m) or None.
+
+    Factors of several layers that hold the very same ``down`` tensor object are factors of one shared ``down``.
+    """
 
     up: Tensor
     down: Tensor
@@ -53,10 +59,11 @@ class LowRankLinear(nn.Module):
     def from_factors(cls, factors: Factors) -> "LowRankLinear":
         (m, r), n = factors.up.shape, factors.down.shape[1]
         layer = cls(n, m, r, bias=factors.bias is not None, device="meta", dtype=factors.up.dtype)
-        layer.down.weight = nn.Parameter(factors.down.contiguous())
-        layer.up.weight = nn.Parameter(factors.up.contiguous())
+        # Copies: what is done to the layer must not reach the factors that it was made from.
+        layer.down.weight = nn.Parameter(factors.down.clone(memory_format=torch.contiguous_format))
+        layer.up.weight = nn.Parameter(factors.up.clone(memory_format=torch.contiguous_format))
         if factors.bias is not None:
-            layer.up.bias = nn.Parameter(factors.bias.contiguous())
+            layer.up.bias = nn.Parameter(factors.bias.clone())
         return layer
 
     @property
@@ -104,7 +111,8 @@ def add_weight_gradient(layer: nn.Module, gradient: Tensor) -> None:
 
 
 def factorize(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
-    """Replace the named dense linears by their factors, in place; returns the model.
+    """Replace the named dense linears by their factors, in place; returns the model. Layers whose factors hold
+    the very same ``down`` tensor get one ``down`` module between them.
 
     Raises:
         InputError: a name is not a dense linear of the model, or shapes do not fit.
@@ -121,15 +129,19 @@ def factorize(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
         if (pair.bias is None) != (layer.bias is None):
             raise InputError(f"{name}: the factors and the layer must both have a bias, or neither")
         _replace(model, name, LowRankLinear.from_factors(pair))
+    share_down(model, _same({name: factors[name].down for name in low_rank_layers(model) if name in factors}))
     return model
 
 
-def factorize_empty(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
+def factorize_empty(model: nn.Module, ranks: Mapping[str, int], shared: Iterable[Sequence[str]] = ()) -> nn.Module:
     """Replace the named dense linears by uninitialised factors of the given ranks, on the layers' own
     device (``meta`` included), in place. This is how a saved model is rebuilt without its dense weights.
 
+    Args:
+        shared: groups of layers that hold one ``down``, as from `shared_groups`.
+
     Raises:
-        InputError: a name is not a dense linear of the model.
+        InputError: a name is not a dense linear of the model, or a group cannot share.
     """
     for name, rank in ranks.items():
         layer = _submodule(model, name)
@@ -139,6 +151,7 @@ def factorize_empty(model: nn.Module, ranks: Mapping[str, int]) -> nn.Module:
         weight = layer.weight
         low_rank = LowRankLinear(n, m, rank, layer.bias is not None, weight.device, weight.dtype)
         _replace(model, name, low_rank)
+    share_down(model, shared)
     return model
 
 
@@ -164,15 +177,45 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
 
 
+def shared_groups(model: nn.Module) -> list[tuple[str, ...]]:
+    """The layers that hold one ``down`` between them, group by group, in the model's own order."""
+    return _same({name: layer.down for name, layer in low_rank_layers(model).items()})
+
+
+def share_down(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
+    """Let all layers of a group hold the first one's ``down`` module, in place.
+
+    What stands there may be more than a linear: PEFT wraps a module under the first name that it meets, and this
+    hands its wrapper to the others; call it again, with the same groups, after PEFT has unwrapped.
+
+    Raises:
+        InputError: a name is not a two-factor linear, or the shapes of ``down`` differ.
+    """
+    for first, *others in groups:
+        source = _low_rank(model, first)
+        for name in others:
+            layer = _low_rank(model, name)
+            if layer.down.weight.shape != source.down.weight.shape:
+                raise InputError(
+                    f"{name} cannot share the down factor of {first}: shapes "
+                    f"{tuple(layer.down.weight.shape)} and {tuple(source.down.weight.shape)}"
+                )
+            layer.down = source.down
+            # For save_pretrained: the tensor is written under the first layer's name.
+            layer._tied_weights_keys = {"down.weight": f"{first}.down.weight"}  # type: ignore[assignment]
+
+
 def factors_of(model: nn.Module) -> dict[str, Factors]:
-    """The factors of every two-factor linear, detached, by layer name."""
+    """The factors of every two-factor linear, detached, by layer name; a shared ``down`` is one tensor object."""
+    layers = low_rank_layers(model)
+    downs = {id(layer.down): layer.down.weight.detach() for layer in layers.values()}
     return {
         name: Factors(
             layer.up.weight.detach(),
-            layer.down.weight.detach(),
+            downs[id(layer.down)],
             None if layer.up.bias is None else layer.up.bias.detach(),
         )
-        for name, layer in low_rank_layers(model).items()
+        for name, layer in layers.items()
     }
 
 
@@ -195,6 +238,21 @@ def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     root = sigma.sqrt()
     new_up, new_down = (q_up @ u) * root, root[:, None] * (vt @ q_down.T)
     return new_up.to(up.dtype), new_down.to(down.dtype)
+
+
+def _same(objects: Mapping[str, object]) -> list[tuple[str, ...]]:
+    """Names that stand for the very same object, where there are several."""
+    names: dict[int, list[str]] = {}
+    for name, value in objects.items():
+        names.setdefault(id(value), []).append(name)
+    return [tuple(group) for group in names.values() if len(group) > 1]
+
+
+def _low_rank(model: nn.Module, name: str) -> LowRankLinear:
+    layer = _submodule(model, name)
+    if not isinstance(layer, LowRankLinear):
+        raise InputError(f"{name} is a {type(layer).__name__}, not a two-factor linear: it has no down to share")
+    return layer
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -10,7 +10,7 @@ it reads any weight: a process that did not call `register_auto_model` gets a Va
 Tools that only read ``model_type`` are not disturbed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from converters.errors import InputError
-from converters.lowrank import factorize_empty, low_rank_layers
+from converters.lowrank import factorize_empty, low_rank_layers, shared_groups
 
 QUANT_METHOD = "prehab_lowrank"
 FORMAT_VERSION = 1
@@ -33,9 +33,14 @@ GUARD = (
 
 @dataclass
 class LowRankConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` entry of ``config.json``: the rank of every compressed layer, by name."""
+    """The ``quantization_config`` entry of ``config.json``.
+
+    ranks: of every compressed layer, by name.
+    shared: groups of layers that hold one ``down`` between them; it is stored under the first one's name.
+    """
 
     ranks: dict[str, int] = field(default_factory=dict)
+    shared: list[list[str]] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
 
@@ -48,6 +53,12 @@ class LowRankConfig(QuantizationConfigMixin):
         for name, rank in self.ranks.items():
             if type(rank) is not int or rank < 1:
                 raise InputError(f"config.json: the rank of {name} is {rank!r}, not a positive integer")
+        members = [name for group in self.shared for name in group]
+        if len(set(members)) < len(members):
+            raise InputError("config.json: a layer shares its down factor with two groups")
+        for group in self.shared:
+            if len({self.ranks.get(name) for name in group} - {None}) != 1 or not self.ranks.keys() >= set(group):
+                raise InputError(f"config.json: {', '.join(group)} share a down factor but not one rank")
 
 
 class LowRankQuantizer(HfQuantizer):
@@ -62,7 +73,14 @@ class LowRankQuantizer(HfQuantizer):
     update_tp_plan = update_attn_implementation  # that hook in transformers before 5.21
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        factorize_empty(model, _names_within(model, self.quantization_config.ranks))
+        ranks = self.quantization_config.ranks
+        within = _names_within(model, ranks)
+        groups = [[within[name] for name in group] for group in self.quantization_config.shared if group[0] in within]
+        factorize_empty(model, {within[name]: rank for name, rank in ranks.items() if name in within}, groups)
+        # One tensor is in the file where the model has several names for it.
+        model.all_tied_weights_keys |= {
+            f"{name}.down.weight": f"{first}.down.weight" for first, *others in groups for name in others
+        }
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -73,6 +91,7 @@ class LowRankQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         # Called by save_pretrained before it writes the config: ranks may have changed since loading.
         self.quantization_config.ranks = ranks_of(model)
+        self.quantization_config.shared = shared_of(model)
         return None, {}
 
     def is_serializable(self) -> bool:
@@ -98,6 +117,11 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
     return {name: layer.rank for name, layer in low_rank_layers(model).items()}
 
 
+def shared_of(model: nn.Module) -> list[list[str]]:
+    """The layers that hold one ``down`` between them, group by group, sorted by their first names."""
+    return sorted(list(group) for group in shared_groups(model))
+
+
 def without_guard(config: PreTrainedConfig) -> PreTrainedConfig:
     """Take our impossible file name out of a config, in place, so that the weights can be read."""
     if getattr(config, "transformers_weights", None) == GUARD:
@@ -105,13 +129,14 @@ def without_guard(config: PreTrainedConfig) -> PreTrainedConfig:
     return config
 
 
-def _names_within(model: PreTrainedModel, ranks: Mapping[str, int]) -> dict[str, int]:
-    """Layer names as this model has them: a task model's folder read as the bare model lacks the prefix
+def _names_within(model: PreTrainedModel, saved: Iterable[str]) -> dict[str, str]:
+    """Saved layer name → the name in this model: a task model's folder read as the bare model lacks the prefix
     and the head; a bare model's folder read as a task model gains the prefix."""
+    names = list(saved)
     prefix = f"{model.base_model_prefix}."
     if model.base_model is model:
-        saved_with_head = any(name.startswith(prefix) for name in ranks)
-        inner = {name: rank for name, rank in ranks.items() if name.startswith(prefix) or not saved_with_head}
-        return {name.removeprefix(prefix): rank for name, rank in inner.items()}
+        saved_with_head = any(name.startswith(prefix) for name in names)
+        inner = [name for name in names if name.startswith(prefix) or not saved_with_head]
+        return {name: name.removeprefix(prefix) for name in inner}
     known = dict(model.named_modules())
-    return {name if name in known else prefix + name: rank for name, rank in ranks.items()}
+    return {name: name if name in known else prefix + name for name in names}

@@ -3,17 +3,22 @@
 ‖W − Ŵ‖² is tr(G (W − Ŵ) C (W − Ŵ)ᵀ) with C (n×n) over inputs and G (m×m) over outputs, symmetric positive
 semi-definite, or None for the identity. With G = L_G L_Gᵀ and C = L_C L_Cᵀ it is the Frobenius norm of
 L_Gᵀ (W − Ŵ) L_C, so Eckart–Young applies to the whitened factors, whose SVD costs two thin QRs and one R×R
-SVD. W itself (m×n) is never formed. All in float64.
+SVD. W itself (m×n) is never formed. All in float64. Layers that share ``down`` are one W, their outputs stacked,
+with a G for each.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from converters.lowrank import Factors, balance
 
+OutputMetric = Tensor | Sequence[Tensor] | None
+
 
 @torch.no_grad()
-def retruncate(factors: Factors, rank: int, C: Tensor | None = None, G: Tensor | None = None) -> Factors:
+def retruncate(factors: Factors, rank: int, C: Tensor | None = None, G: OutputMetric = None) -> Factors:
     """The best product of the given rank, balanced, in the factors' dtype; the bias is passed on.
 
     Ŵ is a projection of W from the left, so neither metric is inverted: singular ones are welcome, and
@@ -23,7 +28,7 @@ def retruncate(factors: Factors, rank: int, C: Tensor | None = None, G: Tensor |
         factors: up (m×R), down (R×n).
         rank: at most this many directions are kept, min(rank, R, m, n) to be exact.
         C: n×n input second moment, or None.
-        G: m×m output metric, or None.
+        G: m×m output metric, or None; or the blocks of a block-diagonal one, their sizes adding up to m.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
@@ -39,7 +44,7 @@ def retruncate(factors: Factors, rank: int, C: Tensor | None = None, G: Tensor |
 
 
 @torch.no_grad()
-def relative_error(before: Factors, after: Factors, C: Tensor | None = None, G: Tensor | None = None) -> float:
+def relative_error(before: Factors, after: Factors, C: Tensor | None = None, G: OutputMetric = None) -> float:
     """‖W − Ŵ‖ / ‖W‖ in the metric of `retruncate`, W from ``before`` and Ŵ from ``after``; 0 for W = 0."""
     up, down = before.up.double(), before.down.double()
     left, right = _whiten(torch.cat([up, -after.up.double()], dim=1), torch.cat([down, after.down.double()]), C, G)
@@ -47,8 +52,12 @@ def relative_error(before: Factors, after: Factors, C: Tensor | None = None, G: 
     return _product_norm(left, right) / total if total > 0 else 0.0
 
 
-def _whiten(up: Tensor, down: Tensor, C: Tensor | None, G: Tensor | None) -> tuple[Tensor, Tensor]:
-    left = up if G is None else _root(G).to(up.device).T @ up
+def _whiten(up: Tensor, down: Tensor, C: Tensor | None, G: OutputMetric) -> tuple[Tensor, Tensor]:
+    left = up
+    if G is not None:
+        blocks = [G] if isinstance(G, Tensor) else G
+        parts = up.split([block.shape[0] for block in blocks])
+        left = torch.cat([_root(block).to(up.device).T @ part for block, part in zip(blocks, parts, strict=True)])
     right = down if C is None else down @ _root(C).to(down.device)
     return left, right
 

@@ -3,23 +3,47 @@
 Each layer offers a menu: ranks with their cost and predicted loss. The budget is spent on the steepest drop in
 predicted loss per unit of cost, walking each layer's lower convex hull; for convex menus (the usual case) that is
 the optimum for the budget it spends. Cost is in parameters here; any other additive cost fits the same walk.
+
+Layers with one input may be spent on together: a joint rank r costs r(n + Σ mᵢ) instead of Σ rᵢ(n + mᵢ). A group's
+menu is then the union of its joint entries and of what its members would be given one after the other. The lower
+hull of that union holds, at every price of a parameter, the form with the lower Lagrangian (loss + price · cost), so
+one walk settles both forms and ranks.
 """
 
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from math import ceil
+from typing import TypeVar
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One entry of a layer's menu. ``rank`` None leaves the layer dense."""
+    """One entry of a menu. For a layer ``rank`` None leaves it dense; for a group of layers ``rank`` is the joint
+    rank, or None where the members go their own ways, which ``parts`` then are."""
 
     rank: int | None
     cost: float
     loss: float
+    parts: tuple["Choice", ...] = ()
+
+
+Group = tuple[str, ...]
+Name = TypeVar("Name", str, Group)
+Menus = Mapping[Name, Sequence[Choice]]
+
+
+@dataclass(frozen=True)
+class JointAllocation:
+    """Ranks by layer, None for dense; ``shared`` are the groups whose members have one ``down``, of their rank."""
+
+    ranks: dict[str, int | None]
+    shared: tuple[Group, ...]
+    cost: float
+    predicted_loss: float
 
 
 def break_even(m: int, n: int) -> int:
@@ -64,12 +88,37 @@ def by_loss(
         multiple: ranks come in multiples of this.
         floor_share: no layer gets less than this share of its uniform rank.
     """
-    menus = {
-        name: rank_menu(m, n, losses[name], multiple, floor_share * (uniform_rank(m, n, keep) or break_even(m, n)))
-        for name, (m, n) in shapes.items()
+    return by_joint_loss(shapes, losses, {}, keep, multiple, floor_share).ranks
+
+
+def by_joint_loss(
+    shapes: Mapping[str, tuple[int, int]],
+    losses: Mapping[str, Tensor],
+    joint: Mapping[Group, Tensor],
+    keep: float,
+    multiple: int = 1,
+    floor_share: float = 0.1,
+) -> JointAllocation:
+    """`by_loss` where groups of layers may have one ``down`` if that predicts less loss for the same budget. The
+    predicted loss is never above that of `by_loss` where that keeps to the budget.
+
+    Args:
+        joint: by group, layers with one input that stand in no other group, the predicted loss increase summed over
+            its members at joint ranks 0…min(n, Σ m), as from ``predicted_joint_loss``.
+    """
+    lowest = {n: floor_share * (uniform_rank(*shape, keep) or break_even(*shape)) for n, shape in shapes.items()}
+    apart = {name: rank_menu(*shape, losses[name], multiple, lowest[name]) for name, shape in shapes.items()}
+    together = {
+        group: joint_menu([shapes[name] for name in group], loss, multiple, max(lowest[name] for name in group))
+        for group, loss in joint.items()
     }
     budget = keep * sum(m * n for m, n in shapes.values())
-    return {name: choice.rank for name, choice in spend(menus, budget).items()}
+    walked = spend(_both_forms(apart, together), budget)
+    shared = {group for group in together if not walked[group].parts}
+    # A long step from one form to the other may not fit where short ones do: walk again with the forms settled, and
+    # keep to layers on their own if that ends lower still.
+    picks = (walked, spend(_one_form(apart, together, shared), budget), spend(_one_form(apart, {}, set()), budget))
+    return min((_allocation(pick, shapes) for pick in picks), key=lambda end: (end.cost > budget, end.predicted_loss))
 
 
 def rank_menu(m: int, n: int, loss: Tensor, multiple: int, lowest: float) -> list[Choice]:
@@ -80,8 +129,56 @@ def rank_menu(m: int, n: int, loss: Tensor, multiple: int, lowest: float) -> lis
     return [*choices, Choice(None, m * n, 0.0)]
 
 
-def spend(menus: Mapping[str, Sequence[Choice]], budget: float) -> dict[str, Choice]:
-    """Pick one choice a layer: steepest descent along the convex hulls until nothing more fits.
+def joint_menu(shapes: Sequence[tuple[int, int]], loss: Tensor, multiple: int, lowest: float) -> list[Choice]:
+    """Joint ranks of layers mᵢ×n from the lowest allowed to break-even with the dense layers, by rising cost."""
+    stacked, n = sum(m for m, _ in shapes), shapes[0][1]
+    return rank_menu(stacked, n, loss, multiple, lowest)[:-1]  # dense is the members' own affair
+
+
+def _both_forms(apart: Menus[str], together: Menus[Group]) -> dict[Group, Sequence[Choice]]:
+    """A menu of both forms for every group, and one for every layer that is in none."""
+    unions = {group: [*_one_by_one([apart[name] for name in group]), *menu] for group, menu in together.items()}
+    return _one_form(apart, unions, set(unions))
+
+
+def _one_form(apart: Menus[str], together: Menus[Group], shared: set[Group]) -> dict[Group, Sequence[Choice]]:
+    """The joint menus of the shared groups, and a menu for every layer that is in none of them."""
+    grouped = set(chain.from_iterable(shared))
+    menus: dict[Group, Sequence[Choice]] = {(name,): menu for name, menu in apart.items() if name not in grouped}
+    return menus | {group: together[group] for group in together if group in shared}
+
+
+def _one_by_one(menus: Sequence[Sequence[Choice]]) -> list[Choice]:
+    """The lower hull of all combinations of the members' choices: every step of the members' hulls, steepest first."""
+    hulls = [_lower_hull(menu) for menu in menus]
+    steps = [(-_slope(a, b), at, b) for at, hull in enumerate(hulls) for a, b in pairwise(hull)]
+    parts = [hull[0] for hull in hulls]
+    entries = [_combined(parts)]
+    for _, at, choice in sorted(steps, key=lambda step: step[:2]):
+        parts[at] = choice
+        entries.append(_combined(parts))
+    return entries
+
+
+def _combined(parts: Sequence[Choice]) -> Choice:
+    return Choice(None, sum(part.cost for part in parts), sum(part.loss for part in parts), tuple(parts))
+
+
+def _allocation(chosen: Mapping[Group, Choice], shapes: Mapping[str, tuple[int, int]]) -> JointAllocation:
+    ranks: dict[str, int | None] = {}
+    for group, choice in chosen.items():
+        parts = choice.parts or (choice,) * len(group)
+        ranks |= {name: part.rank for name, part in zip(group, parts, strict=True)}
+    return JointAllocation(
+        ranks={name: ranks[name] for name in shapes},
+        shared=tuple(group for group, choice in chosen.items() if len(group) > 1 and not choice.parts),
+        cost=sum(choice.cost for choice in chosen.values()),
+        predicted_loss=sum(choice.loss for choice in chosen.values()),
+    )
+
+
+def spend(menus: Menus[Name], budget: float) -> dict[Name, Choice]:
+    """Pick one choice from every menu: steepest descent along the convex hulls until nothing more fits.
 
     Every layer gets at least its cheapest choice, also when those alone exceed the budget.
     """

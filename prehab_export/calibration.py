@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
+from prehab_export.activations import frozen
 from prehab_export.config import FISHER_LABELS
+from prehab_export.shrinkage import ClusterSums
 from prehab_export.statistics import InputMoment, Statistics
 from prehab_export.tasks import Batch, Task, sample_count
 
@@ -56,9 +58,9 @@ def calibrate(
     groups = shared_inputs(model, first, task, layers)
     generator = torch.Generator().manual_seed(seed)
     tally = _Tally(groups)
-    with _frozen(model), torch.set_grad_enabled(gradients):
+    with frozen(model), torch.set_grad_enabled(gradients):
         for batch in _chain(first, iterator):
-            with tally.listening(layers, task.token_mask(batch), gradients):
+            with tally.listening(layers, batch, task, gradients):
                 logits = task.logits(model, batch)
                 unit_logits = task.unit_logits(logits, batch)
                 if gradients:
@@ -76,15 +78,21 @@ def calibrate(
 
 
 def few_tokens(statistics: Statistics) -> str | None:
-    """What to tell the user when layers have more inputs than calibration showed tokens; None when none has."""
-    short = {group: m for group, m in statistics.inputs.items() if m.tokens < m.mean.numel()}
+    """What to tell the user when a layer has more inputs than calibration is worth independent tokens; else None."""
+    short = {
+        group: moment
+        for group, moment in statistics.inputs.items()
+        if moment.sampling.effective_tokens < moment.mean.numel()
+    }
     if not short:
         return None
-    group, moment = next(iter(short.items()))
+    # The widest gap first.
+    group, moment = min(short.items(), key=lambda item: item[1].sampling.effective_tokens / item[1].mean.numel())
     return (
-        f"{moment.tokens} calibration tokens for the {moment.mean.numel()} inputs of {group}"
-        + (f" and of {len(short) - 1} more" if len(short) > 1 else "")
-        + "; the second moment is singular. Truncation is exact on the sample all the same; more samples make it better"
+        f"calibration ({moment.sampling.samples} samples, {moment.tokens} tokens) is worth "
+        f"{moment.sampling.effective_tokens:.0f} independent tokens for the {moment.mean.numel()} inputs of {group}"
+        + (f" (and too few for {len(short) - 1} more)" if len(short) > 1 else "")
+        + "; the result is valid, give more samples for a better one"
     )
 
 
@@ -108,7 +116,7 @@ def shared_inputs(model: nn.Module, batch: Batch, task: Task, layers: Mapping[st
     one = {key: value[:1] for key, value in batch.items()}
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
-        with _frozen(model), torch.no_grad():
+        with frozen(model), torch.no_grad():
             task.logits(model, one)
     finally:
         for handle in handles:
@@ -123,43 +131,51 @@ def shared_inputs(model: nn.Module, batch: Batch, task: Task, layers: Mapping[st
 
 
 class _Tally:
-    """Running sums of outer products, gathered by hooks."""
+    """Running sums of outer products, sample by sample, gathered by hooks."""
 
     def __init__(self, groups: dict[str, str]) -> None:
         self.groups = groups
         self.units = 0
-        self.outer: dict[str, Tensor] = {}
+        # Inputs are summed relative to the mean of the first batch: massive means then cancel before they are
+        # squared, and the sampling error is that of the centred moment.
+        self.shift: dict[str, Tensor] = {}
         self.total: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = dict.fromkeys(groups.values(), 0)
-        self.gradient: dict[str, Tensor] = {}
+        self.inputs = {group: ClusterSums() for group in groups.values()}
+        self.gradients: dict[str, ClusterSums] = {}
 
     @contextmanager
-    def listening(self, layers: Mapping[str, nn.Module], mask: Tensor | None, gradients: bool) -> Iterator[None]:
+    def listening(self, layers: Mapping[str, nn.Module], batch: Batch, task: Task, gradients: bool) -> Iterator[None]:
+        mask, samples = task.token_mask(batch), sample_count(batch)
+        units = _units_by_sample(task, batch) if gradients else None
         handles = []
         for name, layer in layers.items():
             if self.groups[name] == name:
-                handles.append(layer.register_forward_pre_hook(self._input_hook(name, mask)))
-            if gradients:
-                handles.append(layer.register_forward_hook(self._output_hook(name, mask)))
+                handles.append(layer.register_forward_pre_hook(self._input_hook(name, mask, samples)))
+            if units is not None:
+                handles.append(layer.register_forward_hook(self._output_hook(name, mask, units)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _input_hook(self, name: str, mask: Tensor | None) -> Callable:
+    def _input_hook(self, name: str, mask: Tensor | None, samples: int) -> Callable:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = _valid_rows(args[0].detach(), mask)
-            _add(self.outer, name, rows.T @ rows)
-            _add(self.total, name, rows.sum(0))
-            self.tokens[name] += rows.shape[0]
+            values, valid = _by_sample(args[0].detach(), mask, samples)
+            if name not in self.shift:
+                self.shift[name] = values[valid].mean(0)
+                self.total[name] = torch.zeros_like(self.shift[name])
+            values = values - self.shift[name]
+            self.total[name] += values[valid].sum(0)
+            self.inputs[name].add(values, valid, valid.sum(1))
 
         return hook
 
-    def _output_hook(self, name: str, mask: Tensor | None) -> Callable:
+    def _output_hook(self, name: str, mask: Tensor | None, units: Tensor) -> Callable:
         def on_gradient(gradient: Tensor) -> None:
-            rows = _valid_rows(gradient, mask)
-            _add(self.gradient, name, rows.T @ rows)
+            values, valid = _by_sample(gradient, mask, len(units))
+            sizes = units if len(values) == len(units) else units.sum()[None]
+            self.gradients.setdefault(name, ClusterSums()).add(values, valid, sizes.to(values.device))
 
         def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # With every parameter frozen, the graph starts at the first targeted layers. The clone keeps a model
@@ -170,33 +186,43 @@ class _Tally:
 
         return hook
 
+    def _input_moment(self, group: str) -> InputMoment:
+        sums, shift = self.inputs[group], self.shift[group]
+        offset = self.total[group] / sums.rows
+        cross = torch.outer(offset, shift)
+        second = sums.outer / sums.rows + cross + cross.T + torch.outer(shift, shift)
+        return InputMoment(second, shift + offset, sums.rows, sums.sampling())
+
     def result(self) -> Statistics:
-        inputs = {
-            name: InputMoment(self.outer[name] / count, self.total[name] / count, count)
-            for name, count in self.tokens.items()
-        }
-        silent = [name for name in self.groups if self.gradient and name not in self.gradient]
+        silent = [name for name in self.groups if self.gradients and name not in self.gradients]
         if silent:
             raise InputError(f"{silent[0]} has no part in the loss; leave it out with --exclude {silent[0]!r}")
-        gradients = {name: total / self.units for name, total in self.gradient.items()}
-        return Statistics(inputs, dict(self.groups), gradients, self.units)
+        return Statistics(
+            {group: self._input_moment(group) for group in self.inputs},
+            dict(self.groups),
+            {name: sums.outer / self.units for name, sums in self.gradients.items()},
+            self.units,
+            {name: sums.sampling() for name, sums in self.gradients.items()},
+        )
 
 
-def _valid_rows(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Flatten to tokens × features in float32, without padding.
+def _by_sample(values: Tensor, mask: Tensor | None, samples: int) -> tuple[Tensor, Tensor]:
+    """Samples × tokens × features in float32, and which of those tokens are real (samples × tokens).
 
-    A layer may see (B, T, d) or (B·T, d); a tensor of another shape (a pooled one, say) has no padding to drop.
+    A layer may see (B, T, d), (B·T, d) or (B, H, W, d), samples outermost; a tensor whose rows are not B·T (a pooled
+    one, say) has no padding to drop. Rows that do not divide into the samples count as one sample.
     """
-    rows = values.reshape(-1, values.shape[-1]).float()
-    per_token = mask is not None and (values.shape[:-1] == mask.shape or values.shape[:-1] == (mask.numel(),))
-    return rows[mask.reshape(-1)] if mask is not None and per_token else rows
+    rows = values.numel() // values.shape[-1]
+    split = values.reshape(samples if rows % samples == 0 else 1, -1, values.shape[-1]).float()
+    per_token = mask is not None and rows == mask.numel()
+    valid = mask if mask is not None and per_token else torch.ones(split.shape[:2], dtype=torch.bool)
+    return split, valid.to(split.device)
 
 
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    if name in sums:
-        sums[name] += value
-    else:
-        sums[name] = value
+def _units_by_sample(task: Task, batch: Batch) -> Tensor:
+    """How many units of the loss each sample holds (B)."""
+    rows = ({key: value[at : at + 1] for key, value in batch.items()} for at in range(sample_count(batch)))
+    return torch.tensor([len(task.unit_labels(row)) for row in rows])
 
 
 def _sampled(unit_logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -208,18 +234,3 @@ def _sampled(unit_logits: Tensor, generator: torch.Generator) -> Tensor:
 def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
     yield first
     yield from rest
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No dropout and no parameter gradients: only activations are differentiated, which halves the backward pass."""
-    training = model.training
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -13,6 +13,7 @@ import click
 from converters.errors import InputError
 from prehab_export import config as options
 from prehab_export.errors import ParityError
+from prehab_export.sweep_methods import METHODS
 
 # Verb → the last stage that it brings up to date, and what it prints with --json.
 VERBS = {
@@ -34,9 +35,10 @@ REDO = {
 } | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "rehab", "bench")}
 
 Command = Callable[..., Any]
+Option = tuple[str, Callable[[Command], Command]]
 
 
-def option(flag: str, path: str, help: str, **extra: Any) -> Callable[[Command], Command]:
+def option(flag: str, path: str, help: str, **extra: Any) -> Option:
     """A flag that sets one field of the config, ``path`` being its place (``truncate.ratio``).
 
     The default shown is the config's own; a flag that is not given stays unset, so that saved options and the YAML
@@ -47,7 +49,12 @@ def option(flag: str, path: str, help: str, **extra: Any) -> Callable[[Command],
         extra.setdefault("type", kind)
     if default not in (None, (), MISSING):
         help = f"{help}  [default: {' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
-    return click.option(flag, path.replace(".", "__"), default=None, help=help, **extra)
+    return flag, click.option(flag, path.replace(".", "__"), default=None, help=help, **extra)
+
+
+def plain(flag: str, *names: str, **extra: Any) -> Option:
+    """A flag that is no field of the config."""
+    return flag, click.option(flag, *names, **extra)
 
 
 def _field(path: str) -> tuple[Any, Any]:
@@ -72,9 +79,9 @@ def _choice(values: tuple[str, ...]) -> click.Choice:
     return click.Choice(values)
 
 
-RUN_OPTIONS: list[Callable[[Command], Command]] = [
-    click.option("-o", "--output", type=click.Path(path_type=Path), help="The run's folder."),
-    click.option(
+RUN_OPTIONS: list[Option] = [
+    plain("--output", "-o", type=click.Path(path_type=Path), help="The run's folder."),
+    plain(
         "--config",
         "config_file",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -114,8 +121,26 @@ RUN_OPTIONS: list[Callable[[Command], Command]] = [
     option("--allocation", "truncate.allocation", "How ranks are shared out.", type=_choice(options.ALLOCATIONS)),
     option("--rank-multiple", "truncate.rank_multiple", "Ranks come in multiples of this."),
     option("--rank-floor", "truncate.floor_share", "Least share of its uniform rank that a layer gets."),
+    option(
+        "--share-inputs/--no-share-inputs",
+        "truncate.share_inputs",
+        "Let layers with one input have one down between them, where that loses less.",
+        is_flag=True,
+    ),
+    option(
+        "--drift-correction/--no-drift-correction",
+        "truncate.drift_correction",
+        "Fit each layer to what the compressed layers before it give.",
+        is_flag=True,
+    ),
+    option("--refine-steps", "refine.schedule.steps", "Steps of label-free tuning towards the dense model's output."),
+    option("--refine-lr", "refine.schedule.learning_rate", "Peak learning rate of refinement."),
+    option("--refine-batch-size", "refine.schedule.batch_size", "Samples a step of refinement."),
+    option("--refine-hidden", "refine.hidden_share", "Share of refinement's loss that follows hidden states."),
+    option("--refine-block-steps", "refine.block_steps", "Steps of refinement of each block by itself, before that."),
     option("--prehab-steps", "prehab.train.steps", "Steps of prehab; 0 skips it."),
-    option("--prehab-lambda", "prehab.strength", "Weight of the surrogate."),
+    option("--prehab-lambda", "prehab.strength", "Weight of the surrogate, or auto: found by short trials.", type=str),
+    option("--prehab-lambda-trials", "prehab.trials", "Trials that --prehab-lambda auto may spend."),
     option("--surrogate", "prehab.surrogate", "Smooth stand-in for rank.", type=_choice(options.SURROGATES)),
     option("--prehab-schedule", "prehab.schedule", "Course of λ.", type=_choice(options.SCHEDULES)),
     option("--prehab-whitening", "prehab.whitening", "Metric of the surrogate.", type=_choice(options.WHITENINGS)),
@@ -135,13 +160,13 @@ RUN_OPTIONS: list[Callable[[Command], Command]] = [
     option("--bench-length", "bench.sequence_lengths", "Length to measure; repeat for more.", multiple=True, type=int),
     option("--bench-rounds", "bench.rounds", "Turns of each model."),
     option("--new-tokens", "bench.new_tokens", "Tokens that a decoder generates in a measurement."),
-    click.option("--force", is_flag=True, help="Do this verb's work again although it is up to date."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+    plain("--force", is_flag=True, help="Do this verb's work again although it is up to date."),
+    plain("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 ]
 
 
 def run_options(command: Command) -> Command:
-    for decorate in reversed(RUN_OPTIONS):
+    for _flag, decorate in reversed(RUN_OPTIONS):
         command = decorate(command)
     return command
 
@@ -184,10 +209,19 @@ for _verb, (_until, _text) in VERBS.items():
 
 
 def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) -> None:
+    force, as_json = flags.pop("force"), flags.pop("as_json")
+    config, output = _parsed(model, flags, inherit)
+    from prehab_export.pipeline import run as run_pipeline
+
+    workspace = run_pipeline(config, output, until=until, redo=REDO[until] if force else ())
+    _show_result(workspace, until, as_json)
+
+
+def _parsed(model: str | None, flags: dict[str, Any], inherit: bool) -> tuple[options.RunConfig, Path]:
+    """The options and the folder that a command line means: saved options, then the YAML file, then the flags."""
     from prehab_export.workspace import OPTIONS_FILE
 
     output, config_file = flags.pop("output"), flags.pop("config_file")
-    force, as_json = flags.pop("force"), flags.pop("as_json")
     if model is not None and (Path(model) / OPTIONS_FILE).is_file():
         if output is not None and output.resolve() != Path(model).resolve():
             raise InputError(f"{model} is the folder of a run; give a model, or leave out -o")
@@ -206,11 +240,7 @@ def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) ->
             values = _merged(
                 values, functools.reduce(lambda inner, key: {key: inner}, reversed(path.split("__")), value)
             )
-    config = _config(values)
-    from prehab_export.pipeline import run as run_pipeline
-
-    workspace = run_pipeline(config, output, until=until, redo=REDO[until] if force else ())
-    _show_result(workspace, until, as_json)
+    return _config(values), output
 
 
 def _config(values: dict[str, Any]) -> options.RunConfig:
@@ -259,6 +289,41 @@ def demo(output: Path, threads: int | None, as_json: bool) -> None:
     from prehab_export.demo import run_demo
 
     _show_result(run_demo(output, threads), "report", as_json)
+
+
+def _sweep_options(command: Command) -> Command:
+    """Those of a run, but for the ones that a sweep goes through itself."""
+    own = {"--ratio", "--objective", "--allocation", "--drift-correction/--no-drift-correction", "--force"}
+    for flag, decorate in reversed(RUN_OPTIONS):
+        if flag not in own:
+            command = decorate(command)
+    return command
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--ratio", "ratios", type=float, multiple=True, default=(0.2, 0.4, 0.6, 0.8), show_default=True,
+              help="Share of the targeted layers' parameters to remove; repeat for more.")  # fmt: skip
+@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True,
+              default=("svd", "svd-llm", "fisher", "drift"), show_default=True, help="Repeat for more.")  # fmt: skip
+@_sweep_options
+def sweep(model: str | None, ratios: tuple[float, ...], methods: tuple[str, ...], **flags: Any) -> None:
+    """Compare methods over ratios: one calibration, one decomposition a layer, a table and a plot.
+
+    A sweep that was killed, or is asked for more, computes only what is missing.
+    """
+    as_json = flags.pop("as_json")
+    config, output = _parsed(model, flags, inherit=True)
+    from prehab_export.sweep import print_sweep
+    from prehab_export.sweep import sweep as run_sweep
+
+    folder = run_sweep(config, output, methods, ratios)
+    result = json.loads((folder / "sweep.json").read_text())
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        print_sweep(result["dense"], result["rows"])
+        click.echo(f"table and plot  {folder}")
 
 
 @cli.command()

@@ -15,12 +15,17 @@ from converters.errors import InputError
 from prehab_export.bench_config import BenchConfig
 
 TASK_NAMES = ("image-classification", "text-classification", "text-generation")
-OBJECTIVES = ("weight", "activation", "fisher")
+OBJECTIVES = ("weight", "activation", "fisher", "auto")
 ALLOCATIONS = ("uniform", "loss")
-SURROGATES = ("tail", "nuclear", "stable-rank", "spectral")
+SURROGATES = ("tail", "nuclear", "stable-rank", "spectral", "stochastic-stable-rank")
+UPDATES = ("gradient", "proximal")
+PROXIMAL_SURROGATES = ("tail", "nuclear")
+LAYER_WEIGHTS = ("loss", "fisher", "equal")
 SCHEDULES = ("constant", "warmup")
 WHITENINGS = ("activation", "fisher")
 FISHER_LABELS = ("data", "model")
+AUTO = "auto"
+USUAL_STRENGTH = 300.0
 REHAB_METHODS = ("factors", "lora")
 
 
@@ -65,33 +70,70 @@ class CalibrateConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """steps of batch_size samples; learning_rate is the peak; distill in [0, 1] is the share of the loss that is
-    the KL divergence from the dense model's output; 0 trains on the labels alone."""
+class Schedule:
+    """steps of batch_size samples; learning_rate is the peak, reached after the share ``warmup`` of the steps."""
 
     steps: int = 0
     batch_size: int = 32
     learning_rate: float = 3e-4
-    distill: float = 0.5
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
 
     def __post_init__(self) -> None:
         _at_least("the number of steps", self.steps, 0)
-        _at_least("--batch-size", self.batch_size, 1)
+        _at_least("the batch size", self.batch_size, 1)
         if not 0 < self.learning_rate < 1:
             raise InputError(f"the learning rate must lie between 0 and 1, not {self.learning_rate}")
+
+
+@dataclass(frozen=True)
+class TrainConfig(Schedule):
+    """A schedule, and the loss: distill in [0, 1] is the share that is the KL divergence from the dense model's
+    output; 0 trains on the labels alone."""
+
+    distill: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         _share("the distillation share", self.distill)
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Tuning of the factors towards the dense model, on the calibration sample, without labels.
+
+    schedule: of the end-to-end part. block_steps, block_learning_rate: of the block-wise part, per block.
+    hidden_share: share of the end-to-end loss that is the error of hidden states.
+    """
+
+    schedule: Schedule = field(default_factory=Schedule)
+    block_steps: int = 0
+    block_learning_rate: float = 1e-3
+    hidden_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        _at_least("--refine-block-steps", self.block_steps, 0)
+        _share("--refine-hidden", self.hidden_share)
+
+    @property
+    def block_schedule(self) -> Schedule:
+        return replace(self.schedule, steps=self.block_steps, learning_rate=self.block_learning_rate)
 
 
 @dataclass(frozen=True)
 class PrehabConfig:
     """How to prehab.
 
-    strength: λ. The surrogate is 1 at the start, so that λ means the same for every model.
+    strength: λ, or ``auto`` to find it by at most ``trials`` short trials. The surrogate is 1 at the start, so that λ
+    means the same for every model.
     schedule: ``constant``, or ``warmup`` (λ rises exponentially over the first half).
     whitening: ``activation`` (C alone) or ``fisher`` (C and G).
+    update: ``gradient`` (the surrogate's gradient joins the task's) or ``proximal`` (the weight is shrunk directly, as
+    by decoupled weight decay: a rate of λ times the learning rate a step).
+    every: each layer's surrogate is evaluated once in so many steps; its gradient is held in between.
+    layer_weights: λ of a layer relative to the others: in proportion to the ``loss`` that truncation is predicted to
+    cost there, to its ``fisher`` energy tr(G W C Wᵀ), or ``equal``.
     refresh_every: steps between fresh moments, bases and, under ``loss`` allocation, ranks.
     refresh_samples: samples that a refresh looks at.
     guard: keep the result only if the truncated model is better for it on held-out samples.
@@ -99,9 +141,13 @@ class PrehabConfig:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     surrogate: str = "tail"
-    strength: float = 300.0
+    strength: float | str = USUAL_STRENGTH
+    trials: int = 5
     schedule: str = "constant"
     whitening: str = "fisher"
+    update: str = "gradient"
+    every: int = 8
+    layer_weights: str = "loss"
     refresh_every: int = 25
     refresh_samples: int = 64
     guard: bool = True
@@ -110,14 +156,20 @@ class PrehabConfig:
         _one_of("--surrogate", self.surrogate, SURROGATES)
         _one_of("--prehab-schedule", self.schedule, SCHEDULES)
         _one_of("--prehab-whitening", self.whitening, WHITENINGS)
+        _one_of("--prehab-update", self.update, UPDATES)
+        if self.update == "proximal":
+            _one_of("with --prehab-update proximal, --surrogate", self.surrogate, PROXIMAL_SURROGATES)
+        _one_of("--prehab-layer-weights", self.layer_weights, LAYER_WEIGHTS)
+        _at_least("--prehab-every", self.every, 1)
         _at_least("--prehab-refresh", self.refresh_every, 1)
         _at_least("the samples of a refresh", self.refresh_samples, 1)
-        if not 0 <= self.strength < float("inf"):
-            raise InputError(f"--prehab-lambda must be 0 or more, not {self.strength}")
+        _at_least("--prehab-lambda-trials", self.trials, 1)
+        if self.strength != AUTO and not (isinstance(self.strength, float) and 0 <= self.strength < float("inf")):
+            raise InputError(f"--prehab-lambda must be auto, or a number of 0 or more, not {self.strength}")
 
     @property
     def needs_gradients(self) -> bool:
-        return self.train.steps > 0 and self.whitening == "fisher"
+        return self.train.steps > 0 and (self.whitening == "fisher" or self.layer_weights != "equal")
 
 
 @dataclass(frozen=True)
@@ -125,11 +177,15 @@ class TruncateConfig:
     """How to truncate.
 
     ratio: share of the targeted layers' parameters to remove, in (0, 1).
-    objective: ``weight``, ``activation`` or ``fisher``.
+    objective: ``weight``, ``activation``, ``fisher``, or ``auto``: fisher, but activation for the kinds of layer
+        (q, k, v …) where a validation pass finds it better.
+    share_inputs: under ``loss``, layers with one input (q, k, v) may have one ``down`` between them, where that loses
+        less for the same parameters.
+    drift_correction: fit each layer to the inputs that the compressed layers before it give, block by block.
     allocation: ``uniform`` (same share everywhere) or ``loss`` (least summed predicted loss).
     rank_multiple: ranks come in multiples of this.
     floor_share: under ``loss``, no layer gets less than this share of its uniform rank.
-    gradient_damping: share of its mean that is added to G's diagonal.
+    gradient_shrinkage: least share by which G is shrunk towards the mean of its diagonal; a small sample asks for more.
     """
 
     ratio: float = 0.6
@@ -137,7 +193,9 @@ class TruncateConfig:
     allocation: str = "loss"
     rank_multiple: int = 1
     floor_share: float = 0.1
-    gradient_damping: float = 1e-2
+    gradient_shrinkage: float = 1e-2
+    drift_correction: bool = True
+    share_inputs: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -153,7 +211,12 @@ class TruncateConfig:
 
     @property
     def needs_gradients(self) -> bool:
-        return self.objective == "fisher" or self.allocation == "loss"
+        return self.base_objective == "fisher" or self.allocation == "loss"
+
+    @property
+    def base_objective(self) -> str:
+        """The objective of a layer that no measurement has spoken for."""
+        return "fisher" if self.objective == "auto" else self.objective
 
 
 @dataclass(frozen=True)
@@ -198,6 +261,7 @@ class RunConfig:
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     prehab: PrehabConfig = field(default_factory=PrehabConfig)
     truncate: TruncateConfig = field(default_factory=TruncateConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
     rehab: RehabConfig = field(default_factory=RehabConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
 
@@ -251,7 +315,10 @@ def _converted(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
         return from_dict(kind, value, f"{where}.")  # type: ignore[arg-type]
     if get_origin(kind) is UnionType:
-        return None if value is None else _converted(get_args(kind)[0], value, where)
+        first, second = get_args(kind)
+        if value is None and second is type(None):
+            return None
+        return value if value == AUTO and second is str else _converted(first, value, where)
     if get_origin(kind) is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         return tuple(_converted(get_args(kind)[0], item, where) for item in items)

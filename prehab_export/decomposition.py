@@ -15,11 +15,17 @@ smaller Gram matrix of M is diagonalised instead (Swift-SVD, arXiv 2604.01609, d
 one factor follows from the other by least squares. Nothing is ever inverted but the eigenvalues themselves, so a
 singular C or G needs no special case, and the discarded eigenvalues are the exact value of the objective.
 
+Layers with one input (q, k and v; gate and up) may also share one ``down``. Stacked, they are one weight with a
+block-diagonal G, and their whitened Gram matrix is ``C^½ (Σ WᵢᵀGᵢWᵢ) C^½``: that of any P with ``PᵀP = Σ WᵢᵀGᵢWᵢ``.
+So the joint problem is the single one for the n×n matrix P, and neither the stack nor its G is ever formed.
+
 Tensors in, tensors out. Shapes: W m×n (out×in), C n×n, G m×m. The eigen-step runs in float64: in float32 it
 loses most of its accuracy once C is ill-conditioned.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -93,6 +99,62 @@ def predicted_loss(decomposition: Decomposition, second_moment: Tensor, gradient
     increments = terms.diagonal() + 2 * terms.triu(1).sum(1)
     tail = increments.flip(0).cumsum(0).flip(0)
     return 0.5 * torch.cat([tail, tail.new_zeros(1)]).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class JointDecomposition:
+    """All joint ranks of several weights with one input: at rank r, member i is ``ups[i][:, :r] @ down[:r]``.
+
+    ups: mᵢ×k each, down: k×n, with k = min(n, Σ mᵢ), float64; spectrum: k eigenvalues, descending.
+    """
+
+    ups: tuple[Tensor, ...]
+    down: Tensor
+    spectrum: Tensor
+
+    def truncated(self, rank: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The factors at this rank, unbalanced: an up mᵢ×r for each member, and their down r×n."""
+        return tuple(up[:, :rank] for up in self.ups), self.down[:rank]
+
+    def objective(self, rank: int) -> float:
+        """Value of the objective, summed over the members, at this rank: the discarded eigenvalues."""
+        return float(self.spectrum[rank:].sum())
+
+
+def decompose_jointly(
+    weights: Sequence[Tensor],
+    second_moment: Tensor | None = None,
+    gradient_moments: Sequence[Tensor] | None = None,
+) -> JointDecomposition:
+    """The best factors with one ``down`` for weights mᵢ×n, each with its Gᵢ (mᵢ×mᵢ), in the sum of their metrics.
+    ``None`` stands for the identity on that side.
+
+    >>> w = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    >>> joint = decompose_jointly([w, 2 * w])
+    >>> [round(v, 6) for v in joint.spectrum.tolist()]
+    [45.0, 5.0]
+    >>> ups, down = joint.truncated(1)
+    >>> torch.round(ups[1] @ down, decimals=6).tolist()
+    [[6.0, 0.0], [0.0, 0.0]]
+    """
+    stacked = [weight.detach().double() for weight in weights]
+    grams = gradient_moments if gradient_moments is not None else [None] * len(stacked)
+    energies = (w.T @ (w if g is None else symmetric(g) @ w) for w, g in zip(stacked, grams, strict=True))
+    single = decompose(square_root(reduce(torch.add, energies)), second_moment)
+    k = min(single.spectrum.numel(), sum(w.shape[0] for w in stacked))
+    down, spectrum = single.down[:k], single.spectrum[:k]
+    # Given down, each best up is the least squares in C alone, whatever G: W C downᵀ over the diagonal down C downᵀ.
+    seen = (down if second_moment is None else down @ symmetric(second_moment)).T * _reciprocal(spectrum)
+    return JointDecomposition(tuple(w @ seen for w in stacked), down, spectrum)
+
+
+def predicted_joint_loss(
+    decomposition: JointDecomposition, second_moment: Tensor, gradient_moments: Sequence[Tensor]
+) -> Tensor:
+    """`predicted_loss` at every joint rank 0…k, summed over the members: k+1 values, float64."""
+    members = [Decomposition(up, decomposition.down, decomposition.spectrum) for up in decomposition.ups]
+    pairs = zip(members, gradient_moments, strict=True)
+    return torch.stack([predicted_loss(member, second_moment, gradient) for member, gradient in pairs]).sum(0)
 
 
 def objective_value(delta: Tensor, second_moment: Tensor | None = None, gradient_moment: Tensor | None = None) -> float:

@@ -9,18 +9,18 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from converters.folder import save_folder
 from prehab_export.bench_config import BenchConfig
-from prehab_export.config import DataConfig, PrehabConfig, RehabConfig, RunConfig, TrainConfig, TruncateConfig
+from prehab_export.config import DataConfig, PrehabConfig, RehabConfig, RunConfig, Schedule, TrainConfig, TruncateConfig
 from prehab_export.data import load_data
 from prehab_export.pipeline import run
 from prehab_export.progress import bar, say
 from prehab_export.session import held_out_split, prepare_process
 from prehab_export.tasks import TASKS
-from prehab_export.training import train
+from prehab_export.training import labelled_loss, train
 from prehab_export.workspace import Workspace, stage_key
 
 NAME = "vit-digits"
 DIGITS = DataConfig("sklearn-digits", batch_size=64)
-TRAINING = TrainConfig(steps=500, batch_size=64, learning_rate=1e-3, distill=0.0)
+TRAINING = Schedule(steps=500, batch_size=64, learning_rate=1e-3)
 VIT: dict[str, Any] = {
     "image_size": 8,
     "patch_size": 2,
@@ -66,10 +66,10 @@ def _train_vit(folder: Path) -> None:
     with bar("train", TRAINING.steps) as advance:
         train(
             model,
-            task,
             training,
             TRAINING,
             list(model.parameters()),
+            labelled_loss(task),
             progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}"),
         )
     save_folder(model, folder, processor)

@@ -101,6 +101,22 @@ def torch_predictor(model: nn.Module, task: Task) -> Predict:
     return predict
 
 
+def divergences(predict: Predict, reference: Predict, batches: Iterable[Batch], task: Task) -> Tensor:
+    """KL(reference ‖ predict) of every sample, mean over its units, in nats; labels are not looked at.
+
+    Samples without a unit count as 0. Returns a float64 vector.
+    """
+    values = []
+    for batch in batches:
+        own, target = predict(batch), reference(batch)
+        batch = {name: value.to(own.device) for name, value in batch.items()}
+        for row in range(sample_count(batch)):
+            one = {name: value[row : row + 1] for name, value in batch.items()}
+            log_p, log_q = (task.unit_logits(x[row : row + 1], one).double().log_softmax(-1) for x in (target, own))
+            values.append((log_p.exp() * (log_p - log_q)).sum() / max(1, len(log_p)))
+    return torch.stack(values).cpu()
+
+
 def onnx_predictor(session: "InferenceSession", task: Task) -> Predict:
     """An ONNX graph with an output ``logits``.
 

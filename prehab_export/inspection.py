@@ -10,7 +10,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from converters.folder import from_pretrained
-from converters.lowrank import DenseLinear, LowRankLinear, dense_weight, low_rank_layers
+from converters.lowrank import DenseLinear, LowRankLinear, dense_weight, low_rank_layers, shared_groups
 from converters.onnx.inputs import image_inputs, text_inputs
 from converters.registration import ranks_of
 from converters.targets import target_layers
@@ -35,9 +35,9 @@ def inspect_model(
     """Facts of a dense model, a compressed folder, or the folder of a run (its artifact).
 
     Returns:
-        ``model`` with totals, and ``layers``: name, shape, rank (two-factor layers), parameters, whether it is
-        targeted; of those that are, the input group, the stable rank ‖W‖_F²/‖W‖₂², and how many singular values
-        hold 99% of ‖W‖_F².
+        ``model`` with totals, and ``layers``: name, shape, rank (two-factor layers), ``down_of`` (the layer whose
+        ``down`` it holds, and which counts it), parameters, whether it is targeted; of those that are, the input
+        group, the stable rank ‖W‖_F²/‖W‖₂², and how many singular values hold 99% of ‖W‖_F².
 
     Raises:
         InputError: no such model, or a pattern that matches nothing.
@@ -54,7 +54,8 @@ def inspect_model(
     factored = low_rank_layers(model)
     targets = {} if factored else target_layers(model, include, exclude)
     groups = shared_inputs(model, _example(model, task), task, targets or factored)
-    layers = [_low_rank_facts(name, layer, groups[name]) for name, layer in factored.items()]
+    down_of = {name: first for first, *others in shared_groups(model) for name in others}
+    layers = [_low_rank_facts(name, layer, groups[name], down_of.get(name)) for name, layer in factored.items()]
     factor_names = {f"{name}.{side}" for name in ranks for side in ("down", "up")}
     for name, module in model.named_modules():
         if isinstance(module, DenseLinear) and name not in factor_names:
@@ -77,8 +78,9 @@ def _example(model: PreTrainedModel, task: Task) -> Batch:
     return inputs.tensors
 
 
-def _low_rank_facts(name: str, layer: LowRankLinear, group: str) -> dict[str, Any]:
+def _low_rank_facts(name: str, layer: LowRankLinear, group: str, down_of: str | None) -> dict[str, Any]:
     m, n, r = layer.out_features, layer.in_features, layer.rank
+    parameters = r * (m if down_of else m + n)
     # The product's singular values, from the small triangles of its two factors.
     left = torch.linalg.qr(layer.up.weight.detach().double()).R
     right = torch.linalg.qr(layer.down.weight.detach().double().T).R
@@ -86,8 +88,9 @@ def _low_rank_facts(name: str, layer: LowRankLinear, group: str) -> dict[str, An
         "name": name,
         "shape": [m, n],
         "rank": r,
-        "parameters": r * (m + n),
-        "share_kept": r * (m + n) / (m * n),
+        "down_of": down_of,
+        "parameters": parameters,
+        "share_kept": parameters / (m * n),
         "targeted": True,
     } | _spectrum_facts(left @ right.T, group)
 

@@ -95,7 +95,7 @@ def _statistics_of(artifact: Path) -> Path | None:
 
 
 def _metric(model: PreTrainedModel, statistics: Statistics) -> Any:
-    layers, damping = low_rank_layers(model), TruncateConfig().gradient_damping
+    layers, damping = low_rank_layers(model), TruncateConfig().gradient_shrinkage
 
     def metric(name: str) -> tuple[Tensor | None, Tensor | None]:
         if name not in statistics.groups:

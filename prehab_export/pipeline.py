@@ -39,21 +39,26 @@ def run(
         session = Session(config, workspace)
         check(session)
         workspace.save_options(to_yaml(config))
-        _advance(session, until, redo)
+        _withdraw_outdated(session, redo)
+        bring_up_to_date(session, until, redo)
     return workspace
 
 
-def _advance(session: Session, until: str, redo: Collection[str]) -> None:
-    workspace = session.workspace
-    order = list(STAGES)
-    keys = stage_keys(session)
-    stale = [name for name in keys if name in redo or not workspace.is_current(name, keys[name])]
-    for name in set(order) - set(keys):
+def _withdraw_outdated(session: Session, redo: Collection[str]) -> None:
+    workspace, keys = session.workspace, stage_keys(session)
+    for name in set(STAGES) - set(keys):
         workspace.withdraw(name)  # of other options; nothing may read it by mistake
     # What no longer answers to these options must not stand there looking finished while the work goes on.
     for name in ("artifact", "report"):
-        if name in stale:
+        if name in redo or not workspace.is_current(name, keys[name]):
             workspace.withdraw(name)
+
+
+def bring_up_to_date(session: Session, until: str, redo: Collection[str] = ()) -> None:
+    """Do the stages through ``until`` that are not there yet, or were made under other options."""
+    workspace, keys = session.workspace, stage_keys(session)
+    stale = [name for name in keys if name in redo or not workspace.is_current(name, keys[name])]
+    order = list(STAGES)
     for name in order[: order.index(until) + 1]:
         if name in stale:
             _do(session, STAGES[name], keys[name])
@@ -80,4 +85,4 @@ def stage_keys(session: Session) -> dict[str, str]:
     return keys
 
 
-__all__ = ["Stage", "run", "stage_keys"]
+__all__ = ["Stage", "bring_up_to_date", "run", "stage_keys"]

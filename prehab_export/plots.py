@@ -48,3 +48,20 @@ def plot_prehab(history: list[dict], metric: str, path: Path) -> None:
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def plot_sweep(dense: dict, rows: list[dict], path: Path) -> None:
+    """The metric against the share removed, a line a method, the dense model's value as a level."""
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(dense["value"], color="0.5", linestyle=":", label="dense")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((row["ratio"], row["value"]) for row in rows if row["method"] == method)
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=method)
+    if dense["metric"] == "perplexity":
+        axes.set_yscale("log")  # one broken method must not flatten the others
+    axes.set_xlabel("share of the targeted parameters removed")
+    axes.set_ylabel(dense["metric"])
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

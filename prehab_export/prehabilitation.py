@@ -1,31 +1,35 @@
 """Prehab (arXiv 2512.01980): a short fine-tuning that moves a model towards weights that truncation hurts less.
 
-Minimises ``L_task + λ · mean_ℓ R(M_ℓ) / R(M_ℓ at the start)`` over the weights, where ``M = G^½ W C^½`` is the whitened
-weight and R one of ``surrogates``. The surrogate's gradient is known in closed form and is added to ``.grad``
-after the task's backward pass; the moments and the bases behind it are refreshed every few steps.
+Minimises ``L_task + λ · mean_ℓ w_ℓ R(M_ℓ) / R(M_ℓ at the start)`` over the weights, where ``M = G^½ W C^½`` is the
+whitened weight, R one of ``surrogates`` and w the weights of the layers, of mean 1. Either the surrogate's closed-form
+gradient joins ``.grad`` after the task's backward pass, or the weight takes proximal steps beside the optimiser. Every
+layer is evaluated once in a few steps, the layers taking turns so that all steps cost the same; the moments and ranks
+behind the surrogates are refreshed more seldom.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from converters.errors import InputError
 from converters.lowrank import DenseLinear, add_weight_gradient, dense_weight
 from prehab_export import surrogates
 from prehab_export.calibration import CalibrationWarning, calibrate
 from prehab_export.config import PrehabConfig, TruncateConfig
 from prehab_export.data import Samples
-from prehab_export.decomposition import square_root
+from prehab_export.decomposition import objective_value
 from prehab_export.statistics import Statistics
 from prehab_export.tasks import Task
-from prehab_export.training import frozen_copy, train
-from prehab_export.truncation import decompose_layers, layer_metric, plan_ranks
+from prehab_export.training import _one_cycle, frozen_copy, labelled_loss, train
+from prehab_export.truncation import Decompositions, Metric, decompose_layers, layer_metric, plan_ranks
 
-# Power iterations before the first value of ``spectral``; afterwards two a step follow the moving weight.
-SETTLING = 25
 # λ climbs by this factor over the warm-up half of the run.
 WARMUP_SPAN = 1e3
+# A layer with less than this share of its Fisher energy to lose counts as having this much.
+LEAST_LOSS = 1e-9
 
 
 def prehab(
@@ -45,16 +49,19 @@ def prehab(
     """Fine-tune the model in place towards the truncation that will follow.
 
     Args:
-        statistics: of the model as it is now, with gradients when whitening is ``fisher``.
+        statistics: of the model as it is now, with gradients where ``config`` or ``truncation`` needs them.
         truncation: how the model will be cut; sets the ranks that ``tail`` aims at.
         fisher_labels: labels behind the refreshed gradients, as in ``calibrate``.
         evaluate: figures of the dense model (its metric), asked for at every refresh and at the end.
 
     Returns:
         One row a step: task_loss, surrogate (mean over layers, 1 at the start), strength, learning_rate, and the
-        figures of ``evaluate`` on the rows where it was asked.
+        figures of ``evaluate`` on the rows where it was asked. The surrogate is each layer's latest value.
+
+    Raises:
+        InputError: gradient moments are needed and the statistics hold none.
     """
-    regulariser = Regulariser(layers, config.surrogate, config.whitening == "fisher", truncation)
+    regulariser = Regulariser(layers, config, truncation, seed)
     regulariser.refresh(statistics)
     current = statistics
 
@@ -79,17 +86,20 @@ def prehab(
         if step % config.refresh_every == 0 and evaluate is not None:
             row |= evaluate(model)
         strength = _strength(step, config)
-        return row | {"surrogate": regulariser.add_gradients(strength), "strength": strength}
+        if config.update == "proximal":
+            regulariser.shrink(step, strength * config.train.learning_rate * _one_cycle(step, config.train))
+        else:
+            regulariser.add_gradients(step, strength)
+        return row | {"surrogate": regulariser.value, "strength": strength}
 
     teacher = frozen_copy(model) if config.train.distill > 0 else None
     history = train(
         model,
-        task,
         samples,
         config.train,
         list(model.parameters()),
+        labelled_loss(task, teacher, config.train.distill),
         seed=seed,
-        teacher=teacher,
         after_backward=after_backward,
         progress=progress,
     )
@@ -99,104 +109,172 @@ def prehab(
 
 
 def _strength(step: int, config: PrehabConfig) -> float:
+    strength = float(config.strength)  # a number by now, whatever was asked for
     if config.schedule == "constant":
-        return config.strength
+        return strength
     climbed = min(1.0, 2 * step / max(1, config.train.steps))
-    return config.strength * WARMUP_SPAN ** (climbed - 1)
+    return strength * WARMUP_SPAN ** (climbed - 1)
 
 
-# The surrogate of one layer: W (m×n) → its value and its gradient in W.
-Term = Callable[[Tensor], tuple[Tensor, Tensor]]
+# What has one surrogate: a layer, or layers with one input that truncation would give one ``down``, stacked.
+Unit = tuple[str, ...]
 
 
 class Regulariser:
-    """The surrogate of every targeted layer, with what it caches between refreshes."""
+    """The surrogates of everything that truncation would cut, and when each is evaluated.
+
+    value: weighted mean of the surrogates, each relative to its start, as last evaluated.
+    ranks: the rank that truncation would choose for each unit; what it would leave dense is not in it.
+    """
 
     def __init__(
-        self, layers: Mapping[str, DenseLinear], surrogate: str, use_gradients: bool, truncation: TruncateConfig
+        self, layers: Mapping[str, DenseLinear], config: PrehabConfig, truncation: TruncateConfig, seed: int = 0
     ) -> None:
         self.layers = layers
-        self.surrogate = surrogate
-        self.use_gradients = use_gradients
+        self.config = config
         self.truncation = truncation
-        self.terms: dict[str, Term] = {}
-        self.start: dict[str, Tensor] = {}
+        self.ranks: dict[Unit, int] = {}
+        self.terms: dict[Unit, surrogates.Surrogate] = {}
+        # Set when a unit is first seen, so that λ keeps its meaning through the run.
+        self._starts: dict[Unit, float] = {}
+        self._weights: dict[Unit, float] = {}
+        self._mean_size = 0.0
+        self._latest: dict[Unit, float] = {}
+        self._held: dict[Unit, Tensor] = {}
+        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def value(self) -> float:
+        weight = sum(self._weights[unit] for unit in self.terms)
+        total = sum(self._weights[unit] * self._latest[unit] / self._starts[unit] for unit in self.terms)
+        return total / weight if weight else 0.0
 
     @torch.no_grad()
     def refresh(self, statistics: Statistics) -> None:
-        """Whiten with these moments, and aim at the ranks that truncation would choose with them."""
-        self.terms = {
-            name: self._term(name, statistics, rank)
-            for name, rank in self._ranks(statistics).items()
-            if rank is not None
-        }
-        fresh = [name for name in self.terms if name not in self.start]
-        values = {name: self.terms[name](dense_weight(self.layers[name]).float())[0] for name in fresh}
-        if self.surrogate == "tail" and self.use_gradients and values:
-            # In the metric of both sides a tail is a rise in loss, and layers compare: they share one scale, or a
-            # layer with next to nothing to lose would weigh as much as the one that loses most.
-            whole = torch.stack(list((self.start or values).values())).mean()
-            values = dict.fromkeys(fresh, whole)
-        self.start |= values
+        """Whiten with these moments, and aim at the ranks that truncation would choose with them.
+
+        Raises:
+            InputError: gradient moments are needed and the statistics hold none.
+        """
+        whitening, weights = self.config.whitening, self.config.layer_weights
+        if (whitening == "fisher" or weights != "equal") and not statistics.gradients:
+            raise InputError(
+                f"prehab with whitening {whitening!r} and layer weights {weights!r} needs gradient moments; calibrate "
+                "with gradients, or take --prehab-whitening activation --prehab-layer-weights equal"
+            )
+        cut, aim = self._decomposed(statistics)
+        plan = plan_ranks(self.layers, cut, self.truncation)
+        units = [*plan.shared, *((name,) for name in self.layers if not any(name in group for group in plan.shared))]
+        self.ranks = {unit: rank for unit in units if (rank := plan.ranks[unit[0]]) is not None}
+        self.terms = {unit: self._term(unit, statistics, rank, aim) for unit, rank in self.ranks.items()}
+        self._held = {unit: gradient for unit, gradient in self._held.items() if unit in self.terms}
+        sizes = {unit: self._size(unit, statistics, cut) for unit in self.terms if unit not in self._weights}
+        if sizes and not self._mean_size:
+            self._mean_size = sum(sizes.values()) / len(sizes)
+        self._weights |= {unit: size / self._mean_size for unit, size in sizes.items()}
+        for unit in sizes:
+            self._latest[unit] = float(self.terms[unit].evaluate(self._weight(unit))[0])
+            self._starts[unit] = max(self._latest[unit], torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
-    def add_gradients(self, strength: float) -> float:
-        """Add ``λ ∂(mean of normalised surrogates)/∂W`` to every layer's ``.grad``; returns that mean."""
-        total = 0.0
-        for name, term in self.terms.items():
-            layer = self.layers[name]
-            value, gradient = term(dense_weight(layer).float())
-            start = self.start[name].clamp_min(torch.finfo(torch.float32).tiny)
-            total += (value / start).item()
-            add_weight_gradient(layer, strength / len(self.terms) / start * gradient)
-        return total / max(1, len(self.terms))
+    def add_gradients(self, step: int, strength: float) -> None:
+        """Add ``λ ∂(weighted mean of normalised surrogates)/∂W`` to every layer's ``.grad``.
 
-    def _ranks(self, statistics: Statistics) -> dict[str, int | None]:
-        needs_spectra = self.truncation.allocation == "loss"
-        decomposed = decompose_layers(self.layers, statistics, self.truncation) if needs_spectra else {}
-        return plan_ranks(self.layers, decomposed, self.truncation)
+        The units whose turn it is are evaluated; the others get the gradient of their last turn.
+        """
+        for unit in self._due(step):
+            value, gradient = self.terms[unit].evaluate(self._weight(unit))
+            self._latest[unit] = float(value)
+            share = self._weights[unit] / self._starts[unit] / len(self.terms)
+            self._held[unit] = (share * gradient).contiguous()
+        for unit, gradient in self._held.items():
+            for name, part in self._parts(unit, strength * gradient):
+                add_weight_gradient(self.layers[name], part)
 
-    def _term(self, name: str, statistics: Statistics, rank: int) -> Term:
-        layer = self.layers[name]
-        metric = layer_metric(name, layer, statistics, self.truncation.gradient_damping)
-        weight = dense_weight(layer).float()
-        g = metric.gradient_moment if self.use_gradients else None
-        root_g = torch.eye(weight.shape[0], device=weight.device) if g is None else square_root(g).float()
-        root_c = square_root(metric.second_moment).float()
-        if self.surrogate == "tail":
-            return _tail_term(weight, root_g, root_c, rank)
-        return _whitened_term(self.surrogate, root_g, root_c, root_g @ weight @ root_c)
+    @torch.no_grad()
+    def shrink(self, step: int, rate: float) -> None:
+        """Take the proximal step of the units whose turn it is, for all the steps up to their next turn.
+
+        Called between backward and the optimiser step: the order of decoupled weight decay in AdamW.
+
+        Args:
+            rate: λ times the learning rate.
+        """
+        for unit in self._due(step):
+            term = self.terms[unit]
+            assert isinstance(term, surrogates.Tail | surrogates.Nuclear)  # the configuration allows no other
+            value, shrunk = term.shrink(self._weight(unit), rate * self.config.every * self._weights[unit])
+            self._latest[unit] = float(value)
+            for name, part in self._parts(unit, shrunk):
+                dense_weight(self.layers[name]).copy_(part)
+
+    def _due(self, step: int) -> list[Unit]:
+        units = list(self.terms)
+        turn = set(units[step % self.config.every :: self.config.every])
+        if self.config.update == "gradient":
+            turn |= set(units) - set(self._held)
+        return [unit for unit in units if unit in turn]
+
+    def _weight(self, unit: Unit) -> Tensor:
+        weights = [dense_weight(self.layers[name]).float() for name in unit]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    def _parts(self, unit: Unit, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """What of a stacked matrix belongs to which layer."""
+        sizes = [dense_weight(self.layers[name]).shape[0] for name in unit]
+        return zip(unit, stacked.split(sizes), strict=True)
+
+    def _decomposed(self, statistics: Statistics) -> tuple[Decompositions, Decompositions]:
+        """Decompositions by truncation's objective, for ranks and losses, and by the surrogate's whitening, for the
+        directions that ``tail`` starts from; empty where not asked for."""
+        weighs = self.config.layer_weights == "loss" and not self._weights
+        aims = self.config.surrogate == "tail"
+        same = self.truncation.base_objective == self.config.whitening
+        cut = aim = Decompositions({})
+        if weighs or self.truncation.allocation == "loss" or (aims and same):
+            cut = aim = decompose_layers(self.layers, statistics, self.truncation)
+        if aims and not same:
+            aim = decompose_layers(self.layers, statistics, replace(self.truncation, objective=self.config.whitening))
+        return cut, aim
+
+    def _metrics(self, unit: Unit, statistics: Statistics) -> list[Metric]:
+        least = self.truncation.gradient_shrinkage
+        return [layer_metric(name, self.layers[name], statistics, least) for name in unit]
+
+    def _term(self, unit: Unit, statistics: Statistics, rank: int, aim: Decompositions) -> surrogates.Surrogate:
+        weight, surrogate = self._weight(unit), self.config.surrogate
+        metrics = self._metrics(unit, statistics)
+        gradients = None
+        if self.config.whitening == "fisher":
+            gradients = [metric.gradient_moment for metric in metrics if metric.gradient_moment is not None]
+        frame = surrogates.Frame.of(weight, metrics[0].second_moment, gradients)
+        if surrogate == "tail":
+            return surrogates.Tail(frame, frame.dual.T @ _leading(unit, rank, aim, frame.wide))
+        if surrogate == "nuclear":
+            return surrogates.Nuclear(frame, weight)
+        if surrogate == "stochastic-stable-rank":
+            return surrogates.StochasticStableRank(frame, self._generator)
+        functions = {"stable-rank": surrogates.stable_rank, "spectral": surrogates.spectral}
+        return surrogates.Spectral(frame, weight, functions[surrogate])
+
+    def _size(self, unit: Unit, statistics: Statistics, cut: Decompositions) -> float:
+        """What the weight of a unit is in proportion to; predicted losses are ½ tr(G Δ C Δᵀ), at rank 0 with Δ = W."""
+        if self.config.layer_weights == "equal":
+            return 1.0
+        if self.config.layer_weights == "loss":
+            losses = cut.groups[unit].losses if len(unit) > 1 else cut.layers[unit[0]].losses
+            assert losses is not None  # there are gradient moments
+            return max(float(losses[self.ranks[unit]]), LEAST_LOSS * float(losses[0]))
+        weights = (dense_weight(self.layers[name]) for name in unit)
+        return sum(
+            0.5 * objective_value(weight, metric.second_moment, metric.gradient_moment)
+            for weight, metric in zip(weights, self._metrics(unit, statistics), strict=True)
+        )
 
 
-def _tail_term(weight: Tensor, root_g: Tensor, root_c: Tensor, rank: int) -> Term:
-    """``tail`` with its projector held: a quadratic form ⟨W, A W B⟩, two products a step and no decomposition."""
-    basis = surrogates.top_basis(root_g @ weight @ root_c, rank)
-    if weight.shape[0] <= weight.shape[1]:
-        rest = root_g - root_g @ basis @ basis.T
-        a, b = rest @ rest.T, root_c @ root_c
-    else:
-        rest = root_c - root_c @ basis @ basis.T
-        a, b = root_g @ root_g, rest @ rest.T
-
-    def term(w: Tensor) -> tuple[Tensor, Tensor]:
-        form = a @ w @ b
-        return (w * form).sum(), 2 * form
-
-    return term
-
-
-def _whitened_term(surrogate: str, root_g: Tensor, root_c: Tensor, now: Tensor) -> Term:
-    vector = torch.ones(root_c.shape[0], device=root_c.device)
-    for _ in range(SETTLING if surrogate == "spectral" else 0):
-        vector = surrogates.spectral(now, vector)[2]
-
-    def term(w: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal vector
-        matrix = root_g @ w @ root_c
-        if surrogate == "spectral":
-            value, gradient, vector = surrogates.spectral(matrix, vector)
-        else:
-            value, gradient = (surrogates.nuclear if surrogate == "nuclear" else surrogates.stable_rank)(matrix)
-        return value, root_g @ gradient @ root_c
-
-    return term
+def _leading(unit: Unit, rank: int, aim: Decompositions, wide: bool) -> Tensor:
+    """The directions that truncation would keep on the near side: k×rank, float32."""
+    if len(unit) > 1:
+        return aim.groups[unit].decomposition.truncated(rank)[1].T.float()
+    up, down = aim.layers[unit[0]].decomposition.truncated(rank)
+    return (up if wide else down.T).float()

@@ -12,11 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from converters.lowrank import low_rank_layers
+from converters.lowrank import low_rank_layers, share_down, shared_groups
 from prehab_export.config import RehabConfig, TrainConfig
 from prehab_export.data import Samples
+from prehab_export.refinement import factor_parameters
 from prehab_export.tasks import Task
-from prehab_export.training import train
+from prehab_export.training import Loss, labelled_loss, train
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,22 @@ def rehab(
         held_out_loss: mean loss on samples that training never sees.
         teacher: the dense model, when ``config.train.distill`` is above 0.
     """
-    best = held_out_loss(model)
+    best, loss = held_out_loss(model), labelled_loss(task, teacher, config.train.distill)
     parts: list[dict] = [{"part": "truncated", "held_out_loss": best, "kept": True}]
     history: list[dict[str, float]] = []
     for part, share in _parts(config).items():
         before = _factor_state(model)
         schedule = replace(config.train, steps=share)
         if config.method == "lora":
-            rows = _train_adapters(model, task, samples, schedule, part, config.lora_rank, seed, teacher, progress)
+            rows = _train_adapters(model, samples, schedule, loss, part, config.lora_rank, seed, progress)
         else:
-            own = _factor_parameters(model)
-            rows = train(model, task, samples, schedule, own, seed=seed, teacher=teacher, progress=progress)
+            own = factor_parameters(model)
+            rows = train(model, samples, schedule, own, loss, seed=seed, progress=progress)
         history += [row | {"step": row["step"] + len(history)} for row in rows]
-        loss = held_out_loss(model)
-        parts.append({"part": part, "held_out_loss": loss, "kept": loss < best})
-        if loss < best:
-            best = loss
+        after = held_out_loss(model)
+        parts.append({"part": part, "held_out_loss": after, "kept": after < best})
+        if after < best:
+            best = after
         else:
             _restore(model, before)
     return Rehabilitation(history, parts)
@@ -70,36 +71,34 @@ def _parts(config: RehabConfig) -> dict[str, int]:
     return {"factors": steps} if config.method == "factors" else {"up": steps - steps // 2, "down": steps // 2}
 
 
-def _factor_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for layer in low_rank_layers(model).values() for parameter in layer.parameters()]
-
-
 def _factor_state(model: nn.Module) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in _factor_parameters(model)]
+    return [parameter.detach().clone() for parameter in factor_parameters(model)]
 
 
 @torch.no_grad()
 def _restore(model: nn.Module, state: list[Tensor]) -> None:
-    for parameter, value in zip(_factor_parameters(model), state, strict=True):
+    for parameter, value in zip(factor_parameters(model), state, strict=True):
         parameter.copy_(value)
 
 
 def _train_adapters(
     model: nn.Module,
-    task: Task,
     samples: Samples,
     config: TrainConfig,
+    loss: Loss,
     side: str,
     rank: int,
     seed: int,
-    teacher: nn.Module | None,
     progress: Callable[[dict[str, float]], None] | None,
 ) -> list[dict[str, float]]:
     """LoRA on one side of every factor pair, merged exactly: (up + s·B A) down keeps the pair's rank."""
     torch.manual_seed(seed)  # PEFT draws A at random
+    groups = shared_groups(model)
     targets = [f"{name}.{side}" for name in low_rank_layers(model)]
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    share_down(model, groups)  # PEFT wraps what is shared under its first name only
     adapters = [parameter for name, parameter in wrapped.named_parameters() if ".lora_" in name]
-    rows = train(wrapped, task, samples, config, adapters, seed=seed, teacher=teacher, progress=progress)
+    rows = train(wrapped, samples, config, adapters, loss, seed=seed, progress=progress)
     wrapped.merge_and_unload()
+    share_down(model, groups)
     return rows

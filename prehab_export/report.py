@@ -18,6 +18,7 @@ STAGE_FACTS = {
     "calibrate": "calibrate.json",
     "prehab": "prehab.json",
     "truncate": "truncate.json",
+    "refine": "refine.json",
     "rehab": "rehab.json",
     "export": "export.json",
     "baseline": "export.json",
@@ -61,7 +62,12 @@ def collect(session: Session) -> dict[str, Any]:
 
 
 def _ran(session: Session, stage: str) -> bool:
-    steps = {"prehab": session.config.prehab.train.steps, "rehab": session.config.rehab.train.steps}
+    config = session.config
+    steps = {
+        "prehab": config.prehab.train.steps,
+        "refine": config.refine.schedule.steps,
+        "rehab": config.rehab.train.steps,
+    }
     return steps.get(stage, 1) > 0
 
 

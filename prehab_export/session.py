@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from converters.adapters import check_fit
 from converters.errors import InputError
+from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear, dense_weight
 from converters.targets import target_layers
 from prehab_export.bench_config import BenchConfig
@@ -135,7 +136,14 @@ class Session:
         return self.load_dense(), load_statistics(self.workspace.folder("calibrate") / "statistics.safetensors")
 
     def factored_folder(self) -> Path:
-        return self.workspace.folder("rehab" if self.config.rehab.train.steps else "truncate") / "model"
+        """The compressed model as the last of truncation, refinement and rehab left it."""
+        steps = {"rehab": self.config.rehab.train.steps, "refine": self.config.refine.schedule.steps}
+        stage = next((name for name, count in steps.items() if count), "truncate")
+        return self.workspace.folder(stage) / "model"
+
+    def load_factored(self, stage: str) -> PreTrainedModel:
+        folder = self.workspace.folder(stage) / "model"
+        return from_pretrained(folder, trust_remote_code=self.config.trust_remote_code)
 
     def metrics(self, model: nn.Module, samples: Samples, description: str) -> Metrics:
         with bar(description, len(samples)) as advance:

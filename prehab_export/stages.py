@@ -4,9 +4,10 @@ The work itself is done by ordinary functions on ordinary objects (``calibrate``
 stands here only fetches their input and puts their output away.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from converters.adapters import merge_dense_adapter
-from converters.folder import from_pretrained, save_folder
-from converters.lowrank import factorize
+from converters.folder import save_folder
 from prehab_export.benchmark import bench
 from prehab_export.calibration import CalibrationWarning, calibrate, few_tokens
-from prehab_export.config import RunConfig
+from prehab_export.compression import Compression, Samplesets, compress
+from prehab_export.config import AUTO, USUAL_STRENGTH, PrehabConfig, RunConfig
 from prehab_export.export import DIGESTS, export_artifact, export_baseline
 from prehab_export.parity import digests_of
 from prehab_export.prehabilitation import prehab
 from prehab_export.progress import bar, say
+from prehab_export.refinement import refine
 from prehab_export.rehabilitation import rehab
 from prehab_export.report import write_report
 from prehab_export.session import Session, bench_config
 from prehab_export.statistics import Statistics, load_statistics, save_statistics
+from prehab_export.strength_search import find_strength
 from prehab_export.training import frozen_copy
-from prehab_export.truncation import Truncation, truncate
+from prehab_export.truncation import Truncation
 from prehab_export.verification import publish_artifact, verify_in_fresh_process
 from prehab_export.workspace import write_json
 
@@ -86,70 +89,140 @@ def _statistics(session: Session, model: PreTrainedModel, layers: Mapping[str, n
 
 
 def _prehab(session: Session, folder: Path) -> None:
-    options, task = session.config, session.task
-    model = session.load_dense()
-    layers = session.layers(model)
+    options = session.config.prehab
     statistics = load_statistics(session.workspace.folder("calibrate") / STATISTICS)
-    without = _truncated_loss(session, model, statistics) if options.prehab.guard else None
+    model = session.load_dense()
+    without = _compressed_loss(session, model, statistics) if options.guard else None
+    trials: list[dict[str, float]] = []
+    if options.strength == AUTO:
+        options, trials = _with_found_strength(session, model, statistics)
 
     def dense_metric(candidate: nn.Module) -> dict[str, float]:
         metrics = session.metrics(candidate, session.held_out, "dense model on held-out samples")
         return {f"dense_{metrics.metric}": metrics.value, "dense_loss": metrics.loss}
 
-    with bar("prehab", options.prehab.train.steps) as advance:
-        history = prehab(
-            model,
-            task,
-            session.training,
-            layers,
-            statistics,
-            options.prehab,
-            options.truncate,
-            fisher_labels=options.calibrate.labels,
-            seed=options.seed,
-            evaluate=dense_metric,
-            progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}, surrogate {row['surrogate']:.3f}"),
-        )
-    fresh = _statistics(session, model, layers)
-    held_out = _truncated_loss(session, model, fresh) if options.prehab.guard else None
+    history, fresh = _prehabbed(session, model, statistics, options, "prehab", dense_metric)
+    held_out = _compressed_loss(session, model, fresh) if options.guard else None
     kept = held_out is None or without is None or held_out < without
     if kept:
         save_folder(model, folder / "model", session.fresh_processor())
         save_statistics(fresh, folder / STATISTICS)
     losses = {"truncated_loss_without": without, "truncated_loss_with": held_out}
-    write_json(folder / "prehab.json", {"kept": kept, **losses, "history": history})
+    facts = {"kept": kept, "strength": options.strength, "strength_trials": trials, **losses, "history": history}
+    write_json(folder / "prehab.json", facts)
 
 
-def _truncated_loss(session: Session, model: PreTrainedModel, statistics: Statistics) -> float:
-    """Held-out loss of the model as it would be truncated now; the model itself is left alone."""
-    candidate = frozen_copy(model)
-    factorize(candidate, _truncated(session, candidate, statistics).factors)
-    return session.held_out_loss(candidate)
-
-
-def _truncated(session: Session, model: nn.Module, statistics: Statistics) -> Truncation:
+def _prehabbed(
+    session: Session,
+    model: PreTrainedModel,
+    statistics: Statistics,
+    options: PrehabConfig,
+    what: str,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+) -> tuple[list[dict[str, float]], Statistics]:
+    """Prehab the model in place; its history, and the moments of what it has become."""
     layers = session.layers(model)
-    with bar("truncate", len(layers)) as advance:
-        return truncate(layers, statistics, session.config.truncate, progress=advance)
+    with bar(what, options.train.steps) as advance:
+        history = prehab(
+            model,
+            session.task,
+            session.training,
+            layers,
+            statistics,
+            options,
+            session.config.truncate,
+            fisher_labels=session.config.calibrate.labels,
+            seed=session.config.seed,
+            evaluate=evaluate,
+            progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}, surrogate {row['surrogate']:.3f}"),
+        )
+    return history, _statistics(session, model, layers)
+
+
+def _with_found_strength(
+    session: Session, model: PreTrainedModel, statistics: Statistics
+) -> tuple[PrehabConfig, list[dict[str, float]]]:
+    """The options with a λ in the place of ``auto``, found by trials of a quarter of the steps each."""
+    options = session.config.prehab
+    short = replace(options.train, steps=max(1, options.train.steps // 4))
+
+    def trial(strength: float) -> float:
+        candidate = copy.deepcopy(model)
+        _, fresh = _prehabbed(
+            session, candidate, statistics, replace(options, strength=strength, train=short), f"try λ = {strength:.3g}"
+        )
+        return _compressed_loss(session, candidate, fresh)
+
+    strength, trials = find_strength(trial, USUAL_STRENGTH, options.trials)
+    say(f"  λ = {strength:.3g} of " + ", ".join(f"{row['strength']:.3g}: {row['loss']:.4f}" for row in trials))
+    return replace(options, strength=strength), trials
+
+
+def _compressed_loss(session: Session, model: PreTrainedModel, statistics: Statistics) -> float:
+    """Held-out loss of the model as it would be compressed now; the model itself is left alone."""
+    return session.held_out_loss(_compressed(session, model, statistics).truncation.apply(frozen_copy(model)))
+
+
+def _compressed(session: Session, model: nn.Module, statistics: Statistics) -> Compression:
+    samples = Samplesets(session.calibration, session.held_out, session.config.data.batch_size)
+    return compress(
+        model,
+        session.task,
+        session.layers(model),
+        statistics,
+        samples,
+        session.config.truncate,
+        session.config.refine,
+        seed=session.config.seed,
+        progress=bar,
+    )
 
 
 def _truncate(session: Session, folder: Path) -> None:
     model, statistics = session.load_prepared()
     total = sum(parameter.numel() for parameter in model.parameters())
-    truncation = _truncated(session, model, statistics)
-    _say_what_was_removed(session, truncation)
-    factorize(model, truncation.factors)
+    compression = _compressed(session, model, statistics)
+    for warning in compression.warnings:
+        say(f"  [yellow]warning: {warning}")
+    _say_what_was_removed(session, compression.truncation)
+    compression.truncation.apply(model)
     after = sum(parameter.numel() for parameter in model.parameters())
     width = next(model.parameters()).element_size()
-    write_json(folder / DIGESTS, digests_of(model))
-    save_folder(model, folder / "model", session.fresh_processor())
     sizes = {
         "total_parameters_before": total,
         "total_parameters_after": after,
         "weight_bytes_before": total * width,
         "weight_bytes_after": after * width,
     }
-    write_json(folder / "truncate.json", truncation.summary() | sizes)
+    write_json(folder / "truncate.json", compression.summary() | sizes)
+    _save_factored(session, model, folder)
+
+
+def _save_factored(session: Session, model: PreTrainedModel, folder: Path) -> None:
+    write_json(folder / DIGESTS, digests_of(model))
+    save_folder(model, folder / "model", session.fresh_processor())
+
+
+def _refine(session: Session, folder: Path) -> None:
+    options = session.config.refine
+    model, teacher = session.load_factored("truncate"), frozen_copy(session.load_dense())
+    before = session.held_out_loss(model)
+    start = copy.deepcopy(model)
+    with bar("refine", options.schedule.steps) as advance:
+        history = refine(
+            model,
+            teacher,
+            session.task,
+            session.calibration,
+            options,
+            seed=session.config.seed,
+            progress=lambda row: advance(1, note=f"divergence {row['divergence']:.4f}"),
+        )
+    after = session.held_out_loss(model)
+    kept = after < before
+    facts = {"kept": kept, "held_out_loss_before": before, "held_out_loss_after": after, "history": history}
+    write_json(folder / "refine.json", facts)
+    _save_factored(session, model if kept else start, folder)
 
 
 def _say_what_was_removed(session: Session, truncation: Truncation) -> None:
@@ -160,9 +233,7 @@ def _say_what_was_removed(session: Session, truncation: Truncation) -> None:
 
 def _rehab(session: Session, folder: Path) -> None:
     options = session.config.rehab
-    model = from_pretrained(
-        session.workspace.folder("truncate") / "model", trust_remote_code=session.config.trust_remote_code
-    )
+    model = session.load_factored("refine" if _needs_refinement(session.config) else "truncate")
     teacher = frozen_copy(session.load_dense()) if options.train.distill else None
     with bar("rehab", options.train.steps) as advance:
         result = rehab(
@@ -175,9 +246,8 @@ def _rehab(session: Session, folder: Path) -> None:
             teacher=teacher,
             progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}"),
         )
-    write_json(folder / DIGESTS, digests_of(model))
-    save_folder(model, folder / "model", session.fresh_processor())
     write_json(folder / "rehab.json", asdict(result))
+    _save_factored(session, model, folder)
 
 
 def _bench(session: Session, folder: Path) -> None:
@@ -194,6 +264,10 @@ def _needs_prehab(config: RunConfig) -> bool:
     return config.prehab.train.steps > 0
 
 
+def _needs_refinement(config: RunConfig) -> bool:
+    return config.refine.schedule.steps > 0
+
+
 def _needs_rehab(config: RunConfig) -> bool:
     return config.rehab.train.steps > 0
 
@@ -206,13 +280,19 @@ STAGES = {
         Stage(
             "prehab",
             _prehab,
-            lambda c: {"prehab": asdict(c.prehab), "truncate": asdict(c.truncate)},
+            lambda c: {"prehab": asdict(c.prehab), "truncate": asdict(c.truncate), "refine": asdict(c.refine)},
             ("merge", "calibrate"),
             _needs_prehab,
         ),
-        Stage("truncate", _truncate, lambda c: asdict(c.truncate), ("merge", "calibrate", "prehab")),
-        Stage("rehab", _rehab, lambda c: asdict(c.rehab), ("merge", "truncate"), _needs_rehab),
-        Stage("export", export_artifact, lambda c: {}, ("truncate", "rehab")),
+        Stage(
+            "truncate",
+            _truncate,
+            lambda c: asdict(c.truncate) | {"refine": asdict(c.refine.block_schedule)},
+            ("merge", "calibrate", "prehab"),
+        ),
+        Stage("refine", _refine, lambda c: asdict(c.refine), ("merge", "truncate"), _needs_refinement),
+        Stage("rehab", _rehab, lambda c: asdict(c.rehab), ("merge", "truncate", "refine"), _needs_rehab),
+        Stage("export", export_artifact, lambda c: {}, ("truncate", "refine", "rehab")),
         Stage("baseline", export_baseline, lambda c: {"eval_samples": c.data.eval_samples}, ("merge",)),
         Stage("verify", verify_in_fresh_process, lambda c: {}, ("export", "baseline")),
         Stage("artifact", publish_artifact, lambda c: {}, ("verify",)),

@@ -1,7 +1,7 @@
 """What calibration knows of a model: input and gradient moments per layer, saved as safetensors."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,15 +10,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from converters.errors import InputError
+from prehab_export.shrinkage import Sampling
 
 
 @dataclass(frozen=True)
 class InputMoment:
-    """Moments of one input over ``tokens`` valid positions: second_moment E[x xᵀ] (n×n), mean E[x] (n)."""
+    """Moments of one input over ``tokens`` valid positions: second_moment E[x xᵀ] (n×n), mean E[x] (n).
+
+    sampling: how well the *centred* moment is known; the mean is a matter of far fewer tokens.
+    """
 
     second_moment: Tensor
     mean: Tensor
     tokens: int
+    sampling: Sampling
 
     def centred(self) -> Tensor:
         """Covariance E[x xᵀ] − μ μᵀ in float64: the metric when the mean error can be folded into a bias."""
@@ -34,28 +39,27 @@ class Statistics:
     groups: layer name → input group (named after its first layer).
     gradients: layer name → G = E[Σ g gᵀ] (m×m), g the gradient of one unit's loss; empty when not collected.
     units: how many units (samples, or predicted tokens) the gradients were averaged over.
+    gradient_sampling: layer name → how well its G is known.
     """
 
     inputs: dict[str, InputMoment]
     groups: dict[str, str]
     gradients: dict[str, Tensor] = field(default_factory=dict)
     units: int = 0
+    gradient_sampling: dict[str, Sampling] = field(default_factory=dict)
 
     def input_of(self, layer: str) -> InputMoment:
         return self.inputs[self.groups[layer]]
 
     def blended(self, fresh: "Statistics", share: float) -> "Statistics":
         """``(1 − share)·self + share·fresh`` for every moment: a running average over a moving model."""
-        inputs = {
-            name: InputMoment(
-                old.second_moment.lerp(fresh.inputs[name].second_moment, share),
-                old.mean.lerp(fresh.inputs[name].mean, share),
-                old.tokens,
-            )
-            for name, old in self.inputs.items()
-        }
+        inputs = {name: _blend_inputs(old, fresh.inputs[name], share) for name, old in self.inputs.items()}
         gradients = {name: old.lerp(fresh.gradients[name], share) for name, old in self.gradients.items()}
-        return replace(self, inputs=inputs, gradients=gradients)
+        sampling = {
+            name: old.blended(self.gradients[name], fresh.gradient_sampling[name], fresh.gradients[name], share)
+            for name, old in self.gradient_sampling.items()
+        }
+        return replace(self, inputs=inputs, gradients=gradients, gradient_sampling=sampling)
 
     def check_finite(self) -> None:
         """Raises:
@@ -67,6 +71,15 @@ class Statistics:
         for layer, gradient in self.gradients.items():
             if not gradient.isfinite().all():
                 raise InputError(f"the output gradient of {layer} holds NaN or Inf on the calibration data; {_ADVICE}")
+
+
+def _blend_inputs(old: InputMoment, fresh: InputMoment, share: float) -> InputMoment:
+    return InputMoment(
+        old.second_moment.lerp(fresh.second_moment, share),
+        old.mean.lerp(fresh.mean, share),
+        old.tokens,
+        old.sampling.blended(old.centred(), fresh.sampling, fresh.centred(), share),
+    )
 
 
 _ADVICE = "check the data and the model in float32 before compressing"
@@ -82,6 +95,8 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "groups": statistics.groups,
         "tokens": {name: moment.tokens for name, moment in statistics.inputs.items()},
         "units": statistics.units,
+        "input_sampling": {name: asdict(moment.sampling) for name, moment in statistics.inputs.items()},
+        "gradient_sampling": {name: asdict(sampling) for name, sampling in statistics.gradient_sampling.items()},
     }
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"statistics": json.dumps(facts)})
 
@@ -96,12 +111,20 @@ def load_statistics(path: Path) -> Statistics:
         if "statistics" not in (file.metadata() or {}):
             raise InputError(f"{path} holds no calibration statistics; give a statistics.safetensors of a run")
         facts = json.loads(file.metadata()["statistics"])
+        if "input_sampling" not in facts:
+            raise InputError(f"{path} was written without sampling errors; calibrate again")
         names = list(file.keys())
         inputs = {
-            name: InputMoment(file.get_tensor(f"input/{name}"), file.get_tensor(f"mean/{name}"), tokens)
+            name: InputMoment(
+                file.get_tensor(f"input/{name}"),
+                file.get_tensor(f"mean/{name}"),
+                tokens,
+                Sampling(**facts["input_sampling"][name]),
+            )
             for name, tokens in facts["tokens"].items()
         }
         gradients = {
             key.removeprefix("gradient/"): file.get_tensor(key) for key in names if key.startswith("gradient/")
         }
-    return Statistics(inputs, facts["groups"], gradients, facts["units"])
+    sampling = {name: Sampling(**values) for name, values in facts["gradient_sampling"].items()}
+    return Statistics(inputs, facts["groups"], gradients, facts["units"], sampling)

@@ -6,28 +6,30 @@ stays off: a few hundred steps do not overfit through it, and the teacher and th
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import cos, pi
 
 import torch
 from torch import Tensor, nn
 
-from prehab_export.config import TrainConfig
+from prehab_export.config import Schedule
 from prehab_export.data import Samples
 from prehab_export.tasks import Batch, Task
 
+# (model, batch) → the loss to minimise, and figures for the history.
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, float]]]
 # Called between backward and the optimiser step: may add to .grad, returns figures for the history.
 AfterBackward = Callable[[int], dict[str, float]]
 
 
 def train(
     model: nn.Module,
-    task: Task,
     samples: Samples,
-    config: TrainConfig,
+    schedule: Schedule,
     parameters: Sequence[nn.Parameter],
+    loss: Loss,
     *,
     seed: int = 0,
-    teacher: nn.Module | None = None,
     after_backward: AfterBackward | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
@@ -36,32 +38,63 @@ def train(
     Raises:
         FloatingPointError: the loss is NaN or Inf.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step, config))
+    batches = shuffled_batches(samples, schedule.batch_size, seed)
     model.eval()
+    with only_trainable(model, parameters):
+        return optimise(
+            parameters,
+            schedule,
+            lambda _step: loss(model, next(batches)),
+            after_backward=after_backward,
+            progress=progress,
+        )
+
+
+def optimise(
+    parameters: Sequence[nn.Parameter],
+    schedule: Schedule,
+    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
+    *,
+    after_backward: AfterBackward | None = None,
+    progress: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Minimise ``loss_at(step)``, a loss and figures to note, over ``schedule.steps`` steps; one row a step.
+
+    Raises:
+        FloatingPointError: the loss is NaN or Inf.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step, schedule))
     history = []
-    for step, batch in zip(range(config.steps), shuffled_batches(samples, config.batch_size, seed), strict=False):
+    for step in range(schedule.steps):
         optimizer.zero_grad(set_to_none=True)
-        row: dict[str, float] = {"step": step, "learning_rate": float(schedule.get_last_lr()[0])}
-        loss, figures = _loss(model, teacher, task, batch, config.distill)
+        row: dict[str, float] = {"step": step, "learning_rate": float(rate.get_last_lr()[0])}
+        loss, figures = loss_at(step)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower the learning rate")
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, config.clip)
+        nn.utils.clip_grad_norm_(parameters, schedule.clip)
         row |= figures | (after_backward(step) if after_backward else {})
         optimizer.step()
-        schedule.step()
+        rate.step()
         history.append(row)
         if progress is not None:
             progress(row)
     optimizer.zero_grad(set_to_none=True)
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
     return history
+
+
+@contextmanager
+def only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def shuffled_batches(samples: Samples, batch_size: int, seed: int) -> Iterator[Batch]:
@@ -79,25 +112,33 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def _loss(
-    model: nn.Module, teacher: nn.Module | None, task: Task, batch: Batch, distill: float
-) -> tuple[Tensor, dict[str, float]]:
-    student = task.unit_logits(task.logits(model, batch), batch).float()
-    loss = nn.functional.cross_entropy(student, task.unit_labels(batch))
-    figures = {"task_loss": loss.item()}
-    if teacher is not None and distill > 0:
-        with torch.no_grad():
-            target = task.unit_logits(task.logits(teacher, batch), batch).float()
-        divergence = nn.functional.kl_div(
-            student.log_softmax(-1), target.log_softmax(-1), reduction="batchmean", log_target=True
-        )
-        figures["distillation"] = divergence.item()
-        loss = (1 - distill) * loss + distill * divergence
-    return loss, figures
+def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float = 0.0) -> Loss:
+    """(1 − distill)·cross-entropy of the labels + distill·KL(teacher ‖ model), mean over units, in nats."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        logits = task.unit_logits(task.logits(model, batch), batch).float()
+        value = nn.functional.cross_entropy(logits, task.unit_labels(batch))
+        figures = {"task_loss": value.item()}
+        if teacher is not None and distill > 0:
+            with torch.no_grad():
+                target = task.unit_logits(task.logits(teacher, batch), batch)
+            apart = divergence(logits, target)
+            figures["distillation"] = apart.item()
+            value = (1 - distill) * value + distill * apart
+        return value, figures
+
+    return loss
 
 
-def _one_cycle(step: int, config: TrainConfig) -> float:
-    warmup = max(1, round(config.warmup * config.steps))
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(target ‖ logits), mean over units, in nats; both (U, K)."""
+    return nn.functional.kl_div(
+        logits.float().log_softmax(-1), target.float().log_softmax(-1), reduction="batchmean", log_target=True
+    )
+
+
+def _one_cycle(step: int, schedule: Schedule) -> float:
+    warmup = max(1, round(schedule.warmup * schedule.steps))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + cos(pi * (step - warmup) / max(1, config.steps - warmup)))
+    return 0.5 * (1 + cos(pi * (step - warmup) / max(1, schedule.steps - warmup)))

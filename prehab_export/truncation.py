@@ -1,40 +1,51 @@
 """Truncation of a model's targeted layers: decompose each once, share out ranks, cut, balance, measure.
 
 One decomposition a layer serves every ratio and allocation, so it is kept (up to break-even rank, at the size of
-the dense weight) and only sliced.
+the dense weight) and only sliced. Layers with one input are also decomposed together, with one ``down`` between them,
+and the allocation takes whichever form predicts less loss.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from converters.errors import InputError
-from converters.lowrank import DenseLinear, Factors, LowRankLinear, balance, dense_weight
+from converters.lowrank import DenseLinear, Factors, LowRankLinear, balance, dense_weight, factorize
 from prehab_export import allocation
+from prehab_export.allocation import Group
 from prehab_export.config import TruncateConfig
 from prehab_export.decomposition import (
     Decomposition,
+    JointDecomposition,
     damped,
     decompose,
+    decompose_jointly,
     objective_value,
+    predicted_joint_loss,
     predicted_loss,
 )
+from prehab_export.shrinkage import shrunk
 from prehab_export.statistics import Statistics
 
 # Directions that calibration never saw get this share of the mean energy: enough to order them by the weight
-# itself when rank is left over, too little to be seen in the objective.
+# itself when rank is left over, too little to be seen in the objective. C is not shrunk beyond that: a few outlier
+# directions hold most of its trace, and a share of that swamps the small eigenvalues, which costs more than the
+# sampling error it removes (measured from 8 to 512 samples).
 INPUT_DAMPING = 1e-8
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of one layer. ``rank`` None: it stays dense. Losses in nats, per unit."""
+    """What became of one layer. ``rank`` None: it stays dense. ``metric``: the objective that chose its factors.
+    Losses in nats, per unit."""
 
     name: str
     out_features: int
     in_features: int
     rank: int | None
+    metric: str
     objective: float
     predicted_loss: float | None
     parameters_before: int
@@ -42,9 +53,38 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class Refit:
+    """New values of a layer that stays dense: weight m×n and bias, fitted to compressed layers before it."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
 class Truncation:
+    """New weights of the targeted layers: factors, or for some that stay dense a refit; and what each layer cost.
+
+    Members of a ``shared`` group have the same ``down``.
+    """
+
     factors: dict[str, Factors]
     layers: list[LayerResult]
+    refits: dict[str, Refit] = field(default_factory=dict)
+    shared: tuple[Group, ...] = ()
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Put the new weights into the model, in place; returns it.
+
+        Raises:
+            InputError: the model does not have these layers as dense linears of these shapes.
+        """
+        for name, refit in self.refits.items():
+            layer = model.get_submodule(name)
+            dense_weight(layer).copy_(refit.weight)
+            if isinstance(layer.bias, nn.Parameter) and refit.bias is not None:
+                layer.bias.copy_(refit.bias)
+        return factorize(model, self.factors)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -64,57 +104,108 @@ class Truncation:
             "predicted_loss_increase": sum(losses) if losses else None,
             "layers_factored": len(self.factors),
             "layers_dense": len(self.layers) - len(self.factors),
+            "shared_inputs": [list(group) for group in self.shared],
             "layers": [asdict(layer) for layer in self.layers],
         }
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The metric of one layer, float64: C (n×n, centred where a bias can take the mean), μ (n) and G (m×m)."""
+    """The metric of one layer, float64: C (n×n, centred where a bias can take the mean), μ (n) and G (m×m).
 
+    ``objective`` says which of C and G truncation looks at; predicted losses take both.
+    """
+
+    objective: str
     second_moment: Tensor
     gradient_moment: Tensor | None
     mean: Tensor | None
 
+    @property
+    def sides(self) -> tuple[Tensor | None, Tensor | None]:
+        """(C, G) as the objective has them; None for the identity."""
+        second = None if self.objective == "weight" else self.second_moment
+        return second, self.gradient_moment if self.objective == "fisher" else None
+
+    def loss_of(self, delta: Tensor) -> float | None:
+        """Predicted rise of the loss for a change Δ (m×n) of the weight; None where G is not known."""
+        if self.gradient_moment is None:
+            return None
+        return 0.5 * objective_value(delta, self.second_moment, self.gradient_moment)
+
 
 @dataclass(frozen=True)
 class Decomposed:
-    """One layer's decomposition, cut at break-even, with its predicted loss at ranks 0…min(m, n) if G is known."""
+    """One layer's decomposition under its objective, cut at break-even; its predicted loss at ranks 0…min(m, n) if G
+    is known."""
 
+    objective: str
     decomposition: Decomposition
     losses: Tensor | None
+
+
+@dataclass(frozen=True)
+class JointlyDecomposed:
+    """One group's joint decomposition, cut at its break-even, and its predicted loss at every joint rank."""
+
+    decomposition: JointDecomposition
+    losses: Tensor
+
+
+@dataclass(frozen=True)
+class Decompositions:
+    """Of every layer, and of every group of layers that may share a ``down``."""
+
+    layers: dict[str, Decomposed]
+    groups: dict[Group, JointlyDecomposed] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks by layer, None for dense; members of a ``shared`` group have one rank and one ``down``."""
+
+    ranks: Mapping[str, int | None]
+    shared: tuple[Group, ...] = ()
 
 
 def layer_metric(
     name: str,
     layer: DenseLinear | LowRankLinear,
     statistics: Statistics,
-    gradient_damping: float,
+    gradient_shrinkage: float,
+    objective: str = "fisher",
     fold_mean: bool = True,
 ) -> Metric:
     """C, G and μ of a layer, damped. Where a bias can take the mean error, C is centred and μ given."""
     moment = statistics.input_of(name)
-    folds = fold_mean and layer.bias is not None
-    gradient = statistics.gradients.get(name)
+    # Plain SVD knows nothing of the inputs, their mean included.
+    folds = fold_mean and objective != "weight" and layer.bias is not None
     return Metric(
+        objective,
         damped(moment.centred() if folds else moment.second_moment, INPUT_DAMPING),
-        None if gradient is None else damped(gradient, gradient_damping),
+        gradient_metric(name, statistics, gradient_shrinkage),
         moment.mean.double() if folds else None,
     )
 
 
-def _metric(name: str, layer: DenseLinear, statistics: Statistics, config: TruncateConfig) -> Metric:
-    # Plain SVD knows nothing of the inputs, their mean included.
-    return layer_metric(name, layer, statistics, config.gradient_damping, fold_mean=config.objective != "weight")
+def gradient_metric(name: str, statistics: Statistics, least: float) -> Tensor | None:
+    """G of a layer, shrunk towards the mean of its diagonal as far as the sample asks for (Ledoit–Wolf), and by the
+    share ``least`` at least; None where it was not collected."""
+    gradient = statistics.gradients.get(name)
+    if gradient is None:
+        return None
+    return shrunk(gradient, max(statistics.gradient_sampling[name].intensity(gradient), least))
 
 
 def decompose_layers(
     layers: Mapping[str, DenseLinear],
     statistics: Statistics,
     config: TruncateConfig,
+    objectives: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
-) -> dict[str, Decomposed]:
-    """Decompose every layer under the configured objective.
+) -> Decompositions:
+    """Decompose every layer, under its own objective where ``objectives`` names one; and, where inputs may be shared,
+    the groups of layers that read one input in one metric.
 
     Raises:
         InputError: gradient moments are needed and the statistics hold none.
@@ -124,23 +215,45 @@ def decompose_layers(
             f"objective {config.objective!r} with allocation {config.allocation!r} needs gradient moments; "
             "calibrate with gradients, or take --objective activation --allocation uniform"
         )
-    result = {}
+    chosen = {name: (objectives or {}).get(name, config.base_objective) for name in layers}
+    single = {}
     for name, layer in layers.items():
-        result[name] = _decompose_layer(layer, _metric(name, layer, statistics, config), config)
+        metric = layer_metric(name, layer, statistics, config.gradient_shrinkage, chosen[name])
+        single[name] = _decompose_layer(layer, metric)
         if progress is not None:
             progress(1)
-    return result
+    groups = {
+        names: _decompose_group(names, layers, statistics, config, chosen[names[0]])
+        for names in (_candidates(layers, statistics, chosen) if config.share_inputs else ())
+    }
+    return Decompositions(single, groups)
+
+
+def _candidates(
+    layers: Mapping[str, DenseLinear], statistics: Statistics, objectives: Mapping[str, str]
+) -> list[Group]:
+    """Layers with one input and one metric; without gradient moments there is nothing to choose by, hence no group."""
+    members: dict[tuple[str, bool, str], list[str]] = {}
+    for name, layer in layers.items():
+        if name in statistics.gradients:
+            # Only layers with a bias have the centred C.
+            members.setdefault((statistics.groups[name], layer.bias is None, objectives[name]), []).append(name)
+    return [tuple(names) for names in members.values() if len(names) > 1]
 
 
 def plan_ranks(
-    layers: Mapping[str, DenseLinear], decomposed: Mapping[str, Decomposed], config: TruncateConfig
-) -> dict[str, int | None]:
-    """Ranks by the configured allocation; None leaves a layer dense."""
+    layers: Mapping[str, DenseLinear],
+    decomposed: Decompositions,
+    config: TruncateConfig,
+) -> Plan:
+    """Ranks by the configured allocation, and which groups are to share their ``down``."""
     shapes = {name: (layer.shape[0], layer.shape[1]) for name, layer in _weights(layers).items()}
     if config.allocation == "uniform":
-        return allocation.uniform(shapes, config.keep, config.rank_multiple)
-    losses = {name: entry.losses for name, entry in decomposed.items() if entry.losses is not None}
-    return allocation.by_loss(shapes, losses, config.keep, config.rank_multiple, config.floor_share)
+        return Plan(allocation.uniform(shapes, config.keep, config.rank_multiple))
+    losses = {name: entry.losses for name, entry in decomposed.layers.items() if entry.losses is not None}
+    offers = {group: entry.losses for group, entry in decomposed.groups.items()}
+    found = allocation.by_joint_loss(shapes, losses, offers, config.keep, config.rank_multiple, config.floor_share)
+    return Plan(found.ranks, found.shared)
 
 
 def truncate(
@@ -148,7 +261,8 @@ def truncate(
     statistics: Statistics,
     config: TruncateConfig,
     *,
-    decomposed: Mapping[str, Decomposed] | None = None,
+    decomposed: Decompositions | None = None,
+    plan: Plan | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Truncation:
     """The factors of every targeted layer, balanced and in the layer's own dtype, and what they cost.
@@ -156,69 +270,116 @@ def truncate(
     Args:
         layers: dense layers by name; left as they are (see ``converters.lowrank.factorize``).
         decomposed: decompositions of these very weights and statistics, when at hand.
+        plan: instead of what the allocation would choose.
 
     Raises:
         InputError: gradient moments are needed and missing, or every layer would stay dense.
     """
-    decomposed = decomposed or decompose_layers(layers, statistics, config, progress)
-    ranks = plan_ranks(layers, decomposed, config)
-    factors, results = {}, []
-    for name, layer in layers.items():
-        metric = _metric(name, layer, statistics, config)
-        pair = None if (rank := ranks[name]) is None else _cut(layer, decomposed[name], rank, metric.mean)
-        if pair is not None:
-            factors[name] = pair
-        results.append(_measure(name, layer, pair, metric, config))
+    decomposed = decomposed or decompose_layers(layers, statistics, config, progress=progress)
+    plan = plan or plan_ranks(layers, decomposed, config)
+    metrics = {
+        name: layer_metric(name, layer, statistics, config.gradient_shrinkage, decomposed.layers[name].objective)
+        for name, layer in layers.items()
+    }
+    factors: dict[str, Factors] = {}
+    for group in plan.shared:
+        rank = plan.ranks[group[0]]
+        assert rank is not None
+        ups, down = decomposed.groups[group].decomposition.truncated(rank)
+        factors |= _cut(group, layers, ups, down, metrics[group[0]].mean)
+    for name, rank in plan.ranks.items():
+        if rank is not None and name not in factors:
+            up, down = decomposed.layers[name].decomposition.truncated(rank)
+            factors |= _cut((name,), layers, (up,), down, metrics[name].mean)
+    followers = {name for group in plan.shared for name in group[1:]}
+    results = [
+        _measure(name, layer, factors.get(name), metrics[name], counts_down=name not in followers)
+        for name, layer in layers.items()
+    ]
     if not factors:
         raise InputError(
             f"no layer gets smaller at --ratio {config.ratio} with --rank-multiple {config.rank_multiple}; "
             "remove more, or take a smaller multiple"
         )
-    return Truncation(factors, results)
+    return Truncation(factors, results, shared=plan.shared)
 
 
-def _decompose_layer(layer: DenseLinear, metric: Metric, config: TruncateConfig) -> Decomposed:
+def _decompose_layer(layer: DenseLinear, metric: Metric) -> Decomposed:
     weight = dense_weight(layer)
-    second = None if config.objective == "weight" else metric.second_moment
-    gradient = metric.gradient_moment if config.objective == "fisher" else None
-    full = decompose(weight, second, gradient)
+    full = decompose(weight, *metric.sides)
     losses = None
     if metric.gradient_moment is not None:
         losses = predicted_loss(full, metric.second_moment, metric.gradient_moment)
     most = allocation.break_even(*weight.shape)
     # float32 holds the cut factors at the dense weight's size; the eigen-step above was float64.
     kept = replace(full, up=full.up[:, :most].float().clone(), down=full.down[:most].float().clone())
-    return Decomposed(kept, losses)
+    return Decomposed(metric.objective, kept, losses)
 
 
-def _cut(layer: DenseLinear, entry: Decomposed, rank: int, mean: Tensor | None) -> Factors:
-    weight: Tensor = dense_weight(layer).detach()
-    up, down = (factor.double() for factor in entry.decomposition.truncated(rank))
-    bias = None if layer.bias is None else layer.bias.detach().clone()
-    if bias is not None and mean is not None:
-        # E[(W − Ŵ)x] is known, so the bias takes it for free; the metric was centred to match.
-        bias = (bias.double() + weight.double() @ mean - up @ (down @ mean)).to(weight.dtype)
-    up, down = balance(up, down)
-    return Factors(up.to(weight.dtype), down.to(weight.dtype), bias)
+def _decompose_group(
+    names: Sequence[str],
+    layers: Mapping[str, DenseLinear],
+    statistics: Statistics,
+    config: TruncateConfig,
+    objective: str,
+) -> JointlyDecomposed:
+    metrics = [layer_metric(name, layers[name], statistics, config.gradient_shrinkage, objective) for name in names]
+    moments = [metric.gradient_moment for metric in metrics if metric.gradient_moment is not None]
+    weights = [dense_weight(layers[name]) for name in names]
+    full = decompose_jointly(weights, metrics[0].sides[0], moments if objective == "fisher" else None)
+    losses = predicted_joint_loss(full, metrics[0].second_moment, moments)
+    most = allocation.break_even(sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    ups = tuple(up[:, :most].float().clone() for up in full.ups)
+    return JointlyDecomposed(replace(full, ups=ups, down=full.down[:most].float().clone()), losses)
+
+
+def _cut(
+    names: Sequence[str],
+    layers: Mapping[str, DenseLinear],
+    ups: Sequence[Tensor],
+    down: Tensor,
+    mean: Tensor | None,
+) -> dict[str, Factors]:
+    """Factors of one layer, or of several with one ``down``."""
+    biases = []
+    for name, up in zip(names, ups, strict=True):
+        weight, bias = dense_weight(layers[name]).detach(), layers[name].bias
+        new = None if bias is None else bias.detach().clone()
+        if new is not None and mean is not None:
+            # E[(W − Ŵ)x] is known, so the bias takes it for free; the metric was centred to match.
+            new = (new.double() + weight.double() @ mean - up.double() @ (down.double() @ mean)).to(new.dtype)
+        biases.append(new)
+    return dict(zip(names, stored_factors(ups, down, biases, layers[names[0]].weight.dtype), strict=True))
+
+
+def stored_factors(
+    ups: Sequence[Tensor], down: Tensor, biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Factors]:
+    """Factors in the storage dtype, balanced together; one ``down`` tensor for all."""
+    stacked, down = balance(torch.cat(list(ups)).double(), down.double())
+    stored = down.to(dtype)
+    parts = stacked.split([len(up) for up in ups])
+    return [Factors(up.to(dtype), stored, bias) for up, bias in zip(parts, biases, strict=True)]
 
 
 def _measure(
-    name: str, layer: DenseLinear, pair: Factors | None, metric: Metric, config: TruncateConfig
+    name: str, layer: DenseLinear, pair: Factors | None, metric: Metric, counts_down: bool = True
 ) -> LayerResult:
     """The objective again, of the factors as stored: after balancing and the cast to the storage dtype."""
     weight = dense_weight(layer).detach().double()
     m, n = weight.shape
-    if pair is None:
-        has_g = metric.gradient_moment is not None
-        return LayerResult(name, m, n, None, 0.0, 0.0 if has_g else None, m * n, m * n)
-    delta = weight - pair.up.double() @ pair.down.double()
-    second = None if config.objective == "weight" else metric.second_moment
-    gradient = metric.gradient_moment if config.objective == "fisher" else None
-    value = objective_value(delta, second, gradient)
-    loss = None
-    if metric.gradient_moment is not None:
-        loss = 0.5 * objective_value(delta, metric.second_moment, metric.gradient_moment)
-    return LayerResult(name, m, n, pair.rank, value, loss, m * n, pair.rank * (m + n))
+    delta = torch.zeros_like(weight) if pair is None else weight - pair.up.double() @ pair.down.double()
+    return LayerResult(
+        name=name,
+        out_features=m,
+        in_features=n,
+        rank=None if pair is None else pair.rank,
+        metric=metric.objective,
+        objective=objective_value(delta, *metric.sides),
+        predicted_loss=metric.loss_of(delta),
+        parameters_before=m * n,
+        parameters_after=m * n if pair is None else pair.rank * (m + n if counts_down else m),
+    )
 
 
 def _weights(layers: Mapping[str, DenseLinear]) -> dict[str, Tensor]:

@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prehab_export.allocation import Choice, _lower_hull, break_even, by_loss, rank_menu, spend, uniform
+from prehab_export.allocation import (
+    Choice,
+    _both_forms,
+    _lower_hull,
+    break_even,
+    by_joint_loss,
+    by_loss,
+    joint_menu,
+    rank_menu,
+    spend,
+    uniform,
+)
 
 
 def spectrum_losses(size, seed, decay=0.7):
@@ -98,3 +109,94 @@ def test_non_convex_menu_steps_over_the_hump():
     other = [Choice(1, 1, 5.0), Choice(2, 3, 1.0)]
     chosen = spend({"hump": menu, "other": other}, 4)
     assert chosen["hump"].rank == 3
+
+
+SHAPES = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8), "gate": (6, 8), "up": (6, 8)}
+GROUPS = [("q", "k", "v"), ("gate", "up")]
+
+
+def offers(seed, sharing):
+    """Losses of every layer and of the groups; ``sharing`` scales what a joint rank leaves."""
+    losses = {name: spectrum_losses(min(shape), seed + at) for at, (name, shape) in enumerate(SHAPES.items())}
+    return losses, {group: spectrum_losses(8, seed + 50) * sharing * len(group) for group in GROUPS}
+
+
+def joint_cost(result):
+    grouped = {name for group in result.shared for name in group}
+    cost = cost_of(result.ranks, {name: shape for name, shape in SHAPES.items() if name not in grouped})
+    for group in result.shared:
+        assert len({result.ranks[name] for name in group}) == 1
+        cost += result.ranks[group[0]] * (8 + sum(SHAPES[name][0] for name in group))
+    return cost
+
+
+def joint_loss(result, losses, joint):
+    total = sum(float(joint[group][result.ranks[group[0]]]) for group in result.shared)
+    grouped = {name for group in result.shared for name in group}
+    return total + sum(
+        0.0 if rank is None else float(losses[name][rank]) for name, rank in result.ranks.items() if name not in grouped
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    keep=st.floats(0.1, 0.95),
+    multiple=st.sampled_from([1, 2]),
+    sharing=st.floats(0.2, 3.0),
+    floor_share=st.sampled_from([0.0, 0.3]),
+)
+def test_joint_allocation_is_never_worse_than_layer_by_layer(seed, keep, multiple, sharing, floor_share):
+    losses, joint = offers(seed, sharing)
+    result = by_joint_loss(SHAPES, losses, joint, keep, multiple, floor_share)
+    alone = by_joint_loss(SHAPES, losses, {}, keep, multiple, floor_share)
+    budget = keep * sum(m * n for m, n in SHAPES.values())
+    assert alone.ranks == by_loss(SHAPES, losses, keep, multiple, floor_share)
+    assert alone.shared == ()
+    assert result.cost == joint_cost(result) <= max(budget, alone.cost) + 1e-9
+    assert result.predicted_loss == pytest.approx(joint_loss(result, losses, joint))
+    if alone.cost <= budget:
+        assert result.predicted_loss <= alone.predicted_loss + 1e-12
+    assert list(result.ranks) == list(SHAPES)
+    for name, rank in result.ranks.items():
+        m, n = SHAPES[name]
+        assert rank is None or (rank % multiple == 0 and rank >= floor_share * keep * m * n / (m + n) - 1)
+        assert rank is not None or not any(name in group for group in result.shared)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), keep=st.floats(0.5, 0.95), sharing=st.floats(0.2, 2.0))
+def test_joint_allocation_is_within_one_step_of_the_optimum(seed, keep, sharing):
+    shapes = {"a": (4, 5), "b": (3, 5), "c": (5, 4)}
+    losses = {name: spectrum_losses(min(shape), seed + at) for at, (name, shape) in enumerate(shapes.items())}
+    joint = {("a", "b"): spectrum_losses(5, seed + 9) * 2 * sharing}
+    result = by_joint_loss(shapes, losses, joint, keep, floor_share=0.0)
+    apart = {name: rank_menu(*shape, losses[name], 1, 1) for name, shape in shapes.items()}
+    together = {group: joint_menu([shapes[name] for name in group], loss, 1, 1) for group, loss in joint.items()}
+    forms = [list(apart.values()), [apart["c"], together["a", "b"]]]
+    budget = keep * sum(m * n for m, n in shapes.values())
+    feasible = [
+        sum(choice.loss for choice in pick)
+        for menus in forms
+        for pick in itertools.product(*menus)
+        if sum(choice.cost for choice in pick) <= budget
+    ]
+    hulls = map(_lower_hull, _both_forms(apart, together).values())
+    steps = [a.loss - b.loss for hull in hulls for a, b in itertools.pairwise(hull)]
+    assert result.cost <= budget
+    assert min(feasible) - 1e-12 <= result.predicted_loss <= min(feasible) + max(steps) + 1e-12
+
+
+def test_each_group_takes_the_form_that_suits_it():
+    """Equal row spaces are shared for nothing; unrelated ones cost the joint form the sum of the ranks."""
+    shapes = {"a1": (8, 8), "a2": (8, 8), "b1": (8, 8), "b2": (8, 8)}
+    losses = dict.fromkeys(shapes, torch.tensor([2.0, 1.0] + [0.0] * 7, dtype=torch.float64))
+    joint = {
+        ("a1", "a2"): torch.tensor([4.0, 2.0] + [0.0] * 7, dtype=torch.float64),
+        ("b1", "b2"): torch.tensor([4.0, 3.0, 2.0, 1.0] + [0.0] * 5, dtype=torch.float64),
+    }
+    # Room for all of the loss: 2(8 + 16) for the first group and 2 · 2(8 + 8) for the second.
+    result = by_joint_loss(shapes, losses, joint, (48 + 64) / 256, floor_share=0.0)
+    assert result.shared == (("a1", "a2"),)
+    assert result.ranks == dict.fromkeys(shapes, 2)
+    assert result.predicted_loss == 0

@@ -1,12 +1,14 @@
 """Moments against brute force: autograd per unit, float64 sums, padding cut away by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
 from converters.errors import InputError
 from converters.targets import target_layers
-from prehab_export.calibration import CalibrationWarning, calibrate, shared_inputs
+from prehab_export.calibration import CalibrationWarning, calibrate, few_tokens, shared_inputs
 from prehab_export.statistics import load_statistics, save_statistics
 from prehab_export.tasks import TASKS
 
@@ -149,13 +151,118 @@ def test_statistics_round_trip(tmp_path):
         assert torch.equal(loaded.inputs[group].second_moment, moment.second_moment)
         assert torch.equal(loaded.inputs[group].mean, moment.mean)
         assert loaded.inputs[group].tokens == moment.tokens
+        assert loaded.inputs[group].sampling == moment.sampling
+    assert loaded.gradient_sampling == statistics.gradient_sampling
     assert all(torch.equal(loaded.gradients[name], value) for name, value in statistics.gradients.items())
 
 
-def test_few_tokens_are_a_warning_with_the_number():
-    model = bert()
-    with pytest.warns(CalibrationWarning, match=r"3 calibration tokens for the 16 inputs of .*\.0\..* and of 7 more"):
-        calibrate(model, batches(((3,),)), TASKS["text-classification"], target_layers(model))
+def test_few_tokens_are_a_warning_with_the_effective_number():
+    model, task = bert(), TASKS["text-classification"]
+    layers = target_layers(model)
+    with pytest.warns(
+        CalibrationWarning, match=r"1 samples, 3 tokens\) is worth 3 independent tokens for the 24 .* few for 7 more"
+    ):
+        calibrate(model, batches(((3,),)), task, layers)
+    enough = calibrate(model, batches(((9,) * 64,)), task, layers)
+    assert few_tokens(enough) is None
+    one = enough.inputs[next(iter(enough.inputs))]
+    poor = replace(one, sampling=replace(one.sampling, error=one.sampling.token_error / 2))
+    message = few_tokens(replace(enough, inputs={"fc": poor}))
+    assert message is not None
+    assert "is worth 2 independent tokens for the 16 inputs of fc;" in message
+
+
+def rows_by_sample(model, task, samples, name):
+    """Inputs and output gradients of one layer, one tensor a sample, padding cut away."""
+    layer, inputs, gradients = model.get_submodule(name), [], []
+    for batch in samples:
+        for row in range(len(batch["input_ids"])):
+            length = int(batch["attention_mask"][row].sum())
+            one = {key: value[row : row + 1, :length] for key, value in batch.items() if key != "labels"}
+            one |= {"labels": batch["labels"][row : row + 1]} if "labels" in batch else {}
+            seen = {}
+            handle = layer.register_forward_hook(lambda _m, args, out, seen=seen: seen.update(x=args[0], y=out))
+            losses = task.losses(task.logits(model, one), one)
+            handle.remove()
+            (gradient,) = torch.autograd.grad(losses.sum(), seen["y"])
+            inputs.append(seen["x"].detach().reshape(-1, seen["x"].shape[-1]).double())
+            gradients.append((gradient.reshape(-1, gradient.shape[-1]).double(), len(losses)))
+    return inputs, gradients
+
+
+def relative_error(samples, sizes):
+    outers = [rows.T @ rows for rows in samples]
+    moment = sum(outers) / sum(sizes)
+    spread = sum(float((s - n * moment).square().sum()) for s, n in zip(outers, sizes, strict=True))
+    return len(samples) / (len(samples) - 1) * spread / sum(sizes) ** 2 / float(moment.square().sum())
+
+
+@pytest.mark.parametrize(("make", "task"), [(bert, "text-classification"), (llama, "text-generation")])
+def test_sampling_error_equals_brute_force(make, task):
+    """With tokens that outnumber the features and with few of them: both ways to ‖S_i‖."""
+    model, task = make(), TASKS[task]
+    samples = batches(((9, 3, 12, 3), (2, 3, 4, 3, 2)))
+    if task.metric == "perplexity":
+        samples = [{key: value for key, value in batch.items() if key != "labels"} for batch in samples]
+    layers = target_layers(model)
+    statistics = calibrate(model, samples, task, layers)
+    for name in layers:
+        inputs, gradients = rows_by_sample(model, task, samples, name)
+        # Centred on the first batch: the mean of the first four samples.
+        shift = torch.cat(inputs[:4]).mean(0)
+        centred = [rows - shift for rows in inputs]
+        expected = relative_error(centred, [len(rows) for rows in centred])
+        assert statistics.input_of(name).sampling.error == pytest.approx(expected, rel=1e-3)
+        expected = relative_error(*zip(*gradients, strict=True))
+        assert statistics.gradient_sampling[name].error == pytest.approx(expected, rel=1e-3)
+        assert statistics.gradient_sampling[name].samples == 9
+
+
+def test_tensors_with_rows_flattened_and_rubbish_in_the_padding():
+    """A layer that sees (B·T, d), one that sees (B, d), and NaN where there is no token."""
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.flat, self.head = torch.nn.Embedding(40, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 2)
+
+        def forward(self, input_ids, attention_mask):
+            x = self.embed(input_ids).masked_fill(attention_mask[..., None] == 0, float("nan"))
+            y = self.flat(x.reshape(-1, 6)).reshape(x.shape)
+            pooled = torch.where(attention_mask[..., None] == 1, y, 0).sum(1)
+            return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.head(pooled))
+
+    torch.manual_seed(0)
+    model, samples = Flat(), batches(((5, 3, 4), (7, 7, 2)))
+    layers = {"flat": model.flat, "head": model.head}
+    statistics = calibrate(model, samples, TASKS["text-classification"], layers)
+    rows = [
+        model.embed(ids[mask.bool()]).detach().double()
+        for batch in samples
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    together = torch.cat(rows)
+    moment = statistics.inputs["flat"]
+    assert torch.allclose(moment.second_moment.double(), together.T @ together / len(together), atol=1e-5)
+    shift = torch.cat(rows[:3]).mean(0)
+    expected = relative_error([own - shift for own in rows], [len(own) for own in rows])
+    assert moment.sampling.error == pytest.approx(expected, rel=1e-3)
+    assert statistics.inputs["head"].tokens == statistics.inputs["head"].sampling.samples == 6
+
+
+def test_a_running_average_is_known_better_than_its_parts():
+    model, task = bert(), TASKS["text-classification"]
+    layers = target_layers(model)
+    first = calibrate(model, batches(), task, layers)
+    second = calibrate(model, batches(seed=1), task, layers)
+    both = first.blended(second, 0.5)
+    name = next(iter(both.gradients))
+    assert torch.allclose(both.gradients[name], 0.5 * (first.gradients[name] + second.gradients[name]))
+    a, b, result = (s.inputs[name].sampling.error for s in (first, second, both))
+    assert result < min(a, b)
+    same = first.blended(second, 0.0)
+    assert same.inputs[name].sampling.error == pytest.approx(a)
+    assert same.gradient_sampling[name].error == pytest.approx(first.gradient_sampling[name].error)
 
 
 def test_bad_input():

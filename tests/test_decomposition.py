@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.lowrank import balance
-from prehab_export.decomposition import decompose, objective_value, predicted_loss, square_root
+from prehab_export.decomposition import (
+    decompose,
+    decompose_jointly,
+    objective_value,
+    predicted_joint_loss,
+    predicted_loss,
+    square_root,
+)
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
 
@@ -141,3 +148,65 @@ def test_balanced_factors_share_their_scale(m, n, seed, scale):
     new_up, new_down = balance(up, down)
     assert torch.allclose(new_up @ new_down, up @ down, atol=1e-9)
     assert torch.allclose(new_up.T @ new_up, new_down @ new_down.T, atol=1e-9)
+
+
+def joint_case(heights, n, seed=0, samples=200):
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(m, n, generator=generator, dtype=torch.float64) for m in heights]
+    return weights, moment(n, samples, generator), [moment(m, samples, generator, 1.0) for m in heights]
+
+
+def joint_optimum(weights, c, gradients, rank):
+    """Eckart–Young on the whitened stack, formed as it is defined."""
+    whitened = torch.cat([square_root(g) @ w @ square_root(c) for w, g in zip(weights, gradients, strict=True)])
+    return float(torch.linalg.svdvals(whitened)[rank:].square().sum())
+
+
+def joint_objective(weights, ups, down, c, gradients):
+    triples = zip(weights, ups, gradients, strict=True)
+    return sum(objective_value(w - up @ down, c, g) for w, up, g in triples)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heights=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    n=st.integers(2, 10),
+    seed=st.integers(0, 10_000),
+    samples=st.integers(1, 40),
+)
+def test_joint_factors_reach_the_optimum_at_every_rank_even_with_singular_moments(heights, n, seed, samples):
+    weights, c, gradients = joint_case(heights, n, seed, samples)
+    joint = decompose_jointly(weights, c, gradients)
+    losses = predicted_joint_loss(joint, c, gradients)
+    k = min(n, sum(heights))
+    assert [up.shape for up in joint.ups] == [(m, k) for m in heights]
+    assert losses.shape == (k + 1,)
+    scale = joint_objective(weights, [w[:, :0] for w in weights], c[:0], c, gradients)
+    for rank in range(k + 1):
+        ups, down = joint.truncated(rank)
+        value = joint_objective(weights, ups, down, c, gradients)
+        assert value == pytest.approx(joint_optimum(weights, c, gradients, rank), rel=1e-6, abs=1e-9 * scale)
+        assert joint.objective(rank) == pytest.approx(value, rel=1e-6, abs=1e-9 * scale)
+        assert float(losses[rank]) == pytest.approx(0.5 * value, rel=1e-6, abs=1e-9 * scale)
+
+
+@pytest.mark.parametrize("sides", ["C", "G", ""])
+def test_joint_factors_without_a_metric_on_a_side(sides):
+    weights, c, gradients = joint_case((6, 4), 8)
+    joint = decompose_jointly(weights, c if "C" in sides else None, gradients if "G" in sides else None)
+    own_c = c if "C" in sides else torch.eye(8, dtype=c.dtype)
+    own_g = gradients if "G" in sides else [torch.eye(m, dtype=c.dtype) for m in (6, 4)]
+    ups, down = joint.truncated(3)
+    optimum = joint_optimum(weights, own_c, own_g, 3)
+    assert joint_objective(weights, ups, down, own_c, own_g) == pytest.approx(optimum, rel=1e-9)
+    # The prediction is always made in the full metric, whatever metric chose the factors.
+    expected = 0.5 * joint_objective(weights, ups, down, c, gradients)
+    assert float(predicted_joint_loss(joint, c, gradients)[3]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_one_weight_jointly_is_the_weight_alone():
+    weight, c, g = case(12, 20)
+    alone, joint = decompose(weight, c, g), decompose_jointly([weight], c, [g])
+    assert torch.allclose(alone.spectrum, joint.spectrum, rtol=1e-9, atol=0)
+    product = torch.matmul(*alone.truncated(5))
+    assert torch.allclose(joint.ups[0][:, :5] @ joint.down[:5], product, atol=1e-8)

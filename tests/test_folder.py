@@ -110,7 +110,7 @@ def test_what_is_written(saved):
     model, folder = saved
     ranks = {name: layer.rank for name, layer in low_rank_layers(model).items()}
     entry = config_of(folder)["quantization_config"]
-    assert entry == {"quant_method": "prehab_lowrank", "format_version": 1, "ranks": ranks}
+    assert entry == {"quant_method": "prehab_lowrank", "format_version": 1, "ranks": ranks, "shared": []}
     with safe_open(folder / "model.safetensors", framework="pt") as tensors:
         assert tensors.metadata() == {"format": "pt"}
         names = set(tensors.keys())
@@ -190,9 +190,9 @@ def test_dense_weights_are_never_allocated(saved, monkeypatch):
     devices = set()
     original = registration.factorize_empty
 
-    def spy(model, ranks):
+    def spy(model, ranks, shared):
         devices.update(model.get_submodule(name).weight.device.type for name in ranks)
-        return original(model, ranks)
+        return original(model, ranks, shared)
 
     monkeypatch.setattr(registration, "factorize_empty", spy)
     from_pretrained(saved[1])

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +24,12 @@ def distance(delta, C, G):
     C = torch.eye(delta.shape[1], dtype=delta.dtype) if C is None else C
     G = torch.eye(delta.shape[0], dtype=delta.dtype) if G is None else G
     return torch.trace(G @ delta @ C @ delta.T).clamp_min(0).sqrt().item()
+
+
+def slack(W, C, G):
+    """√ε of the largest distance there could be: a singular metric is known no better, whatever it sees of W."""
+    scale = W.norm() * math.prod(1 if A is None else torch.linalg.matrix_norm(A, 2).sqrt() for A in (C, G))
+    return 1e-7 * scale.item()
 
 
 def root(matrix):
@@ -55,8 +63,8 @@ def test_no_product_of_that_rank_is_nearer(problem):
     assert cut.rank == min(rank, factors.rank, *W.shape)
     total = distance(W, C, G)
     reached = distance(W - cut.up @ cut.down, C, G)
-    assert reached == pytest.approx(least_distance(W, rank, C, G), abs=1e-7 * total)
-    assert relative_error(factors, cut, C, G) == pytest.approx(reached / total, abs=1e-7)
+    assert reached == pytest.approx(least_distance(W, rank, C, G), abs=slack(W, C, G))
+    assert total * relative_error(factors, cut, C, G) == pytest.approx(reached, abs=slack(W, C, G))
 
 
 @settings(deadline=None, max_examples=50)
@@ -68,8 +76,7 @@ def test_moving_away_costs(problem, seed):
     generator = torch.Generator().manual_seed(seed)
     up = cut.up + 1e-2 * random(generator, *cut.up.shape)
     down = cut.down + 1e-2 * random(generator, *cut.down.shape)
-    slack = 1e-7 * distance(W, C, G)
-    assert distance(W - cut.up @ cut.down, C, G) <= distance(W - up @ down, C, G) + slack
+    assert distance(W - cut.up @ cut.down, C, G) <= distance(W - up @ down, C, G) + slack(W, C, G)
 
 
 @settings(deadline=None, max_examples=50)
@@ -87,6 +94,24 @@ def test_nothing_is_lost_where_the_rank_suffices():
     cut = retruncate(factors, 5, moment(generator, 7, 7), moment(generator, 9, 9))
     torch.testing.assert_close(cut.up @ cut.down, factors.up @ factors.down)
     assert cut.bias is factors.bias
+
+
+@settings(deadline=None, max_examples=50)
+@given(problems(), st.integers(1, 9), st.integers(0, 999))
+def test_blocks_stand_for_the_block_diagonal_metric(problem, split, seed):
+    factors, rank, C, _ = problem
+    m = factors.up.shape[0]
+    sizes = (min(split, m - 1), m - min(split, m - 1))
+    generator = torch.Generator().manual_seed(seed)
+    blocks = [moment(generator, size, size) for size in sizes]
+    whole = torch.block_diag(*blocks)
+    cut, same = retruncate(factors, rank, C, blocks), retruncate(factors, rank, C, whole)
+    W = factors.up @ factors.down
+    total = distance(W, C, whole)
+    reached = distance(W - cut.up @ cut.down, C, whole)
+    assert reached == pytest.approx(least_distance(W, rank, C, whole), abs=slack(W, C, whole))
+    assert total * relative_error(factors, cut, C, blocks) == pytest.approx(reached, abs=slack(W, C, whole))
+    assert reached == pytest.approx(distance(W - same.up @ same.down, C, whole), abs=slack(W, C, whole))
 
 
 def test_zero_stays_zero():

@@ -1,23 +1,39 @@
 """Prehab and rehab: gradients against autograd in float64, and what a short run must and must not change."""
 
 import copy
+from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 import transformers
 
+from converters.errors import InputError
 from converters.lowrank import dense_weight, factorize, low_rank_layers
 from converters.targets import target_layers
-from prehab_export import calibrate, load_data, prehab, rehab, truncate
-from prehab_export.config import SURROGATES, DataConfig, PrehabConfig, RehabConfig, TrainConfig, TruncateConfig
+from prehab_export import calibrate, load_data, prehab, rehab, surrogates, truncate
+from prehab_export.config import (
+    LAYER_WEIGHTS,
+    PROXIMAL_SURROGATES,
+    SURROGATES,
+    UPDATES,
+    WHITENINGS,
+    DataConfig,
+    PrehabConfig,
+    RehabConfig,
+    Schedule,
+    TrainConfig,
+    TruncateConfig,
+)
 from prehab_export.decomposition import square_root
 from prehab_export.evaluation import evaluate, torch_predictor
 from prehab_export.prehabilitation import Regulariser
 from prehab_export.tasks import TASKS
-from prehab_export.training import frozen_copy, train
-from prehab_export.truncation import layer_metric
+from prehab_export.training import frozen_copy, labelled_loss, train
+from prehab_export.truncation import Plan, decompose_layers, layer_metric, plan_ranks
 
 TASK = TASKS["image-classification"]
+LOSS = labelled_loss(TASK)
 CUT = TruncateConfig(ratio=0.7, objective="activation", allocation="uniform")
 
 
@@ -37,7 +53,7 @@ def digits():
     model = transformers.ViTForImageClassification(config)
     processor = transformers.ViTImageProcessorPil(size={"height": 8, "width": 8})
     data = load_data(DataConfig("sklearn-digits"), TASK, processor, config, seed=0)
-    train(model, TASK, data.train, TrainConfig(steps=150, learning_rate=3e-3, distill=0.0), list(model.parameters()))
+    train(model, data.train, Schedule(steps=150, learning_rate=3e-3), list(model.parameters()), LOSS)
     statistics = calibrate(model, data.train.first(128).batches(32), TASK, target_layers(model))
     return model, data, statistics
 
@@ -52,6 +68,10 @@ def truncated(model, samples, cut=CUT):
     return factorize(frozen_copy(model), truncate(layers, statistics, cut).factors)
 
 
+EXACT = [name for name in SURROGATES if not name.startswith("stochastic")]
+RANK_SHARE = 0.3  # what CUT keeps
+
+
 def reference_surrogate(name, weight, root_g, root_c, rank):
     sigma = torch.linalg.svdvals(root_g @ weight @ root_c)
     energy = sigma.square().sum()
@@ -63,36 +83,195 @@ def reference_surrogate(name, weight, root_g, root_c, rank):
     }[name]
 
 
-@pytest.mark.parametrize("name", SURROGATES)
+def reference_size(kind, weight, c, g, rank):
+    """What a layer's λ is in proportion to, by brute force; CUT truncates by ``activation``."""
+    if kind == "equal":
+        return 1.0
+    delta = weight
+    if kind == "loss":
+        u = torch.linalg.svd(weight @ square_root(c), full_matrices=False).U
+        kept = u[:, :rank] @ u[:, :rank].T @ weight
+        delta = weight - kept
+    return float(torch.trace(g @ delta @ c @ delta.T))
+
+
+def references(name, model, statistics, use_gradients, kind):
+    """By layer: weight in float64, normalised surrogate (of that weight, with autograd), weight of the layer."""
+    weights, values, sizes = {}, {}, {}
+    for layer_name, layer in target_layers(model).items():
+        metric = layer_metric(layer_name, layer, statistics, CUT.gradient_shrinkage)
+        rank = int(RANK_SHARE * layer.weight.numel() / sum(layer.weight.shape) + 1e-9)
+        weight = dense_weight(layer).detach().double().requires_grad_()
+        root_g = square_root(metric.gradient_moment) if use_gradients else torch.eye(weight.shape[0]).double()
+        value = reference_surrogate(name, weight, root_g, square_root(metric.second_moment), rank)
+        weights[layer_name], values[layer_name] = weight, value / value.detach()
+        sizes[layer_name] = reference_size(kind, weight.detach(), metric.second_moment, metric.gradient_moment, rank)
+    mean = sum(sizes.values()) / len(sizes)
+    return weights, values, {layer_name: size / mean for layer_name, size in sizes.items()}
+
+
+@pytest.mark.parametrize("name", EXACT)
 @pytest.mark.parametrize("use_gradients", [True, False])
-def test_gradient_in_the_weight_is_that_of_the_normalised_mean(name, use_gradients, digits):
+@pytest.mark.parametrize("kind", LAYER_WEIGHTS)
+def test_gradient_in_the_weight_is_that_of_the_weighted_normalised_mean(name, use_gradients, kind, digits):
     model, _, statistics = digits
     model = copy.deepcopy(model)
     layers = target_layers(model)
-    regulariser = Regulariser(layers, name, use_gradients, CUT)
+    whitening = "fisher" if use_gradients else "activation"
+    regulariser = Regulariser(layers, PrehabConfig(surrogate=name, whitening=whitening, layer_weights=kind), CUT)
     regulariser.refresh(statistics)
-    ranks = {
-        layer_name: int(0.3 * layer.weight.numel() / sum(layer.weight.shape) + 1e-9)
-        for layer_name, layer in layers.items()
-    }
     model.zero_grad()
-    value = regulariser.add_gradients(strength=5.0)
-    assert value == pytest.approx(1.0, rel=5e-3)
-    references, weights = {}, {}
+    regulariser.add_gradients(0, strength=5.0)
+    assert regulariser.value == pytest.approx(1.0, rel=1e-3)
+    weights, values, sizes = references(name, model, statistics, use_gradients, kind)
     for layer_name, layer in layers.items():
-        metric = layer_metric(layer_name, layer, statistics, CUT.gradient_damping)
-        root_g = square_root(metric.gradient_moment) if use_gradients else torch.eye(layer.weight.shape[0]).double()
-        weights[layer_name] = dense_weight(layer).detach().double().requires_grad_()
-        root_c = square_root(metric.second_moment)
-        references[layer_name] = reference_surrogate(name, weights[layer_name], root_g, root_c, ranks[layer_name])
-    scales = {layer_name: reference.detach() for layer_name, reference in references.items()}
-    if name == "tail" and use_gradients:  # tails that are losses share one scale
-        scales = dict.fromkeys(references, torch.stack(list(scales.values())).mean())
-    for layer_name, layer in layers.items():
-        (expected,) = torch.autograd.grad(
-            5.0 / len(layers) * references[layer_name] / scales[layer_name], weights[layer_name]
-        )
+        loss = 5.0 / len(layers) * sizes[layer_name] * values[layer_name]
+        (expected,) = torch.autograd.grad(loss, weights[layer_name])
         assert (layer.weight.grad.double() - expected).norm() <= 2e-2 * expected.norm(), layer_name
+
+
+def test_tails_weighed_by_loss_are_the_predicted_loss_over_its_start(digits):
+    """Truncation by ``fisher``, whitening by ``fisher``, weights by ``loss``: all layers then share one scale."""
+    model, _, statistics = digits
+    model = copy.deepcopy(model)
+    layers = target_layers(model)
+    cut = replace(CUT, objective="fisher")
+    regulariser = Regulariser(layers, PrehabConfig(), cut)
+    regulariser.refresh(statistics)
+    before = truncate(layers, statistics, cut).summary()["predicted_loss_increase"]
+    with torch.no_grad():
+        for index, layer in enumerate(layers.values()):
+            layer.weight *= 0.5 + 0.1 * index
+    regulariser.add_gradients(0, 0.0)
+    after = truncate(layers, statistics, cut).summary()["predicted_loss_increase"]
+    assert regulariser.value == pytest.approx(after / before, rel=1e-2)
+
+
+def test_layers_take_turns_and_hold_their_gradient_in_between(digits):
+    model, _, statistics = digits
+    model = copy.deepcopy(model)
+    layers = target_layers(model)
+    regulariser = Regulariser(layers, PrehabConfig(every=4), CUT)
+    regulariser.refresh(statistics)
+
+    def gradients(step):
+        model.zero_grad()
+        regulariser.add_gradients(step, 1.0)
+        return {name: layer.weight.grad.clone() for name, layer in layers.items()}
+
+    first = gradients(0)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.weight *= 0.9
+    before, seen = first, set()
+    for step in range(1, 5):
+        now = gradients(step)
+        changed = {name for name in layers if not torch.equal(now[name], before[name])}
+        assert changed == set(list(layers)[step % 4 :: 4])
+        assert all((now[name] - 0.9 * first[name]).norm() < 1e-2 * first[name].norm() for name in changed)
+        before, seen = now, seen | changed
+    assert seen == set(layers)
+    assert regulariser.value == pytest.approx(0.81, rel=1e-3)
+    doubled = {name: 2 * gradient for name, gradient in gradients(5).items()}
+    model.zero_grad()
+    regulariser.add_gradients(9, 2.0)  # the same turn; λ is that of the step, also for what is held
+    for name, layer in layers.items():
+        assert (layer.weight.grad - doubled[name]).norm() < 1e-2 * doubled[name].norm()
+
+
+@pytest.mark.parametrize("surrogate", PROXIMAL_SURROGATES)
+@pytest.mark.parametrize("every", [1, 3])
+def test_proximal_steps_shrink_by_rate_and_turn(surrogate, every, digits):
+    model, _, statistics = digits
+    model = copy.deepcopy(model)
+    layers = target_layers(model)
+    cut = replace(CUT, objective="fisher")
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    config = PrehabConfig(surrogate=surrogate, update="proximal", every=every, layer_weights="equal")
+    regulariser = Regulariser(layers, config, cut)
+    regulariser.refresh(statistics)
+    start = truncate(layers, statistics, cut)
+    for step in range(every):
+        regulariser.shrink(step, rate=0.2)
+    end = truncate(layers, statistics, cut)
+    for old, new in zip(start.layers, end.layers, strict=True):
+        if surrogate == "tail":  # every layer had one turn, for all its steps
+            assert new.objective == pytest.approx(old.objective / (1 + 0.2 * every) ** 2, rel=1e-2)
+        else:
+            assert new.objective < old.objective
+    if surrogate == "tail":  # what truncation keeps is left alone
+        for name in layers:
+            kept, now = start.factors[name], end.factors[name]
+            original = kept.up @ kept.down
+            assert (now.up @ now.down - original).norm() < 2e-2 * original.norm()
+    assert not any(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
+
+
+def planned(layers, statistics, cut):
+    """Ranks by unit, as truncation itself would plan them."""
+    plan = plan_ranks(layers, decompose_layers(layers, statistics, cut), cut)
+    units = [*plan.shared, *((name,) for name in layers if not any(name in group for group in plan.shared))]
+    return {unit: plan.ranks[unit[0]] for unit in units if plan.ranks[unit[0]] is not None}
+
+
+@pytest.mark.parametrize("share_inputs", [True, False])
+def test_tail_follows_the_allocation_as_it_changes(share_inputs, digits):
+    model, _, statistics = digits
+    layers = target_layers(copy.deepcopy(model))
+    cut = TruncateConfig(ratio=0.7, share_inputs=share_inputs)
+    regulariser = Regulariser(layers, PrehabConfig(), cut)
+    regulariser.refresh(statistics)
+    first = dict(regulariser.ranks)
+    assert first == planned(layers, statistics, cut)
+    unit = next(unit for unit in first if "fc1" in unit[0])
+    with torch.no_grad():
+        layers[unit[0]].weight *= 3  # its loss grows ninefold, and so its claim on ranks
+    regulariser.refresh(statistics)
+    assert regulariser.ranks == planned(layers, statistics, cut) != first
+    assert unit not in regulariser.ranks or regulariser.ranks[unit] > first[unit]
+    for step in range(regulariser.config.every):
+        regulariser.add_gradients(step, 0.0)
+    assert set(regulariser.terms) == set(regulariser.ranks)
+    for other, term in regulariser.terms.items():
+        assert isinstance(term, surrogates.Tail)
+        assert term.top.shape[1] == regulariser.ranks[other]
+
+
+@pytest.mark.parametrize("whitening", WHITENINGS)
+def test_layers_with_one_down_have_one_tail(whitening, digits):
+    """The tail of the stacked weight, G block-diagonal, against autograd; and its proximal step."""
+    model, _, statistics = digits
+    model = copy.deepcopy(model)
+    layers = target_layers(model)
+    objective = "fisher" if whitening == "fisher" else "activation"
+    cut = TruncateConfig(ratio=0.7, objective=objective)
+    decomposed = decompose_layers(layers, statistics, cut)
+    regulariser = Regulariser(layers, PrehabConfig(whitening=whitening, layer_weights="equal"), cut)
+    group = next(iter(decomposed.groups))
+    plan = Plan(dict.fromkeys(layers) | dict.fromkeys(group, 9), (group,))
+    with patch("prehab_export.prehabilitation.plan_ranks", lambda *_: plan):
+        regulariser.refresh(statistics)
+    assert regulariser.ranks == {group: 9}
+    model.zero_grad()
+    regulariser.add_gradients(0, strength=1.0)
+    metrics = [layer_metric(name, layers[name], statistics, cut.gradient_shrinkage) for name in group]
+    stacked = torch.cat([dense_weight(layers[name]).detach().double() for name in group]).requires_grad_()
+    root_g = torch.block_diag(*(square_root(metric.gradient_moment) for metric in metrics))
+    if whitening == "activation":
+        root_g = torch.eye(len(stacked)).double()
+    value = reference_surrogate("tail", stacked, root_g, square_root(metrics[0].second_moment), 9)
+    (expected,) = torch.autograd.grad(value / value.detach(), stacked)
+    found = torch.cat([dense_weight(layers[name].requires_grad_()).grad for name in group]).double()
+    assert (found - expected).norm() < 1e-2 * expected.norm()
+    config = PrehabConfig(whitening=whitening, layer_weights="equal", update="proximal", every=1)
+    proximal = Regulariser(layers, config, cut)
+    with patch("prehab_export.prehabilitation.plan_ranks", lambda *_: plan):
+        proximal.refresh(statistics)
+    proximal.shrink(0, 1.0)
+    after = decompose_layers(layers, statistics, cut).groups[group].decomposition
+    before = decomposed.groups[group].decomposition
+    assert after.objective(9) == pytest.approx(before.objective(9) / 4, rel=1e-2)
+    assert float(after.spectrum[:9].sum()) == pytest.approx(float(before.spectrum[:9].sum()), rel=1e-3)
 
 
 def test_gradient_of_a_conv1d_is_transposed():
@@ -104,26 +283,52 @@ def test_gradient_of_a_conv1d_is_transposed():
     task = TASKS["text-generation"]
     batch = {"input_ids": torch.randint(0, 30, (4, 12))}
     statistics = calibrate(model.eval(), [batch], task, layers)
-    regulariser = Regulariser(layers, "tail", True, CUT)
+    regulariser = Regulariser(layers, PrehabConfig(every=1), CUT)
     regulariser.refresh(statistics)
-    regulariser.add_gradients(1.0)
+    regulariser.add_gradients(0, 1.0)
     assert all(layer.weight.grad.shape == layer.weight.shape for layer in layers.values())
-    before = regulariser.add_gradients(0.0)
+    before = regulariser.value
     with torch.no_grad():
         for layer in layers.values():
             layer.weight -= 1e-3 * layer.weight.grad / layer.weight.grad.norm()
-    assert regulariser.add_gradients(0.0) < before
+    regulariser.add_gradients(1, 0.0)
+    assert regulariser.value < before
+    proximal = Regulariser(layers, PrehabConfig(update="proximal", every=1), CUT)
+    proximal.refresh(statistics)
+    proximal.shrink(0, 1.0)
+    proximal.shrink(1, 0.0)
+    assert proximal.value < 0.5
 
 
-def test_prehab_makes_truncation_hurt_less_than_the_same_steps_of_task_loss(digits):
+def test_statistics_without_gradients_are_refused_with_the_way_out(digits):
+    model, _, statistics = digits
+    layers = target_layers(model)
+    bare = replace(statistics, gradients={})
+    for options in ({}, {"whitening": "activation"}):
+        with pytest.raises(InputError, match="--prehab-layer-weights equal"):
+            Regulariser(layers, PrehabConfig(**options), CUT).refresh(bare)
+    Regulariser(layers, PrehabConfig(whitening="activation", layer_weights="equal"), CUT).refresh(bare)
+
+
+def test_only_surrogates_with_a_proximal_map_take_proximal_steps():
+    for surrogate in SURROGATES:
+        if surrogate in PROXIMAL_SURROGATES:
+            PrehabConfig(surrogate=surrogate, update="proximal")
+        else:
+            with pytest.raises(InputError, match="proximal"):
+                PrehabConfig(surrogate=surrogate, update="proximal")
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_prehab_makes_truncation_hurt_less_than_the_same_steps_of_task_loss(update, digits):
     model, data, statistics = digits
     steps = TrainConfig(steps=60, learning_rate=1e-3)
     control = copy.deepcopy(model)
-    train(control, TASK, data.train, steps, list(control.parameters()), teacher=frozen_copy(model))
+    loss = labelled_loss(TASK, frozen_copy(model), steps.distill)
+    train(control, data.train, steps, list(control.parameters()), loss)
     prepared = copy.deepcopy(model)
-    history = prehab(
-        prepared, TASK, data.train, target_layers(prepared), statistics, PrehabConfig(train=steps, strength=30.0), CUT
-    )
+    config = PrehabConfig(train=steps, strength={"gradient": 30.0, "proximal": 100.0}[update], update=update)
+    history = prehab(prepared, TASK, data.train, target_layers(prepared), statistics, config, CUT)
     assert [row["step"] for row in history] == list(range(60))
     assert history[-1]["surrogate"] < 0.5 * history[0]["surrogate"]
     losses = {
@@ -134,14 +339,20 @@ def test_prehab_makes_truncation_hurt_less_than_the_same_steps_of_task_loss(digi
     assert losses["prehab"] < losses["nothing"]
 
 
-@pytest.mark.parametrize("schedule", ["constant", "warmup"])
-@pytest.mark.parametrize("surrogate", SURROGATES)
-def test_every_surrogate_and_schedule_runs_and_repeats(surrogate, schedule, digits):
+COURSES = [(name, "gradient", "constant") for name in SURROGATES] + [
+    ("tail", "gradient", "warmup"),
+    *((name, "proximal", "constant") for name in PROXIMAL_SURROGATES),
+]
+
+
+@pytest.mark.parametrize(("surrogate", "update", "schedule"), COURSES)
+def test_every_surrogate_update_and_schedule_runs_and_repeats(surrogate, update, schedule, digits):
     model, data, statistics = digits
     config = PrehabConfig(
         train=TrainConfig(steps=4),
         surrogate=surrogate,
         schedule=schedule,
+        update=update,
         refresh_every=2,
         refresh_samples=16,
         strength=1.0,
@@ -196,7 +407,7 @@ def test_training_touches_only_what_it_is_given(digits):
     own = copy.deepcopy(model)
     own.classifier.requires_grad_(False)
     before = {name: value.clone() for name, value in own.state_dict().items()}
-    train(own, TASK, data.train, TrainConfig(steps=2, distill=0.0), [own.vit.layers[0].mlp.fc1.weight])
+    train(own, data.train, Schedule(steps=2), [own.vit.layers[0].mlp.fc1.weight], LOSS)
     changed = [name for name, value in own.state_dict().items() if not torch.equal(value, before[name])]
     assert changed == ["vit.layers.0.mlp.fc1.weight"]
     assert not own.classifier.weight.requires_grad
@@ -208,4 +419,4 @@ def test_a_diverging_run_says_what_to_change(digits):
     own = copy.deepcopy(model)
     own.classifier.weight.data.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="learning rate"):
-        train(own, TASK, data.train, TrainConfig(steps=1, distill=0.0), list(own.parameters()))
+        train(own, data.train, Schedule(steps=1), list(own.parameters()), LOSS)

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -82,7 +82,7 @@ def export_onnx(
     with _as_found(model), torch.no_grad():
         traced = _Traced(model, task, text_inputs, image_size)
         graph = _trace(traced, _attention(traced) if fuse else PLAIN_ATTENTION, FUSED_OPSET if fuse else PLAIN_OPSET)
-        _optimise(graph, fuse, _tensor_names(model))
+        _optimise(graph, fuse, _first_names(model))
         size = _publish(graph, path, external_data_threshold)
     return OnnxExport(
         path=path,
@@ -181,17 +181,19 @@ def _reason(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _tensor_names(model: PreTrainedModel) -> frozenset[str]:
+def _first_names(model: PreTrainedModel) -> dict[str, str]:
+    """Every name of a parameter or buffer → the first name of that very tensor."""
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return frozenset(name for name, _ in tensors)
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
 
 
-def _optimise(graph: ir.Model, fused: bool, weights: frozenset[str]) -> None:
+def _optimise(graph: ir.Model, fused: bool, first_names: Mapping[str, str]) -> None:
     with _quiet():
-        restore_weight_names(graph.graph, prefix="model.")
+        restore_weight_names(graph.graph, "model.", first_names)
         store_transposed(graph)
         (fuse_graph if fused else simplify_graph)(graph)
-        tidy(graph, weights)
+        tidy(graph, frozenset(first_names))
 
 
 @contextmanager

@@ -35,7 +35,8 @@ FUSED_OPERATORS = frozenset(
 
 
 def simplify_graph(model: ir.Model) -> None:
-    """Fold constants and drop what nothing reads; standard operators only. In place."""
+    """Fold constants, drop what nothing reads, compute once what is computed twice (``down(x)`` of layers that share
+    their ``down``); standard operators only. In place."""
     optimize(model)
     CommonSubexpressionEliminationPass()(model)
 

@@ -1,9 +1,12 @@
 """Names in a graph: weights keep the names they have in the model, everything else is numbered.
 
 A weight appears under its ``state_dict`` name. ONNX multiplies from the left (x @ W), so the weight of an
-``nn.Linear`` is stored transposed, and then its name ends in ``.T``: ``…query.down.weight.T`` is in×rank. What
-the exporter or a fusion made up has no such name and is called ``constant_{i}``.
+``nn.Linear`` is stored transposed, and then its name ends in ``.T``: ``…query.down.weight.T`` is in×rank. A weight
+with several names, as a ``down`` that layers share, has the first one. What the exporter or a fusion made up has no
+such name and is called ``constant_{i}``.
 """
+
+from collections.abc import Mapping
 
 import onnx_ir as ir
 import torch
@@ -13,12 +16,13 @@ from onnx_ir.tensor_adapters import TorchTensor
 TRANSPOSED = ".T"
 
 
-def restore_weight_names(graph: ir.Graph, prefix: str) -> None:
-    """Take the wrapper's prefix off the initialisers' names."""
+def restore_weight_names(graph: ir.Graph, prefix: str, first_names: Mapping[str, str]) -> None:
+    """Take the wrapper's prefix off the initialisers' names, and of a weight's several names take the first."""
     for value in list(graph.initializers.values()):
         assert value.name is not None
         if value.name.startswith(prefix):
-            _rename_initializer(graph, value, value.name.removeprefix(prefix))
+            name = value.name.removeprefix(prefix)
+            _rename_initializer(graph, value, first_names.get(name, name))
 
 
 def store_transposed(model: ir.Model) -> None:

@@ -1,0 +1,116 @@
+"""From a dense model and its moments to the factors that replace it: all that happens before training.
+
+Objectives by measurement where asked (``objective_choice``), ranks and factors in closed form (``truncation``), then
+the same ranks again along the compressed model (``drift``), with block-wise refinement where asked (``refinement``).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from converters.lowrank import DenseLinear
+from prehab_export.block_walk import NotAChain
+from prehab_export.config import RefineConfig, TruncateConfig
+from prehab_export.data import Samples
+from prehab_export.drift import truncate_along
+from prehab_export.objective_choice import KindTrial, choose_objectives, kinds_of
+from prehab_export.refinement import block_refiner
+from prehab_export.statistics import Statistics
+from prehab_export.tasks import Task
+from prehab_export.truncation import Decompositions, Truncation, decompose_layers, truncate
+
+# (what is being done, how many steps it has) → within it, called with the number of steps done.
+Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
+
+
+@contextmanager
+def silent(_what: str, _steps: int) -> Iterator[Callable[..., None]]:
+    """Progress that nobody watches."""
+    yield lambda _done=1: None
+
+
+@dataclass(frozen=True)
+class Samplesets:
+    """calibration: what the moments came from. judging: samples that calibration did not see."""
+
+    calibration: Samples
+    judging: Samples
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Compression:
+    """The truncation, what was measured on the way, and what the user should know."""
+
+    truncation: Truncation
+    trials: list[KindTrial] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        facts = {"objective_trials": [asdict(trial) for trial in self.trials], "warnings": self.warnings}
+        return self.truncation.summary() | facts
+
+
+def compress(
+    model: nn.Module,
+    task: Task,
+    layers: Mapping[str, DenseLinear],
+    statistics: Statistics,
+    samples: Samplesets,
+    config: TruncateConfig,
+    refine: RefineConfig | None = None,
+    *,
+    decomposed: Decompositions | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Compression:
+    """Factors for every targeted layer of ``model``, which is left as it is.
+
+    Args:
+        refine: its block-wise part is done here.
+        decomposed: decompositions of these very weights and moments, when at hand.
+        progress: makes the progress bar of each part.
+
+    Raises:
+        InputError: gradient moments are needed and missing, or every layer would stay dense.
+    """
+    trials: list[KindTrial] = []
+    objectives: dict[str, str] = {}
+    if decomposed is None and config.objective == "auto":
+        with progress("choose objectives", len(kinds_of(model, layers))) as advance:
+            objectives, trials = choose_objectives(
+                model,
+                task,
+                samples.judging,
+                layers,
+                statistics,
+                config,
+                batch_size=samples.batch_size,
+                progress=advance,
+            )
+    if decomposed is None:
+        with progress("decompose", len(layers)) as advance:
+            decomposed = decompose_layers(layers, statistics, config, objectives, progress=advance)
+    plan = truncate(layers, statistics, config, decomposed=decomposed)
+    if not config.drift_correction:
+        return Compression(plan, trials)
+    refiner = None if refine is None or not refine.block_steps else block_refiner(refine, seed)
+    try:
+        with progress("truncate", len(layers)) as advance:
+            along = truncate_along(
+                model,
+                samples.calibration.batches(samples.batch_size),
+                task,
+                layers,
+                statistics,
+                plan,
+                config.gradient_shrinkage,
+                after_block=refiner,
+                progress=advance,
+            )
+    except NotAChain as reason:
+        return Compression(plan, trials, [f"drift is not corrected: {reason}"])
+    return Compression(along, trials)

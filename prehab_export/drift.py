@@ -1,0 +1,219 @@
+"""Truncation that knows what the layers before it have become.
+
+A layer behind compressed ones sees x', not x. Taken block by block and input by input, each layer is fitted to what
+the dense model computes from *its* inputs: with moments centred where a bias takes the mean,
+
+    minimise E‖G^½ (y − Ŵ x')‖²,   y = W x (+ h − h' for a layer that writes to a residual stream h)
+    W* = (E[y x'ᵀ] + εW) (C' + εI)⁻¹,   C' = E[x' x'ᵀ]
+    Ŵ  = the best rank-r factors of W* in the metric (C', G)
+
+The anchored solution without h and with G = I is that of AA-SVD (arXiv 2604.02119) and SAES-SVD. Two things are added.
+The gradient moment G weighs the outputs, as in plain truncation. And a layer that writes to a residual stream makes
+up for what the stream itself has lost so far: its target moves by the stream's drift, so that errors are corrected
+at every block rather than carried to the end. The ridge ε pulls W* towards W, not towards zero, in directions that
+the sample hardly shows.
+
+Ranks and objectives come from the truncation of the dense model (``truncation.truncate``), and so do the factors of
+layers that this cannot reach: those outside the blocks, and those that see other tokens in the two models (experts).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+
+from converters.lowrank import DenseLinear, Factors, dense_weight, factorize, factors_of
+from prehab_export.activations import frozen, valid_rows
+from prehab_export.allocation import Group
+from prehab_export.block_walk import Block, BlockWalk, find_blocks
+from prehab_export.decomposition import damped, decompose, decompose_jointly, objective_value
+from prehab_export.statistics import Statistics
+from prehab_export.tasks import Batch, Task
+from prehab_export.training import frozen_copy
+from prehab_export.truncation import INPUT_DAMPING, Refit, Truncation, gradient_metric, stored_factors
+
+# ε as a share of the mean diagonal of C'.
+RIDGE = 1e-2
+
+
+@dataclass
+class _Moments:
+    """Sums over tokens for the layers of one input, float64; x is the dense model's input, x' the student's."""
+
+    outer: Tensor  # n×n: x' x'ᵀ
+    cross: Tensor  # n×n: x x'ᵀ
+    dense: Tensor  # n: x
+    student: Tensor  # n: x'
+    drift_cross: dict[str, Tensor] = field(default_factory=dict)  # m×n a layer: (h − h') x'ᵀ
+    drift: dict[str, Tensor] = field(default_factory=dict)  # m a layer: h − h'
+    tokens: int = 0
+
+    @classmethod
+    def zero(cls, width: int, device: torch.device) -> "_Moments":
+        square, flat = (torch.zeros(*shape, dtype=torch.float64, device=device) for shape in ((width, width), (width,)))
+        return cls(square, square.clone(), flat, flat.clone())
+
+    def add_drift(self, name: str, cross: Tensor, total: Tensor) -> None:
+        if name in self.drift:
+            self.drift_cross[name] += cross
+            self.drift[name] += total
+        else:
+            self.drift_cross[name], self.drift[name] = cross.double(), total.double()
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Regression of one layer on x': W* (m×n), its metric (n×n), and how its bias follows from the weight chosen."""
+
+    weight: Tensor
+    second_moment: Tensor
+    output_mean: Tensor  # m: mean of y − bias
+    input_mean: Tensor | None  # n: mean of x'; None where no bias can take it
+
+    def bias(self, old: Tensor | None, *matrices: Tensor) -> Tensor | None:
+        """The bias that goes with the product of these matrices as the weight."""
+        if old is None or self.input_mean is None:
+            return None
+        applied = reduce(lambda x, matrix: matrix @ x, reversed(matrices), self.input_mean)
+        return (old.double() + self.output_mean - applied).to(old.dtype)
+
+
+@torch.no_grad()
+def truncate_along(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    task: Task,
+    layers: Mapping[str, DenseLinear],
+    statistics: Statistics,
+    plan: Truncation,
+    gradient_shrinkage: float,
+    *,
+    after_block: Callable[[BlockWalk, Block], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Truncation:
+    """The truncation ``plan`` again, each layer fitted to the inputs that the compressed model gives it.
+
+    Args:
+        model: the dense model, left as it is.
+        batches: the calibration sample.
+        plan: ranks and objectives of every layer.
+        gradient_shrinkage: as in ``TruncateConfig``.
+        after_block: called when a block of the student has its factors, before the walk goes on.
+        progress: called with the number of layers done, after each group of layers.
+
+    Raises:
+        NotAChain: the model's blocks cannot be run one by one.
+    """
+    blocks = find_blocks(model, layers)
+    results = {result.name: result for result in plan.layers}
+    inside = {name for block in blocks for name in block.layers}
+    refits: dict[str, Refit] = {}
+    student = frozen_copy(model)
+    factorize(student, {name: pair for name, pair in plan.factors.items() if name not in inside})
+    with frozen(model):
+        walk = BlockWalk(model, student, task, batches, blocks)
+        for block in blocks:
+            for members in _by_input(walk.order[block.name], statistics):
+                moments = _gather(walk, block, members)
+                part = Truncation({}, [])
+                for unit in _units(members, plan.shared):
+                    if moments is None:  # nothing to fit to: the plan's own factors
+                        part.factors.update({name: plan.factors[name] for name in unit if name in plan.factors})
+                        continue
+                    fits = [_regress(name, layers[name], moments) for name in unit]
+                    if (rank := results[unit[0]].rank) is None:
+                        part.refits[unit[0]] = _refit(layers[unit[0]], fits[0])
+                        continue
+                    fisher = results[unit[0]].metric == "fisher"
+                    gs = [gradient_metric(n, statistics, gradient_shrinkage) if fisher else None for n in unit]
+                    for name, fit, g, pair in zip(unit, fits, gs, _factors(unit, layers, fits, gs, rank), strict=True):
+                        part.factors[name] = pair
+                        delta = fit.weight - pair.up.double() @ pair.down.double()
+                        value = objective_value(delta, fit.second_moment, g)
+                        results[name] = replace(results[name], objective=value)
+                part.apply(student)
+                refits |= part.refits
+                if progress is not None:
+                    progress(len(members))
+            if after_block is not None:
+                after_block(walk, block)
+            walk.advance(block)
+    return Truncation(factors_of(student), list(results.values()), refits, plan.shared)
+
+
+def _by_input(names: Sequence[str], statistics: Statistics) -> list[list[str]]:
+    """Layers with one input together, in the order given."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(statistics.groups[name], []).append(name)
+    return list(groups.values())
+
+
+def _gather(walk: BlockWalk, block: Block, members: Sequence[str]) -> _Moments | None:
+    """Moments of the members' common input in both models; None where the two may see different tokens."""
+    sums: _Moments | None = None
+    leader = members[0]
+    for dense, student, mask, tokens in walk.observe(block, members):
+        if leader not in dense.inputs or leader not in student.inputs:
+            return None
+        x, own = dense.inputs[leader], student.inputs[leader]
+        # An expert sees the tokens that were sent to it, which need not be the same ones in the two models.
+        if x.shape != own.shape or x[..., 0].numel() != tokens:
+            return None
+        rows, own_rows = valid_rows(x, mask), valid_rows(own, mask)
+        sums = sums or _Moments.zero(x.shape[-1], x.device)
+        sums.outer += own_rows.T @ own_rows
+        sums.cross += rows.T @ own_rows
+        sums.dense += rows.sum(0)
+        sums.student += own_rows.sum(0)
+        sums.tokens += rows.shape[0]
+        for name in members:
+            if name in dense.residuals and name in student.residuals:
+                lost = valid_rows(dense.residuals[name] - student.residuals[name], mask)
+                sums.add_drift(name, lost.T @ own_rows, lost.sum(0))
+    return sums
+
+
+def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Fit:
+    """W* of one layer: what it would best be, were it still dense."""
+    w, count = dense_weight(layer).double(), sums.tokens
+    c, k = sums.outer / count, sums.cross / count
+    x, own = sums.dense / count, sums.student / count
+    target, output_mean = w @ k, w @ x
+    if name in sums.drift:
+        target = target + sums.drift_cross[name] / count
+        output_mean = output_mean + sums.drift[name] / count
+    if layer.bias is not None:
+        c = c - torch.outer(own, own)
+        target = target - torch.outer(output_mean, own)
+    ridge = RIDGE * c.diagonal().mean()
+    regular = damped(c, RIDGE)
+    fitted = torch.linalg.solve(regular, target + ridge * w, left=False)
+    return _Fit(fitted, damped(c, INPUT_DAMPING), output_mean, None if layer.bias is None else own)
+
+
+def _refit(layer: DenseLinear, fit: _Fit) -> Refit:
+    return Refit(fit.weight.to(layer.weight.dtype), fit.bias(layer.bias, fit.weight))
+
+
+def _factors(
+    unit: Group, layers: Mapping[str, DenseLinear], fits: Sequence[_Fit], gradients: Sequence[Tensor | None], rank: int
+) -> list[Factors]:
+    """The factors of W* at this rank; of several layers with one ``down``, together."""
+    if len(unit) == 1:
+        up, down = decompose(fits[0].weight, fits[0].second_moment, gradients[0]).truncated(rank)
+        ups: Sequence[Tensor] = (up,)
+    else:
+        weights, known = [fit.weight for fit in fits], [g for g in gradients if g is not None]
+        ups, down = decompose_jointly(weights, fits[0].second_moment, known or None).truncated(rank)
+    triples = zip(unit, fits, ups, strict=True)
+    biases = [fit.bias(layers[name].bias, up, down) for name, fit, up in triples]
+    return stored_factors(ups, down, biases, layers[unit[0]].weight.dtype)
+
+
+def _units(members: Sequence[str], shared: Sequence[Group]) -> list[Group]:
+    """The members one by one, but those that share a ``down`` together."""
+    group_of = {name: group for group in shared for name in group}
+    return list(dict.fromkeys(group_of.get(name, (name,)) for name in members))

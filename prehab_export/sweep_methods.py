@@ -1,0 +1,39 @@
+"""The methods that a sweep can compare, by name. Light: the command line lists them without loading torch."""
+
+from dataclasses import dataclass, replace
+
+from prehab_export.config import TruncateConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """A choice of truncation. ``refined``: followed by end-to-end refinement of the factors."""
+
+    name: str
+    objective: str
+    allocation: str
+    drift_correction: bool = False
+    refined: bool = False
+
+    def at(self, ratio: float, base: TruncateConfig) -> TruncateConfig:
+        """``base`` with this method's choices."""
+        return replace(
+            base,
+            ratio=ratio,
+            objective=self.objective,
+            allocation=self.allocation,
+            drift_correction=self.drift_correction,
+        )
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("svd", "weight", "uniform"),
+        Method("svd-llm", "activation", "uniform"),
+        Method("fisher-uniform", "fisher", "uniform"),
+        Method("fisher", "fisher", "loss"),
+        Method("drift", "fisher", "loss", drift_correction=True),
+        Method("refined", "fisher", "loss", drift_correction=True, refined=True),
+    )
+}

@@ -1,0 +1,226 @@
+"""Drift-anchored truncation: the walk through the blocks, the regression, and what it does for a whole model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_models import build, logits
+from torch import nn
+
+from converters.lowrank import dense_weight
+from converters.targets import target_layers
+from prehab_export.block_walk import BlockWalk, NotAChain, find_blocks
+from prehab_export.calibration import calibrate
+from prehab_export.config import TruncateConfig
+from prehab_export.drift import RIDGE, truncate_along
+from prehab_export.tasks import TASKS
+from prehab_export.training import frozen_copy
+from prehab_export.truncation import Plan, decompose_layers, plan_ranks, truncate
+
+TEXT, IMAGE, CLASSIFY = (TASKS[n] for n in ("text-generation", "image-classification", "text-classification"))
+FAMILIES = {"llama": TEXT, "gpt2": TEXT, "opt": TEXT, "qwen2": TEXT, "bert": CLASSIFY, "vit": IMAGE}
+STRONG = TruncateConfig(ratio=0.7)
+
+
+def batches_for(task, count=6, size=8, padded=False):
+    generator = torch.Generator().manual_seed(3)
+    result = []
+    for _ in range(count):
+        labels = torch.randint(0, 2, (size,), generator=generator)
+        if task is IMAGE:
+            result.append({"pixel_values": torch.randn(size, 3, 16, 16, generator=generator), "labels": labels})
+            continue
+        batch = {"input_ids": torch.randint(2, 50, (size, 12), generator=generator)}
+        if task is CLASSIFY:
+            lengths = torch.randint(4, 12, (size, 1), generator=generator) if padded else torch.full((size, 1), 12)
+            batch |= {"attention_mask": (torch.arange(12) < lengths).long(), "labels": labels}
+        result.append(batch)
+    return result
+
+
+def prepared(family, padded=False, config=STRONG):
+    task, model = FAMILIES[family], build(family)
+    batches, layers = batches_for(task, padded=padded), target_layers(model)
+    statistics = calibrate(model, batches, task, layers)
+    return model, task, batches, layers, statistics, truncate(layers, statistics, config)
+
+
+def along(model, task, batches, layers, statistics, plan):
+    return truncate_along(model, batches, task, layers, statistics, plan, STRONG.gradient_shrinkage)
+
+
+def divergence(model, other, task, batches):
+    with torch.no_grad():
+        rows = [[task.unit_logits(task.logits(m, b), b).log_softmax(-1) for m in (other, model)] for b in batches]
+    return sum(nn.functional.kl_div(q, p, log_target=True, reduction="batchmean").item() for q, p in rows) / len(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_walk_meets_the_model_itself(family):
+    """Block by block it sees the inputs that a whole pass gives each layer, and ends at the same states."""
+    model, task, batches, layers, *_ = prepared(family)
+    blocks = find_blocks(model, layers)
+    expected, outputs = {}, {}
+    handles = [
+        layer.register_forward_hook(lambda _m, args, _o, name=name: expected.__setitem__(name, args[0]))
+        for name, layer in layers.items()
+    ]
+    handles += [
+        model.get_submodule(block.name).register_forward_hook(
+            lambda _m, _a, out, name=block.name: outputs.__setitem__(name, out[0] if isinstance(out, tuple) else out)
+        )
+        for block in blocks
+    ]
+    with torch.no_grad():
+        task.logits(model, batches[-1])
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        walk = BlockWalk(model, frozen_copy(model), task, batches, blocks)
+        for block in blocks:
+            assert sorted(walk.order[block.name]) == sorted(block.layers)
+            for name in block.layers:
+                *_, (dense, student, _mask, _positions) = walk.observe(block, [name])
+                torch.testing.assert_close(dense.inputs[name], expected[name])
+                torch.testing.assert_close(student.inputs[name], expected[name])
+            walk.advance(block)
+            torch.testing.assert_close(walk.dense_states[-1], outputs[block.name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_residual_stream_is_found_without_names(family):
+    """For the last layer of a block before a norm, output + residual is what comes next; q and k have none."""
+    model, task, batches, layers, *_ = prepared(family)
+    blocks = find_blocks(model, layers)
+    with torch.no_grad():
+        walk = BlockWalk(model, frozen_copy(model), task, batches, blocks)
+        block, writers = blocks[0], []
+        for name in walk.order[block.name]:
+            *_, (dense, *_rest) = walk.observe(block, [name])
+            if name in dense.residuals:
+                writers.append(name)
+                last = dense.residuals[name] + model.get_submodule(name)(dense.inputs[name])
+        walk.advance(block)
+    assert len(writers) == 2  # attention's output projection, and the MLP's
+    assert writers[-1] == walk.order[block.name][-1]
+    if family == "bert":  # the norm comes after the sum
+        with torch.no_grad():
+            last = model.get_submodule(block.name).output.LayerNorm(last)
+    torch.testing.assert_close(walk.dense_states[-1].flatten(0, -2), last.flatten(0, -2))
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_first_layers_are_those_of_plain_truncation(family):
+    """Nothing before them is compressed, so x' = x, W* = W, and the plan's factors are the answer already."""
+    uniform = replace(STRONG, allocation="uniform")
+    model, task, batches, layers, statistics, plan = prepared(family, padded=family == "bert", config=uniform)
+    result = along(model, task, batches, layers, statistics, plan)
+    first = next(iter(layers))
+    expected, found = plan.factors[first], result.factors[first]
+    torch.testing.assert_close(found.up @ found.down, expected.up @ expected.down, rtol=1e-4, atol=1e-5)
+    if expected.bias is not None:
+        torch.testing.assert_close(found.bias, expected.bias, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_stays_dense_is_the_ridge_regression_on_its_inputs():
+    """Against a float64 least-squares solution of the augmented system; the stream's drift is in the target."""
+    model, task, batches, layers, statistics, plan = prepared("llama")
+    last = list(layers)[-1]
+    kept = [result for result in plan.layers if result.name != last]
+    dense_last = next(result for result in plan.layers if result.name == last)
+    plan = replace(
+        plan,
+        factors={name: pair for name, pair in plan.factors.items() if name != last},
+        layers=[*kept, replace(dense_last, rank=None)],
+    )
+    result = along(model, task, batches, layers, statistics, plan)
+    student = result.apply(frozen_copy(model))
+    seen = {}
+    for which, one in (("dense", model), ("student", student)):
+        block, layer = one.model.layers[-1], one.get_submodule(last)
+        handles = [
+            layer.register_forward_hook(
+                lambda _m, a, o, w=which: seen.setdefault(w, []).append([a[0].double(), o.double()])
+            ),
+            block.register_forward_hook(lambda _m, _a, o, w=which: seen[w][-1].append(o.double())),
+        ]
+        with torch.no_grad():
+            for batch in batches:
+                task.logits(one, batch)
+        for handle in handles:
+            handle.remove()
+
+    def rows(which, pick):
+        return torch.cat([pick(entry).flatten(0, 1) for entry in seen[which]])
+
+    own = rows("student", lambda e: e[0])
+    stream = rows("dense", lambda e: e[2] - e[1]) - rows("student", lambda e: e[2] - e[1])
+    target = rows("dense", lambda e: e[1]) + stream
+    w = dense_weight(layers[last]).detach().double()
+    ridge = (RIDGE * own.square().mean(0).mean() * len(own)).sqrt()
+    system = torch.cat([own, ridge * torch.eye(own.shape[1], dtype=torch.float64)])
+    solution = torch.linalg.lstsq(system, torch.cat([target, ridge * w.T])).solution.T
+    assert (result.refits[last].weight - solution).norm() < 1e-3 * solution.norm()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_compressed_model_comes_closer_to_the_dense_one(family):
+    model, task, batches, layers, statistics, plan = prepared(family, padded=True)
+    result = along(model, task, batches, layers, statistics, plan)
+    assert result.ranks == plan.ranks
+    plain, corrected = plan.apply(frozen_copy(model)), result.apply(frozen_copy(model))
+    assert divergence(model, corrected, task, batches) < divergence(model, plain, task, batches)
+
+
+def test_layers_that_share_their_down_go_on_sharing_it():
+    """And fit at least as well as any other choice at that rank: the objective is that of the joint decomposition."""
+    model, task, batches, layers, statistics, _ = prepared("llama")
+    decomposed = decompose_layers(layers, statistics, STRONG)
+    group = next(iter(decomposed.groups))
+    ranks = plan_ranks(layers, decomposed, replace(STRONG, allocation="uniform")).ranks
+    shared = Plan({**ranks, **dict.fromkeys(group, 5)}, (group,))
+    plan = truncate(layers, statistics, STRONG, decomposed=decomposed, plan=shared)
+    result = along(model, task, batches, layers, statistics, plan)
+    assert result.shared == (group,)
+    downs = [result.factors[name].down for name in group]
+    assert all(down is downs[0] for down in downs)
+    assert downs[0].shape[0] == 5
+    for name in group:  # of the first block: nothing before it has drifted
+        expected, found = plan.factors[name], result.factors[name]
+        torch.testing.assert_close(found.up @ found.down, expected.up @ expected.down, rtol=1e-3, atol=1e-4)
+    corrected = result.apply(frozen_copy(model))
+    assert divergence(model, corrected, task, batches) < divergence(model, plan.apply(frozen_copy(model)), task, batches)
+
+
+def test_padding_does_not_count():
+    model, task, batches, layers, statistics, plan = prepared("bert", padded=True)
+    longer = [
+        {
+            "input_ids": nn.functional.pad(batch["input_ids"], (0, 5), value=7),
+            "attention_mask": nn.functional.pad(batch["attention_mask"], (0, 5)),
+            "labels": batch["labels"],
+        }
+        for batch in batches
+    ]
+    one = along(model, task, batches, layers, statistics, plan)
+    two = along(model, task, longer, layers, statistics, plan)
+    for name, pair in one.factors.items():
+        other = two.factors[name]
+        product = pair.up @ pair.down
+        assert (product - other.up @ other.down).norm() < 1e-2 * product.norm()
+
+
+def test_the_dense_model_is_left_alone():
+    model, task, batches, layers, statistics, plan = prepared("gpt2")
+    before, flags = logits(model), [p.requires_grad for p in model.parameters()]
+    along(model, task, batches, layers, statistics, plan)
+    assert torch.equal(before, logits(model))
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_blocks_that_are_no_chain_are_refused():
+
+    model, task, batches, layers, _statistics, _plan = prepared("llama")
+    model.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] * 1.5, *args[1:]))
+    with pytest.raises(NotAChain, match=r"layers\.1"):
+        BlockWalk(model, model, task, batches, find_blocks(model, layers))
