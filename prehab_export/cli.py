@@ -144,6 +144,19 @@ RUN_OPTIONS: list[Option] = [
     option("--surrogate", "prehab.surrogate", "Smooth stand-in for rank.", type=_choice(options.SURROGATES)),
     option("--prehab-schedule", "prehab.schedule", "Course of λ.", type=_choice(options.SCHEDULES)),
     option("--prehab-whitening", "prehab.whitening", "Metric of the surrogate.", type=_choice(options.WHITENINGS)),
+    option(
+        "--prehab-update",
+        "prehab.update",
+        "Add the surrogate's gradient to the task's, or shrink the weight directly.",
+        type=_choice(options.UPDATES),
+    ),
+    option("--prehab-every", "prehab.every", "Each layer's surrogate is evaluated once in so many steps."),
+    option(
+        "--prehab-layer-weights",
+        "prehab.layer_weights",
+        "What a layer's own λ is in proportion to.",
+        type=_choice(options.LAYER_WEIGHTS),
+    ),
     option("--prehab-refresh", "prehab.refresh_every", "Steps between fresh moments."),
     option("--prehab-lr", "prehab.train.learning_rate", "Peak learning rate of prehab."),
     option("--prehab-batch-size", "prehab.train.batch_size", "Samples a step of prehab."),
@@ -314,8 +327,8 @@ def sweep(model: str | None, ratios: tuple[float, ...], methods: tuple[str, ...]
     """
     as_json = flags.pop("as_json")
     config, output = _parsed(model, flags, inherit=True)
-    from prehab_export.sweep import print_sweep
-    from prehab_export.sweep import sweep as run_sweep
+    from prehab_export.sweeping import print_sweep
+    from prehab_export.sweeping import sweep as run_sweep
 
     folder = run_sweep(config, output, methods, ratios)
     result = json.loads((folder / "sweep.json").read_text())

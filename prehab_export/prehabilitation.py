@@ -23,7 +23,7 @@ from prehab_export.data import Samples
 from prehab_export.decomposition import objective_value
 from prehab_export.statistics import Statistics
 from prehab_export.tasks import Task
-from prehab_export.training import _one_cycle, frozen_copy, labelled_loss, train
+from prehab_export.training import one_cycle, frozen_copy, labelled_loss, train
 from prehab_export.truncation import Decompositions, Metric, decompose_layers, layer_metric, plan_ranks
 
 # λ climbs by this factor over the warm-up half of the run.
@@ -87,7 +87,7 @@ def prehab(
             row |= evaluate(model)
         strength = _strength(step, config)
         if config.update == "proximal":
-            regulariser.shrink(step, strength * config.train.learning_rate * _one_cycle(step, config.train))
+            regulariser.shrink(step, strength * config.train.learning_rate * one_cycle(step, config.train))
         else:
             regulariser.add_gradients(step, strength)
         return row | {"surrogate": regulariser.value, "strength": strength}

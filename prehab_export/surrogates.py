@@ -139,12 +139,13 @@ class Tail:
     def evaluate(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         rows, moved = self._followed(weight)
         rest = moved - self.top @ (self.top.T @ moved)
-        return (rows * rest).sum(), self.frame.gradient(2 * rest)
+        # Right to float32's noise in ‖M‖_F²; projecting both factors would cost as much again as following does.
+        return (rows * rest).sum().clamp_min(0), self.frame.gradient(2 * rest)
 
     def shrink(self, weight: Tensor, rate: float) -> tuple[Tensor, Tensor]:
         rows, moved = self._followed(weight)
         rest = rows - self.top @ (self.top.T @ rows)
-        return (rest * moved).sum(), self.frame.shifted(weight, (1 / (1 + rate) - 1) * rest)
+        return (rest * moved).sum().clamp_min(0), self.frame.shifted(weight, (1 / (1 + rate) - 1) * rest)
 
     def _followed(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates of W and the same times the far metric, after one subspace iteration with their Gram matrix

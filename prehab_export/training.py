@@ -64,7 +64,7 @@ def optimise(
         FloatingPointError: the loss is NaN or Inf.
     """
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _one_cycle(step, schedule))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, schedule))
     history = []
     for step in range(schedule.steps):
         optimizer.zero_grad(set_to_none=True)
@@ -137,7 +137,8 @@ def divergence(logits: Tensor, target: Tensor) -> Tensor:
     )
 
 
-def _one_cycle(step: int, schedule: Schedule) -> float:
+def one_cycle(step: int, schedule: Schedule) -> float:
+    """The learning rate at a step, relative to its peak: a linear warm-up, then a cosine to zero."""
     warmup = max(1, round(schedule.warmup * schedule.steps))
     if step < warmup:
         return (step + 1) / warmup

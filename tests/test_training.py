@@ -122,7 +122,7 @@ def test_gradient_in_the_weight_is_that_of_the_weighted_normalised_mean(name, us
     regulariser.refresh(statistics)
     model.zero_grad()
     regulariser.add_gradients(0, strength=5.0)
-    assert regulariser.value == pytest.approx(1.0, rel=1e-3)
+    assert regulariser.value == pytest.approx(1.0, rel=5e-3)
     weights, values, sizes = references(name, model, statistics, use_gradients, kind)
     for layer_name, layer in layers.items():
         loss = 5.0 / len(layers) * sizes[layer_name] * values[layer_name]
