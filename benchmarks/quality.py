@@ -78,18 +78,22 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Options:
-    steps: int
-    batch_size: int
-    lr: float
-    tune_lr: float
-    distill: float
-    surrogate: str
-    strength: float
-    whitening: str
-    schedule: str
-    calibration_samples: int
-    fisher_labels: str
-    held_out_seed: int = 0
+    """What all rows of one file have in common. lr: peak rate before the cut, tune_lr: after it."""
+
+    steps: int = 150
+    batch_size: int = 64
+    lr: float = 3e-4
+    tune_lr: float = 1e-3
+    distill: float = 0.5
+    surrogate: str = px.PrehabConfig.surrogate
+    strength: float = px.PrehabConfig.strength
+    whitening: str = px.PrehabConfig.whitening
+    schedule: str = px.PrehabConfig.schedule
+    update: str = px.PrehabConfig.update
+    layer_weights: str = px.PrehabConfig.layer_weights
+    refresh_every: int = px.PrehabConfig.refresh_every
+    calibration_samples: int = 512
+    fisher_labels: str = "data"
 
 
 class Bench:
@@ -99,8 +103,14 @@ class Bench:
         self.model, self.task, self.options = model, task, options
         self.evaluation_batch = data.batch_size
         self.data = px.load_data(data, task, processor, model.config, seed=0)
-        self.held_out, self.training = held_out_split(self.data.train, options.held_out_seed)
-        self.calibration = self.training.subset(min(options.calibration_samples, len(self.training)), 0)
+        self.held_out, self.training = held_out_split(self.data.train, 0)
+        self.processor = processor
+        self.use_calibration(self.training.subset(min(options.calibration_samples, len(self.training)), 0))
+
+    def use_calibration(self, samples: Samples) -> None:
+        """Calibrate on these from now on."""
+        self.calibration = samples
+        self.__dict__.pop("statistics", None)
         self.decomposed: tuple[str, Decompositions] = ("", Decompositions({}))
 
     @cached_property
@@ -177,6 +187,9 @@ class Bench:
                         strength=options.strength,
                         whitening=options.whitening,
                         schedule=options.schedule,
+                        update=options.update,
+                        layer_weights=options.layer_weights,
+                        refresh_every=options.refresh_every,
                     ),
                     METHODS[recipe.cut].at(ratio, px.TruncateConfig()),
                     fisher_labels=options.fisher_labels,
@@ -236,17 +249,20 @@ def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> I
 @click.option("--recipe", "recipes", type=click.Choice(list(RECIPES)), multiple=True, required=True)
 @click.option("--ratio", "ratios", type=float, multiple=True, required=True)
 @click.option("--seeds", type=int, default=1)
-@click.option("--steps", type=int, default=150)
-@click.option("--batch-size", type=int, default=64)
-@click.option("--lr", type=float, default=3e-4, help="Peak rate before the cut.")
-@click.option("--tune-lr", type=float, default=1e-3, help="Peak rate after the cut.")
-@click.option("--distill", type=float, default=0.5)
-@click.option("--surrogate", default="tail")
-@click.option("--prehab-lambda", "strength", type=float, default=300.0)
-@click.option("--whitening", default="fisher")
-@click.option("--schedule", default="constant")
-@click.option("--calibration-samples", type=int, default=512)
-@click.option("--fisher-labels", default="data")
+@click.option("--steps", type=int, default=Options.steps)
+@click.option("--batch-size", type=int, default=Options.batch_size)
+@click.option("--lr", type=float, default=Options.lr, help="Peak rate before the cut.")
+@click.option("--tune-lr", type=float, default=Options.tune_lr, help="Peak rate after the cut.")
+@click.option("--distill", type=float, default=Options.distill)
+@click.option("--surrogate", default=Options.surrogate)
+@click.option("--prehab-lambda", "strength", type=float, default=Options.strength)
+@click.option("--whitening", default=Options.whitening)
+@click.option("--schedule", default=Options.schedule)
+@click.option("--update", default=Options.update)
+@click.option("--layer-weights", default=Options.layer_weights)
+@click.option("--refresh-every", type=int, default=Options.refresh_every)
+@click.option("--calibration-samples", type=int, default=Options.calibration_samples)
+@click.option("--fisher-labels", default=Options.fisher_labels)
 @click.option("--threads", type=int, default=2)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(

@@ -1,0 +1,172 @@
+"""The experiments that the Prehab paper (arXiv 2512.01980) starts with, and the checks it leaves open, on one model.
+
+    python benchmarks/paper_checks.py steps  MODEL --task TASK --data DATA --eval-split test --out NAME.json
+    python benchmarks/paper_checks.py lambda MODEL …       # λ from 1e-3 to 1e3
+    python benchmarks/paper_checks.py sample MODEL … [--shifted-data OTHER]
+
+``steps``: does the dense model stay good while the surrogate falls? ``lambda``: what λ does to the dense model and to
+the truncated one. ``sample``: how many calibration samples it takes, and what another domain costs. Each writes its
+raw figures to NAME.json and a plot to NAME.png.
+"""
+
+import copy
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from matplotlib.figure import Figure
+from quality import Bench, Options
+
+import prehab_export as px
+from prehab_export.machine import machine_facts
+from prehab_export.progress import bar, say
+from prehab_export.session import held_out_split, quiet_libraries
+from prehab_export.sweep_methods import METHODS
+
+LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
+SAMPLES = (32, 256, 1024)
+CUTS = ("svd-llm", "fisher", "drift")
+
+
+def steps(bench: Bench, ratio: float, _shifted: str | None) -> list[dict[str, Any]]:
+    """Dense metric, task loss and surrogate along one prehab."""
+    rows = []
+    for strength in (0.0, bench.options.strength):
+        model, options = copy.deepcopy(bench.model), bench.options
+        layers = px.target_layers(model)
+        training = px.TrainConfig(options.steps, options.batch_size, options.lr, distill=options.distill)
+        config = px.PrehabConfig(
+            training, surrogate=options.surrogate, strength=strength, whitening=options.whitening,
+            update=options.update, layer_weights=options.layer_weights, refresh_every=options.refresh_every,
+        )  # fmt: skip
+        with bar(f"λ = {strength:g}", options.steps) as advance:
+            history = px.prehab(
+                model, bench.task, bench.training, layers, bench.statistics, config,
+                METHODS["svd-llm"].at(ratio, px.TruncateConfig()),
+                evaluate=lambda candidate: {"dense": bench.metric(candidate)["value"]},
+                progress=lambda _row: advance(1),
+            )  # fmt: skip
+        rows += [row | {"lambda": strength} for row in history]
+    return rows
+
+
+def strengths(bench: Bench, ratio: float, _shifted: str | None) -> list[dict[str, Any]]:
+    """The dense and the truncated model after prehab with each λ."""
+    rows = []
+    for strength in (0.0, *LAMBDAS):
+        bench.options = replace(bench.options, strength=strength)
+        row = bench.row("prehab + svd-llm", ratio, seed=0)
+        say(f"λ = {strength:g}: dense {row['dense_value']:.4f}, truncated {row['value']:.4f}")
+        rows.append({key: row[key] for key in ("dense_value", "value", "loss")} | {"lambda": strength})
+    return rows
+
+
+def samples(bench: Bench, ratio: float, shifted: str | None) -> list[dict[str, Any]]:
+    """The truncated model, no training, by calibration sample."""
+    own, rows = bench.training, []
+    domains = {"own": own}
+    if shifted is not None:
+        other = px.load_data(px.DataConfig(shifted), bench.task, bench.processor, bench.model.config, seed=0)
+        domains["shifted"] = held_out_split(other.train, 0)[1]
+    for domain, training in domains.items():
+        for count in SAMPLES:
+            if count > len(training):
+                say(f"{domain}: only {len(training)} samples, {count} left out")
+                continue
+            bench.use_calibration(training.subset(count, 0))
+            for cut in CUTS:
+                row = bench.row(cut, ratio, seed=0)
+                say(f"{domain} {count} {cut}: {row['value']:.4f}")
+                rows.append(
+                    {"domain": domain, "samples": count, "cut": cut, "value": row["value"], "loss": row["loss"]}
+                )
+    return rows
+
+
+CHECKS: dict[str, Callable[[Bench, float, str | None], list[dict[str, Any]]]] = {
+    "steps": steps,
+    "lambda": strengths,
+    "sample": samples,
+}
+
+
+def plot(check: str, rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if check == "steps":
+        for strength in dict.fromkeys(row["lambda"] for row in rows):
+            own = [row for row in rows if row["lambda"] == strength]
+            measured = [row for row in own if "dense" in row]
+            label = f"λ = {strength:g}"
+            left.plot([r["step"] for r in measured], [r["dense"] for r in measured], marker="o", ms=3, label=label)
+            right.plot([r["step"] for r in own], [r["surrogate"] for r in own], label=label)
+        left.set_title(f"{dense['metric']} of the dense model", fontsize=9)
+        right.set_title("surrogate (1 at the start)", fontsize=9)
+        right.set_yscale("log")
+        for axes in (left, right):
+            axes.set_xlabel("step")
+    elif check == "lambda":
+        trained = [row for row in rows if row["lambda"] > 0]
+        for axes, key, title in ((left, "dense_value", "dense"), (right, "value", "after SVD-LLM")):
+            axes.semilogx([r["lambda"] for r in trained], [r[key] for r in trained], marker="o", ms=4)
+            axes.axhline(rows[0][key], color="0.5", linestyle=":")
+            axes.set_title(f"{dense['metric']}, {title} (dotted: λ = 0)", fontsize=9)
+            axes.set_xlabel("λ")
+    else:
+        for axes, domain in ((left, "own"), (right, "shifted")):
+            for cut in CUTS:
+                own = [row for row in rows if row["cut"] == cut and row["domain"] == domain]
+                axes.semilogx([r["samples"] for r in own], [r["value"] for r in own], marker="o", ms=4, label=cut)
+            axes.axhline(dense["value"], color="0.5", linestyle=":")
+            axes.set_title(f"{dense['metric']}, calibrated on its {domain} domain", fontsize=9)
+            axes.set_xlabel("calibration samples")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+@click.command(help=__doc__)
+@click.argument("check", type=click.Choice(list(CHECKS)))
+@click.argument("model")
+@click.option("--task", required=True)
+@click.option("--data", required=True)
+@click.option("--train-split")
+@click.option("--eval-split")
+@click.option("--eval-samples", type=int)
+@click.option("--shifted-data")
+@click.option("--ratio", type=float, default=0.8)
+@click.option("--steps", type=int, default=100)
+@click.option("--batch-size", type=int, default=64)
+@click.option("--lr", type=float, default=3e-4)
+@click.option("--prehab-lambda", "strength", type=float, default=px.PrehabConfig.strength)
+@click.option("--threads", type=int, default=2)
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+def main(check: str, model: str, task: str, ratio: float, threads: int, out: Path, **rest: Any) -> None:
+    torch.set_num_threads(threads)
+    quiet_libraries()
+    shifted = rest.pop("shifted_data")
+    data = px.DataConfig(**{key: rest.pop(key) for key in ("data", "train_split", "eval_split", "eval_samples")})
+    options, chosen = Options(**rest), px.TASKS[task]
+    dense = px.load_model(model, chosen)
+    bench = Bench(dense, chosen, data, options, px.load_processor(model, chosen))
+    result: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/paper_checks.py", *sys.argv[1:]]),
+        "machine": machine_facts(),
+        "options": asdict(options) | {"ratio": ratio},
+        "dense": bench.metric(dense),
+    }
+    result["rows"] = CHECKS[check](bench, ratio, shifted)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    plot(check, result["rows"], result["dense"], out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
