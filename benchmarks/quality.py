@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 import torch
+from pat import pat
 from torch import nn
 
 import prehab_export as px
@@ -38,8 +39,9 @@ from prehab_export.truncation import Decompositions, decompose_layers
 
 @dataclass(frozen=True)
 class Recipe:
-    """before: ``task`` (the control: task loss and distillation) or ``prehab``. cut: a method of ``sweep``. after:
-    ``lora``, ``factors`` or ``refine``. early: share of the steps that goes to what comes before the cut."""
+    """before: ``task`` (the control: task loss and distillation), ``prehab``, or a proximal map of torchao's PAT. cut: a
+    method of ``sweep``. after: ``lora``, ``factors`` or ``refine``. early: share of the steps that goes to what comes
+    before the cut."""
 
     cut: str
     before: str | None = None
@@ -67,6 +69,9 @@ RECIPES = {
     "task + svd-llm": Recipe("svd-llm", before="task"),
     "prehab + svd-llm": Recipe("svd-llm", before="prehab"),
     "prehab + svd-llm + lora": Recipe("svd-llm", before="prehab", after="lora"),
+    "pat rank + svd": Recipe("svd", before="MinRankConstraint"),
+    "pat rank + svd-llm": Recipe("svd-llm", before="MinRankConstraint"),
+    "pat nuclear + svd-llm": Recipe("svd-llm", before="ProxNuclearNorm"),
     "refined": Recipe("drift", after="refine"),
     "full": Recipe("drift", after="factors"),
     "prehab + drift": Recipe("drift", before="prehab"),
@@ -174,6 +179,9 @@ class Bench:
                     model, self.training, training, list(model.parameters()), loss, seed=seed,
                     progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
                 )  # fmt: skip
+            elif recipe.before != "prehab":
+                loss = labelled_loss(self.task, frozen_copy(model), options.distill)
+                history = pat(model, self.training, training, loss, ratio, str(recipe.before), seed)
             else:
                 history = px.prehab(
                     model,
