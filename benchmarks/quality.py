@@ -40,7 +40,7 @@ from prehab_export.truncation import Decompositions, decompose_layers
 @dataclass(frozen=True)
 class Recipe:
     """before: ``task`` (the control: task loss and distillation), ``prehab``, or a proximal map of torchao's PAT.
-    cut: a method of ``sweep``. after: ``lora``, ``factors`` or ``refine``. early: share of the steps that goes first."""
+    cut: a sweep method. after: ``lora``, ``factors`` or ``refine``. early: share of the steps that go first."""
 
     cut: str
     before: str | None = None

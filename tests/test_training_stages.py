@@ -1,0 +1,48 @@
+"""The stages that train, from the command line: λ found by trials, refinement kept or not, objectives by measurement."""
+
+import json
+
+import pytest
+from test_pipeline import invoke, vit_options
+
+
+def facts(output, stage):
+    return json.loads((output / "stages" / stage / f"{stage}.json").read_text())
+
+
+def test_lambda_is_found_by_trials_within_the_budget(vit_folder, tmp_path):
+    options = ["--prehab-steps", "4", "--prehab-lambda", "auto", "--prehab-lambda-trials", "2", "--no-prehab-guard"]
+    assert invoke("prehab", *vit_options(vit_folder), "-o", tmp_path, *options) == 0
+    result = facts(tmp_path, "prehab")
+    assert len(result["strength_trials"]) == 2
+    best = min(result["strength_trials"], key=lambda row: row["loss"])
+    assert result["strength"] == pytest.approx(best["strength"])
+    assert all(row["strength"] == result["strength"] for row in result["history"])
+
+
+@pytest.mark.parametrize("value", ["-1", "some"])
+def test_a_lambda_that_is_none_is_refused(vit_folder, tmp_path, value, capsys):
+    assert invoke("prehab", *vit_options(vit_folder), "-o", tmp_path, f"--prehab-lambda={value}") == 2
+    error = capsys.readouterr().err
+    assert "strength" in error or "--prehab-lambda" in error
+
+
+def test_refinement_is_reported_and_used(vit_folder, tmp_path):
+    options = ["--ratio", "0.8", "--refine-steps", "6", "--refine-block-steps", "2", "--refine-hidden", "0.2"]
+    assert invoke("run", *vit_options(vit_folder), "-o", tmp_path, *options) == 0
+    result = facts(tmp_path, "refine")
+    assert result["kept"] == (result["held_out_loss_after"] < result["held_out_loss_before"])
+    assert len(result["history"]) == 6
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert "## Refinement" in report
+    verified = json.loads((tmp_path / "stages" / "verify" / "verify.json").read_text())
+    assert verified["compressed"]["reload"]["tensors"] > 0
+
+
+def test_objectives_by_measurement_are_in_the_report(vit_folder, tmp_path):
+    assert invoke("run", *vit_options(vit_folder), "-o", tmp_path, "--objective", "auto", "--ratio", "0.7") == 0
+    trials = facts(tmp_path, "truncate")["objective_trials"]
+    assert {trial["objective"] for trial in trials} <= {"fisher", "activation"}
+    assert sum(trial["layers"] for trial in trials) == len(facts(tmp_path, "truncate")["layers"])
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert all(trial["kind"] in report for trial in trials)
