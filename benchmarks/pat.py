@@ -12,6 +12,7 @@ from converters.lowrank import dense_weight
 from prehab_export.allocation import uniform_rank
 from prehab_export.config import Schedule
 from prehab_export.data import Samples
+from prehab_export.devices import device_of, moved
 from prehab_export.training import Loss, one_cycle, only_trainable, shuffled_batches
 
 PROX_FREQ = 10
@@ -48,7 +49,7 @@ def pat(
             for group in base.param_groups:
                 group["lr"] = schedule.learning_rate * one_cycle(step, schedule)
             optimizer.zero_grad()
-            value, figures = loss(model, next(batches))
+            value, figures = loss(model, moved(next(batches), device_of(model)))
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
             optimizer.step()

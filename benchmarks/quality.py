@@ -27,6 +27,7 @@ import prehab_export as px
 from prehab_export.compression import Samplesets, compress
 from prehab_export.config import RefineConfig, Schedule
 from prehab_export.data import Samples
+from prehab_export.devices import choose_device, prepare_determinism
 from prehab_export.evaluation import torch_predictor
 from prehab_export.machine import machine_facts
 from prehab_export.progress import bar, say
@@ -98,6 +99,7 @@ class Options:
     refresh_every: int = px.PrehabConfig.refresh_every
     calibration_samples: int = 512
     fisher_labels: str = "data"
+    precision: str = "float32"
 
 
 class Bench:
@@ -176,7 +178,7 @@ class Bench:
                 loss = labelled_loss(self.task, frozen_copy(model), options.distill)
                 history = train(
                     model, self.training, training, list(model.parameters()), loss, seed=seed,
-                    progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
+                    precision=self.task.precision, progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
                 )  # fmt: skip
             elif recipe.before != "prehab":
                 loss = labelled_loss(self.task, frozen_copy(model), options.distill)
@@ -271,6 +273,8 @@ def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> I
 @click.option("--calibration-samples", type=int, default=Options.calibration_samples)
 @click.option("--fisher-labels", default=Options.fisher_labels)
 @click.option("--threads", type=int, default=2)
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--precision", default=Options.precision, help="Of forward passes.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
     model: str,
@@ -279,6 +283,7 @@ def main(
     ratios: tuple[float, ...],
     seeds: int,
     threads: int,
+    device: str,
     evaluation_batch: int,
     out: Path,
     **rest: Any,
@@ -287,13 +292,18 @@ def main(
     quiet_libraries()
     data = {key: rest.pop(key) for key in ("data", "data_config", "train_split", "eval_split", "eval_samples")}
     data |= {"sequence_length": rest.pop("sequence_length"), "batch_size": evaluation_batch}
-    options, chosen = Options(**rest), px.TASKS[task]
-    dense = px.load_model(model, chosen)
+    options = Options(**rest)
+    place = choose_device(device, options.precision)
+    if place.type == "cuda":
+        prepare_determinism()
+    chosen = px.TASKS[task].at(options.precision)
+    dense = nn.Module.to(px.load_model(model, chosen), place)
     bench = Bench(dense, chosen, px.DataConfig(**data), options, px.load_processor(model, chosen))
-    result: dict[str, Any] = {"commands": [], "machine": machine_facts(), "options": asdict(options), "rows": []}
+    machine = machine_facts() | {"gpu": torch.cuda.get_device_name(place) if place.type == "cuda" else None}
+    result: dict[str, Any] = {"commands": [], "machine": machine, "options": asdict(options), "rows": []}
     if out.exists():
         result = json.loads(out.read_text())
-        if result["options"] != asdict(options):
+        if Options(**result["options"]) != options:
             raise px.InputError(f"{out} was made with other options; give another file")
     result["commands"].append(shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]))
     result.setdefault("dense", bench.metric(dense))

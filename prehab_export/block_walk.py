@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from prehab_export.devices import device_of, moved
 from prehab_export.tasks import Batch, Task
 
 # What one block is called with besides its hidden states: positional and keyword arguments.
@@ -58,6 +59,8 @@ def find_blocks(model: nn.Module, layers: Iterable[str]) -> list[Block]:
 class BlockWalk:
     """Hidden states of both models in front of the current block, for every batch of the sample.
 
+    They lie on the models' device, in the dtypes that the models hand from block to block under the task's precision.
+
     Raises (when made):
         NotAChain: the blocks cannot be run one by one.
     """
@@ -65,14 +68,15 @@ class BlockWalk:
     def __init__(
         self, dense: nn.Module, student: nn.Module, task: Task, batches: Iterable[Batch], blocks: Sequence[Block]
     ) -> None:
-        self.dense, self.student = dense, student
+        self.dense, self.student, self.task = dense, student, task
         self.masks: list[Tensor | None] = []
         self.calls: dict[str, list[Call]] = {block.name: [] for block in blocks}
         self.dense_states: list[Tensor] = []
         self.student_states: list[Tensor] = []
         #: Layers of each block in the order in which they run.
         self.order: dict[str, list[str]] = {block.name: [] for block in blocks}
-        for batch in batches:
+        device = device_of(dense)
+        for batch in (moved(batch, device) for batch in batches):
             self.masks.append(task.token_mask(batch))
             if len(self.masks) == 1:
                 self._note_order(task, batch, blocks)
@@ -95,11 +99,12 @@ class BlockWalk:
         layers, which share one input, and their residuals."""
         stop_early = False
         for number, mask in enumerate(self.masks):
-            seen = [
-                _watch(model.get_submodule(block.name), block.name, names, states[number], call, stop_early)
-                for model, states in ((self.dense, self.dense_states), (self.student, self.student_states))
-                for call in (self.calls[block.name][number],)
-            ]
+            with self.task.running(self.dense):
+                seen = [
+                    _watch(model.get_submodule(block.name), block.name, names, states[number], call, stop_early)
+                    for model, states in ((self.dense, self.dense_states), (self.student, self.student_states))
+                    for call in (self.calls[block.name][number],)
+                ]
             # A layer that writes to the residual stream shows it only after it has run.
             stop_early = not seen[0].residuals
             yield seen[0], seen[1], mask, self.dense_states[number][..., 0].numel()
@@ -108,19 +113,19 @@ class BlockWalk:
         """The dense block's output on the dense model's states, a batch at a time."""
         inner = self.dense.get_submodule(block.name)
         pairs = zip(self.dense_states, self.calls[block.name], strict=True)
-        return [run_block(inner, states, call) for states, call in pairs]
+        return [self.run(inner, states, call) for states, call in pairs]
 
     def advance(self, block: Block) -> None:
         """Take both models' states through the block as it now is."""
         for model, states in ((self.dense, self.dense_states), (self.student, self.student_states)):
             inner = model.get_submodule(block.name)
             for number, call in enumerate(self.calls[block.name]):
-                states[number] = run_block(inner, states[number], call)
+                states[number] = self.run(inner, states[number], call)
 
-
-def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-    """Hidden states out of the block."""
-    return hidden_of(block(hidden, *call[0], **call[1]))
+    def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+        """Hidden states out of the block."""
+        with self.task.running(block):
+            return hidden_of(block(hidden, *call[0], **call[1]))
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -4,11 +4,14 @@ Per layer: ``C = E[x xᵀ]`` and ``μ = E[x]`` over valid tokens, and, when aske
 ``g_t = ∂ℓ/∂y_t`` is the gradient of *one unit's* loss ℓ (a sample of a classifier, a predicted token of a language
 model) and the sum runs over its tokens. With these conventions ``½ tr(G Δ C Δᵀ)`` is the K-FAC-expand estimate
 (arXiv 2311.00636) of the rise in mean loss, comparable across layers and tasks.
+
+The model may run in half precision; its activations and gradients are float32 before anything is made of them.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import inf, log2
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +19,17 @@ from torch import Tensor, nn
 from converters.errors import InputError
 from prehab_export.activations import frozen
 from prehab_export.config import FISHER_LABELS
+from prehab_export.devices import device_of, full_precision, moved
 from prehab_export.shrinkage import ClusterSums
 from prehab_export.statistics import InputMoment, Statistics
 from prehab_export.tasks import Batch, Task, sample_count
+
+# Where float16 calibration brings the largest gradients that a sample can have; float16 ends at 2^16, and what is
+# smaller by 2^26 is still a normal number.
+LARGEST_GRADIENT = 2.0**12
+
+# (logits of the units, batch) → a label for each.
+Targets = Callable[[Tensor, Batch], Tensor]
 
 
 class CalibrationWarning(UserWarning):
@@ -38,6 +49,9 @@ def calibrate(
 ) -> Statistics:
     """Run the batches through the model and gather moments of every layer in ``layers``.
 
+    The moments are float32 and lie on the model's device: n² numbers an input and, with gradients, m² a layer. For a
+    LLaMA that is more than twice its weights.
+
     Args:
         batches: as the task makes them; padding is left out by the task's token mask.
         layers: targeted layers by name, as from ``converters.targets.target_layers``.
@@ -51,23 +65,22 @@ def calibrate(
     """
     if labels not in FISHER_LABELS:
         raise InputError(f"Fisher labels must be one of {', '.join(FISHER_LABELS)}, not {labels!r}")
-    iterator = iter(batches)
+    device = device_of(model)
+    iterator = (moved(batch, device) for batch in batches)
     first = next(iterator, None)
     if first is None:
         raise InputError("the calibration sample is empty; give a split with rows in it")
     groups = shared_inputs(model, first, task, layers)
     generator = torch.Generator().manual_seed(seed)
-    tally = _Tally(groups)
+
+    def targets_of(unit_logits: Tensor, batch: Batch) -> Tensor:
+        return task.unit_labels(batch) if labels == "data" else _sampled(unit_logits, generator)
+
     with frozen(model), torch.set_grad_enabled(gradients):
+        scaled = gradients and task.precision == "float16"
+        tally = _Tally(groups, _loss_scale(model, first, task, layers) if scaled else 1.0)
         for batch in _chain(first, iterator):
-            with tally.listening(layers, batch, task, gradients):
-                logits = task.logits(model, batch)
-                unit_logits = task.unit_logits(logits, batch)
-                if gradients:
-                    targets = task.unit_labels(batch) if labels == "data" else _sampled(unit_logits, generator)
-                    # The sum, not the mean: every unit keeps the gradient of its own loss.
-                    nn.functional.cross_entropy(unit_logits.float(), targets, reduction="sum").backward()
-            tally.units += unit_logits.shape[0]
+            tally.watch(model, batch, task, layers, targets_of if gradients else None)
             if progress is not None:
                 progress(sample_count(batch))
     statistics = tally.result()
@@ -113,7 +126,7 @@ def shared_inputs(model: nn.Module, batch: Batch, task: Task, layers: Mapping[st
 
         return hook
 
-    one = {key: value[:1] for key, value in batch.items()}
+    one = moved({key: value[:1] for key, value in batch.items()}, device_of(model))
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
         with frozen(model), torch.no_grad():
@@ -131,10 +144,14 @@ def shared_inputs(model: nn.Module, batch: Batch, task: Task, layers: Mapping[st
 
 
 class _Tally:
-    """Running sums of outer products, sample by sample, gathered by hooks."""
+    """Running sums of outer products, sample by sample, gathered by hooks.
 
-    def __init__(self, groups: dict[str, str]) -> None:
+    loss_scale: a power of two that the loss is multiplied by before its backward pass; gradients are divided by it.
+    """
+
+    def __init__(self, groups: Mapping[str, str], loss_scale: float = 1.0) -> None:
         self.groups = groups
+        self.loss_scale = loss_scale
         self.units = 0
         # Inputs are summed relative to the mean of the first batch: massive means then cancel before they are
         # squared, and the sampling error is that of the centred moment.
@@ -143,8 +160,21 @@ class _Tally:
         self.inputs = {group: ClusterSums() for group in groups.values()}
         self.gradients: dict[str, ClusterSums] = {}
 
+    def watch(
+        self, model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module], targets_of: Targets | None
+    ) -> None:
+        """One batch: a forward pass, and a backward pass from the loss of ``targets_of`` if that is given."""
+        with self._listening(layers, batch, task, targets_of is not None):
+            unit_logits = task.unit_logits(task.logits(model, batch), batch)
+            if targets_of is not None:
+                targets = targets_of(unit_logits, batch)
+                # The sum, not the mean: every unit keeps the gradient of its own loss.
+                loss = nn.functional.cross_entropy(unit_logits.float(), targets, reduction="sum")
+                (self.loss_scale * loss).backward()
+        self.units += unit_logits.shape[0]
+
     @contextmanager
-    def listening(self, layers: Mapping[str, nn.Module], batch: Batch, task: Task, gradients: bool) -> Iterator[None]:
+    def _listening(self, layers: Mapping[str, nn.Module], batch: Batch, task: Task, gradients: bool) -> Iterator[None]:
         mask, samples = task.token_mask(batch), sample_count(batch)
         units = _units_by_sample(task, batch) if gradients else None
         handles = []
@@ -161,30 +191,27 @@ class _Tally:
 
     def _input_hook(self, name: str, mask: Tensor | None, samples: int) -> Callable:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            values, valid = _by_sample(args[0].detach(), mask, samples)
-            if name not in self.shift:
-                self.shift[name] = values[valid].mean(0)
-                self.total[name] = torch.zeros_like(self.shift[name])
-            values = values - self.shift[name]
-            self.total[name] += values[valid].sum(0)
-            self.inputs[name].add(values, valid, valid.sum(1))
+            x = args[0].detach()
+            with full_precision(x.device):
+                values, valid = _by_sample(x, mask, samples)
+                if name not in self.shift:
+                    self.shift[name] = values[valid].mean(0)
+                    self.total[name] = torch.zeros_like(self.shift[name])
+                values = values - self.shift[name]
+                self.total[name] += values[valid].sum(0)
+                self.inputs[name].add(values, valid, valid.sum(1))
 
         return hook
 
     def _output_hook(self, name: str, mask: Tensor | None, units: Tensor) -> Callable:
         def on_gradient(gradient: Tensor) -> None:
-            values, valid = _by_sample(gradient, mask, len(units))
-            sizes = units if len(values) == len(units) else units.sum()[None]
-            self.gradients.setdefault(name, ClusterSums()).add(values, valid, sizes.to(values.device))
+            with full_precision(gradient.device):
+                values, valid = _by_sample(gradient, mask, len(units))
+                sizes = units if len(values) == len(units) else units.sum()[None]
+                values = values if self.loss_scale == 1 else values / self.loss_scale
+                self.gradients.setdefault(name, ClusterSums()).add(values, valid, sizes.to(values.device))
 
-        def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            # With every parameter frozen, the graph starts at the first targeted layers. The clone keeps a model
-            # that works in place from touching the leaf.
-            tracked = output if output.requires_grad else output.requires_grad_().clone()
-            tracked.register_hook(on_gradient)
-            return tracked
-
-        return hook
+        return _gradient_hook(on_gradient)
 
     def _input_moment(self, group: str) -> InputMoment:
         sums, shift = self.inputs[group], self.shift[group]
@@ -206,6 +233,19 @@ class _Tally:
         )
 
 
+def _gradient_hook(action: Callable[[Tensor], None]) -> Callable:
+    """A forward hook that has ``action`` called with the gradient of the module's output."""
+
+    def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # With every parameter frozen, the graph starts at the first targeted layers. The clone keeps a model
+        # that works in place from touching the leaf.
+        tracked = output if output.requires_grad else output.requires_grad_().clone()
+        tracked.register_hook(action)
+        return tracked
+
+    return hook
+
+
 def _by_sample(values: Tensor, mask: Tensor | None, samples: int) -> tuple[Tensor, Tensor]:
     """Samples × tokens × features in float32, and which of those tokens are real (samples × tokens).
 
@@ -223,6 +263,23 @@ def _units_by_sample(task: Task, batch: Batch) -> Tensor:
     """How many units of the loss each sample holds (B)."""
     rows = ({key: value[at : at + 1] for key, value in batch.items()} for at in range(sample_count(batch)))
     return torch.tensor([len(task.unit_labels(row)) for row in rows])
+
+
+def _loss_scale(model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module]) -> float:
+    """A power of two that brings the largest gradients to about ``LARGEST_GRADIENT``: those of the worst mistakes, so
+    that no batch has much larger ones."""
+    sizes: list[Tensor] = []
+    hook = _gradient_hook(lambda gradient: sizes.append(gradient.abs().amax().float()))
+    handles = [layer.register_forward_hook(hook) for layer in layers.values()]
+    try:
+        unit_logits = task.unit_logits(task.logits(model, batch), batch).float()
+        nn.functional.cross_entropy(unit_logits, unit_logits.argmin(-1), reduction="sum").backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    largest = max(1.0, *map(float, sizes))  # at the logits themselves it is 1
+    # What overflows even unscaled is refused with the moments.
+    return 2.0 ** round(log2(LARGEST_GRADIENT / largest)) if largest < inf else 1.0
 
 
 def _sampled(unit_logits: Tensor, generator: torch.Generator) -> Tensor:

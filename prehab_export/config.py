@@ -5,6 +5,7 @@ command line's flags; a YAML file has the shape of ``RunConfig``, one section a 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -25,8 +26,9 @@ SCHEDULES = ("constant", "warmup")
 WHITENINGS = ("activation", "fisher")
 FISHER_LABELS = ("data", "model")
 AUTO = "auto"
-USUAL_STRENGTH = 300.0
+USUAL_STRENGTH = 100.0
 REHAB_METHODS = ("factors", "lora")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,10 @@ class PrehabConfig:
     trials: int = 5
     schedule: str = "constant"
     whitening: str = "fisher"
-    update: str = "gradient"
+    update: str = "proximal"
     every: int = 8
     layer_weights: str = "loss"
-    refresh_every: int = 25
+    refresh_every: int = 50
     refresh_samples: int = 64
     guard: bool = True
 
@@ -157,8 +159,11 @@ class PrehabConfig:
         _one_of("--prehab-schedule", self.schedule, SCHEDULES)
         _one_of("--prehab-whitening", self.whitening, WHITENINGS)
         _one_of("--prehab-update", self.update, UPDATES)
-        if self.update == "proximal":
-            _one_of("with --prehab-update proximal, --surrogate", self.surrogate, PROXIMAL_SURROGATES)
+        if self.update == "proximal" and self.surrogate not in PROXIMAL_SURROGATES:
+            raise InputError(
+                f"--surrogate {self.surrogate} has no proximal map; give --prehab-update gradient, or one of "
+                f"{', '.join(PROXIMAL_SURROGATES)}"
+            )
         _one_of("--prehab-layer-weights", self.layer_weights, LAYER_WEIGHTS)
         _at_least("--prehab-every", self.every, 1)
         _at_least("--prehab-refresh", self.refresh_every, 1)
@@ -232,6 +237,23 @@ class RehabConfig:
         _at_least("--lora-rank", self.lora_rank, 1)
 
 
+def check_device_name(name: str) -> None:
+    """Raises:
+    InputError: neither ``auto``, ``cpu``, ``cuda`` nor ``cuda:N``.
+    """
+    if name.partition(":")[0] == "mps":
+        raise InputError("--device mps has no float64, which decompositions need; take --device cpu")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
+
+
+def check_precision(name: str) -> None:
+    """Raises:
+    InputError: not one of ``PRECISIONS``.
+    """
+    _one_of("--precision", name, PRECISIONS)
+
+
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{option} must be one of {', '.join(allowed)}, not {value!r}")
@@ -249,7 +271,12 @@ def _share(option: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is asked to do. ``revision`` and ``trust_remote_code`` are transformers' own terms."""
+    """Everything a run is asked to do. ``revision`` and ``trust_remote_code`` are transformers' own terms.
+
+    device: where everything up to the artifact is computed: ``auto`` (CUDA if there is any), ``cpu``, ``cuda``,
+    ``cuda:N``. The artifact is exported, verified and measured on the CPU.
+    precision: of forward passes there; weights, moments and decompositions stay float32 and float64.
+    """
 
     model: str
     task: str
@@ -258,6 +285,8 @@ class RunConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
+    device: str = "auto"
+    precision: str = "float32"
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     prehab: PrehabConfig = field(default_factory=PrehabConfig)
     truncate: TruncateConfig = field(default_factory=TruncateConfig)
@@ -267,6 +296,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _one_of("--task", self.task, TASK_NAMES)
+        check_device_name(self.device)
+        check_precision(self.precision)
 
     @property
     def needs_gradients(self) -> bool:

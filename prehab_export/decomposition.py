@@ -10,17 +10,19 @@ objective       C             G               known as
 ``fisher``      E[x xᵀ]       E[g gᵀ]         K-FAC loss increase (GFWSVD, arXiv 2505.17974)
 ==============  ============  ==============  ===========================================
 
-The whitened weight is ``M = G^½ W C^½``. SVD-LLM takes a Cholesky factor of C and solves with it; here the
-smaller Gram matrix of M is diagonalised instead (Swift-SVD, arXiv 2604.01609, does so for ``activation``), and
-one factor follows from the other by least squares. Nothing is ever inverted but the eigenvalues themselves, so a
-singular C or G needs no special case, and the discarded eigenvalues are the exact value of the objective.
+The whitened weight is ``M = G^½ W C^½``; a Cholesky factor serves as well as the symmetric root and costs less, so
+the root is left for moments that are singular to rounding. The published SVD-LLM decomposes M and solves with the
+factor of C; here the smaller Gram matrix of M is diagonalised instead (Swift-SVD, arXiv 2604.01609, does so for
+``activation``), and one factor follows from the other by least squares. Nothing is ever inverted but the eigenvalues
+themselves, so a singular C or G needs no special case, and the discarded eigenvalues are the exact value of the
+objective. Where few ranks of a large weight are wanted, a Krylov space gives them sooner (see ``krylov``).
 
 Layers with one input (q, k and v; gate and up) may also share one ``down``. Stacked, they are one weight with a
 block-diagonal G, and their whitened Gram matrix is ``C^½ (Σ WᵢᵀGᵢWᵢ) C^½``: that of any P with ``PᵀP = Σ WᵢᵀGᵢWᵢ``.
 So the joint problem is the single one for the n×n matrix P, and neither the stack nor its G is ever formed.
 
-Tensors in, tensors out. Shapes: W m×n (out×in), C n×n, G m×m. The eigen-step runs in float64: in float32 it
-loses most of its accuracy once C is ill-conditioned.
+Tensors in, tensors out. Shapes: W m×n (out×in), C n×n, G m×m. The eigen-step runs in float64: on the Gram matrix in
+float32 it loses most of its accuracy once C is ill-conditioned.
 """
 
 from collections.abc import Sequence
@@ -30,17 +32,21 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from prehab_export import krylov
+
 
 @dataclass(frozen=True)
 class Decomposition:
-    """All ranks of one weight at once: rank r is the first r columns of ``up`` and rows of ``down``.
+    """Many ranks of one weight at once: rank r is the first r columns of ``up`` and rows of ``down``.
 
-    up: m×k, down: k×n with k = min(m, n), float64; spectrum: k eigenvalues, descending.
+    up: m×k, down: k×n, float64, with k = min(m, n), or the most that were asked for; spectrum: eigenvalues, descending,
+    k or more; beyond: the sum of those that are not in it.
     """
 
     up: Tensor
     down: Tensor
     spectrum: Tensor
+    beyond: float = 0.0
 
     def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
         """The two factors at this rank, unbalanced: up m×r, down r×n."""
@@ -48,13 +54,24 @@ class Decomposition:
 
     def objective(self, rank: int) -> float:
         """Value of the objective at this rank: the discarded eigenvalues."""
-        return float(self.spectrum[rank:].sum())
+        return float(self.spectrum[rank:].sum()) + self.beyond
+
+    def objectives(self) -> Tensor:
+        """`objective` at every rank from 0 to the length of the spectrum, float64."""
+        return _tails(self.spectrum) + self.beyond
 
 
 def decompose(
-    weight: Tensor, second_moment: Tensor | None = None, gradient_moment: Tensor | None = None
+    weight: Tensor,
+    second_moment: Tensor | None = None,
+    gradient_moment: Tensor | None = None,
+    most: int | None = None,
 ) -> Decomposition:
     """Diagonalise the whitened weight. ``None`` stands for the identity on that side.
+
+    Args:
+        most: the highest rank that will be asked for; None for all. Where it is low against a large weight, only
+            these are worked out, at objectives within 1e-6 of the least.
 
     >>> w = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     >>> [round(v, 6) for v in decompose(w).spectrum.tolist()]
@@ -63,25 +80,63 @@ def decompose(
     >>> torch.round(up @ down, decimals=6).tolist()
     [[3.0, 0.0], [0.0, 0.0]]
     """
-    w = weight.detach().double()
     c = None if second_moment is None else symmetric(second_moment)
     g = None if gradient_moment is None else symmetric(gradient_moment)
+    if most is not None and c is not None and krylov.worthwhile(min(weight.shape), most):
+        found = _leading(weight.detach(), c, g, most)
+        if found is not None:
+            return found
+    return _all(weight.detach().double(), c, g, most)
+
+
+def _all(w: Tensor, c: Tensor | None, g: Tensor | None, most: int | None) -> Decomposition:
     if w.shape[0] <= w.shape[1]:
-        # Left side: M Mᵀ = G^½ (W C Wᵀ) G^½. Given down = Uᵀ G^½ W, down C downᵀ is diagonal, and the best up is
-        # W C downᵀ over that diagonal; with a regular G this is G^-½ U, but it needs no inverse of G.
-        root = None if g is None else square_root(g)
+        # Left side, with G = R Rᵀ: K = Rᵀ (W C Wᵀ) R. Given down = Uᵀ Rᵀ W, down C downᵀ is diagonal, and the best up
+        # is W C downᵀ over that diagonal; with a regular G this is R^-ᵀ U, but it needs no inverse of G.
+        root = None if g is None else root_of(g)
         wc = w if c is None else w @ c
         spectrum, basis = _eigh_descending(_sandwich(root, wc @ w.T))
-        down = basis.T @ (w if root is None else root @ w)
-        up = basis if root is None else (wc @ down.T) * _reciprocal(spectrum)
+        kept, basis = spectrum[:most], basis[:, :most]
+        down = basis.T @ w if root is None else (root @ basis).T @ w
+        up = basis if root is None else (wc @ down.T) * _reciprocal(spectrum)[: len(kept)]
     else:
-        # Right side, mirrored: Mᵀ M = C^½ (Wᵀ G W) C^½, up = W C^½ V, and down by least squares in the metric G.
-        root = None if c is None else square_root(c)
+        # Right side, mirrored, with C = R Rᵀ: K = Rᵀ (Wᵀ G W) R, up = W R V, and down by least squares in the metric G.
+        root = None if c is None else root_of(c)
         gw = w if g is None else g @ w
         spectrum, basis = _eigh_descending(_sandwich(root, w.T @ gw))
-        up = (w if root is None else w @ root) @ basis
-        down = basis.T if root is None else _reciprocal(spectrum)[:, None] * (up.T @ gw)
+        kept, basis = spectrum[:most], basis[:, :most]
+        up = w @ (basis if root is None else root @ basis)
+        down = basis.T if root is None else _reciprocal(spectrum)[: len(kept), None] * (up.T @ gw)
     return Decomposition(up, down, spectrum)
+
+
+def _leading(w: Tensor, c: Tensor, g: Tensor | None, most: int) -> Decomposition | None:
+    """The first ranks by a Krylov space; None where it does not settle them, or a moment is singular."""
+    single = w.float()
+    if w.shape[0] <= w.shape[1]:
+        right, left = _cholesky(c), None if g is None else _cholesky(g)
+        if right is None or (g is not None and left is None):
+            return None
+        half = single @ right.float()
+        whitened = half if left is None else left.float().T @ half
+        found = krylov.leading(whitened, None, float(whitened.square().sum(dtype=torch.float64)), most)
+        if found is None:
+            return None
+        u = found.vectors
+        up = u if left is None else torch.linalg.solve_triangular(left.T, u, upper=True)
+        down = ((u if left is None else left @ u).float().T @ single).double()
+    else:
+        # The Gram matrix of W alone is well scaled, so float32 serves; the grading is all in the factor of C.
+        right = _cholesky(c)
+        if right is None:
+            return None
+        middle = _gram(single) if g is None else single.T @ (g.float() @ single)
+        found = krylov.leading(right.T, middle, float((middle * c).sum()), most)
+        if found is None:
+            return None
+        up = (single @ (right @ found.vectors).float()).double()
+        down = torch.linalg.solve_triangular(right, found.vectors.T, upper=False, left=False)
+    return Decomposition(up, down, found.values, found.beyond)
 
 
 def predicted_loss(decomposition: Decomposition, second_moment: Tensor, gradient_moment: Tensor) -> Tensor:
@@ -97,20 +152,21 @@ def predicted_loss(decomposition: Decomposition, second_moment: Tensor, gradient
     terms = (up.T @ symmetric(gradient_moment) @ up) * (down @ symmetric(second_moment) @ down.T)
     # Sum of the trailing block [r:, r:]: its diagonal plus twice what lies right of it, accumulated from the end.
     increments = terms.diagonal() + 2 * terms.triu(1).sum(1)
-    tail = increments.flip(0).cumsum(0).flip(0)
-    return 0.5 * torch.cat([tail, tail.new_zeros(1)]).clamp_min(0)
+    return 0.5 * _tails(increments).clamp_min(0)
 
 
 @dataclass(frozen=True)
 class JointDecomposition:
-    """All joint ranks of several weights with one input: at rank r, member i is ``ups[i][:, :r] @ down[:r]``.
+    """Many joint ranks of several weights with one input: at rank r, member i is ``ups[i][:, :r] @ down[:r]``.
 
-    ups: mᵢ×k each, down: k×n, with k = min(n, Σ mᵢ), float64; spectrum: k eigenvalues, descending.
+    ups: mᵢ×k each, down: k×n, float64, with k = min(n, Σ mᵢ), or the most that were asked for; spectrum: eigenvalues,
+    descending, k or more; beyond: the sum of those that are not in it.
     """
 
     ups: tuple[Tensor, ...]
     down: Tensor
     spectrum: Tensor
+    beyond: float = 0.0
 
     def truncated(self, rank: int) -> tuple[tuple[Tensor, ...], Tensor]:
         """The factors at this rank, unbalanced: an up mᵢ×r for each member, and their down r×n."""
@@ -118,16 +174,21 @@ class JointDecomposition:
 
     def objective(self, rank: int) -> float:
         """Value of the objective, summed over the members, at this rank: the discarded eigenvalues."""
-        return float(self.spectrum[rank:].sum())
+        return float(self.spectrum[rank:].sum()) + self.beyond
+
+    def objectives(self) -> Tensor:
+        """`objective` at every rank from 0 to the length of the spectrum, float64."""
+        return _tails(self.spectrum) + self.beyond
 
 
 def decompose_jointly(
     weights: Sequence[Tensor],
     second_moment: Tensor | None = None,
     gradient_moments: Sequence[Tensor] | None = None,
+    most: int | None = None,
 ) -> JointDecomposition:
     """The best factors with one ``down`` for weights mᵢ×n, each with its Gᵢ (mᵢ×mᵢ), in the sum of their metrics.
-    ``None`` stands for the identity on that side.
+    ``None`` stands for the identity on that side; ``most`` as in `decompose`.
 
     >>> w = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     >>> joint = decompose_jointly([w, 2 * w])
@@ -140,12 +201,12 @@ def decompose_jointly(
     stacked = [weight.detach().double() for weight in weights]
     grams = gradient_moments if gradient_moments is not None else [None] * len(stacked)
     energies = (w.T @ (w if g is None else symmetric(g) @ w) for w, g in zip(stacked, grams, strict=True))
-    single = decompose(square_root(reduce(torch.add, energies)), second_moment)
-    k = min(single.spectrum.numel(), sum(w.shape[0] for w in stacked))
+    single = decompose(root_of(reduce(torch.add, energies)).T, second_moment, most=most)
+    k = sum(w.shape[0] for w in stacked)
     down, spectrum = single.down[:k], single.spectrum[:k]
     # Given down, each best up is the least squares in C alone, whatever G: W C downᵀ over the diagonal down C downᵀ.
-    seen = (down if second_moment is None else down @ symmetric(second_moment)).T * _reciprocal(spectrum)
-    return JointDecomposition(tuple(w @ seen for w in stacked), down, spectrum)
+    seen = (down if second_moment is None else down @ symmetric(second_moment)).T * _reciprocal(spectrum)[: len(down)]
+    return JointDecomposition(tuple(w @ seen for w in stacked), down, spectrum, single.beyond)
 
 
 def predicted_joint_loss(
@@ -177,6 +238,13 @@ def square_root(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
+def root_of(matrix: Tensor) -> Tensor:
+    """R with R Rᵀ = A for a positive semidefinite A, float64: its Cholesky factor, or where A is singular to rounding
+    its symmetric square root."""
+    factor = _cholesky(symmetric(matrix))
+    return square_root(matrix) if factor is None else factor
+
+
 def damped(matrix: Tensor, share: float) -> Tensor:
     """``A + share · mean(diag A) · I``, float64: gives directions never seen a small weight instead of none."""
     a = symmetric(matrix)
@@ -184,7 +252,29 @@ def damped(matrix: Tensor, share: float) -> Tensor:
 
 
 def _sandwich(root: Tensor | None, inner: Tensor) -> Tensor:
-    return inner if root is None else root @ inner @ root
+    return inner if root is None else root.T @ inner @ root
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower factor, or None where there is none to rounding."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return None if int(info) else factor
+
+
+def _gram(weight: Tensor, strip: int = 1024) -> Tensor:
+    """``Wᵀ W`` in strips of the lower triangle: half the work of a plain product."""
+    n = weight.shape[1]
+    gram = weight.new_empty(n, n)
+    for start in range(0, n, strip):
+        columns = slice(start, start + strip)
+        gram[columns, : start + strip] = weight[:, columns].T @ weight[:, : start + strip]
+        gram[:start, columns] = gram[columns, :start].T
+    return gram
+
+
+def _tails(values: Tensor) -> Tensor:
+    """Sums of the last k, k−1, … 0 values."""
+    return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
 
 
 def _eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -171,7 +171,7 @@ def _gather(walk: BlockWalk, block: Block, members: Sequence[str]) -> _Moments |
         sums.tokens += rows.shape[0]
         for name in members:
             if name in dense.residuals and name in student.residuals:
-                lost = valid_rows(dense.residuals[name] - student.residuals[name], mask)
+                lost = valid_rows(dense.residuals[name].float() - student.residuals[name].float(), mask)
                 sums.add_drift(name, lost.T @ own_rows, lost.sum(0))
     return sums
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
+from prehab_export.devices import device_of, moved
 from prehab_export.tasks import Batch, Task, sample_count
 
 if TYPE_CHECKING:  # a torch model is measured without loading onnxruntime
@@ -57,7 +58,7 @@ def evaluate(
     loss, correct, units, samples = 0.0, 0, 0, 0
     for number, batch in enumerate(batches):
         logits = predict(batch)
-        batch = {name: value.to(logits.device) for name, value in batch.items()}
+        batch = moved(batch, logits.device)
         for row in range(sample_count(batch)):
             # Row by row: the logits of a large vocabulary are the biggest tensor here and are not copied whole.
             one = {name: value[row : row + 1] for name, value in batch.items()}
@@ -90,13 +91,13 @@ def _perplexity(mean_loss: float) -> float:
 
 
 def torch_predictor(model: nn.Module, task: Task) -> Predict:
-    """The model in evaluation mode, on the device it lies on; logits stay there."""
-    device = next(model.parameters()).device
+    """The model in evaluation mode, on the device it lies on and in the task's precision; logits stay as they are."""
+    device = device_of(model)
     model.eval()
 
     @torch.inference_mode()
     def predict(batch: Batch) -> Tensor:
-        return task.logits(model, {name: value.to(device) for name, value in batch.items()})
+        return task.logits(model, moved(batch, device))
 
     return predict
 
@@ -109,7 +110,7 @@ def divergences(predict: Predict, reference: Predict, batches: Iterable[Batch], 
     values = []
     for batch in batches:
         own, target = predict(batch), reference(batch)
-        batch = {name: value.to(own.device) for name, value in batch.items()}
+        batch = moved(batch, own.device)
         for row in range(sample_count(batch)):
             one = {name: value[row : row + 1] for name, value in batch.items()}
             log_p, log_q = (task.unit_logits(x[row : row + 1], one).double().log_softmax(-1) for x in (target, own))

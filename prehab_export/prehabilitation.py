@@ -23,7 +23,7 @@ from prehab_export.data import Samples
 from prehab_export.decomposition import objective_value
 from prehab_export.statistics import Statistics
 from prehab_export.tasks import Task
-from prehab_export.training import one_cycle, frozen_copy, labelled_loss, train
+from prehab_export.training import frozen_copy, labelled_loss, one_cycle, train
 from prehab_export.truncation import Decompositions, Metric, decompose_layers, layer_metric, plan_ranks
 
 # λ climbs by this factor over the warm-up half of the run.
@@ -99,6 +99,7 @@ def prehab(
         config.train,
         list(model.parameters()),
         labelled_loss(task, teacher, config.train.distill),
+        precision=task.precision,
         seed=seed,
         after_backward=after_backward,
         progress=progress,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.lowrank import low_rank_layers
-from prehab_export.block_walk import Block, BlockWalk, find_blocks, hidden_of, run_block
+from prehab_export.block_walk import Block, BlockWalk, find_blocks, hidden_of
 from prehab_export.config import RefineConfig
 from prehab_export.data import Samples
 from prehab_export.tasks import Batch, Task
@@ -38,7 +38,7 @@ def block_refiner(
         calls, states = walk.calls[block.name], walk.student_states
 
         def error(number: int) -> Tensor:
-            output = run_block(inner, states[number], calls[number])
+            output = walk.run(inner, states[number], calls[number])
             return relative_error(output, targets[number], walk.masks[number])
 
         def whole() -> float:
@@ -49,7 +49,12 @@ def block_refiner(
         generator = torch.Generator().manual_seed(seed)
         order = [int(torch.randint(len(targets), (1,), generator=generator)) for _ in range(config.block_steps)]
         with torch.enable_grad():
-            optimise(parameters, config.block_schedule, lambda step: (error(order[step]), {}))
+            optimise(
+                parameters,
+                config.block_schedule,
+                lambda step: (error(order[step]), {}),
+                precision=walk.task.precision,
+            )
         if not whole() < before:
             with torch.no_grad():
                 for parameter, value in zip(parameters, start, strict=True):
@@ -96,7 +101,16 @@ def refine(
                 value = (1 - config.hidden_share) * value + config.hidden_share * hidden
             return value, figures
 
-        return train(student, samples, config.schedule, parameters, loss, seed=seed, progress=progress)
+        return train(
+            student,
+            samples,
+            config.schedule,
+            parameters,
+            loss,
+            precision=task.precision,
+            seed=seed,
+            progress=progress,
+        )
 
 
 def factor_parameters(model: nn.Module) -> list[nn.Parameter]:

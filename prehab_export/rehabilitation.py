@@ -52,10 +52,12 @@ def rehab(
         before = _factor_state(model)
         schedule = replace(config.train, steps=share)
         if config.method == "lora":
-            rows = _train_adapters(model, samples, schedule, loss, part, config.lora_rank, seed, progress)
+            rows = _train_adapters(
+                model, samples, schedule, loss, part, config.lora_rank, task.precision, seed, progress
+            )
         else:
             own = factor_parameters(model)
-            rows = train(model, samples, schedule, own, loss, seed=seed, progress=progress)
+            rows = train(model, samples, schedule, own, loss, precision=task.precision, seed=seed, progress=progress)
         history += [row | {"step": row["step"] + len(history)} for row in rows]
         after = held_out_loss(model)
         parts.append({"part": part, "held_out_loss": after, "kept": after < best})
@@ -88,6 +90,7 @@ def _train_adapters(
     loss: Loss,
     side: str,
     rank: int,
+    precision: str,
     seed: int,
     progress: Callable[[dict[str, float]], None] | None,
 ) -> list[dict[str, float]]:
@@ -98,7 +101,7 @@ def _train_adapters(
     wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
     share_down(model, groups)  # PEFT wraps what is shared under its first name only
     adapters = [parameter for name, parameter in wrapped.named_parameters() if ".lora_" in name]
-    rows = train(wrapped, samples, config, adapters, loss, seed=seed, progress=progress)
+    rows = train(wrapped, samples, config, adapters, loss, precision=precision, seed=seed, progress=progress)
     wrapped.merge_and_unload()
     share_down(model, groups)
     return rows

@@ -18,6 +18,7 @@ from converters.targets import target_layers
 from prehab_export.bench_config import BenchConfig
 from prehab_export.config import RunConfig
 from prehab_export.data import Samples, TaskData, load_data
+from prehab_export.devices import choose_device, prepare_determinism
 from prehab_export.evaluation import Metrics, evaluate, torch_predictor
 from prehab_export.files import sha256_of
 from prehab_export.models import (
@@ -36,6 +37,8 @@ from prehab_export.workspace import Workspace, check_disk_space
 
 # Training text or images put aside, to decide what is kept; never trained on and never reported on.
 HELD_OUT = 512
+# Moments, in the folders of the stages that gather them.
+STATISTICS = "statistics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,26 @@ class Session:
 
     @property
     def task(self) -> Task:
-        return TASKS[self.config.task]
+        """At the run's precision."""
+        return TASKS[self.config.task].at(self.config.precision)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where models and moments are loaded to.
+
+        Raises:
+            InputError: there is no such device here, or it cannot compute in the run's precision.
+        """
+        return choose_device(self.config.device, self.config.precision)
+
+    @cached_property
+    def on_cpu(self) -> "Session":
+        """The same run on the CPU in float32: whatever is published is made, checked and measured there."""
+        if (self.device.type, self.config.precision) == ("cpu", "float32"):
+            return self
+        twin = replace(self, config=replace(self.config, device="cpu", precision="float32"))
+        twin.__dict__["data"] = self.data  # the same on every device, and slow to read
+        return twin
 
     @property
     def _origin(self) -> dict[str, Any]:
@@ -119,21 +141,31 @@ class Session:
         return load_model(self.config.model, self.task, **self._origin)
 
     def load_dense(self) -> PreTrainedModel:
-        """The dense model that everything is compared with: the given one, with its adapter merged."""
+        """The dense model that everything is compared with: the given one, with its adapter merged.
+
+        It is read in float32 on the CPU and then moved: 4 bytes a weight of the machine's memory (28 GB for 7B), and
+        again of the device's. Truncation with drift correction needs two such models there, beside the moments.
+        """
         if self.config.adapter is None:
-            return self.load_given()
+            return self._placed(self.load_given())
         return self._load_stage("merge")
 
     def _load_stage(self, stage: str) -> PreTrainedModel:
         folder = self.workspace.folder(stage) / "model"
-        return load_model(str(folder), self.task, trust_remote_code=self.config.trust_remote_code)
+        return self._placed(load_model(str(folder), self.task, trust_remote_code=self.config.trust_remote_code))
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        return model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
 
     def load_prepared(self) -> tuple[PreTrainedModel, Statistics]:
         """The dense model to truncate and its moments: after prehab where that ran and was kept."""
-        folder = self.workspace.folder("prehab")
         if self.config.prehab.train.steps and self.workspace.read_json("prehab", "prehab.json")["kept"]:
-            return self._load_stage("prehab"), load_statistics(folder / "statistics.safetensors")
-        return self.load_dense(), load_statistics(self.workspace.folder("calibrate") / "statistics.safetensors")
+            return self._load_stage("prehab"), self.load_statistics("prehab")
+        return self.load_dense(), self.load_statistics("calibrate")
+
+    def load_statistics(self, stage: str) -> Statistics:
+        """The moments that a stage gathered."""
+        return load_statistics(self.workspace.folder(stage) / STATISTICS, self.device)
 
     def factored_folder(self) -> Path:
         """The compressed model as the last of truncation, refinement and rehab left it."""
@@ -143,9 +175,10 @@ class Session:
 
     def load_factored(self, stage: str) -> PreTrainedModel:
         folder = self.workspace.folder(stage) / "model"
-        return from_pretrained(folder, trust_remote_code=self.config.trust_remote_code)
+        return self._placed(from_pretrained(folder, trust_remote_code=self.config.trust_remote_code))
 
     def metrics(self, model: nn.Module, samples: Samples, description: str) -> Metrics:
+        """Of the model where it lies, in the run's precision."""
         with bar(description, len(samples)) as advance:
             batches = samples.batches(self.config.data.batch_size)
             return evaluate(torch_predictor(model, self.task), batches, self.task, advance)
@@ -162,7 +195,7 @@ def held_out_split(train: Samples, seed: int) -> tuple[Samples, Samples]:
 def prepare_process(config: RunConfig) -> None:
     """Threads and determinism, for every process that works on a run."""
     torch.set_num_threads(config.bench.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    prepare_determinism()
     quiet_libraries()
 
 
@@ -178,6 +211,7 @@ def check(session: Session) -> None:
     Raises:
         InputError: see the table of bad input in the README.
     """
+    choose_device(session.config.device, session.config.precision)
     model = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
     layers = session.layers(model)
     if session.config.adapter is not None:

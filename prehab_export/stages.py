@@ -27,15 +27,13 @@ from prehab_export.progress import bar, say
 from prehab_export.refinement import refine
 from prehab_export.rehabilitation import rehab
 from prehab_export.report import write_report
-from prehab_export.session import Session, bench_config
-from prehab_export.statistics import Statistics, load_statistics, save_statistics
+from prehab_export.session import STATISTICS, Session, bench_config
+from prehab_export.statistics import Statistics, save_statistics
 from prehab_export.strength_search import find_strength
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Truncation
 from prehab_export.verification import publish_artifact, verify_in_fresh_process
 from prehab_export.workspace import write_json
-
-STATISTICS = "statistics.safetensors"
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def _statistics(session: Session, model: PreTrainedModel, layers: Mapping[str, n
 
 def _prehab(session: Session, folder: Path) -> None:
     options = session.config.prehab
-    statistics = load_statistics(session.workspace.folder("calibrate") / STATISTICS)
+    statistics = session.load_statistics("calibrate")
     model = session.load_dense()
     without = _compressed_loss(session, model, statistics) if options.guard else None
     trials: list[dict[str, float]] = []
@@ -105,7 +103,7 @@ def _prehab(session: Session, folder: Path) -> None:
     held_out = _compressed_loss(session, model, fresh) if options.guard else None
     kept = held_out is None or without is None or held_out < without
     if kept:
-        save_folder(model, folder / "model", session.fresh_processor())
+        save_folder(model.cpu(), folder / "model", session.fresh_processor())
         save_statistics(fresh, folder / STATISTICS)
     losses = {"truncated_loss_without": without, "truncated_loss_with": held_out}
     facts = {"kept": kept, "strength": options.strength, "strength_trials": trials, **losses, "history": history}
@@ -199,13 +197,14 @@ def _truncate(session: Session, folder: Path) -> None:
 
 
 def _save_factored(session: Session, model: PreTrainedModel, folder: Path) -> None:
+    model.cpu()
     write_json(folder / DIGESTS, digests_of(model))
     save_folder(model, folder / "model", session.fresh_processor())
 
 
 def _refine(session: Session, folder: Path) -> None:
     options = session.config.refine
-    model, teacher = session.load_factored("truncate"), frozen_copy(session.load_dense())
+    model, teacher = session.load_factored("truncate"), session.load_dense().requires_grad_(False)
     before = session.held_out_loss(model)
     start = copy.deepcopy(model)
     with bar("refine", options.schedule.steps) as advance:
@@ -234,7 +233,7 @@ def _say_what_was_removed(session: Session, truncation: Truncation) -> None:
 def _rehab(session: Session, folder: Path) -> None:
     options = session.config.rehab
     model = session.load_factored("refine" if _needs_refinement(session.config) else "truncate")
-    teacher = frozen_copy(session.load_dense()) if options.train.distill else None
+    teacher = session.load_dense().requires_grad_(False) if options.train.distill else None
     with bar("rehab", options.train.steps) as advance:
         result = rehab(
             model,
@@ -276,7 +275,13 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("merge", _merge, lambda c: {}, wanted=lambda c: c.adapter is not None),
-        Stage("calibrate", _calibrate, lambda c: asdict(c.calibrate) | {"gradients": c.needs_gradients}, ("merge",)),
+        Stage(
+            "calibrate",
+            _calibrate,
+            # Of the precision depends all that follows; the device changes no more than the rounding.
+            lambda c: asdict(c.calibrate) | {"gradients": c.needs_gradients, "precision": c.precision},
+            ("merge",),
+        ),
         Stage(
             "prehab",
             _prehab,
@@ -292,9 +297,24 @@ STAGES = {
         ),
         Stage("refine", _refine, lambda c: asdict(c.refine), ("merge", "truncate"), _needs_refinement),
         Stage("rehab", _rehab, lambda c: asdict(c.rehab), ("merge", "truncate", "refine"), _needs_rehab),
-        Stage("export", export_artifact, lambda c: {}, ("truncate", "refine", "rehab")),
-        Stage("baseline", export_baseline, lambda c: {"eval_samples": c.data.eval_samples}, ("merge",)),
-        Stage("verify", verify_in_fresh_process, lambda c: {}, ("export", "baseline")),
+        Stage(
+            "export",
+            lambda session, folder: export_artifact(session.on_cpu, folder),
+            lambda c: {},
+            ("truncate", "refine", "rehab"),
+        ),
+        Stage(
+            "baseline",
+            lambda session, folder: export_baseline(session.on_cpu, folder),
+            lambda c: {"eval_samples": c.data.eval_samples},
+            ("merge",),
+        ),
+        Stage(
+            "verify",
+            lambda session, folder: verify_in_fresh_process(session.on_cpu, folder),
+            lambda c: {},
+            ("export", "baseline"),
+        ),
         Stage("artifact", publish_artifact, lambda c: {}, ("verify",)),
         Stage("bench", _bench, lambda c: asdict(c.bench), ("artifact", "baseline")),
         Stage("report", write_report, lambda c: {}, ("artifact", "bench")),

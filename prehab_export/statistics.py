@@ -82,7 +82,7 @@ def _blend_inputs(old: InputMoment, fresh: InputMoment, share: float) -> InputMo
     )
 
 
-_ADVICE = "check the data and the model in float32 before compressing"
+_ADVICE = "check the data and the model before compressing; float16 overflows where bfloat16 and float32 do not"
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
@@ -98,16 +98,16 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "input_sampling": {name: asdict(moment.sampling) for name, moment in statistics.inputs.items()},
         "gradient_sampling": {name: asdict(sampling) for name, sampling in statistics.gradient_sampling.items()},
     }
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata={"statistics": json.dumps(facts)})
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path, metadata={"statistics": json.dumps(facts)})
 
 
-def load_statistics(path: Path) -> Statistics:
-    """Read what ``save_statistics`` wrote.
+def load_statistics(path: Path, device: torch.device | str = "cpu") -> Statistics:
+    """Read what ``save_statistics`` wrote, from whatever device, to this one: that of the model they are for.
 
     Raises:
         InputError: the file is not of that kind.
     """
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt", device=str(device)) as file:
         if "statistics" not in (file.metadata() or {}):
             raise InputError(f"{path} holds no calibration statistics; give a statistics.safetensors of a run")
         facts = json.loads(file.metadata()["statistics"])

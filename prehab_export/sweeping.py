@@ -22,8 +22,7 @@ from prehab_export.plots import plot_sweep
 from prehab_export.progress import bar, result_console, say
 from prehab_export.refinement import refine
 from prehab_export.session import Session, check, prepare_process
-from prehab_export.stages import STATISTICS
-from prehab_export.statistics import Statistics, load_statistics
+from prehab_export.statistics import Statistics
 from prehab_export.sweep_methods import METHODS, Method
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Decompositions, decompose_layers
@@ -151,7 +150,7 @@ class _Rows:
         return {"method": method.name, "ratio": ratio, **metrics, "seconds": seconds, **facts}
 
     def _statistics(self) -> Statistics:
-        return load_statistics(self.session.workspace.folder("calibrate") / STATISTICS)
+        return self.session.load_statistics("calibrate")
 
 
 def _cells(dense: Row, rows: list[Row]) -> tuple[list[str], list[list[str]]]:

@@ -5,10 +5,14 @@ Calibration, training and evaluation are written once, in terms of units, and kn
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+
+from prehab_export.config import check_precision
+from prehab_export.devices import autocast, device_of
 
 Batch = dict[str, Tensor]
 
@@ -18,27 +22,50 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Task:
-    """One row of `TASKS`. B: samples of a batch, T: tokens, K: classes or vocabulary, U: units.
+    """One row of `TASKS`, maybe at another precision. B: samples of a batch, T: tokens, K: classes or vocabulary,
+    U: units. Batches lie on the model's device.
 
     auto_class: name of the transformers class that loads such a model.
     metric: ``accuracy`` (higher is better) or ``perplexity`` (lower is better).
-    logits: (model, batch) → (B, K) or (B, T, K); labels are not shown to the model.
+    forward: (model, batch) → (B, K) or (B, T, K); labels are not shown to the model.
     unit_logits: (logits, batch) → (U, K).
     unit_labels: (batch) → (U), aligned with ``unit_logits``.
     token_mask: (batch) → bool (B, T), True for real tokens; None when every position counts.
+    precision: of the model's forward pass, ``float32``, ``bfloat16`` or ``float16``; its weights stay what they are.
     """
 
     name: str
     auto_class: str
     metric: str
-    logits: Callable[[nn.Module, Batch], Tensor]
+    forward: Callable[[nn.Module, Batch], Tensor]
     unit_logits: Callable[[Tensor, Batch], Tensor]
     unit_labels: Callable[[Batch], Tensor]
     token_mask: Callable[[Batch], Tensor | None]
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)
 
     @property
     def higher_is_better(self) -> bool:
         return self.metric == "accuracy"
+
+    def at(self, precision: str) -> "Task":
+        """The same task with forward passes in this precision.
+
+        Raises:
+            InputError: no such precision.
+        """
+        return replace(self, precision=precision)
+
+    def running(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Within it, the model and parts of it compute in this task's precision."""
+        return autocast(device_of(model), self.precision)
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model answers: (B, K) or (B, T, K), in the precision of the forward pass."""
+        with self.running(model):
+            return self.forward(model, batch)
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of every unit in nats (U), in float32 at least."""
@@ -110,7 +137,7 @@ TASKS: dict[str, Task] = {
             name="image-classification",
             auto_class="AutoModelForImageClassification",
             metric="accuracy",
-            logits=_classifier_logits,
+            forward=_classifier_logits,
             unit_logits=_sample_logits,
             unit_labels=_sample_labels,
             token_mask=_every_position,
@@ -119,7 +146,7 @@ TASKS: dict[str, Task] = {
             name="text-classification",
             auto_class="AutoModelForSequenceClassification",
             metric="accuracy",
-            logits=_classifier_logits,
+            forward=_classifier_logits,
             unit_logits=_sample_logits,
             unit_labels=_sample_labels,
             token_mask=_attended,
@@ -128,7 +155,7 @@ TASKS: dict[str, Task] = {
             name="text-generation",
             auto_class="AutoModelForCausalLM",
             metric="perplexity",
-            logits=_decoder_logits,
+            forward=_decoder_logits,
             unit_logits=_token_logits,
             unit_labels=_token_labels,
             token_mask=_attended,

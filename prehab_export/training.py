@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prehab_export.config import Schedule
 from prehab_export.data import Samples
+from prehab_export.devices import device_of, gradient_scaler, moved
 from prehab_export.tasks import Batch, Task
 
 # (model, batch) → the loss to minimise, and figures for the history.
@@ -29,22 +30,27 @@ def train(
     parameters: Sequence[nn.Parameter],
     loss: Loss,
     *,
+    precision: str = "float32",
     seed: int = 0,
     after_backward: AfterBackward | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train ``parameters`` of the model in place; everything else stays frozen. Returns one row of figures a step.
 
+    Args:
+        precision: the one that ``loss`` runs the model in (its task's).
+
     Raises:
-        FloatingPointError: the loss is NaN or Inf.
+        FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
     """
-    batches = shuffled_batches(samples, schedule.batch_size, seed)
+    batches, device = shuffled_batches(samples, schedule.batch_size, seed), device_of(model)
     model.eval()
     with only_trainable(model, parameters):
         return optimise(
             parameters,
             schedule,
-            lambda _step: loss(model, next(batches)),
+            lambda _step: loss(model, moved(next(batches), device)),
+            precision=precision,
             after_backward=after_backward,
             progress=progress,
         )
@@ -55,14 +61,19 @@ def optimise(
     schedule: Schedule,
     loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
     *,
+    precision: str = "float32",
     after_backward: AfterBackward | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Minimise ``loss_at(step)``, a loss and figures to note, over ``schedule.steps`` steps; one row a step.
 
+    In float16 the loss is scaled for its backward pass only: gradients are clipped, and ``after_backward`` sees them,
+    as they are. A step whose gradients overflow is not taken.
+
     Raises:
-        FloatingPointError: the loss is NaN or Inf.
+        FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
     """
+    scaler = gradient_scaler(parameters[0].device, precision)
     optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, schedule))
     history = []
@@ -71,17 +82,29 @@ def optimise(
         row: dict[str, float] = {"step": step, "learning_rate": float(rate.get_last_lr()[0])}
         loss, figures = loss_at(step)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower the learning rate")
-        loss.backward()
+            advice = "lower the learning rate" + (", or take --precision bfloat16" if scaler.is_enabled() else "")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {advice}")
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, schedule.clip)
         row |= figures | (after_backward(step) if after_backward else {})
-        optimizer.step()
-        rate.step()
+        if _step(scaler, optimizer, step):
+            rate.step()
         history.append(row)
         if progress is not None:
             progress(row)
     optimizer.zero_grad(set_to_none=True)
     return history
+
+
+def _step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, step: int) -> bool:
+    """Take the step and return True; if its gradients overflowed, halve the scale instead and return False."""
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    if (after := scaler.get_scale()) < 1:
+        raise FloatingPointError(f"gradients overflow float16 at step {step}; take --precision bfloat16")
+    return after >= before
 
 
 @contextmanager

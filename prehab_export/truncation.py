@@ -306,11 +306,16 @@ def truncate(
 
 def _decompose_layer(layer: DenseLinear, metric: Metric) -> Decomposed:
     weight = dense_weight(layer)
-    full = decompose(weight, *metric.sides)
-    losses = None
-    if metric.gradient_moment is not None:
-        losses = predicted_loss(full, metric.second_moment, metric.gradient_moment)
     most = allocation.break_even(*weight.shape)
+    losses = None
+    if metric.objective == "fisher":
+        full = decompose(weight, *metric.sides, most)
+        losses = 0.5 * full.objectives()  # its own objective is the predicted loss
+    else:
+        # The losses are in another metric than the factors, so they take all ranks' factors.
+        full = decompose(weight, *metric.sides)
+        if metric.gradient_moment is not None:
+            losses = predicted_loss(full, metric.second_moment, metric.gradient_moment)
     # float32 holds the cut factors at the dense weight's size; the eigen-step above was float64.
     kept = replace(full, up=full.up[:, :most].float().clone(), down=full.down[:most].float().clone())
     return Decomposed(metric.objective, kept, losses)
@@ -326,9 +331,13 @@ def _decompose_group(
     metrics = [layer_metric(name, layers[name], statistics, config.gradient_shrinkage, objective) for name in names]
     moments = [metric.gradient_moment for metric in metrics if metric.gradient_moment is not None]
     weights = [dense_weight(layers[name]) for name in names]
-    full = decompose_jointly(weights, metrics[0].sides[0], moments if objective == "fisher" else None)
-    losses = predicted_joint_loss(full, metrics[0].second_moment, moments)
     most = allocation.break_even(sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    if objective == "fisher":
+        full = decompose_jointly(weights, metrics[0].sides[0], moments, most)
+        losses = 0.5 * full.objectives()
+    else:
+        full = decompose_jointly(weights, metrics[0].sides[0])
+        losses = predicted_joint_loss(full, metrics[0].second_moment, moments)
     ups = tuple(up[:, :most].float().clone() for up in full.ups)
     return JointlyDecomposed(replace(full, ups=ups, down=full.down[:most].float().clone()), losses)
 

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.lowrank import balance
+from prehab_export import krylov
 from prehab_export.decomposition import (
+    damped,
     decompose,
     decompose_jointly,
     objective_value,
@@ -148,6 +150,79 @@ def test_balanced_factors_share_their_scale(m, n, seed, scale):
     new_up, new_down = balance(up, down)
     assert torch.allclose(new_up @ new_down, up @ down, atol=1e-9)
     assert torch.allclose(new_up.T @ new_up, new_down @ new_down.T, atol=1e-9)
+
+
+@pytest.fixture
+def narrow_blocks(monkeypatch):
+    """Krylov spaces pay at small sizes too."""
+    monkeypatch.setattr(krylov, "BLOCK", 2)
+
+
+def large_case(m, n, outlier=1.0):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    scales = torch.ones(n, dtype=torch.float64)
+    scales[[3, 77]] = outlier
+    # A mixture of sources of decaying variance, as hidden states are, and a few features far above the others.
+    c, g = (moment(size, 4 * size, generator) for size in (n, m))
+    mix = torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5
+    return weight, (mix @ c @ mix.T) * scales * scales[:, None], damped(g, 1e-2)
+
+
+@pytest.mark.parametrize(("m", "n"), [(160, 224), (224, 160), (192, 192)])
+@pytest.mark.parametrize("sides", ["C", "CG"])
+@pytest.mark.parametrize("outlier", [1.0, 50.0])
+def test_leading_ranks_alone_are_as_good(narrow_blocks, m, n, sides, outlier):
+    weight, c, g = large_case(m, n, outlier)
+    g = g if "G" in sides else None
+    exact, leading = decompose(weight, c, g), decompose(weight, c, g, most=40)
+    assert len(leading.spectrum) == 40  # found without the others
+    assert leading.up.shape == (m, 40)
+    assert leading.down.shape == (40, n)
+    for rank in (1, 10, 25, 40):
+        up, down = leading.truncated(rank)
+        value = objective_value(weight - up @ down, c, g)
+        assert value == pytest.approx(exact.objective(rank), rel=1e-6)
+        assert leading.objective(rank) == pytest.approx(exact.objective(rank), rel=1e-3)
+        assert float(leading.objectives()[rank]) == pytest.approx(leading.objective(rank))
+
+
+@pytest.mark.parametrize("sides", ["C", "CG"])
+def test_leading_joint_ranks_alone_are_as_good(narrow_blocks, sides):
+    weight, c, g = large_case(224, 160)
+    weights, gradients = [weight[:96], weight[96:]], [g[:96, :96], g[96:, 96:]] if "G" in sides else None
+    exact, leading = (decompose_jointly(weights, c, gradients, most) for most in (None, 30))
+    assert len(leading.spectrum) == 30
+    own = gradients or [torch.eye(len(w), dtype=c.dtype) for w in weights]
+    for rank in (5, 30):
+        ups, down = leading.truncated(rank)
+        assert joint_objective(weights, ups, down, c, own) == pytest.approx(exact.objective(rank), rel=1e-6)
+
+
+@pytest.mark.parametrize("case_", ["flat", "singular", "vanishing"])
+def test_leading_ranks_that_a_krylov_space_does_not_settle_are_exact(narrow_blocks, case_):
+    weight, c, _ = large_case(160, 224)
+    if case_ == "flat":
+        c = torch.eye(224, dtype=torch.float64)
+    elif case_ == "singular":
+        c = c[:, :50] @ c[:50, :]
+        c = c @ c.T
+    else:
+        weight = weight[:, :9] @ weight[:9]
+    exact, leading = decompose(weight, c), decompose(weight, c, most=40)
+    assert torch.equal(leading.spectrum, exact.spectrum)
+    assert torch.equal(leading.up @ leading.down, exact.up[:, :40] @ exact.down[:40])
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("sides", ["C", "G", "CG", ""])
+def test_fewer_ranks_of_a_small_weight_are_the_first_of_all(m, n, sides):
+    weight, c, g = case(m, n)
+    moments = (c if "C" in sides else None, g if "G" in sides else None)
+    every, some = decompose(weight, *moments), decompose(weight, *moments, most=5)
+    assert torch.equal(some.spectrum, every.spectrum)
+    assert some.objective(3) == every.objective(3)
+    assert torch.allclose(some.up @ some.down, every.up[:, :5] @ every.down[:5], rtol=0, atol=1e-10)
 
 
 def joint_case(heights, n, seed=0, samples=200):

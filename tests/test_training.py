@@ -118,7 +118,9 @@ def test_gradient_in_the_weight_is_that_of_the_weighted_normalised_mean(name, us
     model = copy.deepcopy(model)
     layers = target_layers(model)
     whitening = "fisher" if use_gradients else "activation"
-    regulariser = Regulariser(layers, PrehabConfig(surrogate=name, whitening=whitening, layer_weights=kind), CUT)
+    regulariser = Regulariser(
+        layers, PrehabConfig(surrogate=name, update="gradient", whitening=whitening, layer_weights=kind), CUT
+    )
     regulariser.refresh(statistics)
     model.zero_grad()
     regulariser.add_gradients(0, strength=5.0)
@@ -136,7 +138,7 @@ def test_tails_weighed_by_loss_are_the_predicted_loss_over_its_start(digits):
     model = copy.deepcopy(model)
     layers = target_layers(model)
     cut = replace(CUT, objective="fisher")
-    regulariser = Regulariser(layers, PrehabConfig(), cut)
+    regulariser = Regulariser(layers, PrehabConfig(update="gradient"), cut)
     regulariser.refresh(statistics)
     before = truncate(layers, statistics, cut).summary()["predicted_loss_increase"]
     with torch.no_grad():
@@ -151,7 +153,7 @@ def test_layers_take_turns_and_hold_their_gradient_in_between(digits):
     model, _, statistics = digits
     model = copy.deepcopy(model)
     layers = target_layers(model)
-    regulariser = Regulariser(layers, PrehabConfig(every=4), CUT)
+    regulariser = Regulariser(layers, PrehabConfig(update="gradient", every=4), CUT)
     regulariser.refresh(statistics)
 
     def gradients(step):
