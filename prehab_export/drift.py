@@ -203,11 +203,11 @@ def _factors(
 ) -> list[Factors]:
     """The factors of W* at this rank; of several layers with one ``down``, together."""
     if len(unit) == 1:
-        up, down = decompose(fits[0].weight, fits[0].second_moment, gradients[0]).truncated(rank)
+        up, down = decompose(fits[0].weight, fits[0].second_moment, gradients[0], rank).truncated(rank)
         ups: Sequence[Tensor] = (up,)
     else:
         weights, known = [fit.weight for fit in fits], [g for g in gradients if g is not None]
-        ups, down = decompose_jointly(weights, fits[0].second_moment, known or None).truncated(rank)
+        ups, down = decompose_jointly(weights, fits[0].second_moment, known or None, rank).truncated(rank)
     triples = zip(unit, fits, ups, strict=True)
     biases = [fit.bias(layers[name].bias, up, down) for name, fit, up in triples]
     return stored_factors(ups, down, biases, layers[unit[0]].weight.dtype)

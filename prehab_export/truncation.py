@@ -136,8 +136,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class Decomposed:
-    """One layer's decomposition under its objective, cut at break-even; its predicted loss at ranks 0…min(m, n) if G
-    is known."""
+    """One layer's decomposition under its objective, cut at break-even; its predicted loss at ranks 0 up to break-even
+    at least, if G is known."""
 
     objective: str
     decomposition: Decomposition
@@ -146,7 +146,7 @@ class Decomposed:
 
 @dataclass(frozen=True)
 class JointlyDecomposed:
-    """One group's joint decomposition, cut at its break-even, and its predicted loss at every joint rank."""
+    """One group's joint decomposition, cut at its break-even, and its predicted loss at every joint rank up to there."""
 
     decomposition: JointDecomposition
     losses: Tensor

@@ -1,4 +1,4 @@
-"""The stages that train, from the command line: λ found by trials, refinement kept or not, objectives by measurement."""
+"""The stages that train, from the command line: λ by trials, refinement kept or not, objectives by measurement."""
 
 import json
 
