@@ -95,7 +95,7 @@ def compress(
         with progress("decompose", len(layers)) as advance:
             decomposed = decompose_layers(layers, statistics, config, objectives, progress=advance)
     plan = truncate(layers, statistics, config, decomposed=decomposed)
-    if not config.drift_correction:
+    if not config.drift_correction or config.objective == "weight":  # plain SVD knows nothing of the inputs
         return Compression(plan, trials)
     refiner = None if refine is None or not refine.block_steps else block_refiner(refine, seed)
     try:

@@ -107,6 +107,8 @@ def truncate_along(
         NotAChain: the model's blocks cannot be run one by one.
     """
     blocks = find_blocks(model, layers)
+    if not blocks:
+        return plan  # nothing comes after anything
     results = {result.name: result for result in plan.layers}
     inside = {name for block in blocks for name in block.layers}
     refits: dict[str, Refit] = {}
@@ -117,30 +119,48 @@ def truncate_along(
         for block in blocks:
             for members in _by_input(walk.order[block.name], statistics):
                 moments = _gather(walk, block, members)
-                part = Truncation({}, [])
-                for unit in _units(members, plan.shared):
-                    if moments is None:  # nothing to fit to: the plan's own factors
-                        part.factors.update({name: plan.factors[name] for name in unit if name in plan.factors})
-                        continue
-                    fits = [_regress(name, layers[name], moments) for name in unit]
-                    if (rank := results[unit[0]].rank) is None:
-                        part.refits[unit[0]] = _refit(layers[unit[0]], fits[0])
-                        continue
-                    fisher = results[unit[0]].metric == "fisher"
-                    gs = [gradient_metric(n, statistics, gradient_shrinkage) if fisher else None for n in unit]
-                    for name, fit, g, pair in zip(unit, fits, gs, _factors(unit, layers, fits, gs, rank), strict=True):
-                        part.factors[name] = pair
-                        delta = fit.weight - pair.up.double() @ pair.down.double()
-                        value = objective_value(delta, fit.second_moment, g)
-                        results[name] = replace(results[name], objective=value)
+                part = _planned(members, plan)
+                if moments is not None:
+                    part = _fitted(members, layers, moments, statistics, plan, gradient_shrinkage)
                 part.apply(student)
                 refits |= part.refits
+                results |= {result.name: result for result in part.layers}
                 if progress is not None:
                     progress(len(members))
             if after_block is not None:
                 after_block(walk, block)
             walk.advance(block)
     return Truncation(factors_of(student), list(results.values()), refits, plan.shared)
+
+
+def _planned(members: Sequence[str], plan: Truncation) -> Truncation:
+    """The plan's own factors, where there is nothing to fit to."""
+    return Truncation({name: plan.factors[name] for name in members if name in plan.factors}, [])
+
+
+def _fitted(
+    members: Sequence[str],
+    layers: Mapping[str, DenseLinear],
+    moments: _Moments,
+    statistics: Statistics,
+    plan: Truncation,
+    gradient_shrinkage: float,
+) -> Truncation:
+    """Layers with one input, each (or each group with one ``down``) fitted to it at the plan's rank."""
+    planned = {result.name: result for result in plan.layers}
+    part = Truncation({}, [])
+    for unit in _units(members, plan.shared):
+        fits = [_regress(name, layers[name], moments) for name in unit]
+        rank, fisher = planned[unit[0]].rank, planned[unit[0]].metric == "fisher"
+        if rank is None:
+            part.refits[unit[0]] = _refit(layers[unit[0]], fits[0])
+            continue
+        gs = [gradient_metric(name, statistics, gradient_shrinkage) if fisher else None for name in unit]
+        for name, fit, g, pair in zip(unit, fits, gs, _factors(unit, layers, fits, gs, rank), strict=True):
+            part.factors[name] = pair
+            delta = fit.weight - pair.up.double() @ pair.down.double()
+            part.layers.append(replace(planned[name], objective=objective_value(delta, fit.second_moment, g)))
+    return part
 
 
 def _by_input(names: Sequence[str], statistics: Statistics) -> list[list[str]]:

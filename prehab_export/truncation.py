@@ -146,7 +146,7 @@ class Decomposed:
 
 @dataclass(frozen=True)
 class JointlyDecomposed:
-    """One group's joint decomposition, cut at its break-even, and its predicted loss at every joint rank up to there."""
+    """One group's joint decomposition, cut at its break-even, and its predicted loss at the joint ranks up to there."""
 
     decomposition: JointDecomposition
     losses: Tensor

@@ -218,6 +218,15 @@ def test_the_dense_model_is_left_alone():
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
+def test_layers_outside_every_block_are_cut_as_planned():
+    model, task, batches, *_ = prepared("bert")
+    layers = target_layers(model, include=["bert.pooler.dense"])
+    statistics = calibrate(model, batches, task, layers)
+    plan = truncate(layers, statistics, STRONG)
+    result = along(model, task, batches, layers, statistics, plan)
+    assert torch.equal(result.factors["bert.pooler.dense"].up, plan.factors["bert.pooler.dense"].up)
+
+
 def test_blocks_that_are_no_chain_are_refused():
 
     model, task, batches, layers, _statistics, _plan = prepared("llama")
