@@ -23,7 +23,7 @@ def find_strength(
     >>> from math import log10
     >>> best, rows = find_strength(lambda strength: (log10(strength) - 3) ** 2, start=100.0, trials=6)
     >>> round(best), len(rows)
-    (1000, 5)
+    (1000, 4)
     """
     losses: dict[int, float] = {}
 
