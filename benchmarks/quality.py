@@ -4,7 +4,8 @@
         --recipe svd-llm --recipe drift --recipe full --steps 200 --seeds 3 --out benchmarks/results/NAME.json
 
 A recipe is what happens before the cut, the cut, and what happens after it. Rows already in the output file are not
-computed again, so a benchmark that was stopped goes on, and more recipes, ratios or seeds can be asked for later.
+computed again, so a benchmark that was stopped goes on, more recipes, ratios or seeds can be asked for later, and
+several processes may fill in one file.
 """
 
 import copy
@@ -13,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 
 import click
 import torch
+from filelock import FileLock
 from pat import pat
 from torch import nn
 
@@ -300,20 +303,29 @@ def main(
     dense = nn.Module.to(px.load_model(model, chosen), place)
     bench = Bench(dense, chosen, px.DataConfig(**data), options, px.load_processor(model, chosen))
     machine = machine_facts() | {"gpu": torch.cuda.get_device_name(place) if place.type == "cuda" else None}
-    result: dict[str, Any] = {"commands": [], "machine": machine, "options": asdict(options), "rows": []}
-    if out.exists():
-        result = json.loads(out.read_text())
-        if Options(**result["options"]) != options:
+    command = shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]])
+    with results(out, {"commands": [], "machine": machine, "options": asdict(options), "rows": []}) as result:
+        if result["options"] != asdict(options):
             raise px.InputError(f"{out} was made with other options; give another file")
-    result["commands"].append(shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]]))
-    result.setdefault("dense", bench.metric(dense))
-    done = {(row["recipe"], row["ratio"], row["seed"]) for row in result["rows"]}
+        result["commands"].append(command)
+        result.setdefault("dense", bench.metric(dense))
     for key in wanted(recipes, ratios, seeds):
+        with results(out) as result:
+            done = {(row["recipe"], row["ratio"], row["seed"]) for row in result["rows"]}
         if key not in done:
             row = bench.row(*key)
             say(f"{key}: {row['value']:.4f} (loss {row['loss']:.4f}) in {row['seconds']:.0f} s")
-            result["rows"].append(row)
-            out.write_text(json.dumps(result, indent=1) + "\n")
+            with results(out) as result:
+                result["rows"].append(row)
+
+
+@contextmanager
+def results(out: Path, fresh: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """What the file holds, or ``fresh`` if there is none; written back at the end. One process at a time."""
+    with FileLock(out.with_suffix(".lock")):
+        result = json.loads(out.read_text()) if out.exists() else fresh or {}
+        yield result
+        out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

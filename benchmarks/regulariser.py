@@ -2,13 +2,13 @@
 
     python benchmarks/regulariser.py --threads 2 --out benchmarks/results/regulariser.json
 
-Plain AdamW steps on the task loss (no distillation, which would only make the step longer) alternate with steps that
-have the regulariser, one surrogate after the other; layers take turns over ``every`` steps, so the share is the mean
-over whole turns over the median plain step. A refresh (fresh moments, ranks, bases) is timed once and spread over
-``refresh_every`` steps. Against it, the published repository's ways (github.com/niqretnuh/PREHAB-SVD), with autograd,
-on the layers of one block, times the number of blocks: ``nuclear`` with two float64 eigendecompositions a matrix and
-step (one for the loss, one for the logged rank), and ``spectral`` with 50 power iterations. Their whitened weights are
-taken as given: the product with the whitening matrix and its inverse in the forward pass are not counted.
+Plain AdamW steps on the task loss (no distillation, which would only make the step longer) alternate with the
+regulariser's part of ``--between`` steps, one surrogate after the other; layers take turns over ``every`` steps, so the
+share is the mean over whole turns over the median plain step. A refresh (fresh moments, ranks, bases) is timed once
+and spread over ``refresh_every`` steps. Against it, the published repository's ways (github.com/niqretnuh/PREHAB-SVD),
+with autograd, on the layers of one block, times the number of blocks: ``nuclear`` with two float64 eigendecompositions
+a matrix and step (one for the loss, one for the logged rank), and ``spectral`` with 50 power iterations. Their whitened
+weights are taken as given: the product with the whitening matrix and its inverse in the forward pass are not counted.
 """
 
 import json
@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -45,6 +45,7 @@ TASKS = {"bert-base": "text-classification", "vit-b16": "image-classification"}
 @click.option("--vit-batch", type=int, default=16, help="Images of 224×224 a step.")
 @click.option("--blocks", type=int, help="Blocks of the model, for a quick look; the model's own number by default.")
 @click.option("--surrogate", "only", multiple=True, help="Only these surrogates.")
+@click.option("--between", type=int, default=4, help="Parts of the regulariser from one plain step to the next.")
 @click.option("--turns", type=int, default=1, help="Whole turns of the layers to time, for each surrogate.")
 @click.option("--ratio", type=float, default=0.6)
 @click.option("--every", type=int, default=px.PrehabConfig.every)
@@ -108,28 +109,22 @@ class Bench:
         self.plain: list[float] = []
         self.statistics = px.calibrate(model, [batch], task, self.layers)
 
-    def step(self, regularise: Callable[[], Any] = lambda: None) -> tuple[float, float]:
-        """Seconds of one training step without ``regularise``, and of ``regularise`` itself."""
+    def step(self) -> float:
+        """Seconds of one plain training step; its gradients stay."""
         started = self._now()
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.task.unit_logits(self.task.logits(self.model, self.batch), self.batch).float()
         nn.functional.cross_entropy(logits, self.task.unit_labels(self.batch)).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        before = self._now()
-        regularise()
-        after = self._now()
         self.optimizer.step()
-        return self._now() - started - (after - before), after - before
-
-    def plain_step(self) -> None:
-        self.plain.append(self.step()[0])
+        return self._now() - started
 
     def variant(self, update: str, surrogate: str) -> dict[str, Any]:
         every = self.options["every"]
         config = px.PrehabConfig(surrogate=surrogate, update=update, every=every)
         regulariser = Regulariser(self.layers, config, self.truncation)
         regulariser.refresh(self.statistics)  # the first makes the starts and the weights as well
-        started = self._now()
+        began = self._now()
         size = next(iter(self.batch.values())).shape[0]
         passes = -(-self.options["refresh_samples"] // size)
         fresh = px.calibrate(self.model, [self.batch] * passes, self.task, self.layers)
@@ -138,19 +133,20 @@ class Bench:
         refreshed = self._now()
         if update == "gradient":
             regulariser.add_gradients(0, 0.0)  # all layers, once, as at the start of a run
-        self.model.zero_grad(set_to_none=True)
-        extra = []
+        act, extra = regulariser.add_gradients if update == "gradient" else regulariser.shrink, []
         for step in range(every * self.options["turns"]):
-            self.plain_step()
-            act = regulariser.add_gradients if update == "gradient" else regulariser.shrink
-            extra.append(self.step(lambda act=act, step=step: act(step, 1e-6))[1])  # type: ignore[misc]
+            if step % self.options["between"] == 0:
+                self.plain.append(self.step())
+            started = self._now()
+            act(step, 1e-6)
+            extra.append(self._now() - started)
         return {
             "update": update,
             "surrogate": surrogate,
             "seconds_a_step": mean(extra),
             "seconds_by_step": extra,
-            "refresh_seconds": refreshed - started,
-            "refresh_moments_seconds": calibrated - started,
+            "refresh_seconds": refreshed - began,
+            "refresh_moments_seconds": calibrated - began,
             "refresh_bases_seconds": refreshed - calibrated,
         }
 

@@ -3,17 +3,27 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
 def valid_rows(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Flatten to tokens × features in float32, without padding.
+    """Tokens × features in float32, without padding; the shapes are those of ``by_sample``."""
+    split, valid = by_sample(values, mask, 1)
+    return split[valid]
 
-    A layer may see (B, T, d) or (B·T, d); a tensor of another shape (a pooled one, say) has no padding to drop.
+
+def by_sample(values: Tensor, mask: Tensor | None, samples: int) -> tuple[Tensor, Tensor]:
+    """Samples × tokens × features in float32, and which of those tokens are real (samples × tokens).
+
+    A layer may see (B, T, d), (B·T, d) or (B, H, W, d), samples outermost; a tensor whose rows are not B·T (a pooled
+    one, say) has no padding to drop. Rows that do not divide into the samples count as one sample.
     """
-    rows = values.reshape(-1, values.shape[-1]).float()
-    per_token = mask is not None and (values.shape[:-1] == mask.shape or values.shape[:-1] == (mask.numel(),))
-    return rows[mask.reshape(-1)] if mask is not None and per_token else rows
+    rows = values.numel() // values.shape[-1]
+    split = values.reshape(samples if rows % samples == 0 else 1, -1, values.shape[-1]).float()
+    if mask is not None and rows == mask.numel():
+        return split, mask.reshape(split.shape[:2]).to(split.device)
+    return split, torch.ones(split.shape[:2], dtype=torch.bool, device=split.device)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
-from prehab_export.activations import frozen
+from prehab_export.activations import by_sample, frozen
 from prehab_export.config import FISHER_LABELS
 from prehab_export.devices import device_of, full_precision, moved
 from prehab_export.shrinkage import ClusterSums
@@ -193,7 +193,7 @@ class _Tally:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
             with full_precision(x.device):
-                values, valid = _by_sample(x, mask, samples)
+                values, valid = by_sample(x, mask, samples)
                 if name not in self.shift:
                     self.shift[name] = values[valid].mean(0)
                     self.total[name] = torch.zeros_like(self.shift[name])
@@ -206,7 +206,7 @@ class _Tally:
     def _output_hook(self, name: str, mask: Tensor | None, units: Tensor) -> Callable:
         def on_gradient(gradient: Tensor) -> None:
             with full_precision(gradient.device):
-                values, valid = _by_sample(gradient, mask, len(units))
+                values, valid = by_sample(gradient, mask, len(units))
                 sizes = units if len(values) == len(units) else units.sum()[None]
                 values = values if self.loss_scale == 1 else values / self.loss_scale
                 self.gradients.setdefault(name, ClusterSums()).add(values, valid, sizes.to(values.device))
@@ -244,19 +244,6 @@ def _gradient_hook(action: Callable[[Tensor], None]) -> Callable:
         return tracked
 
     return hook
-
-
-def _by_sample(values: Tensor, mask: Tensor | None, samples: int) -> tuple[Tensor, Tensor]:
-    """Samples × tokens × features in float32, and which of those tokens are real (samples × tokens).
-
-    A layer may see (B, T, d), (B·T, d) or (B, H, W, d), samples outermost; a tensor whose rows are not B·T (a pooled
-    one, say) has no padding to drop. Rows that do not divide into the samples count as one sample.
-    """
-    rows = values.numel() // values.shape[-1]
-    split = values.reshape(samples if rows % samples == 0 else 1, -1, values.shape[-1]).float()
-    per_token = mask is not None and rows == mask.numel()
-    valid = mask if mask is not None and per_token else torch.ones(split.shape[:2], dtype=torch.bool)
-    return split, valid.to(split.device)
 
 
 def _units_by_sample(task: Task, batch: Batch) -> Tensor:

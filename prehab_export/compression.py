@@ -78,10 +78,9 @@ def compress(
         InputError: gradient moments are needed and missing, or every layer would stay dense.
     """
     trials: list[KindTrial] = []
-    objectives: dict[str, str] = {}
     if decomposed is None and config.objective == "auto":
         with progress("choose objectives", len(kinds_of(model, layers))) as advance:
-            objectives, trials = choose_objectives(
+            decomposed, trials = choose_objectives(
                 model,
                 task,
                 samples.judging,
@@ -93,7 +92,7 @@ def compress(
             )
     if decomposed is None:
         with progress("decompose", len(layers)) as advance:
-            decomposed = decompose_layers(layers, statistics, config, objectives, progress=advance)
+            decomposed = decompose_layers(layers, statistics, config, progress=advance)
     plan = truncate(layers, statistics, config, decomposed=decomposed)
     if not config.drift_correction or config.objective == "weight":  # plain SVD knows nothing of the inputs
         return Compression(plan, trials)

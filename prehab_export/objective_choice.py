@@ -20,7 +20,7 @@ from prehab_export.evaluation import divergences, torch_predictor
 from prehab_export.statistics import Statistics
 from prehab_export.tasks import Task
 from prehab_export.training import frozen_copy
-from prehab_export.truncation import Decompositions, decompose_layers, plan_ranks, truncate
+from prehab_export.truncation import Decompositions, decompose_layers, plan_ranks, truncate, with_groups
 
 # How many standard errors of the paired difference a kind has to gain by.
 CONFIDENCE = 2.0
@@ -58,8 +58,8 @@ def choose_objectives(
     *,
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
-) -> tuple[dict[str, str], list[KindTrial]]:
-    """The objective of every layer, as suits its kind, and what was measured.
+) -> tuple[Decompositions, list[KindTrial]]:
+    """Decompositions of every layer under the objective that suits its kind, and what was measured.
 
     Args:
         samples: to judge by; not those of calibration.
@@ -79,13 +79,14 @@ def choose_objectives(
         return divergences(candidate, reference, samples.batches(batch_size), task)
 
     base = divergence_with(())
-    chosen, trials = dict.fromkeys(layers, "fisher"), []
+    chosen, trials = dict(fisher.layers), []
     for kind, names in kinds_of(model, layers).items():
         difference = divergence_with(names) - base
         change, error = float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
         objective = "activation" if change < -CONFIDENCE * error else "fisher"
-        chosen |= dict.fromkeys(names, objective)
+        if objective == "activation":
+            chosen |= {name: activation.layers[name] for name in names}
         trials.append(KindTrial(kind, len(names), change, error, objective))
         if progress is not None:
             progress(1)
-    return chosen, trials
+    return with_groups(chosen, layers, statistics, config), trials

@@ -1,7 +1,8 @@
 """A run from start to end: check, then one stage after another, skipping what is already there and still valid."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,15 +34,26 @@ def run(
         InputError: bad input, found before anything slow.
         ParityError: the exported artifact does not compute what the model computes; nothing is published.
     """
+    with opened(config, output) as session:
+        _withdraw_outdated(session, redo)
+        bring_up_to_date(session, until, redo)
+    return session.workspace
+
+
+@contextmanager
+def opened(config: RunConfig, output: Path) -> Iterator[Session]:
+    """A checked session whose folder nobody else works in.
+
+    Raises:
+        InputError: bad input, found before anything slow.
+    """
     prepare_process(config)
     workspace = Workspace.open(output)
     with workspace.locked():
         session = Session(config, workspace)
         check(session)
         workspace.save_options(to_yaml(config))
-        _withdraw_outdated(session, redo)
-        bring_up_to_date(session, until, redo)
-    return workspace
+        yield session
 
 
 def _withdraw_outdated(session: Session, redo: Collection[str]) -> None:
@@ -85,4 +97,4 @@ def stage_keys(session: Session) -> dict[str, str]:
     return keys
 
 
-__all__ = ["Stage", "bring_up_to_date", "run", "stage_keys"]
+__all__ = ["Stage", "bring_up_to_date", "opened", "run", "stage_keys"]

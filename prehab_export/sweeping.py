@@ -16,17 +16,17 @@ from transformers import PreTrainedModel
 
 from converters.errors import InputError
 from prehab_export.compression import Samplesets, compress
-from prehab_export.config import RunConfig, to_yaml
-from prehab_export.pipeline import bring_up_to_date, stage_keys
+from prehab_export.config import RunConfig
+from prehab_export.pipeline import bring_up_to_date, opened, stage_keys
 from prehab_export.plots import plot_sweep
 from prehab_export.progress import bar, result_console, say
 from prehab_export.refinement import refine
-from prehab_export.session import Session, check, prepare_process
+from prehab_export.session import Session
 from prehab_export.statistics import Statistics
 from prehab_export.sweep_methods import METHODS, Method
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Decompositions, decompose_layers
-from prehab_export.workspace import Workspace, stage_key, write_json
+from prehab_export.workspace import stage_key, write_json
 
 Row = dict[str, Any]
 
@@ -48,21 +48,16 @@ def sweep(config: RunConfig, output: Path, methods: Sequence[str], ratios: Seque
     cuts = [method.at(ratio, config.truncate) for method in chosen for ratio in ratios]
     # Moments for the most demanding method serve them all.
     config = replace(config, truncate=max(cuts, key=lambda cut: cut.needs_gradients))
-    prepare_process(config)
-    workspace = Workspace.open(output)
-    with workspace.locked():
-        session = Session(config, workspace)
-        check(session)
-        workspace.save_options(to_yaml(config))
+    with opened(config, output) as session:
         bring_up_to_date(session, "calibrate")
         rows = _Rows(session).all(chosen, ratios)
         key = stage_key("sweep", {"rows": rows}, [])
-        with workspace.publish("sweep", key, {"methods": list(methods), "ratios": ratios}) as folder:
+        with session.workspace.publish("sweep", key, {"methods": list(methods), "ratios": ratios}) as folder:
             dense, rest = rows[0], rows[1:]
             write_json(folder / "sweep.json", {"dense": dense, "rows": rest})
             (folder / "sweep.md").write_text(_markdown(dense, rest))
             plot_sweep(dense, rest, folder / "sweep.png")
-    return workspace.folder("sweep")
+    return session.workspace.folder("sweep")
 
 
 class _Rows:

@@ -201,11 +201,10 @@ def decompose_layers(
     layers: Mapping[str, DenseLinear],
     statistics: Statistics,
     config: TruncateConfig,
-    objectives: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Decompositions:
-    """Decompose every layer, under its own objective where ``objectives`` names one; and, where inputs may be shared,
-    the groups of layers that read one input in one metric.
+    """Decompose every layer under the configured objective and, where inputs may be shared, the groups of layers that
+    read one input.
 
     Raises:
         InputError: gradient moments are needed and the statistics hold none.
@@ -215,18 +214,29 @@ def decompose_layers(
             f"objective {config.objective!r} with allocation {config.allocation!r} needs gradient moments; "
             "calibrate with gradients, or take --objective activation --allocation uniform"
         )
-    chosen = {name: (objectives or {}).get(name, config.base_objective) for name in layers}
     single = {}
     for name, layer in layers.items():
-        metric = layer_metric(name, layer, statistics, config.gradient_shrinkage, chosen[name])
+        metric = layer_metric(name, layer, statistics, config.gradient_shrinkage, config.base_objective)
         single[name] = _decompose_layer(layer, metric)
         if progress is not None:
             progress(1)
-    groups = {
-        names: _decompose_group(names, layers, statistics, config, chosen[names[0]])
-        for names in (_candidates(layers, statistics, chosen) if config.share_inputs else ())
-    }
-    return Decompositions(single, groups)
+    return with_groups(single, layers, statistics, config)
+
+
+def with_groups(
+    single: dict[str, Decomposed],
+    layers: Mapping[str, DenseLinear],
+    statistics: Statistics,
+    config: TruncateConfig,
+) -> Decompositions:
+    """These decompositions of layers, each under an objective of its own, and, where inputs may be shared, those of
+    the groups of layers that read one input in one metric."""
+    objectives = {name: entry.objective for name, entry in single.items()}
+    candidates = _candidates(layers, statistics, objectives) if config.share_inputs else []
+    return Decompositions(
+        single,
+        {names: _decompose_group(names, layers, statistics, config, objectives[names[0]]) for names in candidates},
+    )
 
 
 def _candidates(

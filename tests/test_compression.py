@@ -39,11 +39,11 @@ def test_a_metric_that_misleads_is_given_up_where_it_does():
     certain = {name: replace(sampling, error=0.0) for name, sampling in statistics.gradient_sampling.items()}
     misled = replace(statistics, gradients=gradients, gradient_sampling=certain)
     config = replace(STRONG, allocation="uniform", objective="auto")
-    objectives, trials = choose_objectives(model, task, as_samples(batches), layers, misled, config)
+    decomposed, trials = choose_objectives(model, task, as_samples(batches), layers, misled, config)
     chosen = {trial.kind: trial for trial in trials}
     assert chosen["self_attn.v_proj"].objective == "activation"
     assert chosen["self_attn.v_proj"].change < 0
-    assert {objectives[name] for name in broken} == {"activation"}
+    assert {decomposed.layers[name].objective for name in broken} == {"activation"}
     for trial in trials:
         assert (trial.objective == "activation") == (trial.change < -2 * trial.standard_error)
 
