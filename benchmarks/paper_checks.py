@@ -21,7 +21,7 @@ from typing import Any
 import click
 import torch
 from matplotlib.figure import Figure
-from quality import Bench, Options
+from quality import RECIPES, Bench, Options
 
 import prehab_export as px
 from prehab_export.machine import machine_facts
@@ -61,9 +61,11 @@ def strengths(bench: Bench, ratio: float, _shifted: str | None) -> list[dict[str
     rows = []
     for strength in (0.0, *LAMBDAS):
         bench.options = replace(bench.options, strength=strength)
-        row = bench.row("prehab + svd-llm", ratio, seed=0)
-        say(f"λ = {strength:g}: dense {row['dense_value']:.4f}, truncated {row['value']:.4f}")
-        rows.append({key: row[key] for key in ("dense_value", "value", "loss")} | {"lambda": strength})
+        model, _ = bench.tuned(RECIPES["prehab + svd-llm"], ratio, bench.options.steps, seed=0)
+        dense = bench.metric(model)
+        truncated = bench.metric(bench.cut(model, bench.calibrated(model), "svd-llm", ratio)[0])
+        say(f"λ = {strength:g}: dense {dense['value']:.4f}, truncated {truncated['value']:.4f}")
+        rows.append({"lambda": strength, "dense_value": dense["value"], **truncated})
     return rows
 
 

@@ -4,11 +4,12 @@
 ``ProxNuclearNorm``, applied to the plain weights every ``prox_freq`` steps. Needs ``pip install torchao``.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
-import prehab_export as px
-from converters.lowrank import dense_weight
+from converters.lowrank import DenseLinear, dense_weight
 from prehab_export.allocation import uniform_rank
 from prehab_export.config import Schedule
 from prehab_export.data import Samples
@@ -21,7 +22,14 @@ NUCLEAR_LAMBDA = 1e-2
 
 
 def pat(
-    model: nn.Module, samples: Samples, schedule: Schedule, loss: Loss, ratio: float, prox: str, seed: int
+    model: nn.Module,
+    layers: Mapping[str, DenseLinear],
+    samples: Samples,
+    schedule: Schedule,
+    loss: Loss,
+    ratio: float,
+    prox: str,
+    seed: int,
 ) -> list[dict[str, float]]:
     """Train the model in place towards the uniform ranks of ``ratio``; one row a step.
 
@@ -30,7 +38,7 @@ def pat(
     """
     from torchao.prototype.pat import PruneOptimizer
 
-    layers, groups = px.target_layers(model), []
+    groups = []
     for layer in layers.values():
         m, n = dense_weight(layer).shape
         rank = uniform_rank(m, n, 1 - ratio) or min(m, n)

@@ -12,8 +12,9 @@ import copy
 import json
 import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,17 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import click
+import onnxruntime
 import torch
 from filelock import FileLock
+from onnxruntime.quantization import QuantType, quantize_dynamic
 from pat import pat
 from torch import nn
 
 import prehab_export as px
+from converters.onnx.export import export_onnx
 from prehab_export.compression import Samplesets, compress
 from prehab_export.config import RefineConfig, Schedule
 from prehab_export.data import Samples
 from prehab_export.devices import choose_device, prepare_determinism
-from prehab_export.evaluation import torch_predictor
+from prehab_export.eigenbasis import factor_bases
+from prehab_export.evaluation import onnx_predictor, torch_predictor
 from prehab_export.machine import machine_facts
 from prehab_export.progress import bar, say
 from prehab_export.refinement import refine
@@ -44,9 +49,10 @@ from prehab_export.truncation import Decompositions, decompose_layers
 @dataclass(frozen=True)
 class Recipe:
     """before: ``task`` (the control: task loss and distillation), ``prehab``, or a proximal map of torchao's PAT.
-    cut: a sweep method. after: ``lora``, ``factors`` or ``refine``. early: share of the steps that go first."""
+    cut: a sweep method, None to stay dense. after: ``lora``, ``factors`` or ``refine``. early: share of the steps that
+    go first."""
 
-    cut: str
+    cut: str | None
     before: str | None = None
     after: str | None = None
     early: float = 0.5
@@ -63,6 +69,9 @@ class Recipe:
 
 
 RECIPES = {
+    "dense": Recipe(None),
+    "task": Recipe(None, before="task"),
+    "prehab": Recipe(None, before="prehab"),
     "svd": Recipe("svd"),
     "svd-llm": Recipe("svd-llm"),
     "fisher-uniform": Recipe("fisher-uniform"),
@@ -86,12 +95,13 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What all rows of one file have in common. lr: peak rate before the cut, tune_lr: after it."""
+    """What all rows of one file have in common. lr: peak rate before the cut; tune_lr and lora_lr: after it."""
 
     steps: int = 150
     batch_size: int = 64
     lr: float = 3e-4
     tune_lr: float = 1e-3
+    lora_lr: float = 1e-3
     distill: float = 0.5
     surrogate: str = px.PrehabConfig.surrogate
     strength: float = px.PrehabConfig.strength
@@ -103,13 +113,19 @@ class Options:
     calibration_samples: int = 512
     fisher_labels: str = "data"
     precision: str = "float32"
+    include: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", tuple(self.include))  # JSON has lists
 
 
 class Bench:
     """One model, its data, and what is asked of it. What several rows need is computed once."""
 
-    def __init__(self, model: nn.Module, task: Any, data: px.DataConfig, options: Options, processor: Any) -> None:
-        self.model, self.task, self.options = model, task, options
+    def __init__(
+        self, model: Any, task: Any, data: px.DataConfig, options: Options, processor: Any, int8: bool = False
+    ) -> None:
+        self.model, self.task, self.options, self.int8 = model, task, options, int8
         self.evaluation_batch = data.batch_size
         self.data = px.load_data(data, task, processor, model.config, seed=0)
         self.held_out, self.training = held_out_split(self.data.train, 0)
@@ -127,7 +143,7 @@ class Bench:
         return self.calibrated(self.model)
 
     def calibrated(self, model: nn.Module) -> px.Statistics:
-        layers = px.target_layers(model)
+        layers = self.layers(model)
         batches = self.calibration.batches(self.evaluation_batch)
         with bar("calibrate", len(self.calibration)) as advance:
             return px.calibrate(model, batches, self.task, layers, labels=self.options.fisher_labels, progress=advance)
@@ -138,6 +154,22 @@ class Bench:
             batches = samples.batches(self.evaluation_batch)
             return asdict(px.evaluate(torch_predictor(model, self.task), batches, self.task, advance))
 
+    def metric_in_int8(self, model: Any) -> dict[str, Any]:
+        """After ONNX Runtime's dynamic quantisation of the exported graph: weights and activations in int8."""
+        with tempfile.TemporaryDirectory() as folder:
+            plain, quantised = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
+            names = None if self.task.name == "image-classification" else self.processor.model_input_names
+            export_onnx(model, plain, self.task.name, text_inputs=names, fuse=False)
+            quantize_dynamic(plain, quantised, weight_type=QuantType.QInt8, per_channel=True)
+            settings = onnxruntime.SessionOptions()
+            settings.intra_op_num_threads = torch.get_num_threads()
+            session = onnxruntime.InferenceSession(quantised, settings, providers=["CPUExecutionProvider"])
+            batches = self.data.evaluation.batches(self.evaluation_batch)
+            return asdict(px.evaluate(onnx_predictor(session, self.task), batches, self.task))
+
+    def layers(self, model: nn.Module) -> dict[str, Any]:
+        return px.target_layers(model, self.options.include)
+
     def row(self, name: str, ratio: float, seed: int) -> dict[str, Any]:
         """One recipe at one ratio: the metric, what it took, and how it was trained."""
         recipe = RECIPES[name]
@@ -147,22 +179,27 @@ class Bench:
         model, facts = self.model, {}
         if early:
             model, facts = self.tuned(recipe, ratio, early, seed)
-        model, cut = self.cut(model, recipe.cut, ratio)
+        cut: dict[str, Any] = {}
+        if recipe.cut:
+            statistics = self.statistics if model is self.model else self.calibrated(model)
+            model, cut = self.cut(model, statistics, recipe.cut, ratio)
         if late:
-            facts |= self.trained(model, recipe, late, seed)
+            facts |= self.trained(model, statistics, recipe, late, seed)
         seconds = time.monotonic() - started
         result = {"recipe": name, "ratio": ratio, "seed": seed, "steps": early + late, "seconds": seconds}
+        if self.int8:
+            facts["int8"] = self.metric_in_int8(model)
         return result | self.metric(model) | cut | facts
 
-    def cut(self, model: nn.Module, method: str, ratio: float) -> tuple[nn.Module, dict[str, Any]]:
+    def cut(
+        self, model: nn.Module, statistics: px.Statistics, method: str, ratio: float
+    ) -> tuple[nn.Module, dict[str, Any]]:
         """The model, compressed; the given one is left alone."""
         base = px.TruncateConfig(ratio=ratio)
-        config, layers = METHODS[method].at(ratio, base), px.target_layers(model)
+        config, layers = METHODS[method].at(ratio, base), self.layers(model)
         samples = Samplesets(self.calibration, self.held_out, self.evaluation_batch)
-        statistics, decomposed = self.statistics, None
-        if model is not self.model:
-            statistics = self.calibrated(model)
-        else:
+        decomposed = None
+        if model is self.model:
             if self.decomposed[0] != config.objective:  # one decomposition a layer serves every ratio
                 self.decomposed = (config.objective, decompose_layers(layers, statistics, config))
             decomposed = self.decomposed[1]
@@ -185,13 +222,13 @@ class Bench:
                 )  # fmt: skip
             elif recipe.before != "prehab":
                 loss = labelled_loss(self.task, frozen_copy(model), options.distill)
-                history = pat(model, self.training, training, loss, ratio, str(recipe.before), seed)
+                history = pat(model, self.layers(model), self.training, training, loss, ratio, str(recipe.before), seed)
             else:
                 history = px.prehab(
                     model,
                     self.task,
                     self.training,
-                    px.target_layers(model),
+                    self.layers(model),
                     self.statistics,
                     px.PrehabConfig(
                         train=training,
@@ -203,23 +240,26 @@ class Bench:
                         layer_weights=options.layer_weights,
                         refresh_every=options.refresh_every,
                     ),
-                    METHODS[recipe.cut].at(ratio, px.TruncateConfig()),
+                    METHODS[recipe.cut or "svd-llm"].at(ratio, px.TruncateConfig()),
                     fisher_labels=options.fisher_labels,
                     seed=seed,
                     progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}, {row['surrogate']:.3f}"),
                 )
-        dense = self.metric(model)
-        return model, {"dense_value": dense["value"], "dense_loss": dense["loss"], "early": _thinned(history)}
+        return model, {"early": _thinned(history)}
 
-    def trained(self, model: nn.Module, recipe: Recipe, steps: int, seed: int) -> dict[str, Any]:
+    def trained(
+        self, model: nn.Module, statistics: px.Statistics, recipe: Recipe, steps: int, seed: int
+    ) -> dict[str, Any]:
         """Train the compressed model in place."""
         options = self.options
-        schedule = {"steps": steps, "batch_size": options.batch_size, "learning_rate": options.tune_lr}
+        rate = options.lora_lr if recipe.after == "lora" else options.tune_lr
+        schedule = {"steps": steps, "batch_size": options.batch_size, "learning_rate": rate}
+        bases = factor_bases(model, statistics)
         with bar(f"{recipe.after} ", steps) as advance:
             if recipe.after == "refine":
                 history = refine(
                     model, frozen_copy(self.model), self.task, self.calibration, RefineConfig(Schedule(**schedule)),
-                    seed=seed, progress=lambda row: advance(1, note=f"{row['divergence']:.4f}"),
+                    bases=bases, seed=seed, progress=lambda row: advance(1, note=f"{row['divergence']:.4f}"),
                 )  # fmt: skip
                 return {"late": _thinned(history)}
             result = px.rehab(
@@ -229,6 +269,7 @@ class Bench:
                 px.RehabConfig(px.TrainConfig(**schedule, distill=options.distill), method=recipe.after or "factors"),
                 held_out_loss=lambda candidate: self.metric(candidate, self.held_out)["loss"],
                 seed=seed,
+                bases=bases,
                 teacher=frozen_copy(self.model) if options.distill else None,
                 progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
             )
@@ -264,7 +305,8 @@ def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> I
 @click.option("--steps", type=int, default=Options.steps)
 @click.option("--batch-size", type=int, default=Options.batch_size)
 @click.option("--lr", type=float, default=Options.lr, help="Peak rate before the cut.")
-@click.option("--tune-lr", type=float, default=Options.tune_lr, help="Peak rate after the cut.")
+@click.option("--tune-lr", type=float, default=Options.tune_lr, help="Peak rate after the cut, of factors.")
+@click.option("--lora-lr", type=float, default=Options.lora_lr, help="Peak rate after the cut, of LoRA.")
 @click.option("--distill", type=float, default=Options.distill)
 @click.option("--surrogate", default=Options.surrogate)
 @click.option("--prehab-lambda", "strength", type=float, default=Options.strength)
@@ -277,6 +319,8 @@ def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> I
 @click.option("--fisher-labels", default=Options.fisher_labels)
 @click.option("--threads", type=int, default=2)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--include", multiple=True, help="Only these layers; all of the blocks by default.")
+@click.option("--int8", is_flag=True, help="Measure each model after dynamic quantisation too.")
 @click.option("--precision", default=Options.precision, help="Of forward passes.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 def main(
@@ -288,6 +332,7 @@ def main(
     threads: int,
     device: str,
     evaluation_batch: int,
+    int8: bool,
     out: Path,
     **rest: Any,
 ) -> None:
@@ -301,11 +346,11 @@ def main(
         prepare_determinism()
     chosen = px.TASKS[task].at(options.precision)
     dense = nn.Module.to(px.load_model(model, chosen), place)
-    bench = Bench(dense, chosen, px.DataConfig(**data), options, px.load_processor(model, chosen))
+    bench = Bench(dense, chosen, px.DataConfig(**data), options, px.load_processor(model, chosen), int8)
     machine = machine_facts() | {"gpu": torch.cuda.get_device_name(place) if place.type == "cuda" else None}
     command = shlex.join(["python", "benchmarks/quality.py", *sys.argv[1:]])
     with results(out, {"commands": [], "machine": machine, "options": asdict(options), "rows": []}) as result:
-        if result["options"] != asdict(options):
+        if Options(**result["options"]) != options:
             raise px.InputError(f"{out} was made with other options; give another file")
         result["commands"].append(command)
         result.setdefault("dense", bench.metric(dense))

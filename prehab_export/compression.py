@@ -96,7 +96,7 @@ def compress(
     plan = truncate(layers, statistics, config, decomposed=decomposed)
     if not config.drift_correction or config.objective == "weight":  # plain SVD knows nothing of the inputs
         return Compression(plan, trials)
-    refiner = None if refine is None or not refine.block_steps else block_refiner(refine, seed)
+    refiner = None if refine is None or not refine.block_steps else block_refiner(refine, seed, statistics)
     try:
         with progress("truncate", len(layers)) as advance:
             along = truncate_along(

@@ -16,12 +16,14 @@ from converters.lowrank import low_rank_layers
 from prehab_export.block_walk import Block, BlockWalk, find_blocks, hidden_of
 from prehab_export.config import RefineConfig
 from prehab_export.data import Samples
+from prehab_export.eigenbasis import Bases, factor_bases
+from prehab_export.statistics import Statistics
 from prehab_export.tasks import Batch, Task
 from prehab_export.training import divergence, optimise, train
 
 
 def block_refiner(
-    config: RefineConfig, seed: int, progress: Callable[[int], None] | None = None
+    config: RefineConfig, seed: int, statistics: Statistics, progress: Callable[[int], None] | None = None
 ) -> Callable[[BlockWalk, Block], None]:
     """What ``truncate_along`` calls after each block: ``config.block_steps`` steps on that block alone.
 
@@ -53,6 +55,7 @@ def block_refiner(
                 parameters,
                 config.block_schedule,
                 lambda step: (error(order[step]), {}),
+                bases=factor_bases(walk.student, statistics, block.layers),
                 precision=walk.task.precision,
             )
         if not whole() < before:
@@ -72,6 +75,7 @@ def refine(
     samples: Samples,
     config: RefineConfig,
     *,
+    bases: Bases | None = None,
     seed: int = 0,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:
@@ -83,6 +87,7 @@ def refine(
     Args:
         teacher: the dense model, frozen.
         samples: the calibration sample; its labels are not looked at.
+        bases: of the factors (``eigenbasis.factor_bases``).
     """
     blocks = [block.name for block in find_blocks(student, low_rank_layers(student))] if config.hidden_share else []
     parameters = factor_parameters(student)
@@ -107,6 +112,7 @@ def refine(
             config.schedule,
             parameters,
             loss,
+            bases=bases,
             precision=task.precision,
             seed=seed,
             progress=progress,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from converters.lowrank import low_rank_layers, share_down, shared_groups
 from prehab_export.config import RehabConfig, TrainConfig
 from prehab_export.data import Samples
+from prehab_export.eigenbasis import Bases
 from prehab_export.refinement import factor_parameters
 from prehab_export.tasks import Task
 from prehab_export.training import Loss, labelled_loss, train
@@ -37,6 +38,7 @@ def rehab(
     held_out_loss: Callable[[nn.Module], float],
     seed: int = 0,
     teacher: nn.Module | None = None,
+    bases: Bases | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> Rehabilitation:
     """Train the factors of ``model`` in place. After each part the held-out loss decides whether it stays.
@@ -44,6 +46,7 @@ def rehab(
     Args:
         held_out_loss: mean loss on samples that training never sees.
         teacher: the dense model, when ``config.train.distill`` is above 0.
+        bases: of the factors (``eigenbasis.factor_bases``), for the method ``factors``.
     """
     best, loss = held_out_loss(model), labelled_loss(task, teacher, config.train.distill)
     parts: list[dict] = [{"part": "truncated", "held_out_loss": best, "kept": True}]
@@ -56,8 +59,17 @@ def rehab(
                 model, samples, schedule, loss, part, config.lora_rank, task.precision, seed, progress
             )
         else:
-            own = factor_parameters(model)
-            rows = train(model, samples, schedule, own, loss, precision=task.precision, seed=seed, progress=progress)
+            rows = train(
+                model,
+                samples,
+                schedule,
+                factor_parameters(model),
+                loss,
+                bases=bases,
+                precision=task.precision,
+                seed=seed,
+                progress=progress,
+            )
         history += [row | {"step": row["step"] + len(history)} for row in rows]
         after = held_out_loss(model)
         parts.append({"part": part, "held_out_loss": after, "kept": after < best})

@@ -159,9 +159,17 @@ class Session:
 
     def load_prepared(self) -> tuple[PreTrainedModel, Statistics]:
         """The dense model to truncate and its moments: after prehab where that ran and was kept."""
-        if self.config.prehab.train.steps and self.workspace.read_json("prehab", "prehab.json")["kept"]:
-            return self._load_stage("prehab"), self.load_statistics("prehab")
-        return self.load_dense(), self.load_statistics("calibrate")
+        model = self._load_stage("prehab") if self._prehab_was_kept else self.load_dense()
+        return model, self.load_prepared_statistics()
+
+    def load_prepared_statistics(self) -> Statistics:
+        """The moments of the model that is truncated."""
+        return self.load_statistics("prehab" if self._prehab_was_kept else "calibrate")
+
+    @property
+    def _prehab_was_kept(self) -> bool:
+        wanted = self.config.prehab.train.steps > 0
+        return wanted and self.workspace.read_json("prehab", "prehab.json")["kept"]
 
     def load_statistics(self, stage: str) -> Statistics:
         """The moments that a stage gathered."""

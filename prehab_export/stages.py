@@ -20,6 +20,7 @@ from prehab_export.benchmark import bench
 from prehab_export.calibration import CalibrationWarning, calibrate, few_tokens
 from prehab_export.compression import Compression, Samplesets, compress
 from prehab_export.config import AUTO, USUAL_STRENGTH, PrehabConfig, RunConfig
+from prehab_export.eigenbasis import factor_bases
 from prehab_export.export import DIGESTS, export_artifact, export_baseline
 from prehab_export.parity import digests_of
 from prehab_export.prehabilitation import prehab
@@ -214,6 +215,7 @@ def _refine(session: Session, folder: Path) -> None:
             session.task,
             session.calibration,
             options,
+            bases=factor_bases(model, session.load_prepared_statistics()),
             seed=session.config.seed,
             progress=lambda row: advance(1, note=f"divergence {row['divergence']:.4f}"),
         )
@@ -243,6 +245,7 @@ def _rehab(session: Session, folder: Path) -> None:
             held_out_loss=session.held_out_loss,
             seed=session.config.seed,
             teacher=teacher,
+            bases=factor_bases(model, session.load_prepared_statistics()),
             progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}"),
         )
     write_json(folder / "rehab.json", asdict(result))

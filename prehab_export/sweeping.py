@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from converters.errors import InputError
 from prehab_export.compression import Samplesets, compress
 from prehab_export.config import RunConfig
+from prehab_export.eigenbasis import factor_bases
 from prehab_export.pipeline import bring_up_to_date, opened, stage_keys
 from prehab_export.plots import plot_sweep
 from prehab_export.progress import bar, result_console, say
@@ -136,6 +137,7 @@ class _Rows:
                     session.task,
                     session.calibration,
                     config.refine,
+                    bases=factor_bases(candidate, statistics),
                     seed=config.seed,
                     progress=lambda row: advance(1, note=f"divergence {row['divergence']:.4f}"),
                 )

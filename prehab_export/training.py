@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prehab_export.config import Schedule
 from prehab_export.data import Samples
 from prehab_export.devices import device_of, gradient_scaler, moved
+from prehab_export.eigenbasis import Bases, EigenbasisAdamW
 from prehab_export.tasks import Batch, Task
 
 # (model, batch) → the loss to minimise, and figures for the history.
@@ -30,6 +31,7 @@ def train(
     parameters: Sequence[nn.Parameter],
     loss: Loss,
     *,
+    bases: Bases | None = None,
     precision: str = "float32",
     seed: int = 0,
     after_backward: AfterBackward | None = None,
@@ -38,6 +40,7 @@ def train(
     """Train ``parameters`` of the model in place; everything else stays frozen. Returns one row of figures a step.
 
     Args:
+        bases: of parameters to be stepped in a basis of their own.
         precision: the one that ``loss`` runs the model in (its task's).
 
     Raises:
@@ -50,6 +53,7 @@ def train(
             parameters,
             schedule,
             lambda _step: loss(model, moved(next(batches), device)),
+            bases=bases,
             precision=precision,
             after_backward=after_backward,
             progress=progress,
@@ -61,6 +65,7 @@ def optimise(
     schedule: Schedule,
     loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
     *,
+    bases: Bases | None = None,
     precision: str = "float32",
     after_backward: AfterBackward | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
@@ -74,7 +79,7 @@ def optimise(
         FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
     """
     scaler = gradient_scaler(parameters[0].device, precision)
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    optimizer = EigenbasisAdamW(parameters, bases or {}, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, schedule))
     history = []
     for step in range(schedule.steps):

@@ -74,7 +74,7 @@ def test_block_by_block_the_states_come_closer():
             statistics,
             plan,
             STRONG.gradient_shrinkage,
-            after_block=block_refiner(config, 0),
+            after_block=block_refiner(config, 0, statistics),
         )
         student = result.apply(frozen_copy(model))
         errors.append(float(relative_error(last_states(student), last_states(model), None)))
