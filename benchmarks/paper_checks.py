@@ -14,7 +14,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,19 @@ from prehab_export.session import held_out_split, quiet_libraries
 from prehab_export.sweep_methods import METHODS
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
-SAMPLES = (32, 256, 1024)
 CUTS = ("svd-llm", "fisher", "drift")
 
 
-def steps(bench: Bench, ratio: float, _shifted: str | None) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Asked:
+    """ratio: of the cut. samples: sizes of calibration samples. shifted: data of another domain to draw them from."""
+
+    ratio: float
+    samples: tuple[int, ...]
+    shifted: str | None
+
+
+def steps(bench: Bench, asked: Asked) -> list[dict[str, Any]]:
     """Dense metric, task loss and surrogate along one prehab."""
     rows = []
     for strength in (0.0, bench.options.strength):
@@ -48,7 +56,7 @@ def steps(bench: Bench, ratio: float, _shifted: str | None) -> list[dict[str, An
         with bar(f"λ = {strength:g}", options.steps) as advance:
             history = px.prehab(
                 model, bench.task, bench.training, layers, bench.statistics, config,
-                METHODS["svd-llm"].at(ratio, px.TruncateConfig()),
+                METHODS["svd-llm"].at(asked.ratio, px.TruncateConfig()),
                 evaluate=lambda candidate: {"dense": bench.metric(candidate)["value"]},
                 progress=lambda _row: advance(1),
             )  # fmt: skip
@@ -56,34 +64,34 @@ def steps(bench: Bench, ratio: float, _shifted: str | None) -> list[dict[str, An
     return rows
 
 
-def strengths(bench: Bench, ratio: float, _shifted: str | None) -> list[dict[str, Any]]:
+def strengths(bench: Bench, asked: Asked) -> list[dict[str, Any]]:
     """The dense and the truncated model after prehab with each λ."""
     rows = []
     for strength in (0.0, *LAMBDAS):
         bench.options = replace(bench.options, strength=strength)
-        model, _ = bench.tuned(RECIPES["prehab + svd-llm"], ratio, bench.options.steps, seed=0)
+        model, _ = bench.tuned(RECIPES["prehab + svd-llm"], asked.ratio, bench.options.steps, seed=0)
         dense = bench.metric(model)
-        truncated = bench.metric(bench.cut(model, bench.calibrated(model), "svd-llm", ratio)[0])
+        truncated = bench.metric(bench.cut(model, bench.calibrated(model), "svd-llm", asked.ratio)[0])
         say(f"λ = {strength:g}: dense {dense['value']:.4f}, truncated {truncated['value']:.4f}")
         rows.append({"lambda": strength, "dense_value": dense["value"], **truncated})
     return rows
 
 
-def samples(bench: Bench, ratio: float, shifted: str | None) -> list[dict[str, Any]]:
+def samples(bench: Bench, asked: Asked) -> list[dict[str, Any]]:
     """The truncated model, no training, by calibration sample."""
     own, rows = bench.training, []
     domains = {"own": own}
-    if shifted is not None:
-        other = px.load_data(px.DataConfig(shifted), bench.task, bench.processor, bench.model.config, seed=0)
+    if asked.shifted is not None:
+        other = px.load_data(px.DataConfig(asked.shifted), bench.task, bench.processor, bench.model.config, seed=0)
         domains["shifted"] = held_out_split(other.train, 0)[1]
     for domain, training in domains.items():
-        for count in SAMPLES:
+        for count in asked.samples:
             if count > len(training):
                 say(f"{domain}: only {len(training)} samples, {count} left out")
                 continue
             bench.use_calibration(training.subset(count, 0))
             for cut in CUTS:
-                row = bench.row(cut, ratio, seed=0)
+                row = bench.row(cut, asked.ratio, seed=0)
                 say(f"{domain} {count} {cut}: {row['value']:.4f}")
                 rows.append(
                     {"domain": domain, "samples": count, "cut": cut, "value": row["value"], "loss": row["loss"]}
@@ -91,7 +99,7 @@ def samples(bench: Bench, ratio: float, shifted: str | None) -> list[dict[str, A
     return rows
 
 
-CHECKS: dict[str, Callable[[Bench, float, str | None], list[dict[str, Any]]]] = {
+CHECKS: dict[str, Callable[[Bench, Asked], list[dict[str, Any]]]] = {
     "steps": steps,
     "lambda": strengths,
     "sample": samples,
@@ -143,7 +151,10 @@ def plot(check: str, rows: list[dict[str, Any]], dense: dict[str, Any], path: Pa
 @click.option("--train-split")
 @click.option("--eval-split")
 @click.option("--eval-samples", type=int)
-@click.option("--shifted-data")
+@click.option("--evaluation-batch", type=int, default=32)
+@click.option("--shifted-data", help="For sample: data of another domain.")
+@click.option("--samples", type=int, multiple=True, default=(32, 256, 1024), help="For sample: how many.")
+@click.option("--refresh-every", type=int, default=16, help="For steps: the dense model is measured as often.")
 @click.option("--ratio", type=float, default=0.8)
 @click.option("--steps", type=int, default=100)
 @click.option("--batch-size", type=int, default=64)
@@ -151,21 +162,22 @@ def plot(check: str, rows: list[dict[str, Any]], dense: dict[str, Any], path: Pa
 @click.option("--prehab-lambda", "strength", type=float, default=px.PrehabConfig.strength)
 @click.option("--threads", type=int, default=2)
 @click.option("--out", type=click.Path(path_type=Path), required=True)
-def main(check: str, model: str, task: str, ratio: float, threads: int, out: Path, **rest: Any) -> None:
+def main(check: str, model: str, task: str, threads: int, out: Path, **rest: Any) -> None:
     torch.set_num_threads(threads)
     quiet_libraries()
-    shifted = rest.pop("shifted_data")
-    data = px.DataConfig(**{key: rest.pop(key) for key in ("data", "train_split", "eval_split", "eval_samples")})
+    asked = Asked(rest.pop("ratio"), rest.pop("samples"), rest.pop("shifted_data"))
+    data = {key: rest.pop(key) for key in ("data", "train_split", "eval_split", "eval_samples")}
+    data["batch_size"] = rest.pop("evaluation_batch")
     options, chosen = Options(**rest), px.TASKS[task]
     dense = px.load_model(model, chosen)
-    bench = Bench(dense, chosen, data, options, px.load_processor(model, chosen))
+    bench = Bench(dense, chosen, px.DataConfig(**data), options, px.load_processor(model, chosen))
     result: dict[str, Any] = {
         "command": shlex.join(["python", "benchmarks/paper_checks.py", *sys.argv[1:]]),
         "machine": machine_facts(),
-        "options": asdict(options) | {"ratio": ratio},
+        "options": asdict(options) | asdict(asked),
         "dense": bench.metric(dense),
     }
-    result["rows"] = CHECKS[check](bench, ratio, shifted)
+    result["rows"] = CHECKS[check](bench, asked)
     out.write_text(json.dumps(result, indent=1) + "\n")
     plot(check, result["rows"], result["dense"], out.with_suffix(".png"))
 

@@ -44,13 +44,13 @@ def calibrate(
     *,
     gradients: bool = True,
     labels: str = "data",
+    keep_on: torch.device | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Run the batches through the model and gather moments of every layer in ``layers``.
 
-    The moments are float32 and lie on the model's device: n² numbers an input and, with gradients, m² a layer. For a
-    LLaMA that is more than twice its weights.
+    The moments are float32: n² numbers an input and, with gradients, m² a layer.
 
     Args:
         batches: as the task makes them; padding is left out by the task's token mask.
@@ -58,6 +58,7 @@ def calibrate(
         gradients: also gather G (one backward pass a batch).
         labels: ``data`` takes the given labels (empirical Fisher), ``model`` samples them from the model's own
             output (true Fisher; needs no labels).
+        keep_on: where the moments lie; with the model by default.
         progress: called with the number of samples done, after each batch.
 
     Raises:
@@ -78,7 +79,7 @@ def calibrate(
 
     with frozen(model), torch.set_grad_enabled(gradients):
         scaled = gradients and task.precision == "float16"
-        tally = _Tally(groups, _loss_scale(model, first, task, layers) if scaled else 1.0)
+        tally = _Tally(groups, _loss_scale(model, first, task, layers) if scaled else 1.0, keep_on)
         for batch in _chain(first, iterator):
             tally.watch(model, batch, task, layers, targets_of if gradients else None)
             if progress is not None:
@@ -149,15 +150,16 @@ class _Tally:
     loss_scale: a power of two that the loss is multiplied by before its backward pass; gradients are divided by it.
     """
 
-    def __init__(self, groups: Mapping[str, str], loss_scale: float = 1.0) -> None:
+    def __init__(self, groups: Mapping[str, str], loss_scale: float = 1.0, keep_on: torch.device | None = None) -> None:
         self.groups = groups
+        self.keep_on = keep_on
         self.loss_scale = loss_scale
         self.units = 0
         # Inputs are summed relative to the mean of the first batch: massive means then cancel before they are
         # squared, and the sampling error is that of the centred moment.
         self.shift: dict[str, Tensor] = {}
         self.total: dict[str, Tensor] = {}
-        self.inputs = {group: ClusterSums() for group in groups.values()}
+        self.inputs = {group: ClusterSums(keep_on) for group in groups.values()}
         self.gradients: dict[str, ClusterSums] = {}
 
     def watch(
@@ -209,13 +211,13 @@ class _Tally:
                 values, valid = by_sample(gradient, mask, len(units))
                 sizes = units if len(values) == len(units) else units.sum()[None]
                 values = values if self.loss_scale == 1 else values / self.loss_scale
-                self.gradients.setdefault(name, ClusterSums()).add(values, valid, sizes.to(values.device))
+                self.gradients.setdefault(name, ClusterSums(self.keep_on)).add(values, valid, sizes.to(values.device))
 
         return _gradient_hook(on_gradient)
 
     def _input_moment(self, group: str) -> InputMoment:
-        sums, shift = self.inputs[group], self.shift[group]
-        offset = self.total[group] / sums.rows
+        sums = self.inputs[group]
+        shift, offset = (values.to(sums.outer.device) for values in (self.shift[group], self.total[group] / sums.rows))
         cross = torch.outer(offset, shift)
         second = sums.outer / sums.rows + cross + cross.T + torch.outer(shift, shift)
         return InputMoment(second, shift + offset, sums.rows, sums.sampling())

@@ -56,6 +56,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def room_for(size: int, device: torch.device) -> torch.device:
+    """Where to keep ``size`` bytes beside a model on this device: there, if they are at most half of what is free;
+    otherwise in main memory. A LLaMA's moments are more than twice its weights."""
+    if device.type != "cuda" or 2 * size <= torch.cuda.mem_get_info(device)[0]:
+        return device
+    return torch.device("cpu")
+
+
 def moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The batch, labels and masks included, on the device; tensors that lie there already are not copied."""
     return send_to_device(dict(batch), device)

@@ -155,7 +155,7 @@ def _fitted(
         if rank is None:
             part.refits[unit[0]] = _refit(layers[unit[0]], fits[0])
             continue
-        gs = [gradient_metric(name, statistics, gradient_shrinkage) if fisher else None for name in unit]
+        gs = [gradient_metric(name, layers[name], statistics, gradient_shrinkage) if fisher else None for name in unit]
         for name, fit, g, pair in zip(unit, fits, gs, _factors(unit, layers, fits, gs, rank), strict=True):
             part.factors[name] = pair
             delta = fit.weight - pair.up.double() @ pair.down.double()

@@ -78,6 +78,7 @@ def prehab(
                     task,
                     layers,
                     gradients=bool(current.gradients),
+                    keep_on=current.device,
                     labels=fisher_labels,
                     seed=seed + step,
                 )
@@ -250,7 +251,7 @@ class Regulariser:
             gradients = [metric.gradient_moment for metric in metrics if metric.gradient_moment is not None]
         frame = surrogates.Frame.of(weight, metrics[0].second_moment, gradients)
         if surrogate == "tail":
-            return surrogates.Tail(frame, frame.dual.T @ _leading(unit, rank, aim, frame.wide))
+            return surrogates.Tail(frame, frame.dual.T @ _leading(unit, rank, aim, frame.wide).to(weight.device))
         if surrogate == "nuclear":
             return surrogates.Nuclear(frame, weight)
         if surrogate == "stochastic-stable-rank":

@@ -18,7 +18,7 @@ from converters.targets import target_layers
 from prehab_export.bench_config import BenchConfig
 from prehab_export.config import RunConfig
 from prehab_export.data import Samples, TaskData, load_data
-from prehab_export.devices import choose_device, prepare_determinism
+from prehab_export.devices import choose_device, prepare_determinism, room_for
 from prehab_export.evaluation import Metrics, evaluate, torch_predictor
 from prehab_export.files import sha256_of
 from prehab_export.models import (
@@ -173,7 +173,8 @@ class Session:
 
     def load_statistics(self, stage: str) -> Statistics:
         """The moments that a stage gathered."""
-        return load_statistics(self.workspace.folder(stage) / STATISTICS, self.device)
+        path = self.workspace.folder(stage) / STATISTICS
+        return load_statistics(path, room_for(path.stat().st_size, self.device))
 
     def factored_folder(self) -> Path:
         """The compressed model as the last of truncation, refinement and rehab left it."""

@@ -79,9 +79,12 @@ class ClusterSums:
     ``Σ s_i⟨S_i, Ĉ⟩`` would need a second n×n sum, at the cost of the first. It is ``κ Σ⟨S_i, Ĉ⟩`` with κ the mean size
     of a sample as the moment sees it, which is taken on 8 random directions P: ``κ = ⟨ΣsSP, ΣSP⟩ / ‖ΣSP‖²``. That is
     exact when all sizes are the same, and when one direction outweighs the rest.
+
+    ``keep_on`` is where the n×n sum lies, by default with the values; everything else stays with them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_on: torch.device | None = None) -> None:
+        self.keep_on = keep_on
         self.samples = self.rows = 0
         self.size = self.squared_size = self.squared_norms = self.fourth = 0.0
         self.outer = self._weighted = torch.empty(0)
@@ -92,17 +95,21 @@ class ClusterSums:
         samples, tokens, n = x.shape
         flat, per_row = x.reshape(-1, n), sizes.to(x.dtype)[:, None].expand(samples, tokens).reshape(-1, 1)
         probes = _probes(n).to(x)
-        if self.outer.numel() == 0:
-            self.outer, self._weighted = x.new_zeros(n, n), x.new_zeros(n, probes.shape[1])
         if 4 * tokens < n:  # ‖S_i‖ from the T×T Gram matrix; otherwise from S_i, which then makes up the sum
-            self.outer += flat.T @ flat
+            outer = flat.T @ flat
             self.squared_norms += float((x @ x.mT).double().square().sum())
         else:
+            outer = x.new_zeros(n, n)
             for sample in x:
                 own = sample.T @ sample
-                self.outer += own
+                outer += own
                 self.squared_norms += float(own.flatten().dot(own.flatten()))
-        self._weighted += (flat * per_row).T @ (flat @ probes)
+        weighted = (flat * per_row).T @ (flat @ probes)
+        if self.outer.numel() == 0:
+            self.outer, self._weighted = outer.to(self.keep_on or x.device), weighted
+        else:
+            self.outer += outer.to(self.outer.device)
+            self._weighted += weighted
         self.fourth += float(flat.square().sum(1).double().square().sum())
         self.samples += int((sizes > 0).sum())
         self.rows += int(mask.sum())
@@ -120,7 +127,7 @@ class ClusterSums:
         if self.samples < 2:
             return Sampling(self.samples, token_error / self.rows, token_error)
         probed = total @ _probes(total.shape[0]).to(total)
-        seen_size = float((self._weighted.double() * probed).sum() / (probed * probed).sum())
+        seen_size = float((self._weighted.to(probed) * probed).sum() / (probed * probed).sum())
         error = self.squared_norms / energy - 2 * seen_size / self.size + self.squared_size / self.size**2
         return Sampling(self.samples, max(0.0, error) * self.samples / (self.samples - 1), token_error)
 

@@ -16,10 +16,12 @@ from transformers import PreTrainedModel
 
 from converters.adapters import merge_dense_adapter
 from converters.folder import save_folder
+from converters.lowrank import DenseLinear, dense_weight
 from prehab_export.benchmark import bench
 from prehab_export.calibration import CalibrationWarning, calibrate, few_tokens
 from prehab_export.compression import Compression, Samplesets, compress
 from prehab_export.config import AUTO, USUAL_STRENGTH, PrehabConfig, RunConfig
+from prehab_export.devices import device_of, room_for
 from prehab_export.eigenbasis import factor_bases
 from prehab_export.export import DIGESTS, export_artifact, export_baseline
 from prehab_export.parity import digests_of
@@ -29,7 +31,7 @@ from prehab_export.refinement import refine
 from prehab_export.rehabilitation import rehab
 from prehab_export.report import write_report
 from prehab_export.session import STATISTICS, Session, bench_config
-from prehab_export.statistics import Statistics, save_statistics
+from prehab_export.statistics import Statistics, moments_size, save_statistics
 from prehab_export.strength_search import find_strength
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Truncation
@@ -71,8 +73,9 @@ def _calibrate(session: Session, folder: Path) -> None:
     write_json(folder / "calibrate.json", facts)
 
 
-def _statistics(session: Session, model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Statistics:
+def _statistics(session: Session, model: PreTrainedModel, layers: Mapping[str, DenseLinear]) -> Statistics:
     options = session.config
+    shapes = ((w.shape[0], w.shape[1]) for w in map(dense_weight, layers.values()))
     with bar("calibrate", len(session.calibration)) as advance, warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # said once, by the stage
         return calibrate(
@@ -82,6 +85,7 @@ def _statistics(session: Session, model: PreTrainedModel, layers: Mapping[str, n
             layers,
             gradients=options.needs_gradients,
             labels=options.calibrate.labels,
+            keep_on=room_for(moments_size(shapes, options.needs_gradients), device_of(model)),
             seed=options.seed,
             progress=advance,
         )

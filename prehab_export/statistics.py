@@ -1,6 +1,7 @@
 """What calibration knows of a model: input and gradient moments per layer, saved as safetensors."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +26,9 @@ class InputMoment:
     tokens: int
     sampling: Sampling
 
+    def to(self, device: torch.device) -> "InputMoment":
+        return replace(self, second_moment=self.second_moment.to(device), mean=self.mean.to(device))
+
     def centred(self) -> Tensor:
         """Covariance E[x xᵀ] − μ μᵀ in float64: the metric when the mean error can be folded into a bias."""
         mean = self.mean.double()
@@ -47,6 +51,11 @@ class Statistics:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     units: int = 0
     gradient_sampling: dict[str, Sampling] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the moments lie."""
+        return next(iter(self.inputs.values())).second_moment.device
 
     def input_of(self, layer: str) -> InputMoment:
         return self.inputs[self.groups[layer]]
@@ -101,8 +110,13 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path, metadata={"statistics": json.dumps(facts)})
 
 
+def moments_size(shapes: Iterable[tuple[int, int]], gradients: bool) -> int:
+    """Bytes that the moments of layers of these shapes (m×n) take at most."""
+    return sum(4 * (n * n + (m * m if gradients else 0)) for m, n in shapes)
+
+
 def load_statistics(path: Path, device: torch.device | str = "cpu") -> Statistics:
-    """Read what ``save_statistics`` wrote, from whatever device, to this one: that of the model they are for.
+    """Read what ``save_statistics`` wrote, from whatever device, to this one.
 
     Raises:
         InputError: the file is not of that kind.

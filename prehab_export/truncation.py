@@ -26,6 +26,7 @@ from prehab_export.decomposition import (
     predicted_joint_loss,
     predicted_loss,
 )
+from prehab_export.devices import device_of
 from prehab_export.shrinkage import shrunk
 from prehab_export.statistics import Statistics
 
@@ -176,24 +177,26 @@ def layer_metric(
     objective: str = "fisher",
     fold_mean: bool = True,
 ) -> Metric:
-    """C, G and μ of a layer, damped. Where a bias can take the mean error, C is centred and μ given."""
-    moment = statistics.input_of(name)
+    """C, G and μ of a layer, damped, on its device. Where a bias can take the mean error, C is centred and μ given."""
+    moment = statistics.input_of(name).to(device_of(layer))
     # Plain SVD knows nothing of the inputs, their mean included.
     folds = fold_mean and objective != "weight" and layer.bias is not None
     return Metric(
         objective,
         damped(moment.centred() if folds else moment.second_moment, INPUT_DAMPING),
-        gradient_metric(name, statistics, gradient_shrinkage),
+        gradient_metric(name, layer, statistics, gradient_shrinkage),
         moment.mean.double() if folds else None,
     )
 
 
-def gradient_metric(name: str, statistics: Statistics, least: float) -> Tensor | None:
-    """G of a layer, shrunk towards the mean of its diagonal as far as the sample asks for (Ledoit–Wolf), and by the
-    share ``least`` at least; None where it was not collected."""
-    gradient = statistics.gradients.get(name)
-    if gradient is None:
+def gradient_metric(
+    name: str, layer: DenseLinear | LowRankLinear, statistics: Statistics, least: float
+) -> Tensor | None:
+    """G of a layer, on its device, shrunk towards the mean of its diagonal as far as the sample asks for
+    (Ledoit–Wolf), and by the share ``least`` at least; None where it was not collected."""
+    if name not in statistics.gradients:
         return None
+    gradient = statistics.gradients[name].to(device_of(layer))
     return shrunk(gradient, max(statistics.gradient_sampling[name].intensity(gradient), least))
 
 
@@ -204,7 +207,7 @@ def decompose_layers(
     progress: Callable[[int], None] | None = None,
 ) -> Decompositions:
     """Decompose every layer under the configured objective and, where inputs may be shared, the groups of layers that
-    read one input.
+    read one input. The result, as large as the layers or larger, lies where the moments do.
 
     Raises:
         InputError: gradient moments are needed and the statistics hold none.
@@ -217,7 +220,7 @@ def decompose_layers(
     single = {}
     for name, layer in layers.items():
         metric = layer_metric(name, layer, statistics, config.gradient_shrinkage, config.base_objective)
-        single[name] = _decompose_layer(layer, metric)
+        single[name] = _decompose_layer(layer, metric, statistics.device)
         if progress is not None:
             progress(1)
     return with_groups(single, layers, statistics, config)
@@ -287,23 +290,25 @@ def truncate(
     """
     decomposed = decomposed or decompose_layers(layers, statistics, config, progress=progress)
     plan = plan or plan_ranks(layers, decomposed, config)
-    metrics = {
-        name: layer_metric(name, layer, statistics, config.gradient_shrinkage, decomposed.layers[name].objective)
-        for name, layer in layers.items()
-    }
+
+    def metric_of(name: str) -> Metric:
+        # One at a time: in float64 all of them together are far larger than the model.
+        objective = decomposed.layers[name].objective
+        return layer_metric(name, layers[name], statistics, config.gradient_shrinkage, objective)
+
     factors: dict[str, Factors] = {}
     for group in plan.shared:
         rank = plan.ranks[group[0]]
         assert rank is not None
         ups, down = decomposed.groups[group].decomposition.truncated(rank)
-        factors |= _cut(group, layers, ups, down, metrics[group[0]].mean)
+        factors |= _cut(group, layers, ups, down, metric_of(group[0]).mean)
     for name, rank in plan.ranks.items():
         if rank is not None and name not in factors:
             up, down = decomposed.layers[name].decomposition.truncated(rank)
-            factors |= _cut((name,), layers, (up,), down, metrics[name].mean)
+            factors |= _cut((name,), layers, (up,), down, metric_of(name).mean)
     followers = {name for group in plan.shared for name in group[1:]}
     results = [
-        _measure(name, layer, factors.get(name), metrics[name], counts_down=name not in followers)
+        _measure(name, layer, factors.get(name), metric_of(name), counts_down=name not in followers)
         for name, layer in layers.items()
     ]
     if not factors:
@@ -314,7 +319,7 @@ def truncate(
     return Truncation(factors, results, shared=plan.shared)
 
 
-def _decompose_layer(layer: DenseLinear, metric: Metric) -> Decomposed:
+def _decompose_layer(layer: DenseLinear, metric: Metric, keep_on: torch.device) -> Decomposed:
     weight = dense_weight(layer)
     most = allocation.break_even(*weight.shape)
     losses = None
@@ -326,8 +331,7 @@ def _decompose_layer(layer: DenseLinear, metric: Metric) -> Decomposed:
         full = decompose(weight, *metric.sides)
         if metric.gradient_moment is not None:
             losses = predicted_loss(full, metric.second_moment, metric.gradient_moment)
-    # float32 holds the cut factors at the dense weight's size; the eigen-step above was float64.
-    kept = replace(full, up=full.up[:, :most].float().clone(), down=full.down[:most].float().clone())
+    kept = replace(full, up=_kept(full.up[:, :most], keep_on), down=_kept(full.down[:most], keep_on))
     return Decomposed(metric.objective, kept, losses)
 
 
@@ -348,8 +352,13 @@ def _decompose_group(
     else:
         full = decompose_jointly(weights, metrics[0].sides[0])
         losses = predicted_joint_loss(full, metrics[0].second_moment, moments)
-    ups = tuple(up[:, :most].float().clone() for up in full.ups)
-    return JointlyDecomposed(replace(full, ups=ups, down=full.down[:most].float().clone()), losses)
+    ups = tuple(_kept(up[:, :most], statistics.device) for up in full.ups)
+    return JointlyDecomposed(replace(full, ups=ups, down=_kept(full.down[:most], statistics.device)), losses)
+
+
+def _kept(factor: Tensor, device: torch.device) -> Tensor:
+    """A factor to be cut later: float32 holds it at the dense weight's size; the eigen-step was float64."""
+    return factor.float().clone().to(device)
 
 
 def _cut(
@@ -360,7 +369,8 @@ def _cut(
     mean: Tensor | None,
 ) -> dict[str, Factors]:
     """Factors of one layer, or of several with one ``down``."""
-    biases = []
+    device = device_of(layers[names[0]])
+    ups, down, biases = [up.to(device) for up in ups], down.to(device), []
     for name, up in zip(names, ups, strict=True):
         weight, bias = dense_weight(layers[name]).detach(), layers[name].bias
         new = None if bias is None else bias.detach().clone()

@@ -346,3 +346,27 @@ def test_what_is_computed_depends_on_the_precision_and_not_on_the_device(vit_fol
     assert keys(device="auto") == keys(device="cuda:1") == plain
     changed = keys(device="cpu", precision="bfloat16")
     assert {name for name in plain if changed[name] == plain[name]} == {"baseline"}
+
+
+def test_moments_stay_with_the_model_only_where_they_leave_room(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1000, 2000))
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert devices.room_for(500, cuda) == cuda
+    assert devices.room_for(501, cuda) == cpu
+    assert devices.room_for(10**15, cpu) == cpu
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_moments_in_main_memory_serve_a_model_on_a_gpu():
+    task, model, samples, layers = prepared("llama")
+    model.to("cuda")
+    results = []
+    for keep_on in (torch.device("cuda", 0), torch.device("cpu")):
+        statistics = calibrate(model, samples.batches(4), task, layers, keep_on=keep_on)
+        assert statistics.device == keep_on
+        results.append(truncate(layers, statistics, STRONG).factors)
+    for name, pair in results[0].items():
+        assert pair.up.device.type == results[1][name].up.device.type == "cuda"
+        torch.testing.assert_close(
+            pair.up @ pair.down, results[1][name].up @ results[1][name].down, rtol=1e-3, atol=1e-4
+        )
