@@ -253,11 +253,15 @@ def test_what_was_written_is_reported(exported):
 def test_weights_keep_their_names(exported):
     model, export = exported("bert", 6)
     stored = {value.name: onnx.numpy_helper.to_array(value) for value in onnx.load(export.path).graph.initializer}
-    name = "bert.encoder.layer.1.attention.self.query"
+    name = "bert.encoder.layer.1.intermediate.dense"
     layer = model.get_submodule(name)
     np.testing.assert_array_equal(stored[f"{name}.down.weight.T"], layer.down.weight.detach().numpy().T)
     np.testing.assert_array_equal(stored[f"{name}.up.weight.T"], layer.up.weight.detach().numpy().T)
     np.testing.assert_array_equal(stored[f"{name}.up.bias"], layer.up.bias.detach().numpy())
+    names = [f"bert.encoder.layer.1.attention.self.{part}" for part in ("query", "key", "value")]
+    downs = [model.get_submodule(name).down.weight.detach().numpy().T for name in names]
+    stacked = stored["bert.encoder.layer.1.attention.self.{query,key,value}.down.weight.T"]
+    np.testing.assert_array_equal(stacked, np.concatenate(downs, axis=1))
     unnamed = [value for name, value in stored.items() if name.startswith("constant_")]
     assert max(value.size for value in unnamed) < 64
 

@@ -23,6 +23,7 @@ from converters.onnx.cache import cache_layout, cache_of, tensors_of
 from converters.onnx.fuse import count_fusions, fuse_graph, simplify_graph
 from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
 from converters.onnx.names import restore_weight_names, store_transposed, tidy
+from converters.onnx.stack import stack_products
 
 TASKS = ("image-classification", "text-classification", "text-generation")
 
@@ -192,8 +193,13 @@ def _optimise(graph: ir.Model, fused: bool, first_names: Mapping[str, str]) -> N
     with _quiet():
         restore_weight_names(graph.graph, "model.", first_names)
         store_transposed(graph)
-        (fuse_graph if fused else simplify_graph)(graph)
-        tidy(graph, frozenset(first_names))
+        names = set(first_names)
+        if fused:
+            fuse_graph(graph)
+            names.update(stack_products(graph))
+        else:
+            simplify_graph(graph)
+        tidy(graph, names)
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 A weight appears under its ``state_dict`` name. ONNX multiplies from the left (x @ W), so the weight of an
 ``nn.Linear`` is stored transposed, and then its name ends in ``.T``: ``…query.down.weight.T`` is in×rank. A weight
 with several names, as a ``down`` that layers share, has the first one. What the exporter or a fusion made up has no
-such name and is called ``constant_{i}``.
+such name and is called ``constant_{i}``; weights that were stacked have what their names share, and in braces what they
+do not: ``…attention.{query,key,value}.down.weight.T``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import onnx_ir as ir
 import torch
@@ -52,7 +53,7 @@ def _swaps_axes(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [1, 0]
 
 
-def tidy(model: ir.Model, weights: frozenset[str]) -> None:
+def tidy(model: ir.Model, weights: Collection[str]) -> None:
     """Number nodes and values in graph order and strip what the exporter left behind (stack traces, paths, stale
     shapes), so that equal weights make equal files. ``weights`` are the names to keep."""
     ClearMetadataAndDocStringPass()(model)
@@ -66,13 +67,10 @@ def tidy(model: ir.Model, weights: frozenset[str]) -> None:
             if id(value) not in kept:
                 value.name = f"value_{index}_{position}" if value.uses() else ""
                 value.shape = None  # onnxruntime's quantiser rejects a graph over one shape that a rewrite left stale
-    made_up = [value for value in graph.initializers.values() if _weight_name(value.name) not in weights]
-    for index, value in enumerate(made_up):
-        _rename_initializer(graph, value, f"constant_{index}")
-
-
-def _weight_name(name: str | None) -> str:
-    return (name or "").removesuffix(TRANSPOSED)
+    known = {name.removesuffix(TRANSPOSED) for name in weights}
+    made_up = [name for name in graph.initializers if name.removesuffix(TRANSPOSED) not in known]
+    for index, name in enumerate(made_up):
+        _rename_initializer(graph, graph.initializers[name], f"constant_{index}")
 
 
 def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:

@@ -1,0 +1,113 @@
+"""One matrix product in the place of several that read the same input.
+
+``query.down``, ``key.down`` and ``value.down`` of a factored attention each read x, and so do gate and up of an MLP,
+factored or not. Side by side their weights are one, wide enough for the product to run near the machine's peak; a
+``Split`` hands every reader its part. Each number is the same sum of the same terms as before.
+"""
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+
+def stack_products(model: ir.Model) -> list[str]:
+    """Stack the weights of products with one input, and biases where every one is followed by one; in place. Returns
+    the names of the new initialisers."""
+    products: dict[ir.Value, list[ir.Node]] = {}
+    for node in model.graph:
+        # An output of the graph keeps its own product, and with it its name.
+        if node.op_type == "MatMul" and _is_weight(node.inputs[1], rank=2) and not node.outputs[0].is_graph_output():
+            products.setdefault(_input(node, 0), []).append(node)
+    stacks = [nodes for nodes in products.values() if len(nodes) > 1]
+    names = [name for nodes in stacks for name in _stack(model.graph, nodes)]
+    RemoveUnusedNodesPass()(model)
+    return names
+
+
+def _stack(graph: ir.Graph, products: Sequence[ir.Node]) -> list[str]:
+    weights = [_input(node, 1) for node in products]
+    initialisers = [_joined(graph, weights, axis=1)]
+    stacked = ir.node("MatMul", [products[0].inputs[0], initialisers[0]])
+    added, ends = [stacked], list(products)
+    sums = [_bias_sum(node) for node in products]
+    if all(total is not None for total in sums):
+        ends = [total for total in sums if total is not None]
+        initialisers.append(_joined(graph, [_bias(total) for total in ends], axis=0))
+        added.append(ir.node("Add", [stacked.outputs[0], initialisers[1]]))
+    widths = ir.tensor(np.array([_size(weight)[1] for weight in weights], np.int64))
+    sizes = ir.node("Constant", [], {"value": widths})
+    split = ir.node("Split", [added[-1].outputs[0], sizes.outputs[0]], {"axis": -1}, num_outputs=len(products))
+    graph.insert_before(products[0], [*added, sizes, split])
+    for end, part in zip(ends, split.outputs, strict=True):
+        end.outputs[0].replace_all_uses_with(part)
+    return [str(value.name) for value in initialisers]
+
+
+def _bias_sum(product: ir.Node) -> ir.Node | None:
+    """The sum that adds a bias to this product, if that is all that reads it."""
+    uses = product.outputs[0].uses()
+    if len(uses) != 1:
+        return None
+    node = next(iter(uses)).node
+    takes_bias = node.op_type == "Add" and any(_is_weight(value, rank=1) for value in node.inputs)
+    return node if takes_bias and not node.outputs[0].is_graph_output() else None
+
+
+def _bias(total: ir.Node) -> ir.Value:
+    return next(value for value in total.inputs if value is not None and _is_weight(value, rank=1))
+
+
+def _is_weight(value: ir.Value | None, rank: int) -> bool:
+    """An initialiser of so many axes that one node alone reads."""
+    if value is None or not value.is_initializer() or value.const_value is None or value.is_graph_output():
+        return False
+    return len(value.const_value.shape) == rank and len(value.uses()) == 1
+
+
+def _joined(graph: ir.Graph, parts: Sequence[ir.Value], axis: int) -> ir.Value:
+    """A new initialiser of these, put together when it is written, not before: the parts are views of the model."""
+    tensors = [part.const_value for part in parts]
+    shape = _size(parts[0])
+    shape[axis] = sum(_size(part)[axis] for part in parts)
+    name = joined_name([str(part.name) for part in parts])
+    first = tensors[0]
+    assert first is not None
+
+    def join() -> ir.TensorProtocol:
+        return ir.tensor(np.concatenate([tensor.numpy() for tensor in tensors if tensor is not None], axis), name=name)
+
+    lazy = ir.LazyTensor(join, first.dtype, ir.Shape(shape), name=name)
+    value = ir.Value(name=name, shape=lazy.shape, type=ir.TensorType(first.dtype), const_value=lazy)
+    graph.register_initializer(value)
+    return value
+
+
+def joined_name(names: Sequence[str]) -> str:
+    """What the names have in common, and in braces what they have not.
+
+    >>> joined_name(["layer.0.query.down.weight.T", "layer.0.key.down.weight.T"])
+    'layer.0.{query,key}.down.weight.T'
+    """
+    split = [name.split(".") for name in names]
+    start = _shared_length(split)
+    end = _shared_length([parts[start:][::-1] for parts in split])
+    middle = [".".join(parts[start : len(parts) - end]) for parts in split]
+    return ".".join([*split[0][:start], "{" + ",".join(middle) + "}", *split[0][len(split[0]) - end :]])
+
+
+def _shared_length(parts: Sequence[Sequence[str]]) -> int:
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _size(value: ir.Value) -> list[int]:
+    assert value.const_value is not None
+    return list(value.const_value.shape.numpy())
