@@ -2,16 +2,16 @@
 
 Each layer offers a menu: ranks with their cost and predicted loss. The budget is spent on the steepest drop in
 predicted loss per unit of cost, walking each layer's lower convex hull; for convex menus (the usual case) that is
-the optimum for the budget it spends. Cost is in parameters here; any other additive cost fits the same walk.
+the optimum for the budget it spends. Cost is in parameters, or whatever else adds up over layers (``rank_times``).
 
-Layers with one input may be spent on together: a joint rank r costs r(n + Σ mᵢ) instead of Σ rᵢ(n + mᵢ). A group's
-menu is then the union of its joint entries and of what its members would be given one after the other. The lower
-hull of that union holds, at every price of a parameter, the form with the lower Lagrangian (loss + price · cost), so
-one walk settles both forms and ranks.
+Layers with one input may be spent on together: in parameters, a joint rank r costs r(n + Σ mᵢ) instead of
+Σ rᵢ(n + mᵢ). A group's menu is then the union of its joint entries and of what its members would be given one after
+the other. The lower hull of that union holds, at every price of a unit of cost, the form with the lower Lagrangian
+(loss + price · cost), so one walk settles both forms and ranks.
 """
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from math import ceil
@@ -32,6 +32,8 @@ class Choice:
 
 
 Group = tuple[str, ...]
+# (m, n, rank, or None for dense) → what an m×n layer costs; a group of layers with one input counts as their stack.
+Cost = Callable[[int, int, int | None], float]
 Name = TypeVar("Name", str, Group)
 Menus = Mapping[Name, Sequence[Choice]]
 
@@ -44,6 +46,15 @@ class JointAllocation:
     shared: tuple[Group, ...]
     cost: float
     predicted_loss: float
+
+
+def parameters(m: int, n: int, rank: int | None) -> float:
+    """The numbers that an m×n layer holds, dense or as two factors.
+
+    >>> parameters(4, 6, None), parameters(4, 6, 2)
+    (24, 20)
+    """
+    return m * n if rank is None else rank * (m + n)
 
 
 def break_even(m: int, n: int) -> int:
@@ -98,6 +109,7 @@ def by_joint_loss(
     keep: float,
     multiple: int = 1,
     floor_share: float = 0.1,
+    cost: Cost = parameters,
 ) -> JointAllocation:
     """`by_loss` where groups of layers may have one ``down`` if that predicts less loss for the same budget. The
     predicted loss is never above that of `by_loss` where that keeps to the budget.
@@ -105,14 +117,16 @@ def by_joint_loss(
     Args:
         joint: by group, layers with one input that stand in no other group, the predicted loss increase summed over
             its members at joint ranks 0…min(n, Σ m), as from ``predicted_joint_loss``.
+        keep: share of what the dense layers cost.
+        cost: what is to be kept to that share.
     """
     lowest = {n: floor_share * (uniform_rank(*shape, keep) or break_even(*shape)) for n, shape in shapes.items()}
-    apart = {name: rank_menu(*shape, losses[name], multiple, lowest[name]) for name, shape in shapes.items()}
+    apart = {name: rank_menu(*shape, losses[name], multiple, lowest[name], cost) for name, shape in shapes.items()}
     together = {
-        group: joint_menu([shapes[name] for name in group], loss, multiple, max(lowest[name] for name in group))
+        group: joint_menu([shapes[name] for name in group], loss, multiple, max(lowest[name] for name in group), cost)
         for group, loss in joint.items()
     }
-    budget = keep * sum(m * n for m, n in shapes.values())
+    budget = keep * sum(cost(m, n, None) for m, n in shapes.values())
     walked = spend(_both_forms(apart, together), budget)
     shared = {group for group in together if not walked[group].parts}
     # A long step from one form to the other may not fit where short ones do: walk again with the forms settled, and
@@ -121,18 +135,20 @@ def by_joint_loss(
     return min((_allocation(pick, shapes) for pick in picks), key=lambda end: (end.cost > budget, end.predicted_loss))
 
 
-def rank_menu(m: int, n: int, loss: Tensor, multiple: int, lowest: float) -> list[Choice]:
+def rank_menu(m: int, n: int, loss: Tensor, multiple: int, lowest: float, cost: Cost = parameters) -> list[Choice]:
     """Ranks from the lowest allowed to break-even in steps of ``multiple``, then dense, by rising cost."""
     values = loss.tolist()
     first = multiple * max(1, ceil(lowest / multiple))
-    choices = [Choice(rank, rank * (m + n), values[rank]) for rank in range(first, break_even(m, n), multiple)]
-    return [*choices, Choice(None, m * n, 0.0)]
+    choices = [Choice(rank, cost(m, n, rank), values[rank]) for rank in range(first, break_even(m, n), multiple)]
+    return [*choices, Choice(None, cost(m, n, None), 0.0)]
 
 
-def joint_menu(shapes: Sequence[tuple[int, int]], loss: Tensor, multiple: int, lowest: float) -> list[Choice]:
+def joint_menu(
+    shapes: Sequence[tuple[int, int]], loss: Tensor, multiple: int, lowest: float, cost: Cost = parameters
+) -> list[Choice]:
     """Joint ranks of layers mᵢ×n from the lowest allowed to break-even with the dense layers, by rising cost."""
     stacked, n = sum(m for m, _ in shapes), shapes[0][1]
-    return rank_menu(stacked, n, loss, multiple, lowest)[:-1]  # dense is the members' own affair
+    return rank_menu(stacked, n, loss, multiple, lowest, cost)[:-1]  # dense is the members' own affair
 
 
 def _both_forms(apart: Menus[str], together: Menus[Group]) -> dict[Group, Sequence[Choice]]:

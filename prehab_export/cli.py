@@ -20,6 +20,7 @@ VERBS = {
     "calibrate": ("calibrate", "Gather second moments of every targeted layer."),
     "prehab": ("prehab", "Fine-tune towards weights that truncation hurts less."),
     "truncate": ("truncate", "Choose ranks and cut every targeted layer into two factors."),
+    "refine": ("refine", "Tune the factors towards the dense model's output, without labels."),
     "rehab": ("rehab", "Train the factors for a few steps."),
     "export": ("baseline", "Write the compressed folder and ONNX graph, and the dense twin."),
     "verify": ("artifact", "Reopen what was written in a fresh process, check it, and publish it."),
@@ -32,7 +33,7 @@ REDO = {
     "baseline": ("export", "baseline"),
     "artifact": ("verify", "artifact"),
     "report": ("verify", "artifact", "bench", "report"),
-} | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "rehab", "bench")}
+} | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "refine", "rehab", "bench")}
 
 Command = Callable[..., Any]
 Option = tuple[str, Callable[[Command], Command]]
@@ -119,6 +120,7 @@ RUN_OPTIONS: list[Option] = [
         type=_choice(options.FISHER_LABELS),
     ),
     option("--ratio", "truncate.ratio", "Share of the targeted layers' parameters to remove."),
+    option("--budget", "truncate.budget", "parameters, by --ratio; or latency:SHARE of the dense layers' time."),
     option("--objective", "truncate.objective", "What truncation minimises.", type=_choice(options.OBJECTIVES)),
     option("--allocation", "truncate.allocation", "How ranks are shared out.", type=_choice(options.ALLOCATIONS)),
     option("--rank-multiple", "truncate.rank_multiple", "Ranks come in multiples of this."),
@@ -308,7 +310,7 @@ def demo(output: Path, threads: int | None, as_json: bool) -> None:
 
 def _sweep_options(command: Command) -> Command:
     """Those of a run, but for the ones that a sweep goes through itself."""
-    own = {"--ratio", "--objective", "--allocation", "--drift-correction/--no-drift-correction", "--force"}
+    own = {"--ratio", "--budget", "--objective", "--allocation", "--drift-correction/--no-drift-correction", "--force"}
     for flag, decorate in reversed(RUN_OPTIONS):
         if flag not in own:
             command = decorate(command)

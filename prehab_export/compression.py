@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from converters.lowrank import DenseLinear
+from prehab_export.allocation import Cost, parameters
 from prehab_export.block_walk import NotAChain
 from prehab_export.config import RefineConfig, TruncateConfig
 from prehab_export.data import Samples
@@ -64,6 +65,7 @@ def compress(
     refine: RefineConfig | None = None,
     *,
     decomposed: Decompositions | None = None,
+    cost: Cost = parameters,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Compression:
@@ -72,6 +74,7 @@ def compress(
     Args:
         refine: its block-wise part is done here.
         decomposed: decompositions of these very weights and moments, when at hand.
+        cost: what the budget is counted in (``rank_times.RankTimes.cost`` for a budget of latency).
         progress: makes the progress bar of each part.
 
     Raises:
@@ -87,13 +90,14 @@ def compress(
                 layers,
                 statistics,
                 config,
+                cost=cost,
                 batch_size=samples.batch_size,
                 progress=advance,
             )
     if decomposed is None:
         with progress("decompose", len(layers)) as advance:
             decomposed = decompose_layers(layers, statistics, config, progress=advance)
-    plan = truncate(layers, statistics, config, decomposed=decomposed)
+    plan = truncate(layers, statistics, config, decomposed=decomposed, cost=cost)
     if not config.drift_correction or config.objective == "weight":  # plain SVD knows nothing of the inputs
         return Compression(plan, trials)
     refiner = None if refine is None or not refine.block_steps else block_refiner(refine, seed, statistics)

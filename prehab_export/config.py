@@ -26,6 +26,7 @@ SCHEDULES = ("constant", "warmup")
 WHITENINGS = ("activation", "fisher")
 FISHER_LABELS = ("data", "model")
 AUTO = "auto"
+PARAMETERS = "parameters"
 USUAL_STRENGTH = 100.0
 REHAB_METHODS = ("factors", "lora")
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -182,6 +183,8 @@ class TruncateConfig:
     """How to truncate.
 
     ratio: share of the targeted layers' parameters to remove, in (0, 1).
+    budget: ``parameters``, as ``ratio`` has it, or ``latency:SHARE``: the targeted layers are to take that share of the
+        time that they take dense, by measured times of this machine; ``ratio`` then counts for nothing.
     objective: ``weight``, ``activation``, ``fisher``, or ``auto``: fisher, but activation for the kinds of layer
         (q, k, v …) where a validation pass finds it better.
     share_inputs: under ``loss``, layers with one input (q, k, v) may have one ``down`` between them, where that loses
@@ -194,6 +197,7 @@ class TruncateConfig:
     """
 
     ratio: float = 0.6
+    budget: str = PARAMETERS
     objective: str = "fisher"
     allocation: str = "loss"
     rank_multiple: int = 1
@@ -205,14 +209,32 @@ class TruncateConfig:
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise InputError(f"--ratio must lie between 0 and 1 (share of parameters removed), not {self.ratio}")
+        if self.budget != PARAMETERS and not re.fullmatch(r"latency:0?\.\d*[1-9]\d*", self.budget):
+            raise InputError(
+                f"--budget must be {PARAMETERS}, or latency:SHARE with a share between 0 and 1, such as latency:0.5, "
+                f"not {self.budget!r}"
+            )
+        if self.latency is not None and self.allocation != "loss":
+            raise InputError("--budget latency needs --allocation loss: equal ranks do not know what they cost")
         _one_of("--objective", self.objective, OBJECTIVES)
         _one_of("--allocation", self.allocation, ALLOCATIONS)
         _at_least("--rank-multiple", self.rank_multiple, 1)
         _share("--rank-floor", self.floor_share)
 
     @property
+    def latency(self) -> float | None:
+        """The share of their dense time that the layers may take; None for a budget of parameters."""
+        return None if self.budget == PARAMETERS else float(self.budget.partition(":")[2])
+
+    @property
     def keep(self) -> float:
-        return 1 - self.ratio
+        """The share of what the dense layers cost that is kept."""
+        return 1 - self.ratio if self.latency is None else self.latency
+
+    @property
+    def goal(self) -> str:
+        """The budget as the command line has it."""
+        return f"--ratio {self.ratio}" if self.latency is None else f"--budget {self.budget}"
 
     @property
     def needs_gradients(self) -> bool:

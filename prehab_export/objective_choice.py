@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from converters.lowrank import DenseLinear
+from prehab_export.allocation import Cost, parameters
 from prehab_export.block_walk import find_blocks
 from prehab_export.config import TruncateConfig
 from prehab_export.data import Samples
@@ -56,6 +57,7 @@ def choose_objectives(
     statistics: Statistics,
     config: TruncateConfig,
     *,
+    cost: Cost = parameters,
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Decompositions, list[KindTrial]]:
@@ -63,13 +65,14 @@ def choose_objectives(
 
     Args:
         samples: to judge by; not those of calibration.
+        cost: what the budget is counted in.
         progress: called after each kind.
     """
     # Nothing is shared here: a group has one objective, and the trial is of one kind at a time.
     apart = replace(config, share_inputs=False)
     fisher = decompose_layers(layers, statistics, replace(apart, objective="fisher"))
     activation = decompose_layers(layers, statistics, replace(apart, objective="activation"))
-    plan = plan_ranks(layers, fisher, config)
+    plan = plan_ranks(layers, fisher, config, cost)
     reference = torch_predictor(model, task)
 
     def divergence_with(switched: Sequence[str]) -> Tensor:

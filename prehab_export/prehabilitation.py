@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from converters.errors import InputError
 from converters.lowrank import DenseLinear, add_weight_gradient, dense_weight
 from prehab_export import surrogates
+from prehab_export.allocation import Cost, parameters
 from prehab_export.calibration import CalibrationWarning, calibrate
 from prehab_export.config import PrehabConfig, TruncateConfig
 from prehab_export.data import Samples
@@ -42,6 +43,7 @@ def prehab(
     truncation: TruncateConfig,
     *,
     fisher_labels: str = "data",
+    cost: Cost = parameters,
     seed: int = 0,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
@@ -51,6 +53,7 @@ def prehab(
     Args:
         statistics: of the model as it is now, with gradients where ``config`` or ``truncation`` needs them.
         truncation: how the model will be cut; sets the ranks that ``tail`` aims at.
+        cost: what the budget of ranks is counted in.
         fisher_labels: labels behind the refreshed gradients, as in ``calibrate``.
         evaluate: figures of the dense model (its metric), asked for at every refresh and at the end.
 
@@ -61,7 +64,7 @@ def prehab(
     Raises:
         InputError: gradient moments are needed and the statistics hold none.
     """
-    regulariser = Regulariser(layers, config, truncation, seed)
+    regulariser = Regulariser(layers, config, truncation, seed, cost)
     regulariser.refresh(statistics)
     current = statistics
 
@@ -130,9 +133,15 @@ class Regulariser:
     """
 
     def __init__(
-        self, layers: Mapping[str, DenseLinear], config: PrehabConfig, truncation: TruncateConfig, seed: int = 0
+        self,
+        layers: Mapping[str, DenseLinear],
+        config: PrehabConfig,
+        truncation: TruncateConfig,
+        seed: int = 0,
+        cost: Cost = parameters,
     ) -> None:
         self.layers = layers
+        self.cost = cost
         self.config = config
         self.truncation = truncation
         self.ranks: dict[Unit, int] = {}
@@ -165,7 +174,7 @@ class Regulariser:
                 "with gradients, or take --prehab-whitening activation --prehab-layer-weights equal"
             )
         cut, aim = self._decomposed(statistics)
-        plan = plan_ranks(self.layers, cut, self.truncation)
+        plan = plan_ranks(self.layers, cut, self.truncation, self.cost)
         units = [*plan.shared, *((name,) for name in self.layers if not any(name in group for group in plan.shared))]
         self.ranks = {unit: rank for unit in units if (rank := plan.ranks[unit[0]]) is not None}
         self.terms = {unit: self._term(unit, statistics, rank, aim) for unit, rank in self.ranks.items()}

@@ -24,6 +24,7 @@ from prehab_export.config import AUTO, USUAL_STRENGTH, PrehabConfig, RunConfig
 from prehab_export.devices import device_of, room_for
 from prehab_export.eigenbasis import factor_bases
 from prehab_export.export import DIGESTS, export_artifact, export_baseline
+from prehab_export.latency_budget import cost_of, predicted_latency, time_ranks
 from prehab_export.parity import digests_of
 from prehab_export.prehabilitation import prehab
 from prehab_export.progress import bar, say
@@ -67,6 +68,7 @@ def _calibrate(session: Session, folder: Path) -> None:
         "tokens": {group: moment.tokens for group, moment in statistics.inputs.items()},
         "layers": len(layers),
         "input_groups": len(statistics.inputs),
+        "groups": statistics.groups,
         "gradient_units": statistics.units,
         "warnings": [] if warning is None else [warning],
     }
@@ -135,6 +137,7 @@ def _prehabbed(
             options,
             session.config.truncate,
             fisher_labels=session.config.calibrate.labels,
+            cost=cost_of(session),
             seed=session.config.seed,
             evaluate=evaluate,
             progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}, surrogate {row['surrogate']:.3f}"),
@@ -176,6 +179,7 @@ def _compressed(session: Session, model: nn.Module, statistics: Statistics) -> C
         samples,
         session.config.truncate,
         session.config.refine,
+        cost=cost_of(session),
         seed=session.config.seed,
         progress=bar,
     )
@@ -187,7 +191,8 @@ def _truncate(session: Session, folder: Path) -> None:
     compression = _compressed(session, model, statistics)
     for warning in compression.warnings:
         say(f"  [yellow]warning: {warning}")
-    _say_what_was_removed(session, compression.truncation)
+    latency = predicted_latency(session, compression.truncation)
+    _say_what_was_removed(session, compression.truncation, latency)
     compression.truncation.apply(model)
     after = sum(parameter.numel() for parameter in model.parameters())
     width = next(model.parameters()).element_size()
@@ -197,7 +202,7 @@ def _truncate(session: Session, folder: Path) -> None:
         "weight_bytes_before": total * width,
         "weight_bytes_after": after * width,
     }
-    write_json(folder / "truncate.json", compression.summary() | sizes)
+    write_json(folder / "truncate.json", compression.summary() | sizes | {"predicted_latency": latency})
     _save_factored(session, model, folder)
 
 
@@ -230,10 +235,14 @@ def _refine(session: Session, folder: Path) -> None:
     _save_factored(session, model if kept else start, folder)
 
 
-def _say_what_was_removed(session: Session, truncation: Truncation) -> None:
-    removed, asked = truncation.summary()["targeted_share_removed"], session.config.truncate.ratio
-    if abs(removed - asked) > 0.03:
-        say(f"  [yellow]warning: {removed:.0%} removed where {asked:.0%} was asked: ranks are whole and have a floor")
+def _say_what_was_removed(session: Session, truncation: Truncation, latency: float | None) -> None:
+    options, removed = session.config.truncate, truncation.summary()["targeted_share_removed"]
+    asked, found = options.ratio, removed
+    if options.latency is not None and latency is not None:
+        asked, found = options.latency, latency
+        say(f"  {removed:.0%} of the parameters removed; the layers should take {latency:.0%} of their dense time")
+    if abs(found - asked) > 0.03:
+        say(f"  [yellow]warning: {found:.0%} where {asked:.0%} was asked: ranks are whole and have a floor")
 
 
 def _rehab(session: Session, folder: Path) -> None:
@@ -290,17 +299,30 @@ STAGES = {
             ("merge",),
         ),
         Stage(
+            "times",
+            time_ranks,
+            # By the machine depends what is measured, but a run that goes on elsewhere keeps what it was planned by.
+            lambda c: {
+                "threads": c.bench.threads,
+                "batch": c.bench.batch_sizes[0],
+                "length": c.bench.sequence_lengths[0],
+                "objective": c.truncate.objective,
+            },
+            ("calibrate",),
+            lambda c: c.truncate.latency is not None,
+        ),
+        Stage(
             "prehab",
             _prehab,
             lambda c: {"prehab": asdict(c.prehab), "truncate": asdict(c.truncate), "refine": asdict(c.refine)},
-            ("merge", "calibrate"),
+            ("merge", "calibrate", "times"),
             _needs_prehab,
         ),
         Stage(
             "truncate",
             _truncate,
             lambda c: asdict(c.truncate) | {"refine": asdict(c.refine.block_schedule)},
-            ("merge", "calibrate", "prehab"),
+            ("merge", "calibrate", "times", "prehab"),
         ),
         Stage("refine", _refine, lambda c: asdict(c.refine), ("merge", "truncate"), _needs_refinement),
         Stage("rehab", _rehab, lambda c: asdict(c.rehab), ("merge", "truncate", "refine"), _needs_rehab),

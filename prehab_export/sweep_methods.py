@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from prehab_export.config import TruncateConfig
+from prehab_export.config import PARAMETERS, TruncateConfig
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Method:
         return replace(
             base,
             ratio=ratio,
+            budget=PARAMETERS,
             objective=self.objective,
             allocation=self.allocation,
             drift_correction=self.drift_correction,

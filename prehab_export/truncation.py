@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from converters.errors import InputError
 from converters.lowrank import DenseLinear, Factors, LowRankLinear, balance, dense_weight, factorize
 from prehab_export import allocation
-from prehab_export.allocation import Group
+from prehab_export.allocation import Cost, Group
 from prehab_export.config import TruncateConfig
 from prehab_export.decomposition import (
     Decomposition,
@@ -90,6 +90,13 @@ class Truncation:
     @property
     def ranks(self) -> dict[str, int]:
         return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
+
+    def units(self) -> list[tuple[int, int, int | None]]:
+        """(m, n, rank) of each layer, None for dense; layers with one ``down`` count as their stack."""
+        sizes = {layer.name: (layer.out_features, layer.in_features, layer.rank) for layer in self.layers}
+        stacks = [(sum(sizes[name][0] for name in group), *sizes[group[0]][1:]) for group in self.shared]
+        grouped = {name for group in self.shared for name in group}
+        return [*stacks, *(size for name, size in sizes.items() if name not in grouped)]
 
     def summary(self) -> dict:
         before = sum(layer.parameters_before for layer in self.layers)
@@ -258,14 +265,21 @@ def plan_ranks(
     layers: Mapping[str, DenseLinear],
     decomposed: Decompositions,
     config: TruncateConfig,
+    cost: Cost = allocation.parameters,
 ) -> Plan:
-    """Ranks by the configured allocation, and which groups are to share their ``down``."""
+    """Ranks by the configured allocation, and which groups are to share their ``down``.
+
+    Args:
+        cost: what the budget is counted in.
+    """
     shapes = {name: (layer.shape[0], layer.shape[1]) for name, layer in _weights(layers).items()}
     if config.allocation == "uniform":
         return Plan(allocation.uniform(shapes, config.keep, config.rank_multiple))
     losses = {name: entry.losses for name, entry in decomposed.layers.items() if entry.losses is not None}
     offers = {group: entry.losses for group, entry in decomposed.groups.items()}
-    found = allocation.by_joint_loss(shapes, losses, offers, config.keep, config.rank_multiple, config.floor_share)
+    found = allocation.by_joint_loss(
+        shapes, losses, offers, config.keep, config.rank_multiple, config.floor_share, cost
+    )
     return Plan(found.ranks, found.shared)
 
 
@@ -276,6 +290,7 @@ def truncate(
     *,
     decomposed: Decompositions | None = None,
     plan: Plan | None = None,
+    cost: Cost = allocation.parameters,
     progress: Callable[[int], None] | None = None,
 ) -> Truncation:
     """The factors of every targeted layer, balanced and in the layer's own dtype, and what they cost.
@@ -284,12 +299,13 @@ def truncate(
         layers: dense layers by name; left as they are (see ``converters.lowrank.factorize``).
         decomposed: decompositions of these very weights and statistics, when at hand.
         plan: instead of what the allocation would choose.
+        cost: what the budget is counted in.
 
     Raises:
         InputError: gradient moments are needed and missing, or every layer would stay dense.
     """
     decomposed = decomposed or decompose_layers(layers, statistics, config, progress=progress)
-    plan = plan or plan_ranks(layers, decomposed, config)
+    plan = plan or plan_ranks(layers, decomposed, config, cost)
 
     def metric_of(name: str) -> Metric:
         # One at a time: in float64 all of them together are far larger than the model.
@@ -312,10 +328,10 @@ def truncate(
         for name, layer in layers.items()
     ]
     if not factors:
-        raise InputError(
-            f"no layer gets smaller at --ratio {config.ratio} with --rank-multiple {config.rank_multiple}; "
-            "remove more, or take a smaller multiple"
-        )
+        reason, advice = "gets smaller", "remove more, or take a smaller multiple"
+        if config.latency is not None:
+            reason, advice = "is faster as two factors on this machine", "take --ratio to make the model smaller anyway"
+        raise InputError(f"no layer {reason} at {config.goal} with --rank-multiple {config.rank_multiple}; {advice}")
     return Truncation(factors, results, shared=plan.shared)
 
 

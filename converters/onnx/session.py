@@ -20,10 +20,17 @@ def open_session(
     """
     if not path.is_file():
         raise InputError(f"no ONNX graph at {path}")
+    return onnxruntime.InferenceSession(str(path), session_options(threads), providers=list(providers))
+
+
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """Raises:
+    InputError: threads is below 1.
+    """
     if threads < 1:
         raise InputError(f"threads must be at least 1, got {threads}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only; the rest is about the machine, not the graph
-    return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    return options
