@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import click
 
 from converters.errors import InputError
+from converters.onnx.modes import MODES
 from prehab_export import config as options
 from prehab_export.errors import ParityError
 from prehab_export.sweep_methods import METHODS
@@ -24,6 +25,7 @@ VERBS = {
     "rehab": ("rehab", "Train the factors for a few steps."),
     "export": ("baseline", "Write the compressed folder and ONNX graph, and the dense twin."),
     "verify": ("artifact", "Reopen what was written in a fresh process, check it, and publish it."),
+    "quantize": ("quantize", "Write int8, int4 or float16 graphs, compressed and dense, and measure what they cost."),
     "bench": ("bench", "Measure latency and memory against the dense model."),
     "report": ("report", "Write report.json, report.md and the plots."),
 }
@@ -33,7 +35,7 @@ REDO = {
     "baseline": ("export", "baseline"),
     "artifact": ("verify", "artifact"),
     "report": ("verify", "artifact", "bench", "report"),
-} | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "refine", "rehab", "bench")}
+} | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "refine", "rehab", "quantize", "bench")}
 
 Command = Callable[..., Any]
 Option = tuple[str, Callable[[Command], Command]]
@@ -172,6 +174,7 @@ RUN_OPTIONS: list[Option] = [
     option("--rehab-batch-size", "rehab.train.batch_size", "Samples a step of rehab."),
     option("--rehab-distill", "rehab.train.distill", "Share of the loss that follows the dense model's output."),
     option("--lora-rank", "rehab.lora_rank", "Rank of the adapters of --rehab-method lora."),
+    option("--quantize", "quantize", "Another graph, smaller; repeat for more.", multiple=True, type=_choice(MODES)),
     option("--threads", "bench.threads", "Threads of PyTorch and ONNX Runtime."),
     option("--bench-batch", "bench.batch_sizes", "Batch size to measure; repeat for more.", multiple=True, type=int),
     option("--bench-length", "bench.sequence_lengths", "Length to measure; repeat for more.", multiple=True, type=int),

@@ -13,6 +13,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from converters.errors import InputError
+from converters.onnx.modes import BLOCK, BLOCK_MODES, MODES
 from prehab_export.bench_config import BenchConfig
 
 TASK_NAMES = ("image-classification", "text-classification", "text-generation")
@@ -297,6 +298,8 @@ class RunConfig:
 
     device: where everything up to the artifact is computed: ``auto`` (CUDA if there is any), ``cpu``, ``cuda``,
     ``cuda:N``. The artifact is exported, verified and measured on the CPU.
+    quantize: which graphs to make beside the float32 one, of the dense model too; ranks then come in whole blocks where
+        the kind of quantisation has blocks.
     precision: of forward passes there; weights, moments and decompositions stay float32 and float64.
     """
 
@@ -314,10 +317,16 @@ class RunConfig:
     truncate: TruncateConfig = field(default_factory=TruncateConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     rehab: RehabConfig = field(default_factory=RehabConfig)
+    quantize: tuple[str, ...] = ()
     bench: BenchConfig = field(default_factory=BenchConfig)
 
     def __post_init__(self) -> None:
         _one_of("--task", self.task, TASK_NAMES)
+        for mode in self.quantize:
+            _one_of("--quantize", mode, MODES)
+        if set(self.quantize) & set(BLOCK_MODES) and self.truncate.rank_multiple == 1:
+            # A rank that does not fill its last block is stored as if it did.
+            object.__setattr__(self, "truncate", replace(self.truncate, rank_multiple=BLOCK))
         check_device_name(self.device)
         check_precision(self.precision)
 

@@ -1,7 +1,7 @@
 """Quality of a model on data: one function for a torch model and for an ONNX graph."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,10 +133,18 @@ def onnx_predictor(session: "InferenceSession", task: Task) -> Predict:
         raise InputError(f"the graph has no output 'logits' to judge {task.name} by, only {', '.join(outputs)}")
 
     def predict(batch: Batch) -> Tensor:
-        feeds = {node.name: _feed(node, batch) for node in nodes}
-        return torch.from_numpy(session.run(["logits"], feeds)[0])
+        return torch.from_numpy(session.run(["logits"], feeds_of(nodes, batch))[0])
 
     return predict
+
+
+def feeds_of(inputs: Sequence[Any], batch: Batch) -> dict[str, np.ndarray]:
+    """What a graph with these inputs is fed for this batch.
+
+    Raises:
+        InputError: an input that nothing is known of.
+    """
+    return {node.name: _feed(node, batch) for node in inputs}
 
 
 def _feed(node: Any, batch: Batch) -> np.ndarray:

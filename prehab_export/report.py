@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from converters.onnx.modes import FILE_NAMES
 from prehab_export.config import RunConfig
 from prehab_export.machine import machine_facts
 from prehab_export.plots import plot_prehab, plot_ranks
@@ -23,6 +24,7 @@ STAGE_FACTS = {
     "export": "export.json",
     "baseline": "export.json",
     "verify": "verify.json",
+    "quantize": "quantize.json",
     "bench": "bench.json",
 }
 
@@ -68,7 +70,7 @@ def _ran(session: Session, stage: str) -> bool:
         "refine": config.refine.schedule.steps,
         "rehab": config.rehab.train.steps,
     }
-    return steps.get(stage, 1) > 0
+    return steps.get(stage, 1) > 0 and (stage != "quantize" or bool(config.quantize))
 
 
 def _public(config: RunConfig) -> RunConfig:
@@ -92,6 +94,7 @@ def render(template: str, facts: dict[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.globals["file_names"] = FILE_NAMES
     environment.filters |= {"metric": _metric, "count": _count, "share": lambda x: f"{100 * x:.1f}%", "mb": _megabytes}
     return environment.get_template(template).render(facts)
 

@@ -270,7 +270,7 @@ def _disk_estimate(model: PreTrainedModel, layers: dict, config: RunConfig) -> i
     prehabbed = weights + moments if config.prehab.train.steps else 0
     merged = weights if config.adapter else 0
     # Factored model after truncation and rehab, artifact and its graph, dense graph, and the folder being replaced.
-    return moments + prehabbed + merged + 6 * weights
+    return moments + prehabbed + merged + (6 + len(config.quantize)) * weights
 
 
 def _folder_hash(folder: Path) -> dict[str, str]:

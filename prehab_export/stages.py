@@ -28,6 +28,7 @@ from prehab_export.latency_budget import cost_of, predicted_latency, time_ranks
 from prehab_export.parity import digests_of
 from prehab_export.prehabilitation import prehab
 from prehab_export.progress import bar, say
+from prehab_export.quantization import quantize, quantized_graphs
 from prehab_export.refinement import refine
 from prehab_export.rehabilitation import rehab
 from prehab_export.report import write_report
@@ -270,6 +271,7 @@ def _bench(session: Session, folder: Path) -> None:
     models = {
         "dense": root.folder("baseline") / "onnx" / "model.onnx",
         "compressed": root.folder("artifact") / "onnx" / "model.onnx",
+        **quantized_graphs(session),
     }
     vocabulary = getattr(session.model_config.get_text_config(), "vocab_size", None)
     write_json(folder / "bench.json", bench(models, bench_config(session), vocabulary))
@@ -344,8 +346,15 @@ STAGES = {
             lambda c: {},
             ("export", "baseline"),
         ),
-        Stage("artifact", publish_artifact, lambda c: {}, ("verify",)),
-        Stage("bench", _bench, lambda c: asdict(c.bench), ("artifact", "baseline")),
+        Stage(
+            "quantize",
+            lambda session, folder: quantize(session.on_cpu, folder),
+            lambda c: {"modes": c.quantize, "eval_samples": c.data.eval_samples},
+            ("calibrate", "verify"),
+            lambda c: bool(c.quantize),
+        ),
+        Stage("artifact", publish_artifact, lambda c: {}, ("verify", "quantize")),
+        Stage("bench", _bench, lambda c: asdict(c.bench), ("artifact", "baseline", "quantize")),
         Stage("report", write_report, lambda c: {}, ("artifact", "bench")),
     )
 }

@@ -32,7 +32,7 @@ def print_summary(workspace: Workspace, until: str) -> None:
         _print_speed(console, result)
         _print_places(console, workspace.root)
     elif result.get("skipped"):
-        console.print(f"{until}: skipped, 0 steps")
+        console.print(f"{until}: skipped, not asked for")
     else:
         console.print(f"{until}: done, in {workspace.folder(until)}")
 
@@ -56,8 +56,10 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
     from prehab_export.bench_table import format_bench
 
     console.print(format_bench(result["bench"]))
-    if any(row["speedup"] < 1 for row in result["bench"]["comparison"]):
-        console.print("[yellow]slower than dense in at least one case; see the report")
+    for row in result["bench"]["comparison"]:
+        if row["model"].startswith("compressed") and row["speedup"] < 1:
+            sizes = f" at batch {row['batch']}" + (f", length {row['sequence']}" if row["sequence"] else "")
+            console.print(f"[yellow]{row['model']} is slower than dense{sizes}: {row['speedup']:.2f}×")
 
 
 def _print_places(console: Console, root: Path) -> None:

@@ -38,9 +38,9 @@ def verify(session: Session) -> dict[str, Any]:
         "dense": {"onnx": _check_graph(session, baseline, dense)},
         "metrics": {
             "dense_pytorch": json.loads((baseline / "metrics.json").read_text()),
-            "dense_onnx": asdict(_graph_metrics(session, dense, "dense model, ONNX Runtime")),
+            "dense_onnx": asdict(graph_metrics(session, dense, "dense model, ONNX Runtime")),
             "compressed_pytorch": asdict(compressed_pytorch),
-            "compressed_onnx": asdict(_graph_metrics(session, exported, "compressed model, ONNX Runtime")),
+            "compressed_onnx": asdict(graph_metrics(session, exported, "compressed model, ONNX Runtime")),
         },
     }
 
@@ -75,7 +75,8 @@ def _check_graph(session: Session, folder: Path, graph: Path) -> dict[str, Any]:
         raise ParityError(f"the {name} model: {error}") from error
 
 
-def _graph_metrics(session: Session, graph: Path, description: str) -> Metrics:
+def graph_metrics(session: Session, graph: Path, description: str) -> Metrics:
+    """The task metric of a graph on ONNX Runtime, over the evaluation split."""
     runtime = open_session(graph, threads=session.threads)
     samples = session.data.evaluation
     with bar(description, len(samples)) as advance:
@@ -109,6 +110,9 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
 def publish_artifact(session: Session, folder: Path) -> None:
     """What was verified, file by file, with a model card. Hard links where the file system has them: no second copy."""
     shutil.copytree(session.workspace.folder("export") / "model", folder, copy_function=_link, dirs_exist_ok=True)
+    if session.config.quantize:
+        quantised = session.workspace.folder("quantize") / "compressed"
+        shutil.copytree(quantised, folder / "onnx", copy_function=_link, dirs_exist_ok=True)
     write_card(session, folder)
 
 

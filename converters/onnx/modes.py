@@ -1,0 +1,14 @@
+"""The kinds of quantisation, by name. Light: a command line lists them without loading onnx."""
+
+# Mode → the file's name, as the ecosystem has it beside ``model.onnx``.
+FILE_NAMES = {
+    "int8": "model_int8.onnx",
+    "int8-static": "model_int8_static.onnx",
+    "int8-blocks": "model_q8.onnx",
+    "int4": "model_q4.onnx",
+    "float16": "model_fp16.onnx",
+}
+MODES = tuple(FILE_NAMES)
+# Those that have a scale for every block of so many inputs of one output.
+BLOCK_MODES = ("int8-blocks", "int4")
+BLOCK = 32

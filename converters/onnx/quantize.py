@@ -1,0 +1,160 @@
+"""Smaller weights for a graph that is there already: int8, int4 and float16, with ONNX Runtime's own quantisers.
+
+================  ==========================  ==========================================================
+mode              weights                     products
+================  ==========================  ==========================================================
+``int8``          int8, one scale a column    in int8; activations scaled as they come (dynamic)
+``int8-static``   int8, one scale a column    in int8; activations by ranges found on a sample (QDQ)
+``int8-blocks``   int8, one scale a block     in int8 or float32, as the machine's kernels have it
+``int4``          int4, one scale a block     in int8 or float32, as the machine's kernels have it
+``float16``       float16                     in float32: half the file, the same speed
+================  ==========================  ==========================================================
+
+Products with a weight are quantised, and embedding tables; products of activations stay as they are. A block is 32
+inputs of one output: ranks in multiples of it waste nothing.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from converters.errors import InputError
+from converters.onnx.modes import BLOCK, MODES
+
+# Smaller tensors gain nothing.
+LEAST_ELEMENTS = 1024
+
+Feeds = Mapping[str, np.ndarray]
+
+
+def quantize_graph(source: Path, target: Path, mode: str, sample: Callable[[], Iterable[Feeds]] | None = None) -> Path:
+    """Write ``source`` again with smaller weights; returns ``target``, which appears only when it is complete.
+
+    Args:
+        sample: for ``int8-static``, what to run the graph on; called once.
+
+    Raises:
+        InputError: an unknown mode, no such graph, or no sample where one is needed.
+    """
+    if mode not in MODES:
+        raise InputError(f"unknown quantisation {mode!r}; expected one of {', '.join(MODES)}")
+    if not source.is_file():
+        raise InputError(f"no ONNX graph at {source}")
+    if mode == "int8-static" and sample is None:
+        raise InputError("int8-static needs a sample to find the ranges of activations on")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        with _quiet():
+            _quantize(source, folder / target.name, mode, sample)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):  # the graph last
+            os.replace(file, target.with_name(file.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def _quantize(source: Path, target: Path, mode: str, sample: Callable[[], Iterable[Feeds]] | None) -> None:
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+    external = source.with_name(f"{source.name}_data").is_file()
+    shared: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8, "use_external_data_format": external}
+    if mode == "int8":
+        quantize_dynamic(source, target, extra_options={"MatMulConstBOnly": True}, **shared)
+    elif mode == "int8-static":
+        assert sample is not None
+        quantize_static(
+            source,
+            target,
+            _Reader(sample()),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            activation_type=QuantType.QUInt8,
+            extra_options={"MatMulConstBOnly": True},
+            **shared,
+        )
+    elif mode == "float16":
+        _store_in_float16(source, target, external)
+    else:
+        _quantize_blocks(source, target, mode, external)
+
+
+class _Reader:
+    """A sample as onnxruntime.quantization reads it."""
+
+    def __init__(self, sample: Iterable[Feeds]) -> None:
+        self._feeds = iter(sample)
+
+    def get_next(self) -> Feeds | None:
+        return next(self._feeds, None)
+
+
+def _quantize_blocks(source: Path, target: Path, mode: str, external: bool) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    bits, kinds = (4, ("MatMul", "Gather")) if mode == "int4" else (8, ("MatMul",))
+    # Accuracy level 4 lets the kernels multiply in int8, which is what makes them fast.
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(source), bits, BLOCK, is_symmetric=True, accuracy_level=4,
+        op_types_to_quantize=kinds, quant_axes=(("MatMul", 0), ("Gather", 1)),
+    )  # fmt: skip
+    quantizer.process()
+    if bits == 4:
+        quantizer.model.save_model_to_file(str(target), external)
+    else:  # for tables there are blocks of 4 bits only
+        quantize_dynamic(
+            quantizer.model.model, target, op_types_to_quantize=["Gather"], weight_type=QuantType.QInt8,
+            use_external_data_format=external,
+        )  # fmt: skip
+
+
+def _store_in_float16(source: Path, target: Path, external: bool) -> None:
+    """Weights in float16, each cast to float32 as a session opens; values beyond float16's range stay as they are."""
+    model = ir.load(source)
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < LEAST_ELEMENTS:
+            continue
+        array = tensor.numpy()
+        if np.abs(array).max() > np.finfo(np.float16).max:
+            continue
+        name = f"{value.name}.float16"
+        half = ir.Value(
+            name=name,
+            shape=ir.Shape(list(array.shape)),
+            type=ir.TensorType(ir.DataType.FLOAT16),
+            const_value=ir.tensor(array.astype(np.float16), name=name),
+        )
+        graph.register_initializer(half)
+        cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT})
+        graph.insert_before(graph[0], cast)
+        value.replace_all_uses_with(cast.outputs[0])
+        del graph.initializers[str(value.name)]
+    RemoveUnusedNodesPass()(model)
+    ir.save(model, target, external_data=f"{target.name}_data" if external else None)
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Keep the quantisers' advice from the user; what fails still raises."""
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
