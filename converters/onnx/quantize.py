@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from converters.errors import InputError
@@ -45,12 +46,11 @@ def quantize_graph(source: Path, target: Path, mode: str, sample: Callable[[], I
         sample: for ``int8-static``, what to run the graph on; called once.
 
     Raises:
-        InputError: an unknown mode, no such graph, or no sample where one is needed.
+        InputError: an unknown mode, no such graph, not a graph, or no sample where one is needed.
     """
     if mode not in MODES:
         raise InputError(f"unknown quantisation {mode!r}; expected one of {', '.join(MODES)}")
-    if not source.is_file():
-        raise InputError(f"no ONNX graph at {source}")
+    _check(source)
     if mode == "int8-static" and sample is None:
         raise InputError("int8-static needs a sample to find the ranges of activations on")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +63,15 @@ def quantize_graph(source: Path, target: Path, mode: str, sample: Callable[[], I
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def _check(source: Path) -> None:
+    if not source.is_file():
+        raise InputError(f"no ONNX graph at {source}")
+    try:
+        onnx.load(source, load_external_data=False)
+    except DecodeError as error:
+        raise InputError(f"{source} is not an ONNX file: {error}") from error
 
 
 def _quantize(source: Path, target: Path, mode: str, sample: Callable[[], Iterable[Feeds]] | None) -> None:
