@@ -9,6 +9,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 
 from converters.folder import from_pretrained, save_folder
+from converters.genai import write_genai_config
 from converters.onnx.export import OnnxExport, export_onnx
 from prehab_export.errors import InputError, ParityError
 from prehab_export.parity import Reference, check_graph, reference_batches, reference_of, save_reference
@@ -27,7 +28,10 @@ def export_artifact(session: Session, folder: Path) -> None:
     save_folder(model, folder / "model", session.fresh_processor())
     # What the reloaded artifact must equal is the model that truncation or rehab held, not a copy read back from disk.
     digests = json.loads((session.factored_folder().parent / DIGESTS).read_text())
-    _export_graph(session, model, folder, folder / "model" / "onnx" / "model.onnx", digests)
+    graph = Path("onnx", "model.onnx")
+    export = _export_graph(session, model, folder, folder / "model" / graph, digests)
+    if session.task.name == "text-generation":
+        write_genai_config(model, folder / "model", graph, export.inputs)
 
 
 def export_baseline(session: Session, folder: Path) -> None:
@@ -40,7 +44,7 @@ def export_baseline(session: Session, folder: Path) -> None:
 
 def _export_graph(
     session: Session, model: PreTrainedModel, folder: Path, path: Path, digests: dict[str, str] | None = None
-) -> None:
+) -> OnnxExport:
     batches = reference_batches(session.data.evaluation, session.task, model)
     reference = reference_of(model, session.task, batches)
     if digests is not None:
@@ -52,6 +56,7 @@ def _export_graph(
         model, path, session.task, reference, session.processor.model_input_names if is_text else None, session.threads
     )
     write_json(folder / "export.json", {key: value for key, value in asdict(export).items() if key != "path"})
+    return export
 
 
 def export_exact(

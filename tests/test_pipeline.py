@@ -153,6 +153,23 @@ def test_text_generation(llama_folder, prose, tmp_path, capsys):
     assert report["verify"]["metrics"]["compressed_onnx"]["metric"] == "perplexity"
     assert [part["part"] for part in report["rehab"]["parts"]] == ["truncated", "up", "down"]
     assert report["bench"]["cases"][0]["tokens_per_s"] > 0
+    assert_genai_generates(tmp_path / "run" / "artifact")
+
+
+def assert_genai_generates(artifact):
+    """onnxruntime-genai, from the folder as it stands, makes the tokens that PyTorch makes."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    prompt = [5, 9, 12, 7]
+    model = genai.Model(str(artifact))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + 12)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(prompt)
+    while not generator.is_done():
+        generator.generate_next_token()
+    with torch.no_grad():
+        expected = from_pretrained(artifact).generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    assert [int(token) for token in generator.get_sequence(0)] == expected[0].tolist()
 
 
 def test_a_decoder_that_counts_positions_from_the_left(gpt2_folder, prose, tmp_path, capsys):
@@ -163,6 +180,7 @@ def test_a_decoder_that_counts_positions_from_the_left(gpt2_folder, prose, tmp_p
     assert report["verify"]["compressed"]["onnx"]["max_relative"] <= 1e-4
     assert report["truncate"]["layers_factored"] > 0
     assert report["bench"]["cases"][0]["sequence"] == 60  # the default, shortened to what the table allows
+    assert_genai_generates(tmp_path / "run" / "artifact")
     assert invoke("bench", tmp_path / "run", "--bench-length", "100") == 2
     assert "64 positions" in capsys.readouterr().err
 
