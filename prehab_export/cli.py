@@ -13,7 +13,7 @@ import click
 from converters.errors import InputError
 from converters.onnx.modes import MODES
 from prehab_export import config as options
-from prehab_export.errors import ParityError
+from prehab_export.errors import BudgetError, ParityError
 from prehab_export.sweep_methods import METHODS
 
 # Verb → the last stage that it brings up to date, and what it prints with --json.
@@ -179,6 +179,7 @@ RUN_OPTIONS: list[Option] = [
     option("--bench-batch", "bench.batch_sizes", "Batch size to measure; repeat for more.", multiple=True, type=int),
     option("--bench-length", "bench.sequence_lengths", "Length to measure; repeat for more.", multiple=True, type=int),
     option("--bench-rounds", "bench.rounds", "Turns of each model."),
+    option("--min-speedup", "min_speedup", "Exit code 4 if a compressed graph is not this many times as fast."),
     option("--new-tokens", "bench.new_tokens", "Tokens that a decoder generates in a measurement."),
     plain("--force", is_flag=True, help="Do this verb's work again although it is up to date."),
     plain("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
@@ -196,7 +197,8 @@ def run_options(command: Command) -> Command:
 def cli() -> None:
     """Compress a trained transformer into a low-rank model that deploys.
 
-    Exit codes: 0 done, 1 a defect, 2 bad input, 3 the exported model does not compute what it should.
+    Exit codes: 0 done, 1 a defect, 2 bad input, 3 the exported model does not compute what it should, 4 slower than
+    --min-speedup asks.
     """
 
 
@@ -235,6 +237,10 @@ def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) ->
 
     workspace = run_pipeline(config, output, until=until, redo=REDO[until] if force else ())
     _show_result(workspace, until, as_json)
+    if config.min_speedup is not None and until in ("bench", "report"):
+        from prehab_export.summary import check_speed
+
+        check_speed(workspace, config.min_speedup)
 
 
 def _parsed(model: str | None, flags: dict[str, Any], inherit: bool) -> tuple[options.RunConfig, Path]:
@@ -392,7 +398,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors that a user can mend become one sentence and an exit code."""
     try:
         code = cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)
-    except (InputError, ParityError) as error:
+    except (InputError, ParityError, BudgetError) as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
     except FloatingPointError as error:  # a loss that overflowed, with what to change

@@ -300,6 +300,7 @@ class RunConfig:
     ``cuda:N``. The artifact is exported, verified and measured on the CPU.
     quantize: which graphs to make beside the float32 one, of the dense model too; ranks then come in whole blocks where
         the kind of quantisation has blocks.
+    min_speedup: a run fails, once all is measured, if a compressed graph is less times as fast as the dense one.
     precision: of forward passes there; weights, moments and decompositions stay float32 and float64.
     """
 
@@ -319,8 +320,11 @@ class RunConfig:
     rehab: RehabConfig = field(default_factory=RehabConfig)
     quantize: tuple[str, ...] = ()
     bench: BenchConfig = field(default_factory=BenchConfig)
+    min_speedup: float | None = None
 
     def __post_init__(self) -> None:
+        if self.min_speedup is not None and not 0 < self.min_speedup < float("inf"):
+            raise InputError(f"--min-speedup must be above 0, not {self.min_speedup}")
         _one_of("--task", self.task, TASK_NAMES)
         for mode in self.quantize:
             _one_of("--quantize", mode, MODES)

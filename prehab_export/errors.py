@@ -9,4 +9,10 @@ class ParityError(RuntimeError):
     exit_code = 3
 
 
-__all__ = ["InputError", "ParityError"]
+class BudgetError(RuntimeError):
+    """All is done, but the result is not within what was asked for."""
+
+    exit_code = 4
+
+
+__all__ = ["BudgetError", "InputError", "ParityError"]

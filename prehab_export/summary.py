@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from prehab_export.errors import BudgetError
 from prehab_export.progress import result_console
 from prehab_export.report import STAGE_FACTS
 from prehab_export.workspace import Workspace
@@ -37,6 +38,23 @@ def print_summary(workspace: Workspace, until: str) -> None:
         console.print(f"{until}: done, in {workspace.folder(until)}")
 
 
+def check_speed(workspace: Workspace, least: float) -> None:
+    """Raises:
+    BudgetError: a compressed graph is less than ``least`` times as fast as the dense float32 one.
+    """
+    slow = [
+        f"{row['model']} {row['speedup']:.2f}× {_sizes(row)}"
+        for row in result_of(workspace, "bench")["comparison"]
+        if row["model"].startswith("compressed") and row["speedup"] < least
+    ]
+    if slow:
+        raise BudgetError(f"less than --min-speedup {least:g}: {'; '.join(slow)}; the figures are in the run's folder")
+
+
+def _sizes(row: dict[str, Any]) -> str:
+    return f"at batch {row['batch']}" + (f", length {row['sequence']}" if row["sequence"] else "")
+
+
 def _table(result: dict[str, Any]) -> Table:
     metrics, truncation = result["verify"]["metrics"], result["truncate"]
     table = Table(box=SIMPLE_HEAD, show_edge=False)
@@ -58,8 +76,7 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
     console.print(format_bench(result["bench"]))
     for row in result["bench"]["comparison"]:
         if row["model"].startswith("compressed") and row["speedup"] < 1:
-            sizes = f" at batch {row['batch']}" + (f", length {row['sequence']}" if row["sequence"] else "")
-            console.print(f"[yellow]{row['model']} is slower than dense{sizes}: {row['speedup']:.2f}×")
+            console.print(f"[yellow]{row['model']} is slower than dense {_sizes(row)}: {row['speedup']:.2f}×")
 
 
 def _print_places(console: Console, root: Path) -> None:

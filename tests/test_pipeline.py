@@ -114,6 +114,15 @@ def test_a_second_run_does_nothing_and_a_changed_option_only_what_depends_on_it(
     assert json.loads((output / "stages/truncate/truncate.json").read_text())["targeted_share_removed"] >= 0.8 - 1e-9
 
 
+def test_too_slow_is_a_failure_when_asked(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert invoke("bench", run, "--min-speedup", "0.001") == 0
+    assert invoke("bench", run, "--min-speedup", "1000") == 4
+    assert "less than --min-speedup 1000: compressed" in capsys.readouterr().err
+    assert invoke("bench", run, "--min-speedup", "-1") == 2
+
+
 def test_a_damaged_stage_is_done_again(vit_folder, tmp_path):
     output = tmp_path / "run"
     assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 0
