@@ -5,6 +5,8 @@ Speaks JSON, one request per line on stdin and one answer per line on stdout, un
 - ``load``: open the session and serve one request; answers ``load_s`` and ``first_ms``. With
   ``sample_memory`` true, also serve two more and answer the memory figures (see `_memory_answer`).
 - ``turn``: serve requests for ``min_seconds``, at least ``min_runs``; answers their times.
+- ``profile``: serve ``runs`` requests in a session of its own that notes every kernel; answers, for each phase of a
+  request, how often each operator ran and what it took.
 
 A request that fails is answered with ``{"error": …}``. Only onnxruntime and numpy are imported, never torch:
 they are the runtime that a user deploys, and anything else would be counted as the model's memory.
@@ -17,6 +19,7 @@ next token is drawn beforehand, so that both models walk the same path and no sa
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -74,6 +77,10 @@ class Times:
 
 
 def open_session(model: str, threads: int) -> ort.InferenceSession:
+    return ort.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+
+
+def session_options(threads: int) -> ort.SessionOptions:
     ort.set_default_logger_severity(3)
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -83,7 +90,7 @@ def open_session(model: str, threads: int) -> ort.InferenceSession:
     # Threads spin inside a run, as by default, but sleep once it returns: left spinning (50 ms to a second)
     # they would take the cores from the other model, whose turn is next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return options
 
 
 def make_plan(session: ort.InferenceSession, case: Case) -> Plan:
@@ -270,6 +277,62 @@ def _open_and_serve(model: str, threads: int, case: Case) -> tuple[Plan, dict[st
     return plan, {"load_s": load_s, "first_ms": times.first_token_ms[0]}
 
 
+def profile(request: dict[str, Any]) -> dict[str, Any]:
+    """Kernel times by operator. Noting them slows small kernels down, so they are for shares, not for totals."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(request["threads"])
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
+        plan = make_plan(session, Case(**request["case"]))
+        times = Times()
+        for _ in range(1 + request["runs"]):  # the first plans the memory
+            serve(plan, times)
+        events = json.loads(Path(session.end_profiling()).read_text())
+    return {"phases": kernel_times(events, len(plan.steps))}
+
+
+def kernel_times(events: list[dict[str, Any]], steps: int) -> dict[str, list[dict[str, Any]]]:
+    """Phase → operators by falling time: ``op``, its ``count`` and median milliseconds ``ms`` in one run.
+
+    Args:
+        events: as ONNX Runtime's profiler writes them.
+        steps: runs of the session after the first one of each request.
+    """
+    runs = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("name") == "model_run")
+    kernels = sorted(
+        (event["ts"], event["args"]["op_name"], event["dur"])
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
+    )
+    by_phase: dict[str, list[dict[str, list[float]]]] = {}
+    at = 0
+    for number, (start, end) in enumerate(runs):
+        own: dict[str, list[float]] = {}
+        while at < len(kernels) and kernels[at][0] <= end:
+            when, op, took = kernels[at]
+            if when >= start:
+                own.setdefault(op, []).append(took / 1e3)
+            at += 1
+        if number > steps:  # all but the first request
+            phase = "request" if not steps else "next_token" if number % (steps + 1) else "first_token"
+            by_phase.setdefault(phase, []).append(own)
+    return {phase: _medians(of_runs) for phase, of_runs in by_phase.items()}
+
+
+def _medians(runs: list[dict[str, list[float]]]) -> list[dict[str, Any]]:
+    ops = {op for run in runs for op in run}
+    rows = [
+        {
+            "op": op,
+            "count": int(np.median([len(run.get(op, ())) for run in runs])),
+            "ms": float(np.median([sum(run.get(op, ())) for run in runs])),
+        }
+        for op in ops
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
 def main() -> None:
     # Answers go out on a descriptor of their own: a library that prints to stdout must not garble them.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
@@ -280,6 +343,8 @@ def main() -> None:
         try:
             if request["action"] == "load":
                 plan, answer = load(request)
+            elif request["action"] == "profile":
+                answer = profile(request)
             else:
                 assert plan is not None, "turn asked for before load"
                 answer = vars(turn(plan, request["min_runs"], request["min_seconds"]))

@@ -29,6 +29,8 @@ __all__ = ["BenchConfig", "bench", "format_bench"]
 
 Progress = Callable[[str], None]
 
+PROFILED_RUNS = 5
+
 RUNTIME = {
     "runtime": "onnxruntime",
     "execution_provider": "CPUExecutionProvider",
@@ -49,6 +51,7 @@ def bench(
 
     Keys carry their units; MB are 10⁶ bytes; a figure that does not apply or cannot be known is None. For a
     decoder with a cache a "request" is a prefill and ``new_tokens`` tokens, and p50_ms … are of requests.
+    ``operators`` are kernel times by phase of a request, operator by operator.
     In the comparison ``speedup`` and its kin are baseline over model (above 1 is faster), ``memory_ratio`` and
     ``size_ratio`` are model over baseline (below 1 is smaller). ``model_memory_ratio`` leaves out what Python
     and ONNX Runtime take before a model is loaded.
@@ -70,8 +73,10 @@ def bench(
     comparison: list[Row] = []
     for case, peaks in zip(cases, memory, strict=True):
         loads, samples = _latency(graphs, config, case, say)
+        profiles = {name: _profile(name, graph, config, case, say) for name, graph in graphs.items()}
         new = [
             case_row(name, config.threads, case, loads[name] | peaks[name], samples[name], graph)
+            | {"operators": profiles[name]}
             for name, graph in graphs.items()
         ]
         rows += new
@@ -133,6 +138,14 @@ def _memory(name: str, graph: GraphFacts, config: BenchConfig, case: Row, say: P
 def _load(worker: WorkerProcess, graph: GraphFacts, config: BenchConfig, case: Row, sample_memory: bool = False) -> Row:
     path = str(graph.path.resolve())
     return worker.ask(action="load", model=path, threads=config.threads, case=case, sample_memory=sample_memory)
+
+
+def _profile(name: str, graph: GraphFacts, config: BenchConfig, case: Row, say: Progress) -> Row:
+    """Kernel times by operator, from a process of their own: noting them would disturb the others."""
+    say(f"operators of {name}{_sizes(case)}")
+    with WorkerProcess(name + _sizes(case), config.timeout_s) as worker:
+        request = {"model": str(graph.path.resolve()), "threads": config.threads, "case": case}
+        return worker.ask(action="profile", runs=PROFILED_RUNS, **request)["phases"]
 
 
 def _latency(

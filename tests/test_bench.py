@@ -21,7 +21,7 @@ from prehab_export import machine
 from prehab_export.bench_figures import ratio_interval
 from prehab_export.bench_graph import read_graph
 from prehab_export.bench_process import WorkerProcess
-from prehab_export.bench_worker import Case, Times, make_plan, open_session, serve
+from prehab_export.bench_worker import Case, Times, kernel_times, make_plan, open_session, serve
 from prehab_export.benchmark import BenchConfig, bench, format_bench, turns
 from prehab_export.machine import available_cores, machine_facts
 
@@ -178,6 +178,11 @@ def test_two_vision_models(tmp_path):
         assert len(row["round_p50_ms"]) == 5 <= row["runs"]
         assert row["runtime_resident_mb"] < row["peak_resident_mb"]
         assert row["peak_resident_mb"] <= row["peak_anonymous_mb"] + row["mapped_file_mb"] + 0.01
+        (phase,) = row["operators"]
+        counts = {entry["op"]: entry["count"] for entry in row["operators"][phase]}
+        assert phase == "request"
+        assert counts["MatMul"] == 2
+        assert all(entry["ms"] >= 0 for entry in row["operators"][phase])
     dense, other = result["cases"][:2]
     assert dense["file_mb"] == pytest.approx(sum(f.stat().st_size for f in big.parent.iterdir()) / 1e6)
     assert other["file_mb"] == small.stat().st_size / 1e6
@@ -212,6 +217,9 @@ def test_decoders_are_timed_by_token(tmp_path):
     for row in result["cases"]:
         assert min(row["time_to_first_token_ms"], row["inter_token_p50_ms"], row["tokens_per_s"]) > 0
         assert row["inter_token_p50_ms"] <= row["inter_token_p90_ms"]
+        assert set(row["operators"]) == {"first_token", "next_token"}
+        for entries in row["operators"].values():
+            assert {entry["op"]: entry["count"] for entry in entries}["MatMul"] == 1
     assert result["comparison"][0]["first_token_speedup"] > 0
     assert result["comparison"][0]["inter_token_speedup"] > 0
 
@@ -221,6 +229,28 @@ def test_one_new_token_has_no_steps(tmp_path):
     assert row["tokens_per_s"] is None
     assert row["inter_token_p50_ms"] is None
     assert row["time_to_first_token_ms"] == row["p50_ms"]
+
+
+def test_kernel_times_are_told_apart_by_run_and_phase():
+    """Two requests of a first run and one step; the first request is warm-up. Times in µs, as the profiler has them."""
+
+    def run(start, *kernels):
+        yield {"cat": "Session", "name": "model_run", "ts": start, "dur": 90}
+        for at, (op, took) in enumerate(kernels):
+            args = {"op_name": op}
+            yield {"cat": "Node", "name": f"n{at}_kernel_time", "ts": start + 10 * at, "dur": took, "args": args}
+            yield {"cat": "Node", "name": f"n{at}_fence_before", "ts": start + 10 * at, "dur": 0, "args": args}
+
+    events = [
+        *run(0, ("MatMul", 900)),
+        *run(100, ("MatMul", 900)),
+        *run(200, ("MatMul", 4000), ("Add", 100), ("MatMul", 2000)),
+        *run(300, ("MatMul", 1000), ("Add", 50)),
+    ]
+    assert kernel_times([*events, {"cat": "Session", "name": "session_initialization", "ts": 0, "dur": 9}], 1) == {
+        "first_token": [{"op": "MatMul", "count": 2, "ms": 6.0}, {"op": "Add", "count": 1, "ms": 0.1}],
+        "next_token": [{"op": "MatMul", "count": 1, "ms": 1.0}, {"op": "Add", "count": 1, "ms": 0.05}],
+    }
 
 
 def test_table(tmp_path):
