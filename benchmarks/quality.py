@@ -114,6 +114,7 @@ class Options:
     fisher_labels: str = "data"
     precision: str = "float32"
     include: Sequence[str] = ()
+    eigenbasis: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", tuple(self.include))  # JSON has lists
@@ -254,7 +255,7 @@ class Bench:
         options = self.options
         rate = options.lora_lr if recipe.after == "lora" else options.tune_lr
         schedule = {"steps": steps, "batch_size": options.batch_size, "learning_rate": rate}
-        bases = factor_bases(model, statistics)
+        bases = factor_bases(model, statistics) if options.eigenbasis else None
         with bar(f"{recipe.after} ", steps) as advance:
             if recipe.after == "refine":
                 history = refine(
@@ -320,6 +321,7 @@ def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> I
 @click.option("--threads", type=int, default=2)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--include", multiple=True, help="Only these layers; all of the blocks by default.")
+@click.option("--eigenbasis/--no-eigenbasis", default=True, help="Coordinates that factors are tuned in.")
 @click.option("--int8", is_flag=True, help="Measure each model after dynamic quantisation too.")
 @click.option("--precision", default=Options.precision, help="Of forward passes.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)

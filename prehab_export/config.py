@@ -152,8 +152,8 @@ class PrehabConfig:
     update: str = "proximal"
     every: int = 8
     layer_weights: str = "loss"
-    refresh_every: int = 50
-    refresh_samples: int = 64
+    refresh_every: int = 64
+    refresh_samples: int = 32
     guard: bool = True
 
     def __post_init__(self) -> None:
