@@ -132,7 +132,7 @@ def grid(m: int, n: int) -> tuple[int, ...]:
     """The ranks to measure: evenly spread on a logarithmic scale up to break-even, in multiples of the lowest.
 
     >>> grid(768, 768)
-    (8, 16, 24, 40, 72, 128, 216, 384)
+    (8, 16, 24, 40, 72, 128, 224, 384)
     """
     most = break_even(m, n)
     if most <= LOWEST:
