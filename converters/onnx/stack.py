@@ -1,8 +1,9 @@
 """One matrix product in the place of several that read the same input.
 
-``query.down``, ``key.down`` and ``value.down`` of a factored attention each read x, and so do gate and up of an MLP,
-factored or not. Side by side their weights are one, wide enough for the product to run near the machine's peak; a
-``Split`` hands every reader its part. Each number is the same sum of the same terms as before.
+``query.down``, ``key.down`` and ``value.down`` of a factored attention each read x, and so do the two ``down`` of gate
+and up in an MLP. Side by side their weights are one, wide enough for the product to run nearer the machine's peak; a
+``Split`` hands every reader its part. Each number is the same sum of the same terms as before. Only products that make
+their input narrower are stacked: wide ones run at the peak by themselves, and stacked they were slower token by token.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ def stack_products(model: ir.Model) -> list[str]:
     products: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
         # An output of the graph keeps its own product, and with it its name.
-        if node.op_type == "MatMul" and _is_weight(node.inputs[1], rank=2) and not node.outputs[0].is_graph_output():
+        if node.op_type == "MatMul" and _narrows(node.inputs[1]) and not node.outputs[0].is_graph_output():
             products.setdefault(_input(node, 0), []).append(node)
     stacks = [nodes for nodes in products.values() if len(nodes) > 1]
     names = [name for nodes in stacks for name in _stack(model.graph, nodes)]
@@ -58,6 +59,14 @@ def _bias_sum(product: ir.Node) -> ir.Node | None:
 
 def _bias(total: ir.Node) -> ir.Value:
     return next(value for value in total.inputs if value is not None and _is_weight(value, rank=1))
+
+
+def _narrows(value: ir.Value | None) -> bool:
+    """A weight with fewer outputs than inputs."""
+    if value is None or not _is_weight(value, rank=2):
+        return False
+    inputs, outputs = _size(value)
+    return outputs < inputs
 
 
 def _is_weight(value: ir.Value | None, rank: int) -> bool:
