@@ -1,14 +1,11 @@
 """torch → ONNX for image classification, text classification and text generation."""
 
-import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import onnx
@@ -23,6 +20,7 @@ from converters.onnx.cache import cache_layout, cache_of, tensors_of
 from converters.onnx.fuse import count_fusions, fuse_graph, simplify_graph
 from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
 from converters.onnx.names import restore_weight_names, store_transposed, tidy
+from converters.onnx.quiet import quiet
 from converters.onnx.stack import stack_products
 
 TASKS = ("image-classification", "text-classification", "text-generation")
@@ -156,7 +154,7 @@ def _attention(traced: _Traced) -> str:
 def _trace(traced: _Traced, attention: str, opset: int) -> ir.Model:
     inputs = traced.inputs
     try:
-        with _quiet(), attention_implementation(traced.model, attention):
+        with quiet(), attention_implementation(traced.model, attention):
             program = torch.onnx.export(
                 traced,
                 tuple(inputs.tensors.values()),
@@ -190,7 +188,7 @@ def _first_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _optimise(graph: ir.Model, fused: bool, first_names: Mapping[str, str]) -> None:
-    with _quiet():
+    with quiet():
         restore_weight_names(graph.graph, "model.", first_names)
         store_transposed(graph)
         names = set(first_names)
@@ -200,22 +198,6 @@ def _optimise(graph: ir.Model, fused: bool, first_names: Mapping[str, str]) -> N
         else:
             simplify_graph(graph)
         tidy(graph, names)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress and warnings from the user; what fails still raises."""
-    disabled = logging.root.manager.disable
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        stack.enter_context(redirect_stdout(StringIO()))
-        stack.enter_context(redirect_stderr(StringIO()))
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
 
 
 def _publish(graph: ir.Model, path: Path, threshold: int) -> int:

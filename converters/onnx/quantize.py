@@ -14,13 +14,10 @@ Products with a weight are quantised, and embedding tables; products of activati
 inputs of one output: ranks in multiples of it waste nothing.
 """
 
-import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from converters.errors import InputError
 from converters.onnx.modes import BLOCK, MODES
+from converters.onnx.quiet import quiet
 
 # Smaller tensors gain nothing.
 LEAST_ELEMENTS = 1024
@@ -56,7 +54,7 @@ def quantize_graph(source: Path, target: Path, mode: str, sample: Callable[[], I
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        with _quiet():
+        with quiet():
             _quantize(source, folder / target.name, mode, sample)
         for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):  # the graph last
             os.replace(file, target.with_name(file.name))
@@ -154,16 +152,3 @@ def _store_in_float16(source: Path, target: Path, external: bool) -> None:
         del graph.initializers[str(value.name)]
     RemoveUnusedNodesPass()(model)
     ir.save(model, target, external_data=f"{target.name}_data" if external else None)
-
-
-@contextmanager
-def _quiet() -> Any:
-    """Keep the quantisers' advice from the user; what fails still raises."""
-    disabled = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
