@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import onnxruntime
 import torch
 from filelock import FileLock
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from pat import pat
 from torch import nn
 
 import prehab_export as px
 from converters.onnx.export import export_onnx
+from converters.onnx.quantize import quantize_graph
+from converters.onnx.session import open_session
 from prehab_export.compression import Samplesets, compress
 from prehab_export.config import RefineConfig, Schedule
 from prehab_export.data import Samples
@@ -160,11 +160,8 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             plain, quantised = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
             names = None if self.task.name == "image-classification" else self.processor.model_input_names
-            export_onnx(model, plain, self.task.name, text_inputs=names, fuse=False)
-            quantize_dynamic(plain, quantised, weight_type=QuantType.QInt8, per_channel=True)
-            settings = onnxruntime.SessionOptions()
-            settings.intra_op_num_threads = torch.get_num_threads()
-            session = onnxruntime.InferenceSession(quantised, settings, providers=["CPUExecutionProvider"])
+            export_onnx(model, plain, self.task.name, text_inputs=names)
+            session = open_session(quantize_graph(plain, quantised, "int8"), torch.get_num_threads())
             batches = self.data.evaluation.batches(self.evaluation_batch)
             return asdict(px.evaluate(onnx_predictor(session, self.task), batches, self.task))
 
@@ -255,7 +252,7 @@ class Bench:
         options = self.options
         rate = options.lora_lr if recipe.after == "lora" else options.tune_lr
         schedule = {"steps": steps, "batch_size": options.batch_size, "learning_rate": rate}
-        bases = factor_bases(model, statistics) if options.eigenbasis else None
+        bases = factor_bases(model, statistics) if options.eigenbasis and recipe.after != "lora" else None
         with bar(f"{recipe.after} ", steps) as advance:
             if recipe.after == "refine":
                 history = refine(

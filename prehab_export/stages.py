@@ -250,6 +250,8 @@ def _rehab(session: Session, folder: Path) -> None:
     options = session.config.rehab
     model = session.load_factored("refine" if _needs_refinement(session.config) else "truncate")
     teacher = session.load_dense().requires_grad_(False) if options.train.distill else None
+    tunes = options.method == "factors"  # adapters have no use for the factors' bases
+    bases = factor_bases(model, session.load_prepared_statistics()) if tunes else None
     with bar("rehab", options.train.steps) as advance:
         result = rehab(
             model,
@@ -259,7 +261,7 @@ def _rehab(session: Session, folder: Path) -> None:
             held_out_loss=session.held_out_loss,
             seed=session.config.seed,
             teacher=teacher,
-            bases=factor_bases(model, session.load_prepared_statistics()),
+            bases=bases,
             progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}"),
         )
     write_json(folder / "rehab.json", asdict(result))
