@@ -14,21 +14,21 @@ from onnxscript.optimizer import optimize
 from onnxscript.rewriter import onnx_fusions
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
+from converters.onnx.split import split_slow_fusions
+
 ATTENTION, ATTENTION_DOMAIN = "ScaledDotProductAttention", "converters"
 
 FUSED_OPERATORS = frozenset(
     {
         "Attention",
-        "BiasGelu",
         "FastGelu",
         "FusedMatMul",
         "Gelu",
         "GroupQueryAttention",
+        "LayerNormalization",
         "MultiHeadAttention",
         "RMSNormalization",
         "RotaryEmbedding",
-        "SkipLayerNormalization",
-        "SkipSimplifiedLayerNormalization",
         ATTENTION,
     }
 )
@@ -42,11 +42,12 @@ def simplify_graph(model: ir.Model) -> None:
 
 
 def fuse_graph(model: ir.Model) -> None:
-    """Fuse norms, residual sums, activations and rotary embeddings, in place."""
+    """Fuse norms, activations and rotary embeddings, in place; residual sums stay out of the norms (see ``split``)."""
     optimize(model)
     optimize_for_ort(model, config_name="cpu")
     onnx_fusions.fuse(model)
     _standardise_rms_norms(model.graph)
+    split_slow_fusions(model.graph)
     _widen_rotary_tables(model.graph)
     simplify_graph(model)
     _hide_attention(model)
