@@ -11,6 +11,7 @@ The model may run in half precision; its activations and gradients are float32 b
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import inf, log2
 
 import torch
@@ -20,7 +21,7 @@ from converters.errors import InputError
 from prehab_export.activations import by_sample, frozen
 from prehab_export.config import FISHER_LABELS
 from prehab_export.devices import device_of, full_precision, moved
-from prehab_export.shrinkage import ClusterSums
+from prehab_export.shrinkage import ClusterSums, PlainSums
 from prehab_export.statistics import InputMoment, Statistics
 from prehab_export.tasks import Batch, Task, sample_count
 
@@ -30,6 +31,8 @@ LARGEST_GRADIENT = 2.0**12
 
 # (logits of the units, batch) → a label for each.
 Targets = Callable[[Tensor, Batch], Tensor]
+
+Sums = ClusterSums | PlainSums
 
 
 class CalibrationWarning(UserWarning):
@@ -44,6 +47,7 @@ def calibrate(
     *,
     gradients: bool = True,
     labels: str = "data",
+    sampling: bool = True,
     keep_on: torch.device | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -58,6 +62,7 @@ def calibrate(
         gradients: also gather G (one backward pass a batch).
         labels: ``data`` takes the given labels (empirical Fisher), ``model`` samples them from the model's own
             output (true Fisher; needs no labels).
+        sampling: also find how well the moments are known, which shrinkage and the warning of a small sample go by.
         keep_on: where the moments lie; with the model by default.
         progress: called with the number of samples done, after each batch.
 
@@ -79,7 +84,8 @@ def calibrate(
 
     with frozen(model), torch.set_grad_enabled(gradients):
         scaled = gradients and task.precision == "float16"
-        tally = _Tally(groups, _loss_scale(model, first, task, layers) if scaled else 1.0, keep_on)
+        scale = _loss_scale(model, first, task, layers) if scaled else 1.0
+        tally = _Tally(groups, partial(ClusterSums if sampling else PlainSums, keep_on), scale)
         for batch in _chain(first, iterator):
             tally.watch(model, batch, task, layers, targets_of if gradients else None)
             if progress is not None:
@@ -147,20 +153,21 @@ def shared_inputs(model: nn.Module, batch: Batch, task: Task, layers: Mapping[st
 class _Tally:
     """Running sums of outer products, sample by sample, gathered by hooks.
 
+    sums: makes the sums of one layer.
     loss_scale: a power of two that the loss is multiplied by before its backward pass; gradients are divided by it.
     """
 
-    def __init__(self, groups: Mapping[str, str], loss_scale: float = 1.0, keep_on: torch.device | None = None) -> None:
+    def __init__(self, groups: Mapping[str, str], sums: Callable[[], Sums], loss_scale: float = 1.0) -> None:
         self.groups = groups
-        self.keep_on = keep_on
+        self.sums = sums
         self.loss_scale = loss_scale
         self.units = 0
         # Inputs are summed relative to the mean of the first batch: massive means then cancel before they are
         # squared, and the sampling error is that of the centred moment.
         self.shift: dict[str, Tensor] = {}
         self.total: dict[str, Tensor] = {}
-        self.inputs = {group: ClusterSums(keep_on) for group in groups.values()}
-        self.gradients: dict[str, ClusterSums] = {}
+        self.inputs = {group: sums() for group in groups.values()}
+        self.gradients: dict[str, Sums] = {}
 
     def watch(
         self, model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module], targets_of: Targets | None
@@ -211,7 +218,9 @@ class _Tally:
                 values, valid = by_sample(gradient, mask, len(units))
                 sizes = units if len(values) == len(units) else units.sum()[None]
                 values = values if self.loss_scale == 1 else values / self.loss_scale
-                self.gradients.setdefault(name, ClusterSums(self.keep_on)).add(values, valid, sizes.to(values.device))
+                if name not in self.gradients:
+                    self.gradients[name] = self.sums()
+                self.gradients[name].add(values, valid, sizes.to(values.device))
 
         return _gradient_hook(on_gradient)
 

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from prehab_export import krylov
+from prehab_export.gram import gram
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Decomposition:
 
     def objectives(self) -> Tensor:
         """`objective` at every rank from 0 to the length of the spectrum, float64."""
-        return _tails(self.spectrum) + self.beyond
+        return tails(self.spectrum) + self.beyond
 
 
 def decompose(
@@ -130,7 +131,7 @@ def _leading(w: Tensor, c: Tensor, g: Tensor | None, most: int) -> Decomposition
         right = _cholesky(c)
         if right is None:
             return None
-        middle = _gram(single) if g is None else single.T @ (g.float() @ single)
+        middle = gram(single) if g is None else single.T @ (g.float() @ single)
         found = krylov.leading(right.T, middle, float((middle * c).sum()), most)
         if found is None:
             return None
@@ -152,7 +153,7 @@ def predicted_loss(decomposition: Decomposition, second_moment: Tensor, gradient
     terms = (up.T @ symmetric(gradient_moment) @ up) * (down @ symmetric(second_moment) @ down.T)
     # Sum of the trailing block [r:, r:]: its diagonal plus twice what lies right of it, accumulated from the end.
     increments = terms.diagonal() + 2 * terms.triu(1).sum(1)
-    return 0.5 * _tails(increments).clamp_min(0)
+    return 0.5 * tails(increments).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class JointDecomposition:
 
     def objectives(self) -> Tensor:
         """`objective` at every rank from 0 to the length of the spectrum, float64."""
-        return _tails(self.spectrum) + self.beyond
+        return tails(self.spectrum) + self.beyond
 
 
 def decompose_jointly(
@@ -248,7 +249,8 @@ def root_of(matrix: Tensor) -> Tensor:
 def damped(matrix: Tensor, share: float) -> Tensor:
     """``A + share · mean(diag A) · I``, float64: gives directions never seen a small weight instead of none."""
     a = symmetric(matrix)
-    return a + share * a.diagonal().mean() * torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
+    a.diagonal().add_(share * a.diagonal().mean())
+    return a
 
 
 def _sandwich(root: Tensor | None, inner: Tensor) -> Tensor:
@@ -261,18 +263,7 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
     return None if int(info) else factor
 
 
-def _gram(weight: Tensor, strip: int = 1024) -> Tensor:
-    """``Wᵀ W`` in strips of the lower triangle: half the work of a plain product."""
-    n = weight.shape[1]
-    gram = weight.new_empty(n, n)
-    for start in range(0, n, strip):
-        columns = slice(start, start + strip)
-        gram[columns, : start + strip] = weight[:, columns].T @ weight[:, : start + strip]
-        gram[:start, columns] = gram[columns, :start].T
-    return gram
-
-
-def _tails(values: Tensor) -> Tensor:
+def tails(values: Tensor) -> Tensor:
     """Sums of the last k, k−1, … 0 values."""
     return torch.cat([values.flip(0).cumsum(0).flip(0), values.new_zeros(1)])
 

@@ -7,9 +7,7 @@ layer is evaluated once in a few steps, the layers taking turns so that all step
 behind the surrogates are refreshed more seldom.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +16,14 @@ from converters.errors import InputError
 from converters.lowrank import DenseLinear, add_weight_gradient, dense_weight
 from prehab_export import surrogates
 from prehab_export.allocation import Cost, parameters
-from prehab_export.calibration import CalibrationWarning, calibrate
+from prehab_export.calibration import calibrate
 from prehab_export.config import PrehabConfig, TruncateConfig
 from prehab_export.data import Samples
-from prehab_export.decomposition import objective_value
+from prehab_export.decomposition import objective_value, tails
 from prehab_export.statistics import Statistics
 from prehab_export.tasks import Task
 from prehab_export.training import frozen_copy, labelled_loss, one_cycle, train
-from prehab_export.truncation import Decompositions, Metric, decompose_layers, layer_metric, plan_ranks
+from prehab_export.truncation import Losses, Metric, decompose_layers, layer_metric, ranks_by, sharing_candidates
 
 # λ climbs by this factor over the warm-up half of the run.
 WARMUP_SPAN = 1e3
@@ -73,18 +71,17 @@ def prehab(
         row: dict[str, float] = {}
         if step and step % config.refresh_every == 0:
             batches = samples.subset(config.refresh_samples, seed=seed + step).batches(config.train.batch_size)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", CalibrationWarning)  # a refresh only moves a running average
-                fresh = calibrate(
-                    model,
-                    batches,
-                    task,
-                    layers,
-                    gradients=bool(current.gradients),
-                    keep_on=current.device,
-                    labels=fisher_labels,
-                    seed=seed + step,
-                )
+            fresh = calibrate(
+                model,
+                batches,
+                task,
+                layers,
+                gradients=bool(current.gradients),
+                labels=fisher_labels,
+                sampling=False,  # it only moves a running average
+                keep_on=current.device,
+                seed=seed + step,
+            )
             current = current.blended(fresh, 0.5)
             regulariser.refresh(current)
         if step % config.refresh_every == 0 and evaluate is not None:
@@ -173,18 +170,19 @@ class Regulariser:
                 f"prehab with whitening {whitening!r} and layer weights {weights!r} needs gradient moments; calibrate "
                 "with gradients, or take --prehab-whitening activation --prehab-layer-weights equal"
             )
-        cut, aim = self._decomposed(statistics)
-        plan = plan_ranks(self.layers, cut, self.truncation, self.cost)
+        seen = _Whitening(self.layers, statistics, self.truncation.gradient_shrinkage)
+        predicted = self._losses(seen)
+        plan = ranks_by(self.layers, predicted, self.truncation, self.cost)
         units = [*plan.shared, *((name,) for name in self.layers if not any(name in group for group in plan.shared))]
         self.ranks = {unit: rank for unit in units if (rank := plan.ranks[unit[0]]) is not None}
-        self.terms = {unit: self._term(unit, statistics, rank, aim) for unit, rank in self.ranks.items()}
+        self.terms = {unit: self._term(seen.unit(unit, whitening), rank) for unit, rank in self.ranks.items()}
         self._held = {unit: gradient for unit, gradient in self._held.items() if unit in self.terms}
-        sizes = {unit: self._size(unit, statistics, cut) for unit in self.terms if unit not in self._weights}
+        sizes = {unit: self._size(unit, seen, predicted) for unit in self.terms if unit not in self._weights}
         if sizes and not self._mean_size:
             self._mean_size = sum(sizes.values()) / len(sizes)
         self._weights |= {unit: size / self._mean_size for unit, size in sizes.items()}
         for unit in sizes:
-            self._latest[unit] = float(self.terms[unit].evaluate(self._weight(unit))[0])
+            self._latest[unit] = float(self.terms[unit].evaluate(_stacked(self.layers, unit))[0])
             self._starts[unit] = max(self._latest[unit], torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
@@ -194,7 +192,7 @@ class Regulariser:
         The units whose turn it is are evaluated; the others get the gradient of their last turn.
         """
         for unit in self._due(step):
-            value, gradient = self.terms[unit].evaluate(self._weight(unit))
+            value, gradient = self.terms[unit].evaluate(_stacked(self.layers, unit))
             self._latest[unit] = float(value)
             share = self._weights[unit] / self._starts[unit] / len(self.terms)
             self._held[unit] = (share * gradient).contiguous()
@@ -214,7 +212,7 @@ class Regulariser:
         for unit in self._due(step):
             term = self.terms[unit]
             assert isinstance(term, surrogates.Tail | surrogates.Nuclear)  # the configuration allows no other
-            value, shrunk = term.shrink(self._weight(unit), rate * self.config.every * self._weights[unit])
+            value, shrunk = term.shrink(_stacked(self.layers, unit), rate * self.config.every * self._weights[unit])
             self._latest[unit] = float(value)
             for name, part in self._parts(unit, shrunk):
                 dense_weight(self.layers[name]).copy_(part)
@@ -226,66 +224,73 @@ class Regulariser:
             turn |= set(units) - set(self._held)
         return [unit for unit in units if unit in turn]
 
-    def _weight(self, unit: Unit) -> Tensor:
-        weights = [dense_weight(self.layers[name]).float() for name in unit]
-        return weights[0] if len(weights) == 1 else torch.cat(weights)
-
     def _parts(self, unit: Unit, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What of a stacked matrix belongs to which layer."""
         sizes = [dense_weight(self.layers[name]).shape[0] for name in unit]
         return zip(unit, stacked.split(sizes), strict=True)
 
-    def _decomposed(self, statistics: Statistics) -> tuple[Decompositions, Decompositions]:
-        """Decompositions by truncation's objective, for ranks and losses, and by the surrogate's whitening, for the
-        directions that ``tail`` starts from; empty where not asked for."""
+    def _losses(self, seen: "_Whitening") -> Losses:
+        """Predicted losses under truncation's objective, where ranks or weights go by them."""
         weighs = self.config.layer_weights == "loss" and not self._weights
-        aims = self.config.surrogate == "tail"
-        same = self.truncation.base_objective == self.config.whitening
-        cut = aim = Decompositions({})
-        if weighs or self.truncation.allocation == "loss" or (aims and same):
-            cut = aim = decompose_layers(self.layers, statistics, self.truncation)
-        if aims and not same:
-            aim = decompose_layers(self.layers, statistics, replace(self.truncation, objective=self.config.whitening))
-        return cut, aim
+        if not weighs and self.truncation.allocation != "loss":
+            return {}, {}
+        if self.truncation.base_objective != "fisher":
+            # The factors are the best in another metric than the losses, so it takes the factors.
+            return decompose_layers(self.layers, seen.statistics, self.truncation).losses
+        objectives = dict.fromkeys(self.layers, "fisher")
+        share = self.truncation.share_inputs
+        groups = sharing_candidates(self.layers, seen.statistics, objectives) if share else []
+        return {name: seen.losses((name,)) for name in self.layers}, {group: seen.losses(group) for group in groups}
 
-    def _metrics(self, unit: Unit, statistics: Statistics) -> list[Metric]:
-        least = self.truncation.gradient_shrinkage
-        return [layer_metric(name, self.layers[name], statistics, least) for name in unit]
-
-    def _term(self, unit: Unit, statistics: Statistics, rank: int, aim: Decompositions) -> surrogates.Surrogate:
-        weight, surrogate = self._weight(unit), self.config.surrogate
-        metrics = self._metrics(unit, statistics)
-        gradients = None
-        if self.config.whitening == "fisher":
-            gradients = [metric.gradient_moment for metric in metrics if metric.gradient_moment is not None]
-        frame = surrogates.Frame.of(weight, metrics[0].second_moment, gradients)
+    def _term(self, whitened: surrogates.Whitened, rank: int) -> surrogates.Surrogate:
+        surrogate = self.config.surrogate
         if surrogate == "tail":
-            return surrogates.Tail(frame, frame.dual.T @ _leading(unit, rank, aim, frame.wide).to(weight.device))
+            return surrogates.Tail(whitened, rank)
         if surrogate == "nuclear":
-            return surrogates.Nuclear(frame, weight)
+            return surrogates.Nuclear(whitened)
         if surrogate == "stochastic-stable-rank":
-            return surrogates.StochasticStableRank(frame, self._generator)
+            return surrogates.StochasticStableRank(whitened.frame, self._generator)
         functions = {"stable-rank": surrogates.stable_rank, "spectral": surrogates.spectral}
-        return surrogates.Spectral(frame, weight, functions[surrogate])
+        return surrogates.Spectral(whitened, functions[surrogate])
 
-    def _size(self, unit: Unit, statistics: Statistics, cut: Decompositions) -> float:
+    def _size(self, unit: Unit, seen: "_Whitening", predicted: Losses) -> float:
         """What the weight of a unit is in proportion to; predicted losses are ½ tr(G Δ C Δᵀ), at rank 0 with Δ = W."""
         if self.config.layer_weights == "equal":
             return 1.0
         if self.config.layer_weights == "loss":
-            losses = cut.groups[unit].losses if len(unit) > 1 else cut.layers[unit[0]].losses
-            assert losses is not None  # there are gradient moments
+            losses = predicted[1][unit] if len(unit) > 1 else predicted[0][unit[0]]
             return max(float(losses[self.ranks[unit]]), LEAST_LOSS * float(losses[0]))
-        weights = (dense_weight(self.layers[name]) for name in unit)
         return sum(
-            0.5 * objective_value(weight, metric.second_moment, metric.gradient_moment)
-            for weight, metric in zip(weights, self._metrics(unit, statistics), strict=True)
+            0.5 * objective_value(dense_weight(self.layers[name]), metric.second_moment, metric.gradient_moment)
+            for name, metric in zip(unit, seen.metrics(unit), strict=True)
         )
 
 
-def _leading(unit: Unit, rank: int, aim: Decompositions, wide: bool) -> Tensor:
-    """The directions that truncation would keep on the near side: k×rank, float32."""
-    if len(unit) > 1:
-        return aim.groups[unit].decomposition.truncated(rank)[1].T.float()
-    up, down = aim.layers[unit[0]].decomposition.truncated(rank)
-    return (up if wide else down.T).float()
+class _Whitening:
+    """Units of a model in the metrics of one set of moments; each is whitened once."""
+
+    def __init__(self, layers: Mapping[str, DenseLinear], statistics: Statistics, gradient_shrinkage: float) -> None:
+        self.layers, self.statistics, self.gradient_shrinkage = layers, statistics, gradient_shrinkage
+        self._units: dict[tuple[Unit, str], surrogates.Whitened] = {}
+
+    def metrics(self, unit: Unit) -> list[Metric]:
+        least = self.gradient_shrinkage
+        return [layer_metric(name, self.layers[name], self.statistics, least) for name in unit]
+
+    def unit(self, unit: Unit, whitening: str) -> surrogates.Whitened:
+        if (unit, whitening) not in self._units:
+            weight, metrics, gradients = _stacked(self.layers, unit), self.metrics(unit), None
+            if whitening == "fisher":
+                gradients = [metric.gradient_moment for metric in metrics if metric.gradient_moment is not None]
+            frame = surrogates.Frame.of(weight, metrics[0].second_moment, gradients)
+            self._units[unit, whitening] = surrogates.Whitened(frame, weight)
+        return self._units[unit, whitening]
+
+    def losses(self, unit: Unit) -> Tensor:
+        """Predicted loss at every rank of the best factors of a unit."""
+        return 0.5 * tails(self.unit(unit, "fisher").spectrum)
+
+
+def _stacked(layers: Mapping[str, DenseLinear], unit: Unit) -> Tensor:
+    weights = [dense_weight(layers[name]).detach().float() for name in unit]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)

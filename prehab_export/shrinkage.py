@@ -17,9 +17,12 @@ The *effective* number of tokens is how many independent tokens would have the s
 """
 
 from dataclasses import dataclass
+from math import nan
 
 import torch
 from torch import Tensor
+
+from prehab_export.gram import gram
 
 # Directions behind Σ s_i⟨S_i, Ĉ⟩ (see ``ClusterSums``), and up to how many features all of them are taken.
 _PROBES = 8
@@ -31,7 +34,7 @@ class Sampling:
     """How well a second moment is known from its sample; both errors are squared and relative to ‖Ĉ‖²_F.
 
     samples: independent samples behind the moment.
-    error: E‖Ĉ − C‖² / ‖Ĉ‖².
+    error: E‖Ĉ − C‖² / ‖Ĉ‖²; NaN where it was not asked for, like the next.
     token_error: the same for a moment estimated from one independent token.
     """
 
@@ -51,16 +54,6 @@ class Sampling:
         # A moment that is its own target (to rounding) is left alone either way.
         return min(1.0, self.error * energy / distance) if distance > energy * 1e-14 else 1.0
 
-    def blended(self, moment: Tensor, fresh: "Sampling", fresh_moment: Tensor, share: float) -> "Sampling":
-        """Of ``(1 − share)·moment + share·fresh_moment``, the two from independent samples: variances add up."""
-        energy = _energy(moment.lerp(fresh_moment, share))
-        old, new = (1 - share) ** 2 * _energy(moment), share**2 * _energy(fresh_moment)
-        return Sampling(
-            self.samples,
-            (old * self.error + new * fresh.error) / energy if energy > 0 else 0.0,
-            (1 - share) * self.token_error + share * fresh.token_error,
-        )
-
 
 def shrunk(matrix: Tensor, rho: float) -> Tensor:
     """``(1 − ρ)A + ρ·mean(diag A)·I`` in float64, n×n: the trace stays.
@@ -69,8 +62,10 @@ def shrunk(matrix: Tensor, rho: float) -> Tensor:
     [[2.5, 0.5], [0.5, 1.5]]
     """
     a = matrix.detach().double()
-    a = 0.5 * (a + a.T)
-    return (1 - rho) * a + rho * a.diagonal().mean() * torch.eye(a.shape[0], dtype=a.dtype, device=a.device)
+    a = a + a.T
+    mean = 0.5 * a.diagonal().mean()
+    a.mul_(0.5 * (1 - rho)).diagonal().add_(rho * mean)
+    return a
 
 
 class ClusterSums:
@@ -96,12 +91,12 @@ class ClusterSums:
         flat, per_row = x.reshape(-1, n), sizes.to(x.dtype)[:, None].expand(samples, tokens).reshape(-1, 1)
         probes = _probes(n).to(x)
         if 4 * tokens < n:  # ‖S_i‖ from the T×T Gram matrix; otherwise from S_i, which then makes up the sum
-            outer = flat.T @ flat
+            outer = gram(flat)
             self.squared_norms += float((x @ x.mT).double().square().sum())
         else:
             outer = x.new_zeros(n, n)
             for sample in x:
-                own = sample.T @ sample
+                own = gram(sample)
                 outer += own
                 self.squared_norms += float(own.flatten().dot(own.flatten()))
         weighted = (flat * per_row).T @ (flat @ probes)
@@ -130,6 +125,26 @@ class ClusterSums:
         seen_size = float((self._weighted.to(probed) * probed).sum() / (probed * probed).sum())
         error = self.squared_norms / energy - 2 * seen_size / self.size + self.squared_size / self.size**2
         return Sampling(self.samples, max(0.0, error) * self.samples / (self.samples - 1), token_error)
+
+
+class PlainSums:
+    """`ClusterSums` that say nothing of sampling: one product for all samples, whatever their length."""
+
+    def __init__(self, keep_on: torch.device | None = None) -> None:
+        self.keep_on = keep_on
+        self.samples = self.rows = 0
+        self.outer = torch.empty(0)
+
+    def add(self, values: Tensor, mask: Tensor, sizes: Tensor) -> None:
+        """As `ClusterSums.add`."""
+        rows = values[mask]
+        outer = gram(rows)
+        self.outer = self.outer + outer.to(self.outer.device) if self.outer.numel() else outer.to(self.keep_on)
+        self.samples += int((sizes > 0).sum())
+        self.rows += len(rows)
+
+    def sampling(self) -> Sampling:
+        return Sampling(self.samples, nan, nan)
 
 
 def _energy(matrix: Tensor) -> float:

@@ -61,14 +61,11 @@ class Statistics:
         return self.inputs[self.groups[layer]]
 
     def blended(self, fresh: "Statistics", share: float) -> "Statistics":
-        """``(1 − share)·self + share·fresh`` for every moment: a running average over a moving model."""
+        """``(1 − share)·self + share·fresh`` for every moment: a running average over a moving model. It counts as
+        known no better than ``self`` was."""
         inputs = {name: _blend_inputs(old, fresh.inputs[name], share) for name, old in self.inputs.items()}
         gradients = {name: old.lerp(fresh.gradients[name], share) for name, old in self.gradients.items()}
-        sampling = {
-            name: old.blended(self.gradients[name], fresh.gradient_sampling[name], fresh.gradients[name], share)
-            for name, old in self.gradient_sampling.items()
-        }
-        return replace(self, inputs=inputs, gradients=gradients, gradient_sampling=sampling)
+        return replace(self, inputs=inputs, gradients=gradients)
 
     def check_finite(self) -> None:
         """Raises:
@@ -87,7 +84,7 @@ def _blend_inputs(old: InputMoment, fresh: InputMoment, share: float) -> InputMo
         old.second_moment.lerp(fresh.second_moment, share),
         old.mean.lerp(fresh.mean, share),
         old.tokens,
-        old.sampling.blended(old.centred(), fresh.sampling, fresh.centred(), share),
+        old.sampling,
     )
 
 

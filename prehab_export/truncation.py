@@ -160,12 +160,21 @@ class JointlyDecomposed:
     losses: Tensor
 
 
+# Predicted loss at ranks 0, 1, …: of each layer, and of each group of layers with one ``down``, at joint ranks.
+Losses = tuple[dict[str, Tensor], dict[Group, Tensor]]
+
+
 @dataclass(frozen=True)
 class Decompositions:
     """Of every layer, and of every group of layers that may share a ``down``."""
 
     layers: dict[str, Decomposed]
     groups: dict[Group, JointlyDecomposed] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> Losses:
+        single = {name: entry.losses for name, entry in self.layers.items() if entry.losses is not None}
+        return single, {group: entry.losses for group, entry in self.groups.items()}
 
 
 @dataclass(frozen=True)
@@ -242,17 +251,18 @@ def with_groups(
     """These decompositions of layers, each under an objective of its own, and, where inputs may be shared, those of
     the groups of layers that read one input in one metric."""
     objectives = {name: entry.objective for name, entry in single.items()}
-    candidates = _candidates(layers, statistics, objectives) if config.share_inputs else []
+    candidates = sharing_candidates(layers, statistics, objectives) if config.share_inputs else []
     return Decompositions(
         single,
         {names: _decompose_group(names, layers, statistics, config, objectives[names[0]]) for names in candidates},
     )
 
 
-def _candidates(
+def sharing_candidates(
     layers: Mapping[str, DenseLinear], statistics: Statistics, objectives: Mapping[str, str]
 ) -> list[Group]:
-    """Layers with one input and one metric; without gradient moments there is nothing to choose by, hence no group."""
+    """Layers that may have one ``down``: those with one input and one metric. Without gradient moments there is nothing
+    to choose by, hence no group."""
     members: dict[tuple[str, bool, str], list[str]] = {}
     for name, layer in layers.items():
         if name in statistics.gradients:
@@ -272,11 +282,17 @@ def plan_ranks(
     Args:
         cost: what the budget is counted in.
     """
+    return ranks_by(layers, decomposed.losses, config, cost)
+
+
+def ranks_by(
+    layers: Mapping[str, DenseLinear], predicted: Losses, config: TruncateConfig, cost: Cost = allocation.parameters
+) -> Plan:
+    """`plan_ranks` from predicted losses alone."""
     shapes = {name: (layer.shape[0], layer.shape[1]) for name, layer in _weights(layers).items()}
     if config.allocation == "uniform":
         return Plan(allocation.uniform(shapes, config.keep, config.rank_multiple))
-    losses = {name: entry.losses for name, entry in decomposed.layers.items() if entry.losses is not None}
-    offers = {group: entry.losses for group, entry in decomposed.groups.items()}
+    losses, offers = predicted
     found = allocation.by_joint_loss(
         shapes, losses, offers, config.keep, config.rank_multiple, config.floor_share, cost
     )

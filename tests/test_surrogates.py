@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prehab_export import surrogates
 from prehab_export.decomposition import square_root
-from prehab_export.surrogates import Frame, Nuclear, Spectral, StochasticStableRank, Tail
+from prehab_export.surrogates import Frame, Nuclear, Spectral, StochasticStableRank, Tail, Whitened
 
 SHAPES = [(8, 12), (12, 8), (10, 10)]
 FUNCTIONS = {"nuclear": surrogates.nuclear, "stable-rank": surrogates.stable_rank, "spectral": surrogates.spectral}
@@ -51,16 +51,28 @@ def framed(w, c, g):
     return Frame.of(w, c, None if g is None else [g])
 
 
-def top(frame, w, rank=RANK):
-    rows, moved = frame.rows(w.float())
-    return torch.linalg.eigh((rows @ moved.T).double())[1][:, -rank:].float()
+def whitened(w, c, g):
+    return Whitened(framed(w, c, g), w.float())
 
 
 def make(name, w, c, g):
-    frame = framed(w, c, g)
+    return make_of(name, whitened(w, c, g))
+
+
+def make_of(name, own):
     if name == "tail":
-        return Tail(frame, top(frame, w))
-    return Nuclear(frame, w.float()) if name == "nuclear" else Spectral(frame, w.float(), FUNCTIONS[name])
+        return Tail(own, RANK)
+    return Nuclear(own) if name == "nuclear" else Spectral(own, FUNCTIONS[name])
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+def test_the_spectrum_is_that_of_the_whitened_weight(m, n):
+    w, c, g = layer(m, n)
+    own, sigma = whitened(w, c, g), torch.linalg.svdvals(whitened_weight(w, c, g))
+    assert torch.allclose(own.spectrum, sigma.square(), rtol=1e-4, atol=1e-6 * float(sigma[0]) ** 2)
+    rows, moved = own.frame.rows(w.float())
+    energies = ((own.directions.T @ rows) * (own.directions.T @ moved)).sum(1)
+    assert torch.allclose(energies.double(), own.spectrum, rtol=1e-3, atol=1e-6 * float(sigma[0]) ** 2)
 
 
 def cosine(a, b):
@@ -100,10 +112,9 @@ def test_a_stale_basis_never_flatters(m, n, seed, moved):
         truth = float(by_singular_values(name, whitened_weight(later, c, g)))
         assert float(make(name, w, c, g).evaluate(later.float())[0]) >= truth * (1 - 1e-4)
     rank = min(RANK, min(m, n) - 1)
-    frame = framed(w, c, g)
     tail = float(torch.linalg.svdvals(whitened_weight(later, c, g))[rank:].square().sum())
     size = float(whitened_weight(later, c, g).square().sum())
-    assert float(Tail(frame, top(frame, w, rank)).evaluate(later.float())[0]) >= tail - 1e-5 * size
+    assert float(Tail(whitened(w, c, g), rank).evaluate(later.float())[0]) >= tail - 1e-5 * size
 
 
 @pytest.mark.parametrize("sizes", [(8, 8, 8), (4, 10), (3, 2)])
@@ -116,8 +127,7 @@ def test_stacked_weights_have_a_block_diagonal_gradient_moment(sizes, name):
     expected = by_singular_values(name, whitened_weight(w, c, torch.block_diag(*blocks)))
     (expected_gradient,) = torch.autograd.grad(expected, w)
     frame, own = Frame.of(w, c, blocks), w.detach().float()
-    surrogate = Tail(frame, top(frame, own)) if name == "tail" else Spectral(frame, own, FUNCTIONS[name])
-    value, gradient = surrogate.evaluate(own)
+    value, gradient = make_of(name, Whitened(frame, own)).evaluate(own)
     energy = float(whitened_weight(w, c, torch.block_diag(*blocks)).square().sum().detach())
     assert not frame.wide
     assert float(value) == pytest.approx(expected.item(), rel=1e-3, abs=1e-6 * energy)  # float32's noise
@@ -129,9 +139,9 @@ def test_tail_follows_a_moving_weight(m, n):
     """A held projector's gradient goes wrong as the weight moves; the iterated one's stays right."""
     rank, w = 12, matrix(m, n)
     c, g = (torch.diag(torch.logspace(0, -3, size, dtype=torch.float64)) for size in (n, m))
-    frame = framed(w, c, g)
-    held = top(frame, w, rank)
-    tail = Tail(frame, held)
+    start = whitened(w, c, g)
+    frame, held = start.frame, start.directions[:, :rank]
+    tail = Tail(start, rank)
     for step in range(3):
         w = w + 0.1 * matrix(m, n, seed=50 + step)
         value, gradient = tail.evaluate(w.float())

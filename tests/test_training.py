@@ -251,7 +251,7 @@ def test_layers_with_one_down_have_one_tail(whitening, digits):
     regulariser = Regulariser(layers, PrehabConfig(whitening=whitening, layer_weights="equal"), cut)
     group = next(iter(decomposed.groups))
     plan = Plan(dict.fromkeys(layers) | dict.fromkeys(group, 9), (group,))
-    with patch("prehab_export.prehabilitation.plan_ranks", lambda *_: plan):
+    with patch("prehab_export.prehabilitation.ranks_by", lambda *_: plan):
         regulariser.refresh(statistics)
     assert regulariser.ranks == {group: 9}
     model.zero_grad()
@@ -267,7 +267,7 @@ def test_layers_with_one_down_have_one_tail(whitening, digits):
     assert (found - expected).norm() < 1e-2 * expected.norm()
     config = PrehabConfig(whitening=whitening, layer_weights="equal", update="proximal", every=1)
     proximal = Regulariser(layers, config, cut)
-    with patch("prehab_export.prehabilitation.plan_ranks", lambda *_: plan):
+    with patch("prehab_export.prehabilitation.ranks_by", lambda *_: plan):
         proximal.refresh(statistics)
     proximal.shrink(0, 1.0)
     after = decompose_layers(layers, statistics, cut).groups[group].decomposition

@@ -10,7 +10,10 @@ import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
 # Fused operator → what is left without the additions, and how many scales that takes after its input.
-_NORMS = {"SkipLayerNormalization": ("LayerNormalization", 2), "SkipSimplifiedLayerNormalization": ("RMSNormalization", 1)}
+_NORMS = {
+    "SkipLayerNormalization": ("LayerNormalization", 2),
+    "SkipSimplifiedLayerNormalization": ("RMSNormalization", 1),
+}
 
 
 def split_slow_fusions(graph: ir.Graph) -> None:
