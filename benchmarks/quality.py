@@ -138,6 +138,7 @@ class Bench:
         self.calibration = samples
         self.__dict__.pop("statistics", None)
         self.decomposed: tuple[str, Decompositions] = ("", Decompositions({}))
+        self.last_cut: tuple[tuple[str, float], nn.Module, dict[str, Any]] | None = None
 
     @cached_property
     def statistics(self) -> px.Statistics:
@@ -192,7 +193,16 @@ class Bench:
     def cut(
         self, model: nn.Module, statistics: px.Statistics, method: str, ratio: float
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """The model, compressed; the given one is left alone."""
+        """The model, compressed; the given one is left alone. Seeds of one recipe share the cut of the dense model."""
+        if model is not self.model:
+            return self._cut(model, statistics, method, ratio)
+        if self.last_cut is None or self.last_cut[0] != (method, ratio):
+            self.last_cut = ((method, ratio), *self._cut(model, statistics, method, ratio))
+        return copy.deepcopy(self.last_cut[1]), self.last_cut[2]
+
+    def _cut(
+        self, model: nn.Module, statistics: px.Statistics, method: str, ratio: float
+    ) -> tuple[nn.Module, dict[str, Any]]:
         base = px.TruncateConfig(ratio=ratio)
         config, layers = METHODS[method].at(ratio, base), self.layers(model)
         samples = Samplesets(self.calibration, self.held_out, self.evaluation_batch)
