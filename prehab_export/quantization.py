@@ -30,7 +30,9 @@ def quantize(session: Session, folder: Path) -> None:
     for mode in session.config.quantize:
         for side, source in sources.items():
             say(f"  {side} {mode}")
-            graph = quantize_graph(source, folder / side / FILE_NAMES[mode], mode, partial(_sample, session, source))
+            graph = quantize_graph(
+                source, folder / side / FILE_NAMES[mode], mode, partial(activation_sample, session, source)
+            )
             metrics = graph_metrics(session, graph, f"{side} {mode}")
             rows.append({"model": side, "mode": mode, "bytes": read_graph(graph).file_bytes, **asdict(metrics)})
     write_json(folder / "quantize.json", {"graphs": rows})
@@ -46,7 +48,8 @@ def quantized_graphs(session: Session) -> dict[str, Path]:
     }
 
 
-def _sample(session: Session, graph: Path) -> Iterator[Feeds]:
+def activation_sample(session: Session, graph: Path) -> Iterator[Feeds]:
+    """What to run a graph on, to find the ranges of its activations."""
     inputs: list[Any] = open_session(graph, session.threads).get_inputs()
     samples = session.calibration.subset(min(SAMPLE, len(session.calibration)), session.config.seed)
     return (feeds_of(inputs, batch) for batch in samples.batches(session.config.data.batch_size))

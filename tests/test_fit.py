@@ -1,0 +1,233 @@
+"""The fit: the search keeps to the budget and finds what brute force finds; the command measures, chooses, resumes."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from converters.errors import InputError
+from prehab_export.allocation import parameters
+from prehab_export.budget import Budget, Figures, drop_of
+from prehab_export.fit_search import (
+    FLOAT32,
+    Candidate,
+    Knowledge,
+    Layers,
+    Line,
+    Search,
+    Setup,
+    finalists,
+    pareto,
+    tightened,
+)
+
+SHAPES = {"a": (24, 24), "b": (48, 24), "c": (24, 48)}
+
+
+def losses_of(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    spectrum = torch.rand(size, generator=generator).double() * 0.6 ** torch.arange(size)
+    tail = spectrum.sort(descending=True).values.flip(0).cumsum(0).flip(0)
+    return torch.cat([tail, tail.new_zeros(1)])
+
+
+def layers_of(seed, multiple=4):
+    losses = {name: losses_of(min(shape), seed + at) for at, (name, shape) in enumerate(SHAPES.items())}
+    return Layers(SHAPES, losses, {}, multiple, floor_share=0.0)
+
+
+def slow_when_narrow(m, n, rank):
+    """Seconds: a product costs a start as well as its multiplications, so thin factors pay less than they save."""
+    return 1e-6 * (m * n) + 2e-4 if rank is None else 1e-6 * rank * (m + n) + 3e-4
+
+
+def knowledge(layers, mode=FLOAT32, speed=1.0, penalty=0.0, bytes_each=4.0):
+    def cost(m, n, rank):
+        return slow_when_narrow(m, n, rank) / speed
+
+    dense = layers.dense(cost)
+    numbers = layers.parameters
+    return Knowledge(
+        Setup(mode, 1),
+        cost,
+        latency=Line.through([(dense / 2, 1 + 500 * dense), (dense, 1 + 1000 * dense)]),
+        tail=1.25,
+        size=Line.through([(0.0, 0.01), (numbers, 0.01 + numbers * bytes_each / 1e6)]),
+        memory=Line.through([(0.0, 30.0), (numbers, 30 + 2 * numbers * bytes_each / 1e6)]),
+        penalty=penalty,
+    )
+
+
+def search_of(seed=0, multiple=4):
+    layers = layers_of(seed, multiple)
+    rows = [knowledge(layers), knowledge(layers, "int8", speed=2.0, penalty=0.3, bytes_each=1.0)]
+    return Search(layers, {row.setup: row for row in rows})
+
+
+def everything(search, known):
+    """Every combination of ranks, with its prediction."""
+    menus = [[None, *range(4, m * n // (m + n) + 1, 4)] for m, n in SHAPES.values()]
+    for ranks in itertools.product(*menus):
+        chosen = dict(zip(SHAPES, ranks, strict=True))
+        loss = sum(float(search.layers.losses[name][r]) for name, r in chosen.items() if r is not None)
+        yield search.candidate(known, chosen, (), loss)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 500), time=st.floats(0.55, 1.0), size=st.floats(0.3, 1.0), mode=st.sampled_from([0, 1]))
+def test_the_search_keeps_to_the_budget_and_is_near_the_best_there_is(seed, time, size, mode):
+    search = search_of(seed)
+    known = list(search.known.values())[mode]
+    dense = search.candidate(known, dict.fromkeys(SHAPES))
+    budget = Budget(p95_ms=dense.predicted.p95_ms * time, size_mb=dense.predicted.size_mb * size)
+    found = search.within(known, budget)
+    possible = list(everything(search, known))
+    within = [c for c in possible if not budget.misses(c.predicted)]
+    if not within:
+        assert budget.misses(found.predicted)
+        return
+    best = min(c.loss for c in within)
+    # A walk along convex hulls is a step away from the best at most: what it finds beats all that is a little cheaper.
+    cheaper = [c.loss for c in possible if not tightened(budget, 0.25).misses(c.predicted)]
+    assert not budget.misses(found.predicted) or not cheaper
+    if not budget.misses(found.predicted):
+        assert found.loss >= best - 1e-9
+        assert found.loss <= min(cheaper, default=torch.inf) + 1e-9
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=1, max_size=5), st.floats(0, 12))
+def test_a_line_is_rising_and_its_inverse_is_the_last_place_within(points, y):
+    line = Line.through(points)
+    places = [at / 7 for at in range(71)]
+    values = [line.at(x) for x in places]
+    inside = [value for x, value in zip(places, values, strict=True) if x >= line.points[0][0]]
+    assert inside == sorted(inside)
+    most = line.most(y, 10.0)
+    assert 0 <= most <= 10
+    if most > 1e-6:
+        assert line.at(most) <= y + 1e-6
+
+
+def test_a_line_passes_through_its_points():
+    line = Line.through([(1, 10), (3, 20), (4, 40)])
+    assert [line.at(x) for x in (0, 1, 2, 3, 3.5, 4, 5)] == [5, 10, 15, 20, 30, 40, 60]
+    assert line.most(30, 4) == pytest.approx(3.5)
+
+
+def test_dense_is_the_answer_where_it_fits_and_a_penalty_counts():
+    search = search_of()
+    full, small = search.dense
+    assert (full.loss, small.loss) == (0.0, 0.3)
+    loose = Budget(p95_ms=2 * full.predicted.p95_ms)
+    assert finalists(search.all(loose), loose)[0] == full
+    # Too slow in float32; int8 is fast enough dense, but costs more than cutting a little.
+    close = Budget(p95_ms=0.97 * full.predicted.p95_ms)
+    best = finalists(search.all(close), close)[0]
+    assert best.setup.mode == FLOAT32
+    assert not best.is_dense
+    assert 0 < best.loss < 0.3
+    # Far too slow in float32: int8 remains.
+    fast = Budget(p95_ms=0.6 * full.predicted.p95_ms)
+    assert finalists(search.all(fast), fast)[0].setup.mode == "int8"
+
+
+def test_different_budgets_give_different_models_and_looser_ones_lose_less():
+    search = search_of(3)
+    dense = search.dense[0].predicted.p95_ms
+    best = [finalists(search.all(b), b)[0] for b in (Budget(p95_ms=dense * share) for share in (0.45, 0.7, 0.9))]
+    assert len({str(c.facts()) for c in best}) == 3
+    assert best[0].loss > best[1].loss > best[2].loss
+
+
+def test_where_nothing_fits_the_nearest_come_first():
+    search = search_of()
+    budget = Budget(p95_ms=0.001)
+    near = finalists(search.all(budget), budget)
+    assert 1 <= len(near) <= 2
+    least = min(c.predicted.p95_ms for c in search.all(budget))
+    assert near[0].predicted.p95_ms == least
+    (miss,) = budget.misses(near[0].predicted)
+    assert miss.limit == "p95_ms"
+    assert miss.over == pytest.approx(least / 0.001 - 1)
+
+
+def test_finalists_differ_and_one_is_well_inside():
+    search = search_of(7)
+    budget = Budget(p95_ms=0.75 * search.dense[0].predicted.p95_ms)
+    tries = finalists(search.all(budget), budget)
+    assert len(tries) == len({id(c) for c in tries}) == 3
+    assert not any(budget.misses(c.predicted) for c in tries)
+    assert any(not tightened(budget, 0.08).misses(c.predicted) for c in tries)
+    assert len({c.setup for c in tries}) == 2
+    assert tries[0].loss == min(c.loss for c in tries)
+
+
+def test_a_memory_limit_binds_through_the_parameters():
+    search = search_of(1)
+    known = next(iter(search.known.values()))
+    full = search.candidate(known, dict.fromkeys(SHAPES)).predicted.memory_mb
+    least = known.memory.at(0.0)
+    budget = Budget(memory_mb=least + 0.5 * (full - least))
+    found = search.within(known, budget)
+    assert found.predicted.memory_mb <= budget.memory_mb
+    assert found.share_removed == pytest.approx(0.5, abs=0.08)
+
+
+def test_shared_inputs_count_as_one_stack():
+    layers = Layers({"q": (8, 8), "k": (8, 8), "o": (8, 8)}, {}, {}, 1)
+    units = layers.units({"q": 2, "k": 2, "o": None}, (("q", "k"),))
+    assert units == [(16, 8, 2), (8, 8, None)]
+    assert layers.total(parameters, {"q": 2, "k": 2, "o": None}, (("q", "k"),)) == 2 * 24 + 64
+
+
+def test_facts_name_only_layers_that_are_cut():
+    figures = Figures(1.0, 2.0, None, 3.0)
+    candidate = Candidate(Setup("int8", 2), {"a": 4, "b": None}, (), 0.5, 0.1, figures)
+    assert candidate.facts()["ranks"] == {"a": 4}
+    assert candidate.name == "50.0% removed, int8, 2 threads"
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8))
+def test_pareto_keeps_what_nothing_beats(rows):
+    kept = [row for row, keep in zip(rows, pareto(rows), strict=True) if keep]
+    assert kept
+    for row in rows:
+        beaten = any(other[0] <= row[0] and other[1] <= row[1] and other != row for other in rows)
+        assert (row in kept) != beaten
+
+
+def test_limits_are_read_in_their_units():
+    budget = Budget.parsed(p95="0.02 s", memory="1GiB", size="500kB", max_drop="1%", metric="accuracy")
+    assert budget.p95_ms == pytest.approx(20)
+    assert budget.memory_mb == pytest.approx(1073.741824)
+    assert budget.size_mb == pytest.approx(0.5)
+    assert budget.max_drop == pytest.approx(0.01)
+    assert Budget.parsed(p95="5ms", memory=None, size=None, max_drop="0%", metric="accuracy").max_drop == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ({"p95": "20"}, "unit"),
+        ({"p95": "20 parsecs"}, "20 parsecs"),
+        ({"p95": "-3ms"}, "--p95"),
+        ({"p95": "0ms"}, "more than 0"),
+        ({"memory": "12ms"}, "--memory"),
+        ({"size": "1e999MB"}, "no limit"),
+        ({"p95": "1ms", "max_drop": "x%"}, "--max-drop"),
+        ({"p95": "1ms", "max_drop": "1pt", "metric": "perplexity"}, "points are for accuracy"),
+        ({"max_drop": "1%"}, "at least one limit"),
+    ],
+)
+def test_limits_that_are_none_are_refused(words, match):
+    with pytest.raises(InputError, match=match):
+        Budget.parsed(**{"p95": None, "memory": None, "size": None, "max_drop": None, "metric": "accuracy"} | words)
+
+
+def test_a_drop_is_in_points_of_accuracy_and_relative_for_perplexity():
+    assert drop_of("accuracy", 0.9, 0.87) == pytest.approx(0.03)
+    assert drop_of("perplexity", 10.0, 11.0) == pytest.approx(0.1)
+    assert Budget(max_drop=0.02).distance(Figures(1, 1, 1, 1, drop=0.03)) == pytest.approx(0.5)
+    assert Budget(memory_mb=1.0).misses(Figures(1, 1, None, 1)) == []
