@@ -98,7 +98,17 @@ class Layers:
     def total(self, cost: Cost, ranks: Mapping[str, int | None], shared: Sequence[Group] = ()) -> float:
         return sum(cost(m, n, rank) for m, n, rank in self.units(ranks, shared))
 
+    def loss(self, ranks: Mapping[str, int | None], shared: Sequence[Group] = ()) -> float:
+        """The summed predicted loss."""
+        grouped = {name for group in shared for name in group}
+        single = {name: rank for name, rank in ranks.items() if rank is not None and name not in grouped}
+        stacks = [(group, rank) for group in shared if (rank := ranks[group[0]]) is not None]
+        return sum(float(self.losses[name][rank]) for name, rank in single.items()) + sum(
+            float(self.joint[group][rank]) for group, rank in stacks
+        )
+
     def dense(self, cost: Cost) -> float:
+        """What the dense layers cost."""
         return sum(cost(m, n, None) for m, n in self.shapes.values())
 
 
@@ -160,7 +170,7 @@ class Search:
     known: Mapping[Setup, Knowledge]
 
     @cached_property
-    def dense(self) -> list[Candidate]:
+    def uncut(self) -> list[Candidate]:
         """The dense model in every setup."""
         ranks: dict[str, int | None] = dict.fromkeys(self.layers.shapes)
         return [self.candidate(knowledge, ranks) for knowledge in self.known.values()]
@@ -231,12 +241,12 @@ class Search:
         """Candidates over the whole range of times, for the picture and the table."""
         return [self.allocated(known, known.cost, keep) for keep in LADDER]
 
-    def all(self, budget: Budget, progress: Callable[[], object] = lambda: None) -> list[Candidate]:
+    def all(self, budget: Budget, progress: Callable[[int], object] = lambda _: None) -> list[Candidate]:
         """Every candidate: dense, over the whole range, and at the budget and a little inside it."""
-        found = list(self.dense)
+        found = list(self.uncut)
         for known in self.known.values():
             found += [*self.ladder(known), self.within(known, budget), self.within(known, tightened(budget, MARGIN))]
-            progress()
+            progress(1)
         return distinct(found)
 
 

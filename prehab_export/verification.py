@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from converters.folder import from_pretrained
 from converters.onnx.session import open_session
 from prehab_export.config import RunConfig, from_dict
@@ -32,7 +34,7 @@ def verify(session: Session) -> dict[str, Any]:
     """
     export, baseline = session.workspace.folder("export"), session.workspace.folder("baseline")
     exported, dense = export / "model" / "onnx" / "model.onnx", baseline / "onnx" / "model.onnx"
-    reload, compressed_pytorch = check_reload(session, export)
+    reload, compressed_pytorch = _check_reload(session, export)
     return {
         "tolerance": TOLERANCE,
         "compressed": {"reload": reload, "onnx": _check_graph(session, export, exported)},
@@ -46,8 +48,17 @@ def verify(session: Session) -> dict[str, Any]:
     }
 
 
-def check_reload(session: Session, export: Path) -> tuple[dict[str, Any], Metrics]:
-    """The folder as ``from_pretrained`` gives it back: every tensor bit for bit, and the same answers."""
+def _check_reload(session: Session, export: Path) -> tuple[dict[str, Any], Metrics]:
+    model, facts = reloaded(session, export)
+    return facts, session.metrics(model, session.data.evaluation, "compressed model, PyTorch")
+
+
+def reloaded(session: Session, export: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The exported folder as ``from_pretrained`` gives it back: every tensor bit for bit, and the same answers.
+
+    Raises:
+        ParityError: a reloaded tensor or answer differs.
+    """
     reference = load_reference(export)
     model = from_pretrained(export / "model", trust_remote_code=session.config.trust_remote_code)
     digests = digests_of(model)
@@ -64,8 +75,7 @@ def check_reload(session: Session, export: Path) -> tuple[dict[str, Any], Metric
     worst = max(answer.relative for answer in answers)
     if not all(answer.relative <= TOLERANCE for answer in answers):
         raise ParityError(f"the reloaded model answers differently: max |Δ| is {worst:.2e} of the logits' scale")
-    metrics = session.metrics(model, session.data.evaluation, "compressed model, PyTorch")
-    return {"tensors": len(digests), "exact": True, "max_relative": worst}, metrics
+    return model, {"tensors": len(digests), "exact": True, "max_relative": worst}
 
 
 def _check_graph(session: Session, folder: Path, graph: Path) -> dict[str, Any]:
@@ -110,14 +120,15 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
 
 def publish_artifact(session: Session, folder: Path) -> None:
     """What was verified, file by file, with a model card. Hard links where the file system has them: no second copy."""
-    shutil.copytree(session.workspace.folder("export") / "model", folder, copy_function=_link, dirs_exist_ok=True)
+    shutil.copytree(session.workspace.folder("export") / "model", folder, copy_function=link, dirs_exist_ok=True)
     if session.config.quantize:
         quantised = session.workspace.folder("quantize") / "compressed"
-        shutil.copytree(quantised, folder / "onnx", copy_function=_link, dirs_exist_ok=True)
+        shutil.copytree(quantised, folder / "onnx", copy_function=link, dirs_exist_ok=True)
     write_card(session, folder)
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
+    """Copy a file as a hard link, where the file system has them."""
     try:
         Path(target).hardlink_to(source)
     except OSError:

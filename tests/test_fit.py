@@ -118,7 +118,7 @@ def test_a_line_passes_through_its_points():
 
 def test_dense_is_the_answer_where_it_fits_and_a_penalty_counts():
     search = search_of()
-    full, small = search.dense
+    full, small = search.uncut
     assert (full.loss, small.loss) == (0.0, 0.3)
     loose = Budget(p95_ms=2 * full.predicted.p95_ms)
     assert finalists(search.all(loose), loose)[0] == full
@@ -135,7 +135,7 @@ def test_dense_is_the_answer_where_it_fits_and_a_penalty_counts():
 
 def test_different_budgets_give_different_models_and_looser_ones_lose_less():
     search = search_of(3)
-    dense = search.dense[0].predicted.p95_ms
+    dense = search.uncut[0].predicted.p95_ms
     best = [finalists(search.all(b), b)[0] for b in (Budget(p95_ms=dense * share) for share in (0.45, 0.7, 0.9))]
     assert len({str(c.facts()) for c in best}) == 3
     assert best[0].loss > best[1].loss > best[2].loss
@@ -155,7 +155,7 @@ def test_where_nothing_fits_the_nearest_come_first():
 
 def test_finalists_differ_and_one_is_well_inside():
     search = search_of(7)
-    budget = Budget(p95_ms=0.75 * search.dense[0].predicted.p95_ms)
+    budget = Budget(p95_ms=0.75 * search.uncut[0].predicted.p95_ms)
     tries = finalists(search.all(budget), budget)
     assert len(tries) == len({id(c) for c in tries}) == 3
     assert not any(budget.misses(c.predicted) for c in tries)
