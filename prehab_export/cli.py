@@ -385,8 +385,8 @@ def fit(model: str | None, target: str, threads: tuple[int, ...], **flags: Any) 
     config, output = _parsed(model, flags, inherit=True)
     metric = "perplexity" if config.task == "text-generation" else "accuracy"
     budget = Budget.parsed(**limits, metric=metric)
-    from prehab_export.fit import FitRequest
-    from prehab_export.fit import fit as run_fit
+    from prehab_export.fitting import FitRequest
+    from prehab_export.fitting import fit as run_fit
 
     try:
         run_fit(config, output, FitRequest(budget, target, tuple(dict.fromkeys(threads))))

@@ -288,6 +288,15 @@ def finalists(candidates: Sequence[Candidate], budget: Budget, count: int = 3) -
     return distinct([best, safe, other, *fitting])[:count] if count > 1 else [best]
 
 
+def chosen(tried: Sequence[tuple[Candidate, Figures]], budget: Budget) -> Candidate | None:
+    """Of what was measured and keeps to the budget the most accurate, then the fastest; None where nothing does. The
+    dense model, where it keeps to the budget, is the answer: what seems more accurate is luck of the sample."""
+    fitting = [(candidate, own) for candidate, own in tried if not budget.misses(own)]
+    dense = [pair for pair in fitting if pair[0].is_dense and pair[0].setup.mode == FLOAT32]
+    best = min(dense or fitting, key=lambda pair: (pair[1].drop or 0.0, pair[1].p95_ms), default=None)
+    return None if best is None else best[0]
+
+
 def pareto(rows: Sequence[tuple[float, ...]]) -> list[bool]:
     """Which rows no other row beats: no worse in every column and better in one; less is better.
 

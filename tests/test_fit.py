@@ -1,15 +1,25 @@
 """The fit: the search keeps to the budget and finds what brute force finds; the command measures, chooses, resumes."""
 
 import itertools
+import json
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.errors import InputError
-from prehab_export.allocation import parameters
+from converters.folder import from_pretrained
+from converters.lowrank import LowRankLinear
+from converters.onnx.session import open_session
+from prehab_export import fitting
+from prehab_export.allocation import break_even, parameters
+from prehab_export.bench_graph import read_graph
 from prehab_export.budget import Budget, Figures, drop_of
+from prehab_export.cli import cli
+from prehab_export.config import CalibrateConfig, DataConfig, RunConfig, TruncateConfig
+from prehab_export.errors import BudgetError
 from prehab_export.fit_search import (
     FLOAT32,
     Candidate,
@@ -18,10 +28,13 @@ from prehab_export.fit_search import (
     Line,
     Search,
     Setup,
+    chosen,
     finalists,
     pareto,
     tightened,
 )
+from prehab_export.fitting import FitRequest, fit
+from prehab_export.probe import probed_ranks
 
 SHAPES = {"a": (24, 24), "b": (48, 24), "c": (24, 48)}
 
@@ -231,3 +244,167 @@ def test_a_drop_is_in_points_of_accuracy_and_relative_for_perplexity():
     assert drop_of("perplexity", 10.0, 11.0) == pytest.approx(0.1)
     assert Budget(max_drop=0.02).distance(Figures(1, 1, 1, 1, drop=0.03)) == pytest.approx(0.5)
     assert Budget(memory_mb=1.0).misses(Figures(1, 1, None, 1)) == []
+
+
+def test_of_what_fits_the_most_accurate_is_chosen_and_dense_where_it_fits():
+    def tried(drop, p95, ranks=4, mode="int8"):
+        own = Figures(p95 / 2, p95, None, 1.0, drop=drop)
+        return Candidate(Setup(mode, 1), {"a": ranks}, (), 0.5, 0.1, own), own
+
+    budget = Budget(p95_ms=10, max_drop=0.02)
+    accurate, fast, lossy, slow = tried(0.01, 9), tried(0.015, 5), tried(0.03, 2), tried(0.0, 11)
+    assert chosen([lossy, fast, slow, accurate], budget) is accurate[0]
+    assert chosen([lossy, fast, slow], budget) is fast[0]
+    assert chosen([lossy, slow], budget) is None
+    lucky, dense = tried(-0.01, 3), tried(0.0, 9, ranks=None, mode=FLOAT32)
+    assert chosen([lucky, dense], budget) is dense[0]
+    assert chosen([tried(0.01, 8), tried(0.01, 7)], budget).predicted.p95_ms == 7
+
+
+def test_probed_ranks_reach_break_even_and_rise():
+    for m, n in ((384, 384), (1536, 384), (20, 30), (5, 4)):
+        ranks = probed_ranks(m, n)
+        assert list(ranks) == sorted(set(ranks))
+        assert ranks[-1] == break_even(m, n)
+
+
+# The command, on a target that answers by formula: what it must find is then known.
+
+
+def seconds_of(m, n, rank, mode):
+    return slow_when_narrow(m, n, rank) / (3 if mode == "int8" else 1)
+
+
+def fake_layers(probes, tokens, threads):
+    return [
+        {"model": p.slug, "threads": t, "p50_ms": 1e3 * p.copies * seconds_of(*p.shape, p.rank, p.mode) / t}
+        for p in probes
+        for t in threads
+    ]
+
+
+def fake_models(models, config, threads, vocabulary):
+    """What a graph takes is what its file weighs, with an overhead that knows nothing of layers."""
+    rows = []
+    for (slug, graph), count in itertools.product(models.items(), threads):
+        p50 = 2 + 50 * read_graph(graph).file_bytes / 1e6 / count
+        rows.append({"model": slug, "threads": count, "p50_ms": p50, "p95_ms": 1.2 * p50, "peak_mb": 40 + p50})
+    return rows
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Counts what is asked of it."""
+    asked = []
+
+    def layers(probes, tokens, threads):
+        asked.append("layers")
+        return fake_layers(probes, tokens, threads)
+
+    def models(models, config, threads, vocabulary):
+        asked.append("models")
+        return fake_models(models, config, threads, vocabulary)
+
+    monkeypatch.setattr(fitting, "measure_layers", layers)
+    monkeypatch.setattr(fitting, "measure_models", models)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def config(vit_folder):
+    return RunConfig(
+        str(vit_folder),
+        "image-classification",
+        DataConfig("sklearn-digits", eval_samples=40),
+        calibrate=CalibrateConfig(samples=48),
+        truncate=TruncateConfig(rank_multiple=2),
+        quantize=("int8",),
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("fit")
+
+
+def result_of(folder):
+    return json.loads((folder / "fit.json").read_text())
+
+
+def recommended(result):
+    (row,) = [row for row in result["candidates"] if row["recommended"]]
+    return row
+
+
+def test_three_budgets_three_models_one_probe_and_an_impossible_one(config, root, device):
+    found = fit(config, root, FitRequest(Budget(p95_ms=1000.0)))
+    result = result_of(found)
+    assert result["verdict"].startswith("The dense model is within the budget")
+    dense = recommended(result)
+    assert (dense["mode"], dense["share_removed"], dense["measured"]["drop"]) == ("float32", 0.0, 0.0)
+    assert device == ["layers", "models", "models"]
+    slowest = dense["measured"]["p95_ms"]
+
+    seen = [dense]
+    for share in (0.85, 0.7):
+        budget = Budget(p95_ms=slowest * share)
+        row = recommended(result_of(fit(config, root, FitRequest(budget))))
+        assert row["measured"]["p95_ms"] <= budget.p95_ms
+        assert row["predicted"]["p50_ms"] == pytest.approx(row["measured"]["p50_ms"], rel=0.1)
+        seen.append(row)
+    assert len({json.dumps([row["mode"], row["ranks"]]) for row in seen}) == 3
+    assert "layers" not in device[3:]  # one probe serves every budget
+
+    model = from_pretrained(root / "fit" / "model")
+    names = {name for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    assert names == set(seen[-1]["ranks"])
+    graph = "model.onnx" if seen[-1]["mode"] == "float32" else "model_int8.onnx"
+    assert open_session(root / "fit" / "model" / "onnx" / graph).get_inputs()
+    table = (root / "fit" / "fit.md").read_text()
+    assert "recommended" in table
+    assert (root / "fit" / "fit.png").stat().st_size > 1000
+
+    with pytest.raises(BudgetError, match=r"nearest.*p95_ms"):
+        fit(config, root, FitRequest(Budget(p95_ms=0.5)))
+    result = result_of(root / "fit")
+    assert not any(row["recommended"] for row in result["candidates"])
+    assert any(row["measured"] for row in result["candidates"])
+    assert "p95 over by" in (root / "fit" / "fit.md").read_text()
+    assert not (root / "fit" / "model").exists()
+
+
+def test_asked_again_nothing_is_measured_again(config, root, device):
+    budget = Budget(size_mb=0.06)
+    first = result_of(fit(config, root, FitRequest(budget)))
+    del device[:]
+    again = result_of(fit(config, root, FitRequest(budget)))
+    assert device == []
+    assert again == first
+    assert recommended(again)["measured"]["size_mb"] <= 0.06
+
+
+def test_the_command_ends_with_code_4_and_the_table(config, root, device):
+    arguments = [config.model, "-o", str(root), "--task", config.task, "--data", "sklearn-digits", "--p95", "0.01ms"]
+    result = CliRunner().invoke(cli, ["fit", *arguments])
+    assert isinstance(result.exception, BudgetError)
+    assert BudgetError.exit_code == 4
+    assert "p95 over by" in result.output
+    assert "No model was found" in result.output
+
+
+def test_wrong_requests_are_refused_before_anything_is_written(config, tmp_path):
+    for request, match in (
+        ({"target": "mars"}, "mars"),
+        ({"threads": (10_000,)}, "cores"),
+    ):
+        with pytest.raises(InputError, match=match):
+            fit(config, tmp_path / "out", FitRequest(Budget(p95_ms=1.0), **request))
+    with pytest.raises(InputError, match="--threads"):
+        FitRequest(Budget(p95_ms=1.0), threads=(0,))
+    result = CliRunner().invoke(cli, ["fit", config.model, "-o", str(tmp_path / "out"), "--p95", "20ms"])
+    assert isinstance(result.exception, InputError)
+    result = CliRunner().invoke(
+        cli, ["fit", config.model, "-o", str(tmp_path / "out"), "--task", config.task, "--data", "sklearn-digits"]
+    )
+    assert "at least one limit" in str(result.exception)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,238 @@
+"""The fit: the most accurate model within a budget on the device where it will run, or the proof that none was found.
+
+The target is used twice: once for the probe (``probe``), from which everything is predicted (``fit_search``), and once
+to measure the finalists. Whatever takes long is published by itself, so that a fit that was killed, or is asked again
+with another budget, computes only what is missing.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from converters.errors import InputError
+from prehab_export.bench_graph import read_graph
+from prehab_export.budget import Budget, Figures
+from prehab_export.config import PARAMETERS, RunConfig
+from prehab_export.errors import BudgetError
+from prehab_export.evaluation import Metrics
+from prehab_export.fit_models import FitModels, slug_of
+from prehab_export.fit_report import write_fit
+from prehab_export.fit_search import FLOAT32, Candidate, Line, Search, chosen, finalists, pareto
+from prehab_export.fit_target import check_target, device_facts, measure_layers, measure_models
+from prehab_export.latency_budget import layer_shapes, tokens_at_a_time
+from prehab_export.models import empty_model
+from prehab_export.pipeline import bring_up, opened
+from prehab_export.probe import Anchor, LayerProbe, layer_probes, understood
+from prehab_export.progress import bar, say
+from prehab_export.session import Session, bench_config
+from prehab_export.truncation import Plan, ranks_by
+from prehab_export.workspace import stage_key, write_json
+
+# Shares of the targeted parameters that the anchors lack.
+ANCHORS = (0.5, 0.85)
+FINALISTS = 3
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """target: where to measure (``fit_target``). threads: the numbers of threads that may be used there."""
+
+    budget: Budget
+    target: str = "local"
+    threads: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        if not self.threads or min(self.threads) < 1:
+            raise InputError(f"--threads must be 1 or more, not {' '.join(map(str, self.threads)) or 'nothing'}")
+
+
+def fit(config: RunConfig, output: Path, request: FitRequest) -> Path:
+    """Find the most accurate model within the budget; returns the folder with table, plot and model.
+
+    Args:
+        config: the model, data and calibration; ``quantize`` are the kinds of quantisation that may be used.
+
+    Raises:
+        InputError: bad input or a target that cannot be reached, found before anything slow.
+        BudgetError: nothing was found within the budget; the folder holds the figures.
+    """
+    cut = replace(config.truncate, budget=PARAMETERS, objective="fisher", allocation="loss")
+    config = replace(config, truncate=cut)
+    check_target(request.target, request.threads)
+    with opened(config, output) as session:
+        session.workspace.withdraw("fit")  # of another budget perhaps: it must not stand there as this one's
+        names = ["merge"] if config.adapter is not None else []
+        bring_up(session, [*names, "calibrate", "baseline"])
+        work = _Fit(session, request)
+        result, best = work.run()
+        key = stage_key("fit", result)
+        with session.workspace.publish("fit", key, asdict(request)) as folder:
+            write_fit(result, folder)
+            if best is not None:
+                work.models.write_folder(_plan(best), best.setup.mode, folder / "model")
+                shutil.copy2(folder / "fit.md", folder / "model" / "README.md")
+    if best is None:
+        raise BudgetError(f"{result['verdict']} Every figure is in {session.workspace.folder('fit')}")
+    return session.workspace.folder("fit")
+
+
+class _Fit:
+    """One fit: what the target tells, the search, and the finalists."""
+
+    def __init__(self, session: Session, request: FitRequest) -> None:
+        self.session, self.request = session, request
+        self.models = FitModels(session)
+        self.layers, self.dense = self.models.layers, self.models.dense
+        self.modes = (FLOAT32, *dict.fromkeys(session.config.quantize))
+
+    def _anchors(self) -> list[tuple[Plan, str]]:
+        """The dense model and a few cut ones, in every mode."""
+        session, layers = self.session, self.layers
+        empty = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
+        linears, losses = session.layers(empty), (dict(layers.losses), dict(layers.joint))
+        cuts = [ranks_by(linears, losses, replace(session.config.truncate, ratio=removed)) for removed in ANCHORS]
+        return [(plan, mode) for plan in (self.dense, *cuts) for mode in self.modes]
+
+    def _search(self) -> tuple[Search, Line, list[Row]]:
+        """What is known of the target, and the line from predicted loss to the metric's drop."""
+        plans, tokens = self._anchors(), tokens_at_a_time(self.session)
+        anchors = [self._anchor(plan, mode) for plan, mode in plans]
+        options = {
+            **self._place(),
+            "threads": list(self.request.threads),
+            "tokens": tokens,
+            "anchors": [anchor.slug for anchor in anchors],
+        }
+        folder = self.models.stage("fit-probe", options, partial(self._probe, anchors, tokens))
+        told = json.loads((folder / "probe.json").read_text())
+        probes = [LayerProbe(**row | {"shape": tuple(row["shape"]), "graph": Path()}) for row in told["layers"]]
+        reference = self.models.metrics(self.dense, FLOAT32, "held-out").loss
+        penalties = {mode: self.models.metrics(self.dense, mode, "held-out").loss - reference for mode in self.modes}
+        known = understood(told["rows"], self.layers, probes, anchors, penalties, tokens)
+        if self.request.budget.memory_mb is not None and any(row.memory is None for row in known.values()):
+            raise InputError(f"{self.request.target} does not tell how much memory a model takes; leave out --memory")
+        float_plans = [plan for plan, mode in plans if mode == FLOAT32]
+        drops = Line.through(
+            (self.layers.loss(plan.ranks, plan.shared), self.models.drop(plan, FLOAT32)) for plan in float_plans
+        )
+        return Search(self.layers, known), drops, told["rows"]
+
+    def _anchor(self, plan: Plan, mode: str) -> Anchor:
+        graph = self.models.graph(plan, mode)
+        units = self.layers.units(plan.ranks, plan.shared)
+        return Anchor(f"{slug_of(plan)}-{mode}", mode, units, read_graph(graph).file_bytes / 1e6, graph)
+
+    def _probe(self, anchors: Sequence[Anchor], tokens: int, folder: Path) -> None:
+        say(f"[bold]probe {self.request.target}")
+        shapes = layer_shapes(self.session)
+        with bar("write layer graphs", len(set(shapes))) as advance:
+            probes = list(layer_probes(shapes, tokens, self.modes, folder / "layers", advance))
+        rows = measure_layers(probes, tokens, self.request.threads)
+        shutil.rmtree(folder / "layers")
+        rows += self._measure({anchor.slug: anchor.graph for anchor in anchors}, self.request.threads)
+        asked = [{k: v for k, v in asdict(probe).items() if k != "graph"} for probe in probes]
+        write_json(folder / "probe.json", {"layers": asked, "rows": rows})
+
+    def _place(self) -> Row:
+        """What a measurement depends on besides the models."""
+        target = self.request.target
+        return {"target": target, "device": device_facts(target), "bench": asdict(bench_config(self.session))}
+
+    def _measure(self, models: Mapping[str, Path], threads: Sequence[int]) -> list[Row]:
+        say(f"  time {len(models)} models")
+        vocabulary = getattr(self.session.model_config.get_text_config(), "vocab_size", None)
+        return measure_models(models, bench_config(self.session), threads, vocabulary)
+
+    def run(self) -> tuple[Row, Candidate | None]:
+        """The result as JSON types, and the candidate that is recommended; None where none keeps to the budget."""
+        budget = self.request.budget
+        search, drops, probed = self._search()
+        with bar("search", len(search.known)) as advance:
+            candidates = search.all(budget, advance)
+        few = finalists(candidates, budget, FINALISTS)
+        final = self._finals(few)
+        tried = {id(c): self._figures(c, final) for c in few}
+        best = chosen([(c, tried[id(c)]) for c in few], budget)
+        unbeaten_rows = pareto([(c.loss, c.predicted.p95_ms, c.predicted.size_mb) for c in candidates])
+        rows = [
+            candidate.facts()
+            | {
+                "predicted_drop": drops.at(candidate.loss),
+                "pareto": unbeaten,
+                "fits_by_prediction": not budget.misses(candidate.predicted),
+                "measured": None if id(candidate) not in tried else asdict(tried[id(candidate)]),
+                "recommended": candidate is best,
+            }
+            for candidate, unbeaten in zip(candidates, unbeaten_rows, strict=True)
+        ]
+        dense = self.models.metrics(self.dense, FLOAT32)
+        near = min(few, key=lambda c: budget.distance(tried[id(c)]))
+        verdict = _nearest(near, tried[id(near)], budget) if best is None else _verdict(best, tried[id(best)], dense)
+        result = {
+            "model": Path(self.session.config.model).name,
+            "task": self.session.config.task,
+            "target": self.request.target.partition("//")[0],
+            "device": device_facts(self.request.target),
+            "budget": asdict(budget),
+            "metric": asdict(dense),
+            "verdict": verdict,
+            "candidates": rows,
+            "measured": {"probe": probed, "finalists": final},
+        }
+        return result, best
+
+    def _finals(self, candidates: Sequence[Candidate]) -> list[Row]:
+        """The finalists for real, beside the dense model."""
+        models = {f"dense-{FLOAT32}": self.models.graph(self.dense, FLOAT32)}
+        models |= {_slug(c): self.models.graph(_plan(c), c.setup.mode) for c in candidates}
+        threads = sorted({c.setup.threads for c in candidates})
+        options = {**self._place(), "threads": threads, "models": list(models)}
+
+        def work(folder: Path) -> None:
+            say(f"[bold]measure {len(candidates)} finalists on {self.request.target}")
+            write_json(folder / "rows.json", self._measure(models, threads))
+
+        return json.loads((self.models.stage("fit-finalists", options, work) / "rows.json").read_text())
+
+    def _figures(self, candidate: Candidate, results: Sequence[Row]) -> Figures:
+        wanted = (_slug(candidate), candidate.setup.threads)
+        row = next(row for row in results if (row["model"], row["threads"]) == wanted)
+        graph = self.models.graph(_plan(candidate), candidate.setup.mode)
+        return Figures(
+            p50_ms=row["p50_ms"],
+            p95_ms=row["p95_ms"],
+            memory_mb=row.get("peak_mb"),
+            size_mb=read_graph(graph).file_bytes / 1e6,
+            drop=self.models.drop(_plan(candidate), candidate.setup.mode),
+        )
+
+
+def _plan(candidate: Candidate) -> Plan:
+    return Plan(candidate.ranks, candidate.shared)
+
+
+def _slug(candidate: Candidate) -> str:
+    return f"{slug_of(_plan(candidate))}-{candidate.setup.mode}"
+
+
+def _verdict(best: Candidate, own: Figures, dense: Metrics) -> str:
+    assert own.drop is not None
+    start = "The dense model is within the budget: nothing needs to be cut. " if best.is_dense else ""
+    unit = "points of accuracy" if dense.metric == "accuracy" else "% of perplexity"
+    memory = "" if own.memory_mb is None else f", {own.memory_mb:.0f} MB of memory"
+    off = best.predicted.p50_ms / own.p50_ms - 1
+    return (
+        f"{start}Take {best.name}: {100 * own.drop:.2f} {unit} lost, p95 {own.p95_ms:.2f} ms, file {own.size_mb:.1f} MB"
+        f"{memory}. Its p50 was predicted as {best.predicted.p50_ms:.2f} ms, {off:+.1%} off."
+    )
+
+
+def _nearest(near: Candidate, own: Figures, budget: Budget) -> str:
+    over = "; ".join(f"{m.limit} {m.found:.4g} where {m.allowed:.4g} is allowed" for m in budget.misses(own))
+    return f"No model was found within the budget. The nearest is {near.name}: {over}."
