@@ -23,7 +23,7 @@ from prehab_export.budget import Budget, Figures
 
 FLOAT32 = "float32"
 # Shares of their dense time at which each setup is looked at, for the whole picture.
-LADDER = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+LADDER = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
 # How far inside the budget a second finalist stays, in case the first one's prediction was a little low.
 MARGIN = 0.08
 BISECTIONS = 8
@@ -275,7 +275,8 @@ def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 def finalists(candidates: Sequence[Candidate], budget: Budget, count: int = 3) -> list[Candidate]:
     """Those to try for real, best first: the least predicted loss within the budget, the least that is a margin inside
-    it, and the least of another setup. Where none is within, those that come nearest."""
+    it, and the least of another setup; the dense model alone where it is well within. Where none is within, those that
+    come nearest."""
     fitting = sorted(
         (c for c in candidates if not budget.misses(c.predicted)), key=lambda c: (c.loss, c.predicted.p95_ms)
     )
@@ -283,6 +284,8 @@ def finalists(candidates: Sequence[Candidate], budget: Budget, count: int = 3) -
         return sorted(candidates, key=lambda c: (budget.distance(c.predicted), c.loss))[: min(count, 2)]
     tight = tightened(budget, MARGIN)
     best = fitting[0]
+    if best.is_dense and best.setup.mode == FLOAT32 and not tight.misses(best.predicted):
+        return [best]  # nothing needs to be lost
     safe = next((c for c in fitting if not tight.misses(c.predicted)), best)
     other = next((c for c in fitting if c.setup != best.setup), best)
     return distinct([best, safe, other, *fitting])[:count] if count > 1 else [best]

@@ -76,7 +76,8 @@ def fit(config: RunConfig, output: Path, request: FitRequest) -> Path:
             write_fit(result, folder)
             if best is not None:
                 work.models.write_folder(_plan(best), best.setup.mode, folder / "model")
-                shutil.copy2(folder / "fit.md", folder / "model" / "README.md")
+                for name, copy in (("fit.md", "README.md"), ("fit.png", "fit.png")):
+                    shutil.copy2(folder / name, folder / "model" / copy)
     if best is None:
         raise BudgetError(f"{result['verdict']} Every figure is in {session.workspace.folder('fit')}")
     return session.workspace.folder("fit")

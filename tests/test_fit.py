@@ -17,7 +17,7 @@ from prehab_export import fitting
 from prehab_export.allocation import break_even, parameters
 from prehab_export.bench_graph import read_graph
 from prehab_export.budget import Budget, Figures, drop_of
-from prehab_export.cli import cli
+from prehab_export.cli import cli, main
 from prehab_export.config import CalibrateConfig, DataConfig, RunConfig, TruncateConfig
 from prehab_export.errors import BudgetError
 from prehab_export.fit_search import (
@@ -318,7 +318,6 @@ def config(vit_folder):
         DataConfig("sklearn-digits", eval_samples=40),
         calibrate=CalibrateConfig(samples=48),
         truncate=TruncateConfig(rank_multiple=2),
-        quantize=("int8",),
     )
 
 
@@ -337,31 +336,28 @@ def recommended(result):
 
 
 def test_three_budgets_three_models_one_probe_and_an_impossible_one(config, root, device):
-    found = fit(config, root, FitRequest(Budget(p95_ms=1000.0)))
-    result = result_of(found)
+    result = result_of(fit(config, root, FitRequest(Budget(p95_ms=1000.0))))
     assert result["verdict"].startswith("The dense model is within the budget")
     dense = recommended(result)
     assert (dense["mode"], dense["share_removed"], dense["measured"]["drop"]) == ("float32", 0.0, 0.0)
     assert device == ["layers", "models", "models"]
-    slowest = dense["measured"]["p95_ms"]
 
     seen = [dense]
-    for share in (0.85, 0.7):
-        budget = Budget(p95_ms=slowest * share)
-        row = recommended(result_of(fit(config, root, FitRequest(budget))))
-        assert row["measured"]["p95_ms"] <= budget.p95_ms
+    for share in (0.9, 0.8):
+        limit = dense["measured"]["p95_ms"] * share
+        row = recommended(result_of(fit(config, root, FitRequest(Budget(p95_ms=limit)))))
+        assert row["measured"]["p95_ms"] <= limit
         assert row["predicted"]["p50_ms"] == pytest.approx(row["measured"]["p50_ms"], rel=0.1)
         seen.append(row)
-    assert len({json.dumps([row["mode"], row["ranks"]]) for row in seen}) == 3
+    assert len({json.dumps(row["ranks"]) for row in seen}) == 3
+    assert seen[0]["share_removed"] < seen[1]["share_removed"] < seen[2]["share_removed"]
     assert "layers" not in device[3:]  # one probe serves every budget
 
     model = from_pretrained(root / "fit" / "model")
-    names = {name for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
-    assert names == set(seen[-1]["ranks"])
-    graph = "model.onnx" if seen[-1]["mode"] == "float32" else "model_int8.onnx"
-    assert open_session(root / "fit" / "model" / "onnx" / graph).get_inputs()
-    table = (root / "fit" / "fit.md").read_text()
-    assert "recommended" in table
+    cut = {name: layer.rank for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
+    assert cut == seen[-1]["ranks"]
+    assert open_session(root / "fit" / "model" / "onnx" / "model.onnx").get_inputs()
+    assert "recommended" in (root / "fit" / "fit.md").read_text()
     assert (root / "fit" / "fit.png").stat().st_size > 1000
 
     with pytest.raises(BudgetError, match=r"nearest.*p95_ms"):
@@ -374,22 +370,36 @@ def test_three_budgets_three_models_one_probe_and_an_impossible_one(config, root
 
 
 def test_asked_again_nothing_is_measured_again(config, root, device):
-    budget = Budget(size_mb=0.06)
-    first = result_of(fit(config, root, FitRequest(budget)))
+    dense = recommended(result_of(fit(config, root, FitRequest(Budget(p95_ms=1000.0)))))
+    request = FitRequest(Budget(size_mb=0.8 * dense["measured"]["size_mb"], memory_mb=1000.0))
+    first = result_of(fit(config, root, request))
     del device[:]
-    again = result_of(fit(config, root, FitRequest(budget)))
+    again = result_of(fit(config, root, request))
     assert device == []
     assert again == first
-    assert recommended(again)["measured"]["size_mb"] <= 0.06
+    assert recommended(again)["measured"]["size_mb"] <= request.budget.size_mb
 
 
-def test_the_command_ends_with_code_4_and_the_table(config, root, device):
-    arguments = [config.model, "-o", str(root), "--task", config.task, "--data", "sklearn-digits", "--p95", "0.01ms"]
-    result = CliRunner().invoke(cli, ["fit", *arguments])
-    assert isinstance(result.exception, BudgetError)
-    assert BudgetError.exit_code == 4
-    assert "p95 over by" in result.output
-    assert "No model was found" in result.output
+def test_the_command_with_quantisation_ends_with_code_4_and_the_table(config, root, device, capsys):
+    arguments = [config.model, "-o", str(root), "--task", config.task, "--data", "sklearn-digits", "--quantize", "int8"]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *arguments, "--p95", "0.01ms", "--threads", "1"])
+    assert ended.value.code == 4
+    shown = capsys.readouterr()
+    assert "p95 over by" in shown.out
+    assert "No model was found" in shown.err
+    result = result_of(root / "fit")
+    assert {row["mode"] for row in result["candidates"]} == {"float32", "int8"}
+    dense = {row["mode"]: row["predicted"]["size_mb"] for row in result["candidates"] if not row["ranks"]}
+    assert dense["int8"] < dense["float32"]
+
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *arguments, "--size", f"{dense['int8']:.6f}MB"])
+    assert ended.value.code == 0
+    row = recommended(result_of(root / "fit"))
+    name = "model_int8.onnx" if row["mode"] == "int8" else "model.onnx"
+    graph = root / "fit" / "model" / "onnx" / name
+    assert row["measured"]["size_mb"] == read_graph(graph).file_bytes / 1e6
 
 
 def test_wrong_requests_are_refused_before_anything_is_written(config, tmp_path):
