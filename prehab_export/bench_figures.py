@@ -44,7 +44,6 @@ def case_row(name: str, threads: int, case: Row, taken: Row, samples: Samples, g
         "runs": total.size,
         "p50_ms": _percentile(total, 50),
         "p90_ms": _percentile(total, 90),
-        "p95_ms": _percentile(total, 95),
         "p99_ms": _percentile(total, 99),
         "mean_ms": total.mean(),
         "throughput_per_s": batch * 1e3 / total.mean(),

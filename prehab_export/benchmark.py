@@ -86,20 +86,6 @@ def bench(
     return {"machine": machine_facts(), "config": settings, "cases": rows, "comparison": comparison}
 
 
-def time_in_turns(models: Mapping[str, Path], config: BenchConfig, batch: int) -> dict[str, Samples]:
-    """Times alone, of graphs that take no tokens, in turns as in `bench`: no memory, no operators.
-
-    Args:
-        batch: the first size of their inputs.
-
-    Raises:
-        InputError: a file is no ONNX model, or one failed on what it was asked for.
-    """
-    case = {"batch": batch, "sequence": None, "new_tokens": 1, "vocab_size": None}
-    _, samples = _latency(_read_graphs(models), config, case, lambda _: None)
-    return samples
-
-
 def _read_graphs(models: Mapping[str, Path]) -> dict[str, GraphFacts]:
     if not models:
         raise InputError("there are no models to measure")
