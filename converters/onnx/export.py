@@ -22,6 +22,7 @@ from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, te
 from converters.onnx.names import restore_weight_names, store_transposed, tidy
 from converters.onnx.quiet import quiet
 from converters.onnx.stack import stack_products
+from converters.onnx.write import write_graph
 
 TASKS = ("image-classification", "text-classification", "text-generation")
 
@@ -208,8 +209,11 @@ def _publish(graph: ir.Model, path: Path, threshold: int) -> int:
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         written = folder / path.name
-        ir.save(graph, written, external_data=data.name if weights > threshold else None)
-        onnx.checker.check_model(str(written))
+        if weights > threshold:
+            ir.save(graph, written, external_data=data.name)
+            onnx.checker.check_model(str(written))  # reads the graph, not its data
+        else:
+            write_graph(graph, written)
         size = sum(file.stat().st_size for file in folder.iterdir())
         data.unlink(missing_ok=True)  # of an earlier export; the graph that belongs to it goes next
         for file in sorted(folder.iterdir(), reverse=True):  # the graph last: it is what makes the export complete
