@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import ModelProto, TensorProto
@@ -40,7 +41,8 @@ def write_graph(model: ir.Model, path: Path) -> None:
         file.write(graph)
         for head, value in records:
             file.write(head)
-            file.write(_tensor(value).tobytes())
+            # Tensors that lie in memory as they are written are not copied.
+            file.write(np.ascontiguousarray(_tensor(value).numpy()).reshape(-1).view(np.uint8).data)
 
 
 def _is_large(value: ir.Value) -> bool:
