@@ -35,7 +35,10 @@ from transformers import (
 )
 
 from converters.errors import InputError
+from converters.onnx.attention import ONNX_ATTENTION, attention_implementation
+from converters.onnx.expected import counting, missing
 from converters.onnx.export import export_onnx
+from converters.onnx.fuse import simplify_graph
 from converters.onnx.generate import greedy_decode
 from converters.onnx.inputs import text_inputs
 from converters.onnx.session import open_session
@@ -449,3 +452,30 @@ def test_a_session_keeps_norms_and_residual_sums_apart(exported, family, tmp_pat
     kinds = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
     assert not kinds & {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
     assert "Sum" in kinds
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("vit", 2), ("bert", 2), ("mistral", 2)])
+def test_what_should_be_fused_is_counted_in_the_model(exported, family, blocks):
+    model, export = exported(family, 6)
+    assert export.warnings == ()
+    with attention_implementation(model, ONNX_ATTENTION), counting(model) as seen, torch.no_grad():
+        if family == "vit":
+            model(torch.zeros(1, 3, model.config.image_size, model.config.image_size))
+        else:
+            model(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4, dtype=torch.long))
+    assert seen["GELU"] == (0 if family == "mistral" else blocks)
+    assert seen["attention"] == blocks
+    assert seen["norm"] == 2 * blocks + 1
+    assert missing(seen, export.fusions) == []
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_fusion_that_did_not_happen_is_said(exported, tmp_path, monkeypatch):
+    model = exported("mistral", 6)[0]
+    monkeypatch.setattr("converters.onnx.export.fuse_graph", simplify_graph)
+    export = export_onnx(model, tmp_path / "model.onnx", "text-generation")
+    assert any("5 of 5 norms are not one operator each" in warning for warning in export.warnings)
+
+
+def test_attention_that_the_operator_cannot_do_is_said(exported):
+    assert any("softcap" in warning for warning in exported("gemma2", 6)[1].warnings)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from converters.errors import InputError
 from converters.onnx.attention import ONNX_ATTENTION, PLAIN_ATTENTION, attention_implementation
 from converters.onnx.cache import cache_layout, cache_of, tensors_of
+from converters.onnx.expected import ATTENTION, counting, missing
 from converters.onnx.fuse import count_fusions, fuse_graph, simplify_graph
 from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
 from converters.onnx.names import restore_weight_names, store_transposed, tidy
@@ -36,7 +37,7 @@ EXTERNAL_DATA_THRESHOLD = 1_900_000_000
 @dataclass(frozen=True)
 class OnnxExport:
     """What was written: ``fusions`` counts the fused operators in the graph, ``bytes`` the graph and its external
-    data."""
+    data; ``warnings`` tell which fusions were to be expected and did not happen."""
 
     path: Path
     inputs: tuple[str, ...]
@@ -44,6 +45,7 @@ class OnnxExport:
     opset: int
     fusions: dict[str, int]
     bytes: int
+    warnings: tuple[str, ...] = ()
 
 
 def export_onnx(
@@ -81,16 +83,19 @@ def export_onnx(
         raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
     with _as_found(model), torch.no_grad():
         traced = _Traced(model, task, text_inputs, image_size)
-        graph = _trace(traced, _attention(traced) if fuse else PLAIN_ATTENTION, FUSED_OPSET if fuse else PLAIN_OPSET)
+        attention, expected, warnings = _attention(traced) if fuse else (PLAIN_ATTENTION, {}, [])
+        graph = _trace(traced, attention, FUSED_OPSET if fuse else PLAIN_OPSET)
         _optimise(graph, fuse, _first_names(model))
+        fusions = count_fusions(graph)
         size = _publish(graph, path, external_data_threshold)
     return OnnxExport(
         path=path,
         inputs=traced.inputs.names,
         outputs=traced.outputs,
         opset=graph.opset_imports[""],
-        fusions=count_fusions(graph),
+        fusions=fusions,
         bytes=size,
+        warnings=(*warnings, *missing(expected, fusions)),
     )
 
 
@@ -142,14 +147,21 @@ def _as_found(model: PreTrainedModel) -> Iterator[None]:
             module.training = training[name]
 
 
-def _attention(traced: _Traced) -> str:
-    """The attention to trace with: ONNX's operator, unless the model asks for more than it can do."""
-    with attention_implementation(traced.model, ONNX_ATTENTION):
+def _attention(traced: _Traced) -> tuple[str, dict[str, int], list[str]]:
+    """The attention to trace with: ONNX's operator, unless the model asks for more than it can do; what the model goes
+    through that should be fused; and what is to be said."""
+    with attention_implementation(traced.model, ONNX_ATTENTION), counting(traced.model) as seen:
+        reason = None
         try:
             traced(*traced.inputs.tensors.values())
-        except NotImplementedError:
-            return PLAIN_ATTENTION
-    return ONNX_ATTENTION
+        except NotImplementedError as error:
+            reason = f"ONNX's operator cannot do {error}"
+    if reason is None and not seen[ATTENTION]:
+        reason = "the model does not take its attention from transformers' registry"
+    if reason is not None:
+        # What comes after the attention that was refused is not in the count.
+        return PLAIN_ATTENTION, {}, [f"attention is written as plain operators, which are slower: {reason}"]
+    return ONNX_ATTENTION, dict(seen), []
 
 
 def _trace(traced: _Traced, attention: str, opset: int) -> ir.Model:
