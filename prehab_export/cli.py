@@ -13,6 +13,7 @@ import click
 from converters.errors import InputError
 from converters.onnx.modes import MODES
 from prehab_export import config as options
+from prehab_export.bench_config import PROVIDERS
 from prehab_export.errors import BudgetError, ParityError
 from prehab_export.sweep_methods import METHODS
 
@@ -176,6 +177,8 @@ RUN_OPTIONS: list[Option] = [
     option("--lora-rank", "rehab.lora_rank", "Rank of the adapters of --rehab-method lora."),
     option("--quantize", "quantize", "Another graph, smaller; repeat for more.", multiple=True, type=_choice(MODES)),
     option("--threads", "bench.threads", "Threads of PyTorch and ONNX Runtime."),
+    option("--bench-threads", "bench.thread_counts", "Measure at so many threads; repeat.", multiple=True, type=int),
+    option("--provider", "bench.provider", "Execution provider to measure on.", type=_choice(tuple(PROVIDERS))),
     option("--bench-batch", "bench.batch_sizes", "Batch size to measure; repeat for more.", multiple=True, type=int),
     option("--bench-length", "bench.sequence_lengths", "Length to measure; repeat for more.", multiple=True, type=int),
     option("--bench-rounds", "bench.rounds", "Turns of each model."),

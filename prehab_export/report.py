@@ -10,7 +10,7 @@ import jinja2
 from converters.onnx.modes import FILE_NAMES
 from prehab_export.config import RunConfig
 from prehab_export.machine import machine_facts
-from prehab_export.plots import plot_prehab, plot_ranks
+from prehab_export.plots import plot_prehab, plot_ranks, plot_roofline
 from prehab_export.session import Session
 from prehab_export.workspace import write_json
 
@@ -34,6 +34,7 @@ def write_report(session: Session, folder: Path) -> None:
     facts = collect(session) | {"machine": machine_facts()}
     write_json(folder / "report.json", facts)
     plot_ranks(facts["truncate"]["layers"], folder / "ranks.png")
+    plot_roofline(facts["bench"], folder / "roofline.png")
     if "prehab" in facts:
         plot_prehab(facts["prehab"]["history"], facts["metric"]["name"], folder / "prehab.png")
     (folder / "report.md").write_text(render("report.md.j2", facts))
