@@ -104,8 +104,11 @@ def make_graphs(
     return graphs, kept
 
 
-def build(shape: str, blocks: int | None) -> transformers.PreTrainedModel:
-    sizes = {} if blocks is None else {"num_hidden_layers": blocks}
+def build(shape: str, blocks: int | None, tiny: bool = False) -> transformers.PreTrainedModel:
+    """The model with random weights; ``tiny``: of the same kind, but next to nothing."""
+    sizes: dict[str, int] = {} if blocks is None else {"num_hidden_layers": blocks}
+    if tiny:
+        sizes |= {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
     if shape == "vit-b16":
         classes = {index: str(index) for index in range(1000)}
         return transformers.ViTForImageClassification(transformers.ViTConfig(id2label=classes, **sizes)).eval()

@@ -11,6 +11,7 @@ from prehab_export.bench_graph import GraphFacts
 
 Row = dict[str, Any]
 
+PERCENTILES = (50, 90, 99)
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 LEAST_ROUNDS = 5  # with fewer there is nothing to draw from, and the interval would look far too narrow
@@ -33,18 +34,21 @@ class Samples:
         return cls(total, first, step)
 
 
-def case_row(name: str, threads: int, case: Row, taken: Row, samples: Samples, graph: GraphFacts) -> Row:
+def case_row(name: str, case: Row, taken: Row, samples: Samples, graph: GraphFacts) -> Row:
     total, step = np.concatenate(samples.total), np.concatenate(samples.step)
     batch = case["batch"]
     row = {
         "model": name,
-        "threads": threads,
+        "threads": case["threads"],
         "batch": batch,
         "sequence": case["sequence"],
         "runs": total.size,
-        "p50_ms": _percentile(total, 50),
-        "p90_ms": _percentile(total, 90),
-        "p99_ms": _percentile(total, 99),
+        **{f"p{percent}_ms": _percentile(total, percent) for percent in PERCENTILES},
+        **{
+            f"p{percent}_{end}_ms": value
+            for percent in PERCENTILES
+            for end, value in zip(("low", "high"), percentile_interval(samples.total, percent), strict=True)
+        },
         "mean_ms": total.mean(),
         "throughput_per_s": batch * 1e3 / total.mean(),
         "file_mb": graph.file_bytes / 1e6,
@@ -101,6 +105,18 @@ def ratio_interval(
         for draw in draws
     ]
     low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def percentile_interval(
+    rounds: list[np.ndarray], percent: float, resamples: int = RESAMPLES
+) -> tuple[float | None, float | None]:
+    """A bootstrap interval (`CONFIDENCE`) of a percentile of all runs, whole rounds drawn with replacement."""
+    if len(rounds) < LEAST_ROUNDS:
+        return None, None
+    draws = np.random.default_rng(0).integers(0, len(rounds), (resamples, len(rounds)))
+    values = [np.percentile(np.concatenate([rounds[i] for i in draw]), percent) for draw in draws]
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 

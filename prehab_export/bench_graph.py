@@ -1,10 +1,12 @@
 """What the bench must know of an ONNX file before it runs it: kind of input, vocabulary, size on disk."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from converters.errors import InputError
@@ -17,13 +19,15 @@ _LOOKUP = {"Gather": 0, "GatherBlockQuantized": 0, "EmbedLayerNormalization": 2}
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """``vocab_size`` is None where no embedding table is fed by input_ids; bytes include external data."""
+    """``vocab_size`` is None where no embedding table is fed by input_ids; bytes include external data.
+    ``weight_bytes``: of all weights but tables that rows are looked up in, which a request reads only a part of."""
 
     path: Path
     takes_tokens: bool
     decodes: bool
     vocab_size: int | None
     file_bytes: int
+    weight_bytes: int
 
 
 def read_graph(path: Path) -> GraphFacts:
@@ -47,6 +51,7 @@ def read_graph(path: Path) -> GraphFacts:
         takes_tokens="input_ids" in names,
         decodes=any(name.startswith("past_key_values.") for name in names),
         vocab_size=_vocab_size(model.graph),
+        weight_bytes=_weight_bytes(model.graph),
         file_bytes=path.stat().st_size + sum(_file_size(path, name) for name in external_files(model)),
     )
 
@@ -67,6 +72,23 @@ def _file_size(path: Path, name: str) -> int:
         return (path.parent / name).stat().st_size
     except OSError as error:
         raise InputError(f"{path} keeps weights in {name}, which is not beside it") from error
+
+
+def _weight_bytes(graph: onnx.GraphProto) -> int:
+    """A table counts only where something beside a look-up reads it too, as a tied output layer does."""
+    sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type in _CARRY}
+    read = {
+        _origin(name, sources)
+        for node in graph.node
+        if node.op_type not in _CARRY
+        for place, name in enumerate(node.input)
+        if _LOOKUP.get(node.op_type) != place
+    }
+    return sum(_tensor_bytes(tensor) for tensor in graph.initializer if tensor.name in read)
+
+
+def _tensor_bytes(tensor: onnx.TensorProto) -> int:
+    return math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
 
 
 def _vocab_size(graph: onnx.GraphProto) -> int | None:

@@ -23,16 +23,18 @@ def format_bench(result: Row) -> Table:
     tokens = any(row["sequence"] is not None for row in cases)
     decodes = any(row["time_to_first_token_ms"] is not None for row in cases)
     columns = (_DECODER if decodes else _ENCODER) + _BOTH
-    title = f"{result['machine']['cpu'] or 'CPU'}, {result['config']['threads']} thread(s)"
+    counts = list(dict.fromkeys(str(row["threads"]) for row in cases))
+    title = f"{result['machine']['cpu'] or 'CPU'}, {' or '.join(counts)} thread(s)"
+    sizes = [*(["threads"] if len(counts) > 1 else []), "batch", *(["sequence"] if tokens else [])]
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("model", overflow="fold")
-    for heading in ("batch", *(["seq"] if tokens else []), *(heading for heading, _, _ in columns)):
+    for heading in (*(size.replace("sequence", "seq") for size in sizes), *(heading for heading, _, _ in columns)):
         table.add_column(heading, justify="right")
     table.add_column("speedup", no_wrap=True)
     for row in cases:
-        sizes = [str(row["batch"]), *([str(row["sequence"])] if tokens else [])]
         figures = [_figure(row[key], digits) for _, key, digits in columns]
-        table.add_row(row["model"], *sizes, *figures, _speedup(row, result["comparison"]))
+        own = (str(row[size]) for size in sizes)
+        table.add_row(row["model"], *own, *figures, _speedup(row, result["comparison"]))
     return table
 
 

@@ -31,6 +31,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from prehab_export.kernel_cost import of_event
+
 NUMPY_TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -48,8 +50,9 @@ Feeds = dict[str, ort.OrtValue]
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a request: items in the batch, tokens in the prompt, tokens to generate, ids to draw from."""
+    """Threads; sizes of a request: items in the batch, tokens in the prompt, tokens to generate, ids to draw from."""
 
+    threads: int
     batch: int
     sequence: int | None
     new_tokens: int
@@ -76,8 +79,14 @@ class Times:
     step_ms: list[float] = field(default_factory=list)
 
 
-def open_session(model: str, threads: int) -> ort.InferenceSession:
-    return ort.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
+def open_session(model: str, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+    """Raises:
+    RuntimeError: the provider did not start; ONNX Runtime would go on without it.
+    """
+    session = ort.InferenceSession(model, options, providers=[provider])
+    if provider not in session.get_providers():
+        raise RuntimeError(f"{provider} did not start; ONNX Runtime has fallen back to {session.get_providers()[0]}")
+    return session
 
 
 def session_options(threads: int) -> ort.SessionOptions:
@@ -257,16 +266,16 @@ def _rusage_peak_kb() -> float | None:
 def load(request: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
     runtime, case = resident_kb(), Case(**request["case"])
     if not request["sample_memory"]:
-        return _open_and_serve(request["model"], request["threads"], case)
+        return _open_and_serve(request["model"], request["provider"], case)
     with sampled_memory() as peaks:
-        plan, answer = _open_and_serve(request["model"], request["threads"], case)
+        plan, answer = _open_and_serve(request["model"], request["provider"], case)
         turn(plan, min_runs=2, min_seconds=0)  # ORT plans its memory on the first run, and uses it from the second
     return plan, answer | _memory_answer(runtime, peaks)
 
 
-def _open_and_serve(model: str, threads: int, case: Case) -> tuple[Plan, dict[str, Any]]:
+def _open_and_serve(model: str, provider: str, case: Case) -> tuple[Plan, dict[str, Any]]:
     start = time.perf_counter()
-    session = open_session(model, threads)
+    session = open_session(model, session_options(case.threads), provider)
     load_s = time.perf_counter() - start
     plan, times = make_plan(session, case), Times()
     try:
@@ -280,11 +289,12 @@ def _open_and_serve(model: str, threads: int, case: Case) -> tuple[Plan, dict[st
 def profile(request: dict[str, Any]) -> dict[str, Any]:
     """Kernel times by operator. Noting them slows small kernels down, so they are for shares, not for totals."""
     with tempfile.TemporaryDirectory() as folder:
-        options = session_options(request["threads"])
+        case = Case(**request["case"])
+        options = session_options(case.threads)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
-        plan = make_plan(session, Case(**request["case"]))
+        session = open_session(request["model"], options, request["provider"])
+        plan = make_plan(session, case)
         times = Times()
         for _ in range(1 + request["runs"]):  # the first plans the memory
             serve(plan, times)
@@ -293,7 +303,7 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def kernel_times(events: list[dict[str, Any]], steps: int) -> dict[str, list[dict[str, Any]]]:
-    """Phase → operators by falling time: ``op``, its ``count`` and median milliseconds ``ms`` in one run.
+    """Phase → operators by falling time: ``op``, its ``count``, median milliseconds ``ms`` and ``gflop`` in one run.
 
     Args:
         events: as ONNX Runtime's profiler writes them.
@@ -301,18 +311,18 @@ def kernel_times(events: list[dict[str, Any]], steps: int) -> dict[str, list[dic
     """
     runs = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("name") == "model_run")
     kernels = sorted(
-        (event["ts"], event["args"]["op_name"], event["dur"])
+        (event["ts"], event["args"]["op_name"], event["dur"], of_event(event["args"]))
         for event in events
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
     )
-    by_phase: dict[str, list[dict[str, list[float]]]] = {}
+    by_phase: dict[str, list[dict[str, list[tuple[float, int]]]]] = {}
     at = 0
     for number, (start, end) in enumerate(runs):
-        own: dict[str, list[float]] = {}
+        own: dict[str, list[tuple[float, int]]] = {}
         while at < len(kernels) and kernels[at][0] <= end:
-            when, op, took = kernels[at]
+            when, op, took, products = kernels[at]
             if when >= start:
-                own.setdefault(op, []).append(took / 1e3)
+                own.setdefault(op, []).append((took / 1e3, products))
             at += 1
         if number > steps:  # all but the first request
             phase = "request" if not steps else "next_token" if number % (steps + 1) else "first_token"
@@ -320,13 +330,14 @@ def kernel_times(events: list[dict[str, Any]], steps: int) -> dict[str, list[dic
     return {phase: _medians(of_runs) for phase, of_runs in by_phase.items()}
 
 
-def _medians(runs: list[dict[str, list[float]]]) -> list[dict[str, Any]]:
+def _medians(runs: list[dict[str, list[tuple[float, int]]]]) -> list[dict[str, Any]]:
     ops = {op for run in runs for op in run}
     rows = [
         {
             "op": op,
             "count": int(np.median([len(run.get(op, ())) for run in runs])),
-            "ms": float(np.median([sum(run.get(op, ())) for run in runs])),
+            "ms": float(np.median([sum(ms for ms, _ in run.get(op, ())) for run in runs])),
+            "gflop": 2e-9 * float(np.median([sum(products for _, products in run.get(op, ())) for run in runs])),
         }
         for op in ops
     ]

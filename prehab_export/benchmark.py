@@ -18,12 +18,13 @@ from itertools import product
 from pathlib import Path
 
 from converters.errors import InputError
-from prehab_export.bench_config import BenchConfig, at_least
+from prehab_export.bench_config import PROVIDERS, BenchConfig, at_least, check_provider
 from prehab_export.bench_figures import Row, Samples, case_row, compare_rows
 from prehab_export.bench_graph import GraphFacts, read_graph
 from prehab_export.bench_process import WorkerProcess
 from prehab_export.bench_table import format_bench
 from prehab_export.machine import machine_facts
+from prehab_export.roofline import as_row, measure_ceilings, roofline_of
 
 __all__ = ["BenchConfig", "bench", "format_bench"]
 
@@ -33,7 +34,6 @@ PROFILED_RUNS = 5
 
 RUNTIME = {
     "runtime": "onnxruntime",
-    "execution_provider": "CPUExecutionProvider",
     "execution_mode": "sequential",
     "graph_optimization": "all",
     "inter_op_threads": 1,
@@ -47,11 +47,12 @@ def bench(
     vocab_size: int | None = None,
     progress: Progress | None = None,
 ) -> Row:
-    """Measure every model in every case; returns JSON types under machine, config, cases and comparison.
+    """Measure every model in every case; returns JSON types under machine, config, ceilings, cases and comparison.
 
     Keys carry their units; MB are 10⁶ bytes; a figure that does not apply or cannot be known is None. For a
     decoder with a cache a "request" is a prefill and ``new_tokens`` tokens, and p50_ms … are of requests.
-    ``operators`` are kernel times by phase of a request, operator by operator.
+    ``operators`` are kernel times by phase of a request, operator by operator; ``bound_ms`` is what the machine's
+    ``ceilings`` allow (see ``roofline``), of a decoder for one new token.
     In the comparison ``speedup`` and its kin are baseline over model (above 1 is faster), ``memory_ratio`` and
     ``size_ratio`` are model over baseline (below 1 is smaller). ``model_memory_ratio`` leaves out what Python
     and ONNX Runtime take before a model is loaded.
@@ -62,28 +63,36 @@ def bench(
         progress: called with a short line as work goes on.
 
     Raises:
-        InputError: a model is missing, does not run at a size asked for, or outgrew memory or time.
+        InputError: a model or the provider is missing, or a model does not run at a size asked for, or outgrew memory
+            or time.
     """
     say = progress or (lambda _: None)
+    check_provider(config.provider)
     graphs = _read_graphs(models)
     vocab_size = _common_vocab_size(graphs, vocab_size)
     cases = _cases(config, graphs, vocab_size)
     memory = [{name: _memory(name, graph, config, case, say) for name, graph in graphs.items()} for case in cases]
     rows: list[Row] = []
     comparison: list[Row] = []
+    ceilings = {}
+    for threads in dict.fromkeys(case["threads"] for case in cases):
+        say(f"ceilings of this machine at {threads} thread(s)")
+        ceilings[threads] = measure_ceilings(threads, PROVIDERS[config.provider], config.timeout_s)
     for case, peaks in zip(cases, memory, strict=True):
         loads, samples = _latency(graphs, config, case, say)
         profiles = {name: _profile(name, graph, config, case, say) for name, graph in graphs.items()}
         new = [
-            case_row(name, config.threads, case, loads[name] | peaks[name], samples[name], graph)
-            | {"operators": profiles[name]}
+            case_row(name, case, loads[name] | peaks[name], samples[name], graph) | {"operators": profiles[name]}
             for name, graph in graphs.items()
         ]
+        for row in new:
+            row |= roofline_of(row, graphs[row["model"]].weight_bytes, ceilings[case["threads"]])
         rows += new
         comparison += compare_rows(new, samples)
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-    settings |= RUNTIME | {"vocab_size": vocab_size}
-    return {"machine": machine_facts(), "config": settings, "cases": rows, "comparison": comparison}
+    settings |= RUNTIME | {"execution_provider": PROVIDERS[config.provider], "vocab_size": vocab_size}
+    measured = {"ceilings": [as_row(peaks) for peaks in ceilings.values()], "cases": rows, "comparison": comparison}
+    return {"machine": machine_facts(), "config": settings, **measured}
 
 
 def _read_graphs(models: Mapping[str, Path]) -> dict[str, GraphFacts]:
@@ -118,13 +127,22 @@ def _cases(config: BenchConfig, graphs: Mapping[str, GraphFacts], vocab_size: in
     tokens = any(graph.takes_tokens for graph in graphs.values())
     sequences: tuple[int | None, ...] = config.sequence_lengths if tokens else (None,)
     return [
-        {"batch": batch, "sequence": sequence, "new_tokens": config.new_tokens, "vocab_size": vocab_size}
-        for batch, sequence in product(config.batch_sizes, sequences)
+        {
+            "threads": threads,
+            "batch": batch,
+            "sequence": sequence,
+            "new_tokens": config.new_tokens,
+            "vocab_size": vocab_size,
+        }
+        for threads, batch, sequence in product(
+            config.thread_counts or (config.threads,), config.batch_sizes, sequences
+        )
     ]
 
 
 def _sizes(case: Row) -> str:
-    return f" at batch {case['batch']}" + (f", sequence {case['sequence']}" if case["sequence"] else "")
+    sequence = f", sequence {case['sequence']}" if case["sequence"] else ""
+    return f" at batch {case['batch']}{sequence}, {case['threads']} thread(s)"
 
 
 def _memory(name: str, graph: GraphFacts, config: BenchConfig, case: Row, say: Progress) -> Row:
@@ -137,14 +155,15 @@ def _memory(name: str, graph: GraphFacts, config: BenchConfig, case: Row, say: P
 
 def _load(worker: WorkerProcess, graph: GraphFacts, config: BenchConfig, case: Row, sample_memory: bool = False) -> Row:
     path = str(graph.path.resolve())
-    return worker.ask(action="load", model=path, threads=config.threads, case=case, sample_memory=sample_memory)
+    provider = PROVIDERS[config.provider]
+    return worker.ask(action="load", model=path, provider=provider, case=case, sample_memory=sample_memory)
 
 
 def _profile(name: str, graph: GraphFacts, config: BenchConfig, case: Row, say: Progress) -> Row:
     """Kernel times by operator, from a process of their own: noting them would disturb the others."""
     say(f"operators of {name}{_sizes(case)}")
     with WorkerProcess(name + _sizes(case), config.timeout_s) as worker:
-        request = {"model": str(graph.path.resolve()), "threads": config.threads, "case": case}
+        request = {"model": str(graph.path.resolve()), "provider": PROVIDERS[config.provider], "case": case}
         return worker.ask(action="profile", runs=PROFILED_RUNS, **request)["phases"]
 
 

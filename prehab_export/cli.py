@@ -13,7 +13,8 @@ import click
 from converters.errors import InputError
 from converters.onnx.modes import MODES
 from prehab_export import config as options
-from prehab_export.errors import BudgetError, ParityError
+from prehab_export.bench_config import PROVIDERS
+from prehab_export.errors import BudgetError, ParityError, TargetError
 from prehab_export.sweep_methods import METHODS
 
 # Verb → the last stage that it brings up to date, and what it prints with --json.
@@ -176,6 +177,8 @@ RUN_OPTIONS: list[Option] = [
     option("--lora-rank", "rehab.lora_rank", "Rank of the adapters of --rehab-method lora."),
     option("--quantize", "quantize", "Another graph, smaller; repeat for more.", multiple=True, type=_choice(MODES)),
     option("--threads", "bench.threads", "Threads of PyTorch and ONNX Runtime."),
+    option("--bench-threads", "bench.thread_counts", "Measure at so many threads; repeat.", multiple=True, type=int),
+    option("--provider", "bench.provider", "Execution provider to measure on.", type=_choice(tuple(PROVIDERS))),
     option("--bench-batch", "bench.batch_sizes", "Batch size to measure; repeat for more.", multiple=True, type=int),
     option("--bench-length", "bench.sequence_lengths", "Length to measure; repeat for more.", multiple=True, type=int),
     option("--bench-rounds", "bench.rounds", "Turns of each model."),
@@ -184,6 +187,28 @@ RUN_OPTIONS: list[Option] = [
     plain("--force", is_flag=True, help="Do this verb's work again although it is up to date."),
     plain("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 ]
+
+
+# What a verb takes beyond the options of a run.
+FURTHER_OPTIONS: dict[str, list[Option]] = {
+    "bench": [
+        plain("--target", help="Measure elsewhere: local, kit:FOLDER, ssh://user@host, adb or adb:SERIAL."),
+        plain("--python", default="python3", show_default=True, help="The interpreter on another machine."),
+        plain("--keep", is_flag=True, help="Leave the kit on the other machine, to copy less the next time."),
+        plain("--cooldown", type=float, default=0.0, help="Seconds of rest before each turn."),
+        plain("--pin-cores", type=int, help="Run on so many cores only (local)."),
+        plain("--memory-limit", type=float, help="Megabytes to run in (local)."),
+        plain("--matrix", type=float, multiple=True, help="Megabytes of a table threads × memory (local); repeat."),
+    ],
+    "report": [
+        plain(
+            "--target-results",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            multiple=True,
+            help="results.json of a kit that was run by hand; repeat for more.",
+        ),
+    ],
+}
 
 
 def run_options(command: Command) -> Command:
@@ -198,7 +223,7 @@ def cli() -> None:
     """Compress a trained transformer into a low-rank model that deploys.
 
     Exit codes: 0 done, 1 a defect, 2 bad input, 3 the exported model does not compute what it should, 4 slower than
-    --min-speedup asks, or no model is within a fit's budget.
+    --min-speedup asks or no model within a fit's budget, 5 the place to measure at fails.
     """
 
 
@@ -215,6 +240,10 @@ def run(model: str, **flags: Any) -> None:
 
 def _stage_command(verb: str, until: str, text: str) -> None:
     def command(model: str | None, **flags: Any) -> None:
+        if verb == "bench" and _benched_elsewhere(model, flags):
+            return
+        if verb == "report":
+            _take_in(model, flags)
         _run(model, flags, until=until, inherit=True)
 
     command.__doc__ = f"""{text}
@@ -222,8 +251,51 @@ def _stage_command(verb: str, until: str, text: str) -> None:
     Works on the folder of a run, given as MODEL or with -o, with the options saved there unless others are
     given; earlier stages are brought up to date first. With a model and -o it starts a new run and stops here.
     """
-    with_model = click.argument("model", required=False)(run_options(command))
-    cli.command(name=verb)(with_model)
+    decorated = run_options(command)
+    for _flag, decorate in reversed(FURTHER_OPTIONS.get(verb, [])):
+        decorated = decorate(decorated)
+    cli.command(name=verb)(click.argument("model", required=False)(decorated))
+
+
+def _benched_elsewhere(model: str | None, flags: dict[str, Any]) -> bool:
+    """Measure at the target that was asked for; False where none was."""
+    keys = ("target", "python", "keep", "cooldown", "pin_cores", "memory_limit", "matrix")
+    own = {key: flags.pop(key) for key in keys}
+    if own["target"] is None:
+        if given := [key for key in keys if own[key] not in (None, False, (), 0.0, "python3")]:
+            raise InputError(f"--{given[0].replace('_', '-')} needs --target")
+        return False
+    from prehab_export.targets.measuring import Target, bench_on_target
+
+    target = Target(
+        own["target"], own["python"], own["keep"], own["cooldown"], own["pin_cores"], own["memory_limit"], own["matrix"]
+    )
+    del flags["force"]
+    as_json = flags.pop("as_json")
+    config, output = _parsed(model, flags, inherit=True)
+    place = bench_on_target(config, output, target)
+    if place.is_dir():
+        click.echo(f"kit  {place}\nrun it there with  python run_kit.py")
+        return True
+    from prehab_export.targets.table import print_results
+
+    results = json.loads(place.read_text())
+    if as_json:
+        click.echo(json.dumps(results, indent=2))
+    else:
+        print_results(results)
+        click.echo(f"results  {place}")
+    return True
+
+
+def _take_in(model: str | None, flags: dict[str, Any]) -> None:
+    """Read back what kits have measured elsewhere."""
+    if results := flags.pop("target_results"):
+        from prehab_export.targets.measuring import read_back
+
+        own = {key: value for key, value in flags.items() if key not in ("force", "as_json")}
+        config, output = _parsed(model, own, inherit=True)
+        read_back(config, output, results)
 
 
 for _verb, (_until, _text) in VERBS.items():
@@ -355,6 +427,7 @@ def sweep(model: str | None, ratios: tuple[float, ...], methods: tuple[str, ...]
 def _fit_options(command: Command) -> Command:
     """Those of a run up to calibration and truncation; the fit finds the rest by itself."""
     own = {"--ratio", "--budget", "--objective", "--allocation", "--threads", "--min-speedup", "--force"}
+    own |= {"--bench-threads", "--provider"}
     for flag, decorate in reversed(RUN_OPTIONS):
         if flag not in own and not flag.startswith(("--prehab", "--surrogate", "--refine", "--rehab", "--lora")):
             command = decorate(command)
@@ -363,7 +436,9 @@ def _fit_options(command: Command) -> Command:
 
 @cli.command()
 @click.argument("model", required=False)
-@click.option("--target", default="local", show_default=True, help="Where to measure: local, this machine.")
+@click.option("--target", default="local", show_default=True,
+              help="Where to measure: local, ssh://user@host, adb or adb:SERIAL.")  # fmt: skip
+@click.option("--python", default="python3", show_default=True, help="The interpreter on another machine.")
 @click.option("--p95", help="Limit on a request's 95th percentile, such as 20ms.")
 @click.option("--memory", help="Limit on the peak memory of the process that serves the model, such as 128MB.")
 @click.option("--size", help="Limit on the ONNX file, such as 20MB.")
@@ -371,7 +446,7 @@ def _fit_options(command: Command) -> Command:
 @click.option("--threads", "threads", type=int, multiple=True, default=(1,), show_default=True,
               help="Threads that the runtime may use; repeat to try more.")  # fmt: skip
 @_fit_options
-def fit(model: str | None, target: str, threads: tuple[int, ...], **flags: Any) -> None:
+def fit(model: str | None, target: str, python: str, threads: tuple[int, ...], **flags: Any) -> None:
     """Find the most accurate model within a budget on the device where it will run.
 
     Ranks, the kinds of quantisation given with --quantize and the numbers of threads are searched by measured times of
@@ -387,9 +462,10 @@ def fit(model: str | None, target: str, threads: tuple[int, ...], **flags: Any) 
     budget = Budget.parsed(**limits, metric=metric)
     from prehab_export.fitting import FitRequest
     from prehab_export.fitting import fit as run_fit
+    from prehab_export.targets.measuring import Target
 
     try:
-        run_fit(config, output, FitRequest(budget, target, tuple(dict.fromkeys(threads))))
+        run_fit(config, output, FitRequest(budget, Target(target, python), tuple(dict.fromkeys(threads))))
     except BudgetError:
         _show_fit(output / "fit", as_json)
         raise
@@ -452,7 +528,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors that a user can mend become one sentence and an exit code."""
     try:
         code = cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)
-    except (InputError, ParityError, BudgetError) as error:
+    except (InputError, ParityError, BudgetError, TargetError) as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
     except FloatingPointError as error:  # a loss that overflowed, with what to change

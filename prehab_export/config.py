@@ -326,6 +326,8 @@ class RunConfig:
         if self.min_speedup is not None and not 0 < self.min_speedup < float("inf"):
             raise InputError(f"--min-speedup must be above 0, not {self.min_speedup}")
         _one_of("--task", self.task, TASK_NAMES)
+        if self.truncate.latency is not None and self.bench.provider != "cpu":
+            raise InputError("--budget latency counts times of the CPU; take --provider cpu, or --ratio")
         for mode in self.quantize:
             _one_of("--quantize", mode, MODES)
         if set(self.quantize) & set(BLOCK_MODES) and self.truncate.rank_multiple == 1:

@@ -15,4 +15,10 @@ class BudgetError(RuntimeError):
     exit_code = 4
 
 
-__all__ = ["BudgetError", "InputError", "ParityError"]
+class TargetError(RuntimeError):
+    """The place to measure at cannot be reached, lacks something, or was lost on the way."""
+
+    exit_code = 5
+
+
+__all__ = ["BudgetError", "InputError", "ParityError", "TargetError"]

@@ -60,6 +60,8 @@ def _export_graph(
     export = export_exact(
         model, path, session.task, reference, session.processor.model_input_names if is_text else None, session.threads
     )
+    for warning in export.warnings:
+        say(f"  [yellow]warning: {escape(warning)}")
     write_json(folder / "export.json", {key: value for key, value in asdict(export).items() if key != "path"})
     return export
 

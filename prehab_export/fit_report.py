@@ -8,7 +8,7 @@ from rich.table import Table
 
 from prehab_export.plots import plot_fit
 from prehab_export.progress import result_console
-from prehab_export.report import render
+from prehab_export.rendering import render
 from prehab_export.workspace import write_json
 
 Row = dict[str, Any]

@@ -1,7 +1,7 @@
-"""Where a fit measures: the target's answers, one row a model and number of threads.
+"""Where a fit measures: kits, taken to the target and brought back as rows of figures.
 
-A row is ``model``, ``threads``, ``p50_ms``, ``p95_ms`` of a request, and ``peak_mb``, the peak memory of the process
-that serves it. Every model has a process of its own, and models are measured in turns, as in the bench.
+A row is ``model``, ``threads``, ``p50_ms`` and ``p95_ms`` of a request, and ``peak_mb``, the peak memory of a process
+that serves the model alone; None where the target does not tell.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,72 +10,89 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from converters.errors import InputError
 from prehab_export.bench_config import BenchConfig
-from prehab_export.benchmark import bench, time_in_turns
 from prehab_export.machine import available_cores, machine_facts
-from prehab_export.probe import LayerProbe
-from prehab_export.progress import bar
+from prehab_export.probe import LayerProbe, case_of
+from prehab_export.progress import bar, say
+from prehab_export.targets.kit import make_kit
+from prehab_export.targets.local import measure_locally
+from prehab_export.targets.measuring import Target
+from prehab_export.targets.remote import measure_remotely
 
 Row = dict[str, Any]
 
-LOCAL = "local"
 # Layers are many and quick, and only their medians count.
-LAYER_ROUNDS, LAYER_SECONDS = 7, 0.02
+LAYERS = BenchConfig(threads=1, warmup=2, rounds=9, min_seconds=0.02)
+FIGURES = ("model", "threads", "p50_ms", "p95_ms", "peak_mb", "runs", "rounds")
 
 
-def check_target(target: str, threads: Sequence[int]) -> None:
+def check_target(target: Target, threads: Sequence[int]) -> None:
     """Raises:
-    InputError: no such target, or it has fewer cores than threads are asked for.
+    InputError: a place that cannot answer at once, or one with fewer cores than threads are asked for.
+    TargetError: it cannot be reached.
     """
-    if target != LOCAL:
-        raise InputError(f"--target {target!r} is not known; {LOCAL} is this machine")
-    if (most := available_cores()) < max(threads):
+    if target.name.startswith("kit:"):
+        raise InputError(
+            "--target kit:FOLDER answers by hand, and a fit asks twice; give local, ssh://user@host or adb"
+        )
+    if target.name != "local":
+        with target.shell() as shell:
+            shell.run("true")
+    elif (most := available_cores()) < max(threads):
         raise InputError(f"--threads {max(threads)} is more than the {most} cores that this process may use")
 
 
-def measure_layers(probes: Sequence[LayerProbe], tokens: int, threads: Sequence[int]) -> list[Row]:
-    """The medians of all layer graphs; shape by shape, for those of one shape are compared with each other."""
+def place_of(target: Target) -> Row:
+    """What measurements at a target hold for: its name, and of this machine all that is known."""
+    return {"target": target.name, "machine": machine_facts() if target.name == "local" else None}
+
+
+def measure_layers(
+    probes: Sequence[LayerProbe], tokens: int, threads: Sequence[int], target: Target, folder: Path
+) -> list[Row]:
+    """The times of all layer graphs, a kit a shape: those of one shape take the same input and turns with each other.
+
+    Args:
+        folder: a place for the kits.
+    """
+    config = replace(LAYERS, thread_counts=tuple(threads), batch_sizes=(tokens,))
     shapes = [list(group) for _, group in groupby(probes, key=lambda probe: probe.shape)]
     rows = []
-    with bar("time layers", len(shapes) * len(threads)) as advance:
-        for count in threads:
-            config = BenchConfig(threads=count, warmup=2, rounds=LAYER_ROUNDS, min_seconds=LAYER_SECONDS)
-            for group in shapes:
-                samples = time_in_turns({probe.slug: probe.graph for probe in group}, config, tokens)
-                for slug, taken in samples.items():
-                    total = np.concatenate(taken.total)
-                    rows.append({"model": slug, "threads": count, "p50_ms": float(np.median(total))})
-                advance(1)
+    with bar("time layers", len(shapes)) as advance:
+        for group in shapes:
+            models = {probe.slug: probe.graph for probe in group}
+            rows += _measured(models, config, target, folder / case_of(group[0].shape), memory=False)["rows"]
+            advance(1)
     return rows
 
 
 def measure_models(
-    models: Mapping[str, Path], config: BenchConfig, threads: Sequence[int], vocabulary: int | None
-) -> list[Row]:
-    """Whole models in one case, each with every number of threads.
+    models: Mapping[str, Path], config: BenchConfig, threads: Sequence[int], target: Target, folder: Path
+) -> Row:
+    """``rows`` of whole models in one case, with every number of threads, and the ``device``.
 
     Args:
         config: the first batch size and the first length of it are the case.
+        folder: a place for the kit.
     """
-    config = replace(config, batch_sizes=config.batch_sizes[:1], sequence_lengths=config.sequence_lengths[:1])
-    rows = []
-    for count in threads:
-        result = bench(models, replace(config, threads=count), vocabulary)
-        rows += [
-            {
-                "model": row["model"],
-                "threads": count,
-                **{key: row[key] for key in ("p50_ms", "p95_ms", "runs", "round_p50_ms")},
-                "peak_mb": row["peak_resident_mb"],
-            }
-            for row in result["cases"]
-        ]
-    return rows
+    config = replace(
+        config,
+        thread_counts=tuple(threads),
+        batch_sizes=config.batch_sizes[:1],
+        sequence_lengths=config.sequence_lengths[:1],
+    )
+    return _measured(models, config, target, folder / "models")
 
 
-def device_facts(_target: str) -> Row:
-    """What is known of the device."""
-    return machine_facts()
+def _measured(
+    models: Mapping[str, Path], config: BenchConfig, target: Target, folder: Path, *, memory: bool = True
+) -> Row:
+    kit = make_kit(models, folder, config, target.cooldown_s)
+    if target.name == "local":
+        results = measure_locally(kit, target.limits(), () if memory else ("--no-memory",))
+    else:
+        with target.shell() as shell:
+            place = target.name.partition(":")[0]
+            results = measure_remotely(kit, shell, place, target.python, target.keep, lambda line: say(f"  {line}"))
+    return {"device": results["device"], "rows": [{key: row[key] for key in FIGURES} for row in results["cases"]]}

@@ -8,7 +8,7 @@ with another budget, computes only what is missing.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ from prehab_export.evaluation import Metrics
 from prehab_export.fit_models import FitModels, slug_of
 from prehab_export.fit_report import write_fit
 from prehab_export.fit_search import FLOAT32, Candidate, Line, Search, chosen, finalists, pareto
-from prehab_export.fit_target import check_target, device_facts, measure_layers, measure_models
+from prehab_export.fit_target import check_target, measure_layers, measure_models, place_of
 from prehab_export.latency_budget import layer_shapes, tokens_at_a_time
 from prehab_export.models import empty_model
 from prehab_export.pipeline import bring_up, opened
 from prehab_export.probe import Anchor, LayerProbe, layer_probes, understood
 from prehab_export.progress import bar, say
 from prehab_export.session import Session, bench_config
+from prehab_export.targets.measuring import Target
 from prehab_export.truncation import Plan, ranks_by
 from prehab_export.workspace import stage_key, write_json
 
@@ -41,10 +42,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class FitRequest:
-    """target: where to measure (``fit_target``). threads: the numbers of threads that may be used there."""
+    """target: where to measure. threads: the numbers of threads that may be used there."""
 
     budget: Budget
-    target: str = "local"
+    target: Target = field(default_factory=lambda: Target("local"))
     threads: tuple[int, ...] = (1,)
 
     def __post_init__(self) -> None:
@@ -117,7 +118,9 @@ class _Fit:
         penalties = {mode: self.models.metrics(self.dense, mode, "held-out").loss - reference for mode in self.modes}
         known = understood(told["rows"], self.layers, probes, anchors, penalties, tokens)
         if self.request.budget.memory_mb is not None and any(row.memory is None for row in known.values()):
-            raise InputError(f"{self.request.target} does not tell how much memory a model takes; leave out --memory")
+            raise InputError(
+                f"{self.request.target.name} does not tell how much memory a model takes; leave out --memory"
+            )
         float_plans = [plan for plan, mode in plans if mode == FLOAT32]
         drops = Line.through(
             (self.layers.loss(plan.ranks, plan.shared), self.models.drop(plan, FLOAT32)) for plan in float_plans
@@ -130,25 +133,27 @@ class _Fit:
         return Anchor(f"{slug_of(plan)}-{mode}", mode, units, read_graph(graph).file_bytes / 1e6, graph)
 
     def _probe(self, anchors: Sequence[Anchor], tokens: int, folder: Path) -> None:
-        say(f"[bold]probe {self.request.target}")
+        say(f"[bold]probe {self.request.target.name}")
         shapes = layer_shapes(self.session)
         with bar("write layer graphs", len(set(shapes))) as advance:
             probes = list(layer_probes(shapes, tokens, self.modes, folder / "layers", advance))
-        rows = measure_layers(probes, tokens, self.request.threads)
+        rows = measure_layers(probes, tokens, self.request.threads, self.request.target, folder / "kits")
+        models = {anchor.slug: anchor.graph for anchor in anchors}
+        rows += self._measure(models, self.request.threads, folder)["rows"]
         shutil.rmtree(folder / "layers")
-        rows += self._measure({anchor.slug: anchor.graph for anchor in anchors}, self.request.threads)
         asked = [{k: v for k, v in asdict(probe).items() if k != "graph"} for probe in probes]
         write_json(folder / "probe.json", {"layers": asked, "rows": rows})
 
     def _place(self) -> Row:
         """What a measurement depends on besides the models."""
-        target = self.request.target
-        return {"target": target, "device": device_facts(target), "bench": asdict(bench_config(self.session))}
+        return {**place_of(self.request.target), "bench": asdict(bench_config(self.session))}
 
-    def _measure(self, models: Mapping[str, Path], threads: Sequence[int]) -> list[Row]:
+    def _measure(self, models: Mapping[str, Path], threads: Sequence[int], folder: Path) -> Row:
         say(f"  time {len(models)} models")
-        vocabulary = getattr(self.session.model_config.get_text_config(), "vocab_size", None)
-        return measure_models(models, bench_config(self.session), threads, vocabulary)
+        config = bench_config(self.session)
+        results = measure_models(models, config, threads, self.request.target, folder / "kits")
+        shutil.rmtree(folder / "kits", ignore_errors=True)
+        return results
 
     def run(self) -> tuple[Row, Candidate | None]:
         """The result as JSON types, and the candidate that is recommended; None where none keeps to the budget."""
@@ -158,7 +163,7 @@ class _Fit:
             candidates = search.all(budget, advance)
         few = finalists(candidates, budget, FINALISTS)
         final = self._finals(few)
-        tried = {id(c): self._figures(c, final) for c in few}
+        tried = {id(c): self._figures(c, final["rows"]) for c in few}
         best = chosen([(c, tried[id(c)]) for c in few], budget)
         unbeaten_rows = pareto([(c.loss, c.predicted.p95_ms, c.predicted.size_mb) for c in candidates])
         rows = [
@@ -178,17 +183,17 @@ class _Fit:
         result = {
             "model": Path(self.session.config.model).name,
             "task": self.session.config.task,
-            "target": self.request.target.partition("//")[0],
-            "device": device_facts(self.request.target),
+            "target": self.request.target.name.partition(":")[0],
+            "device": final["device"],
             "budget": asdict(budget),
             "metric": asdict(dense),
             "verdict": verdict,
             "candidates": rows,
-            "measured": {"probe": probed, "finalists": final},
+            "measured": {"probe": probed, "finalists": final["rows"]},
         }
         return result, best
 
-    def _finals(self, candidates: Sequence[Candidate]) -> list[Row]:
+    def _finals(self, candidates: Sequence[Candidate]) -> Row:
         """The finalists for real, beside the dense model."""
         models = {f"dense-{FLOAT32}": self.models.graph(self.dense, FLOAT32)}
         models |= {_slug(c): self.models.graph(_plan(c), c.setup.mode) for c in candidates}
@@ -196,10 +201,10 @@ class _Fit:
         options = {**self._place(), "threads": threads, "models": list(models)}
 
         def work(folder: Path) -> None:
-            say(f"[bold]measure {len(candidates)} finalists on {self.request.target}")
-            write_json(folder / "rows.json", self._measure(models, threads))
+            say(f"[bold]measure {len(candidates)} finalists on {self.request.target.name}")
+            write_json(folder / "results.json", self._measure(models, threads, folder))
 
-        return json.loads((self.models.stage("fit-finalists", options, work) / "rows.json").read_text())
+        return json.loads((self.models.stage("fit-finalists", options, work) / "results.json").read_text())
 
     def _figures(self, candidate: Candidate, results: Sequence[Row]) -> Figures:
         wanted = (_slug(candidate), candidate.setup.threads)

@@ -102,3 +102,32 @@ def plot_fit(result: dict, path: Path) -> None:
     axes.legend(fontsize=8, title="area: file size; ringed: measured", title_fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def plot_roofline(bench: dict, path: Path) -> None:
+    """Operations a second against operations a byte of weights, a panel for each number of threads, under the measured
+    ceilings."""
+    figure = Figure(figsize=(1 + 4.5 * len(bench["ceilings"]), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(bench["ceilings"]), squeeze=False)[0]
+    for axes, peak in zip(panels, bench["ceilings"], strict=True):
+        cases = [case for case in bench["cases"] if case["threads"] == peak["threads"] and case["gflop"]]
+        places: dict[str, list[tuple[float, float]]] = {case["model"]: [] for case in cases}
+        for case in cases:
+            took = case["inter_token_p50_ms"] or case["p50_ms"]
+            places[case["model"]].append((1e3 * case["gflop"] / case["weight_mb"], 1e3 * case["gflop"] / took))
+        spread = [x for points in places.values() for x, _ in points]
+        low, high = 0.3 * min(spread), 3 * max(spread)
+        for kind, key, style in (("float32", "float32_gflops", "-"), ("int8", "int8_gops", "--")):
+            knee = peak[key] / peak["read_gb_s"]
+            line = [(x, min(peak[key], x * peak["read_gb_s"])) for x in sorted({low, min(max(knee, low), high), high})]
+            axes.plot(*zip(*line, strict=True), style, color="0.4", lw=1, label=f"ceiling, {kind}")
+        for model, points in places.items():
+            axes.scatter(*zip(*points, strict=True), s=28, label=model, zorder=3)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("operations per byte of weights")
+        axes.set_ylabel("10⁹ operations a second")
+        axes.set_title(f"{peak['threads']} thread(s)", fontsize=9)
+        axes.legend(fontsize=6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)

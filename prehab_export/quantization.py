@@ -38,6 +38,16 @@ def quantize(session: Session, folder: Path) -> None:
     write_json(folder / "quantize.json", {"graphs": rows})
 
 
+def graphs_of(session: Session) -> dict[str, Path]:
+    """Name → graph, of all that a finished run has to measure; the dense float32 one comes first."""
+    root = session.workspace
+    return {
+        "dense": root.folder("baseline") / "onnx" / "model.onnx",
+        "compressed": root.folder("artifact") / "onnx" / "model.onnx",
+        **quantized_graphs(session),
+    }
+
+
 def quantized_graphs(session: Session) -> dict[str, Path]:
     """Name (``dense int8``) → graph, of all that the run has."""
     folder = session.workspace.folder("quantize")

@@ -5,13 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from converters.onnx.modes import FILE_NAMES
 from prehab_export.config import RunConfig
 from prehab_export.machine import machine_facts
-from prehab_export.plots import plot_prehab, plot_ranks
+from prehab_export.plots import plot_prehab, plot_ranks, plot_roofline
+from prehab_export.rendering import render
 from prehab_export.session import Session
+from prehab_export.targets.results import kept_results
 from prehab_export.workspace import write_json
 
 # Stage → the JSON file that it leaves, in the order of the report.
@@ -31,9 +30,10 @@ STAGE_FACTS = {
 
 def write_report(session: Session, folder: Path) -> None:
     """Everything that is known of the run: all figures as JSON, the main ones as Markdown with plots."""
-    facts = collect(session) | {"machine": machine_facts()}
+    facts = collect(session) | {"machine": machine_facts(), "targets": kept_results(session.workspace.root)}
     write_json(folder / "report.json", facts)
     plot_ranks(facts["truncate"]["layers"], folder / "ranks.png")
+    plot_roofline(facts["bench"], folder / "roofline.png")
     if "prehab" in facts:
         plot_prehab(facts["prehab"]["history"], facts["metric"]["name"], folder / "prehab.png")
     (folder / "report.md").write_text(render("report.md.j2", facts))
@@ -83,29 +83,3 @@ def _public(config: RunConfig) -> RunConfig:
     return replace(
         config, model=name(config.model), adapter=adapter, data=replace(config.data, data=name(config.data.data))
     )
-
-
-def render(template: str, facts: dict[str, Any]) -> str:
-    """A template of this package, filled in; a fact that is missing is an error, not a gap."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("prehab_export"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.globals["file_names"] = FILE_NAMES
-    environment.filters |= {"metric": _metric, "count": _count, "share": lambda x: f"{100 * x:.1f}%", "mb": _megabytes}
-    return environment.get_template(template).render(facts)
-
-
-def _metric(value: float) -> str:
-    return f"{value:.4f}" if value < 10 else f"{value:.2f}"
-
-
-def _count(value: float) -> str:
-    return f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:,.0f}"
-
-
-def _megabytes(value: float) -> str:
-    return f"{value / 1e6:.2f} MB"

@@ -15,7 +15,7 @@ from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear, dense_weight
 from converters.targets import target_layers
-from prehab_export.bench_config import BenchConfig
+from prehab_export.bench_config import BenchConfig, check_provider
 from prehab_export.config import RunConfig
 from prehab_export.data import Samples, TaskData, load_data
 from prehab_export.devices import choose_device, prepare_determinism, room_for
@@ -221,6 +221,7 @@ def check(session: Session) -> None:
         InputError: see the table of bad input in the README.
     """
     choose_device(session.config.device, session.config.precision)
+    check_provider(session.config.bench.provider)
     model = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
     layers = session.layers(model)
     if session.config.adapter is not None:

@@ -28,7 +28,7 @@ from prehab_export.latency_budget import cost_of, predicted_latency, time_ranks
 from prehab_export.parity import digests_of
 from prehab_export.prehabilitation import prehab
 from prehab_export.progress import bar, say
-from prehab_export.quantization import quantize, quantized_graphs
+from prehab_export.quantization import graphs_of, quantize
 from prehab_export.refinement import refine
 from prehab_export.rehabilitation import rehab
 from prehab_export.report import write_report
@@ -269,14 +269,8 @@ def _rehab(session: Session, folder: Path) -> None:
 
 
 def _bench(session: Session, folder: Path) -> None:
-    root = session.workspace
-    models = {
-        "dense": root.folder("baseline") / "onnx" / "model.onnx",
-        "compressed": root.folder("artifact") / "onnx" / "model.onnx",
-        **quantized_graphs(session),
-    }
     vocabulary = getattr(session.model_config.get_text_config(), "vocab_size", None)
-    write_json(folder / "bench.json", bench(models, bench_config(session), vocabulary))
+    write_json(folder / "bench.json", bench(graphs_of(session), bench_config(session), vocabulary))
 
 
 def _needs_prehab(config: RunConfig) -> bool:

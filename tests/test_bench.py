@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
@@ -18,15 +19,20 @@ from rich.console import Console
 
 from converters.errors import InputError
 from prehab_export import machine
+from prehab_export.bench_config import PROVIDERS
 from prehab_export.bench_figures import ratio_interval
 from prehab_export.bench_graph import read_graph
 from prehab_export.bench_process import WorkerProcess
-from prehab_export.bench_worker import Case, Times, kernel_times, make_plan, open_session, serve
+from prehab_export.bench_worker import Case, Times, kernel_times, make_plan, open_session, serve, session_options
 from prehab_export.benchmark import BenchConfig, bench, format_bench, turns
 from prehab_export.machine import available_cores, machine_facts
 
 VOCAB, POSITIONS, HIDDEN = 50, 24, 16
 QUICK = {"threads": 1, "warmup": 0, "rounds": 2, "min_seconds": 0.0, "sequence_lengths": (8,), "new_tokens": 4}
+
+
+def opened(path):
+    return open_session(str(path), session_options(1), "CPUExecutionProvider")
 
 
 def weights(name, *shape, scale=0.1):
@@ -183,6 +189,11 @@ def test_two_vision_models(tmp_path):
         assert phase == "request"
         assert counts["MatMul"] == 2
         assert all(entry["ms"] >= 0 for entry in row["operators"][phase])
+        hidden = 40_000 if row["model"] == "dense" else 64
+        assert row["gflop"] == pytest.approx(2e-9 * row["batch"] * hidden * (192 + 4))
+        assert row["weight_mb"] == pytest.approx(4e-6 * hidden * (192 + 4))
+        assert row["share_of_bound"] == pytest.approx(row["bound_ms"] / row["p50_ms"])
+        assert row["p50_low_ms"] <= row["p50_ms"] <= row["p50_high_ms"] <= row["p99_high_ms"]
     dense, other = result["cases"][:2]
     assert dense["file_mb"] == pytest.approx(sum(f.stat().st_size for f in big.parent.iterdir()) / 1e6)
     assert other["file_mb"] == small.stat().st_size / 1e6
@@ -195,6 +206,38 @@ def test_two_vision_models(tmp_path):
     assert 0 < compared["model_memory_ratio"] < compared["memory_ratio"] < 1
     first_case = [line.rsplit(" ", 1)[1] for line in said if "round" in line and "batch 1" in line]
     assert first_case == ["dense", "small", "small", "dense", "dense", "small", "small", "dense", "dense", "small"]
+
+
+@pytest.mark.usefixtures("no_orphans")
+def test_several_numbers_of_threads(tmp_path):
+    models = {"dense": vision(tmp_path / "a.onnx"), "same": vision(tmp_path / "b.onnx")}
+    result = bench(models, BenchConfig(**QUICK | {"thread_counts": (1, 2)}))
+    assert [(row["model"], row["threads"]) for row in result["cases"]] == [
+        ("dense", 1),
+        ("same", 1),
+        ("dense", 2),
+        ("same", 2),
+    ]
+    assert [row["threads"] for row in result["comparison"]] == [1, 2]
+    assert [peak["threads"] for peak in result["ceilings"]] == [1, 2]
+    console = Console(width=100, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(format_bench(result))
+    assert "1 or 2 thread(s)" in console.export_text()
+
+
+def test_a_provider_that_is_not_there(tmp_path):
+    there = onnxruntime.get_available_providers()
+    missing = next(name for name, provider in PROVIDERS.items() if provider not in there)
+    with pytest.raises(InputError, match=rf"has no {PROVIDERS[missing]}; it has .*cpu"):
+        bench({"m": tmp_path / "looked-for-later.onnx"}, BenchConfig(**QUICK | {"provider": missing}))
+    with pytest.raises(InputError, match="provider"):
+        BenchConfig(provider="abacus")
+
+
+def test_a_provider_that_does_not_start_is_not_replaced(tmp_path):
+    """ONNX Runtime goes on with the CPU's kernels and a log line; a measurement must not."""
+    with pytest.raises(Exception, match=r"did not start|not in available provider"):
+        open_session(str(vision(tmp_path / "m.onnx")), session_options(1), PROVIDERS["cuda"])
 
 
 @pytest.mark.usefixtures("no_orphans")
@@ -237,7 +280,7 @@ def test_kernel_times_are_told_apart_by_run_and_phase():
     def run(start, *kernels):
         yield {"cat": "Session", "name": "model_run", "ts": start, "dur": 90}
         for at, (op, took) in enumerate(kernels):
-            args = {"op_name": op}
+            args = {"op_name": op, "input_type_shape": [{"float": [5, 50]}], "output_type_shape": [{"float": [5, 40]}]}
             yield {"cat": "Node", "name": f"n{at}_kernel_time", "ts": start + 10 * at, "dur": took, "args": args}
             yield {"cat": "Node", "name": f"n{at}_fence_before", "ts": start + 10 * at, "dur": 0, "args": args}
 
@@ -248,8 +291,14 @@ def test_kernel_times_are_told_apart_by_run_and_phase():
         *run(300, ("MatMul", 1000), ("Add", 50)),
     ]
     assert kernel_times([*events, {"cat": "Session", "name": "session_initialization", "ts": 0, "dur": 9}], 1) == {
-        "first_token": [{"op": "MatMul", "count": 2, "ms": 6.0}, {"op": "Add", "count": 1, "ms": 0.1}],
-        "next_token": [{"op": "MatMul", "count": 1, "ms": 1.0}, {"op": "Add", "count": 1, "ms": 0.05}],
+        "first_token": [
+            {"op": "MatMul", "count": 2, "ms": 6.0, "gflop": 4e-5},
+            {"op": "Add", "count": 1, "ms": 0.1, "gflop": 0.0},
+        ],
+        "next_token": [
+            {"op": "MatMul", "count": 1, "ms": 1.0, "gflop": 2e-5},
+            {"op": "Add", "count": 1, "ms": 0.05, "gflop": 0.0},
+        ],
     }
 
 
@@ -277,8 +326,8 @@ def test_table(tmp_path):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_decode_feeds_the_cache_back(tmp_path, batch):
     """Prefill and steps end at the logits that one pass over all the tokens gives."""
-    session = open_session(str(decoder(tmp_path / "m.onnx")), threads=1)
-    plan = make_plan(session, Case(batch=batch, sequence=5, new_tokens=6, vocab_size=VOCAB))
+    session = opened(decoder(tmp_path / "m.onnx"))
+    plan = make_plan(session, Case(threads=1, batch=batch, sequence=5, new_tokens=6, vocab_size=VOCAB))
     seen = []
 
     class Recorder:
@@ -308,8 +357,8 @@ def test_decode_feeds_the_cache_back(tmp_path, batch):
 
 
 def test_inputs_are_the_same_for_every_model(tmp_path):
-    case = Case(batch=2, sequence=8, new_tokens=4, vocab_size=VOCAB)
-    plans = [make_plan(open_session(str(encoder(tmp_path / n)), 1), case) for n in ("a.onnx", "b.onnx")]
+    case = Case(threads=1, batch=2, sequence=8, new_tokens=4, vocab_size=VOCAB)
+    plans = [make_plan(opened(encoder(tmp_path / n)), case) for n in ("a.onnx", "b.onnx")]
     ids = [plan.prefill["input_ids"].numpy() for plan in plans]
     np.testing.assert_array_equal(*ids)
     assert len(np.unique(ids[0])) > 1
@@ -365,6 +414,7 @@ def test_vocab_size_must_be_given_where_there_is_no_table(tmp_path):
     [
         {"threads": 0},
         {"threads": 1.5},
+        {"thread_counts": (0,)},
         {"batch_sizes": ()},
         {"batch_sizes": (0,)},
         {"sequence_lengths": (8, -1)},

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from converters.lowrank import LowRankLinear
 from converters.onnx.session import open_session
 from prehab_export import fitting
 from prehab_export.allocation import break_even, parameters
+from prehab_export.bench_config import BenchConfig
 from prehab_export.bench_graph import read_graph
 from prehab_export.budget import Budget, Figures, drop_of
 from prehab_export.cli import cli, main
@@ -33,8 +35,10 @@ from prehab_export.fit_search import (
     pareto,
     tightened,
 )
+from prehab_export.fit_target import measure_layers, measure_models
 from prehab_export.fitting import FitRequest, fit
-from prehab_export.probe import probed_ranks
+from prehab_export.probe import Anchor, LayerProbe, layer_probes, probed_ranks, understood
+from prehab_export.targets.measuring import Target
 
 SHAPES = {"a": (24, 24), "b": (48, 24), "c": (24, 48)}
 
@@ -268,6 +272,44 @@ def test_probed_ranks_reach_break_even_and_rise():
         assert ranks[-1] == break_even(m, n)
 
 
+def test_layers_and_models_are_measured_by_kits(tmp_path):
+    probes = list(layer_probes([(24, 16), (24, 16), (16, 16)], 5, (FLOAT32, "int8"), tmp_path / "layers"))
+    assert {p.copies for p in probes if p.shape == (24, 16)} == {2}
+    rows = measure_layers(probes, 5, (1,), Target("local"), tmp_path / "kits")
+    assert [row["model"] for row in rows] == [p.slug for p in probes]
+    whole = {p.slug: p.graph for p in probes if p.shape == (16, 16) and p.mode == FLOAT32}
+    config = BenchConfig(threads=1, batch_sizes=(5,), warmup=0, rounds=1, min_seconds=0.0)
+    results = measure_models(whole, config, (1,), Target("local"), tmp_path / "kits")
+    assert [row["model"] for row in results["rows"]] == list(whole)
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in (*rows, *results["rows"]))
+    assert results["device"]["runtime_version"]
+
+
+def test_what_the_target_tells_is_read_back_exactly():
+    layers = Layers({"a": (32, 32)}, {"a": losses_of(32, 0)}, {}, 1, 0.0)
+    probes = [LayerProbe(f"{r}", FLOAT32, (32, 32), r, 2, Path()) for r in (None, 8, 16)]
+    anchors = [Anchor(f"w{r}", FLOAT32, [(32, 32, r)], mb, Path()) for r, mb in ((None, 4.0), (8, 2.0))]
+    times = {"None": 8.0, "8": 2.0, "16": 6.0, "wNone": 9.0, "w8": 5.0}  # ms; two layers in each of the first three
+    rows = [
+        {"model": model, "threads": 3, "p50_ms": ms, "p95_ms": 1.5 * ms, "peak_mb": 10 * ms}
+        for model, ms in times.items()
+    ]
+    (known,) = understood(rows, layers, probes, anchors, {FLOAT32: 0.25}, 7).values()
+    assert known.setup == Setup(FLOAT32, 3)
+    found = Search(layers, {known.setup: known}).candidate(known, {"a": 12}, (), 1.0)
+    # Half-way between ranks 8 and 16: 2 ms of layer time, where the models have 1 and 4.
+    assert known.cost(32, 32, 12) == pytest.approx(2e-3)
+    assert found.predicted.p50_ms == pytest.approx(5 + 4 / 3)
+    assert found.predicted.p95_ms == pytest.approx(1.5 * (5 + 4 / 3))
+    assert found.predicted.size_mb == pytest.approx(2 + 2 * (12 - 8) * 64 / (1024 - 512))
+    assert found.predicted.memory_mb == pytest.approx(50 + 40 * (12 - 8) * 64 / (1024 - 512))
+    assert found.loss == 1.25
+    assert (
+        understood([row | {"peak_mb": None} for row in rows], layers, probes, anchors, {}, 7)[known.setup].memory
+        is None
+    )
+
+
 # The command, on a target that answers by formula: what it must find is then known.
 
 
@@ -275,7 +317,7 @@ def seconds_of(m, n, rank, mode):
     return slow_when_narrow(m, n, rank) / (3 if mode == "int8" else 1)
 
 
-def fake_layers(probes, tokens, threads):
+def fake_layers(probes, threads):
     return [
         {"model": p.slug, "threads": t, "p50_ms": 1e3 * p.copies * seconds_of(*p.shape, p.rank, p.mode) / t}
         for p in probes
@@ -283,27 +325,27 @@ def fake_layers(probes, tokens, threads):
     ]
 
 
-def fake_models(models, config, threads, vocabulary):
+def fake_models(models, threads):
     """What a graph takes is what its file weighs, with an overhead that knows nothing of layers."""
     rows = []
     for (slug, graph), count in itertools.product(models.items(), threads):
         p50 = 2 + 50 * read_graph(graph).file_bytes / 1e6 / count
         rows.append({"model": slug, "threads": count, "p50_ms": p50, "p95_ms": 1.2 * p50, "peak_mb": 40 + p50})
-    return rows
+    return {"rows": rows, "device": {"cpu": "formula", "cores": 2, "os": None, "runtime_version": "0"}}
 
 
 @pytest.fixture
 def device(monkeypatch):
-    """Counts what is asked of it."""
+    """Notes what is asked of it."""
     asked = []
 
-    def layers(probes, tokens, threads):
+    def layers(probes, tokens, threads, target, folder):
         asked.append("layers")
-        return fake_layers(probes, tokens, threads)
+        return fake_layers(probes, threads)
 
-    def models(models, config, threads, vocabulary):
+    def models(models, config, threads, target, folder):
         asked.append("models")
-        return fake_models(models, config, threads, vocabulary)
+        return fake_models(models, threads)
 
     monkeypatch.setattr(fitting, "measure_layers", layers)
     monkeypatch.setattr(fitting, "measure_models", models)
@@ -404,7 +446,7 @@ def test_the_command_with_quantisation_ends_with_code_4_and_the_table(config, ro
 
 def test_wrong_requests_are_refused_before_anything_is_written(config, tmp_path):
     for request, match in (
-        ({"target": "mars"}, "mars"),
+        ({"target": Target("kit:here")}, "by hand"),
         ({"threads": (10_000,)}, "cores"),
     ):
         with pytest.raises(InputError, match=match):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -33,10 +35,14 @@ from transformers import (
 )
 
 from converters.errors import InputError
+from converters.onnx.attention import ONNX_ATTENTION, attention_implementation
+from converters.onnx.expected import counting, missing
 from converters.onnx.export import export_onnx
+from converters.onnx.fuse import simplify_graph
 from converters.onnx.generate import greedy_decode
 from converters.onnx.inputs import text_inputs
 from converters.onnx.session import open_session
+from converters.onnx.write import write_graph
 
 TOLERANCE = 5e-6  # max |Δ| over max |logit|; PyTorch against itself with another attention differs by 1e-6
 
@@ -408,3 +414,68 @@ def test_sessions_state_their_threads(exported):
     session = open_session(exported("vit")[1].path, threads=2)
     options = session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
+
+
+def test_a_graph_written_piece_by_piece_is_the_one_that_onnx_reads(exported, tmp_path):
+    """Bytes written by hand against the message as protocol buffers make it."""
+    path = exported("bert", 6)[1].path
+    model = ir.load(path)
+    write_graph(model, tmp_path / "again.onnx")
+    ours, whole = onnx.load(tmp_path / "again.onnx"), ir.serde.serialize_model(model)
+    onnx.checker.check_model(ours, full_check=True)
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in ours.graph.initializer}
+    assert len(weights) == len(whole.graph.initializer)
+    for tensor in whole.graph.initializer:
+        np.testing.assert_array_equal(weights[tensor.name], onnx.numpy_helper.to_array(tensor))
+    for proto in (ours, whole):
+        del proto.graph.initializer[:], proto.graph.value_info[:]  # the shapes of the weights are theirs to tell
+    assert ours == whole
+    assert list(model.graph.initializers) == list(ir.load(path).graph.initializers)
+
+
+def test_an_invalid_graph_is_not_written(exported, tmp_path):
+    model = ir.load(exported("bert", 6)[1].path)
+    next(node for node in model.graph if node.op_type == "MatMul").op_type = "NoSuchOperator"
+    with pytest.raises(onnx.checker.ValidationError):
+        write_graph(model, tmp_path / "broken.onnx")
+    assert not (tmp_path / "broken.onnx").exists()
+    assert len(model.graph.initializers) == len(ir.load(exported("bert", 6)[1].path).graph.initializers)
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "mistral"])
+def test_a_session_keeps_norms_and_residual_sums_apart(exported, family, tmp_path):
+    """What is taken apart because the fused kernel is slow must not come back when a session optimises the graph."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(exported(family, 6)[1].path, options)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+    assert not kinds & {"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
+    assert "Sum" in kinds
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("vit", 2), ("bert", 2), ("mistral", 2)])
+def test_what_should_be_fused_is_counted_in_the_model(exported, family, blocks):
+    model, export = exported(family, 6)
+    assert export.warnings == ()
+    with attention_implementation(model, ONNX_ATTENTION), counting(model) as seen, torch.no_grad():
+        if family == "vit":
+            model(torch.zeros(1, 3, model.config.image_size, model.config.image_size))
+        else:
+            model(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4, dtype=torch.long))
+    assert seen["GELU"] == (0 if family == "mistral" else blocks)
+    assert seen["attention"] == blocks
+    assert seen["norm"] == 2 * blocks + 1
+    assert missing(seen, export.fusions) == []
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_fusion_that_did_not_happen_is_said(exported, tmp_path, monkeypatch):
+    model = exported("mistral", 6)[0]
+    monkeypatch.setattr("converters.onnx.export.fuse_graph", simplify_graph)
+    export = export_onnx(model, tmp_path / "model.onnx", "text-generation")
+    assert any("5 of 5 norms are not one operator each" in warning for warning in export.warnings)
+
+
+def test_attention_that_the_operator_cannot_do_is_said(exported):
+    assert any("softcap" in warning for warning in exported("gemma2", 6)[1].warnings)

@@ -23,7 +23,7 @@ PLAIN_ATTENTION = "eager"
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
-def _onnx_attention(
+def onnx_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -61,7 +61,7 @@ def _onnx_mask(
     return eager_mask(attention_mask=attention_mask, local_size=local_size, **options)
 
 
-AttentionInterface.register(ONNX_ATTENTION, _onnx_attention)
+AttentionInterface.register(ONNX_ATTENTION, onnx_attention)
 AttentionMaskInterface.register(ONNX_ATTENTION, _onnx_mask)
 
 

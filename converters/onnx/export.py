@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 from converters.errors import InputError
 from converters.onnx.attention import ONNX_ATTENTION, PLAIN_ATTENTION, attention_implementation
 from converters.onnx.cache import cache_layout, cache_of, tensors_of
+from converters.onnx.expected import ATTENTION, counting, missing
 from converters.onnx.fuse import count_fusions, fuse_graph, simplify_graph
 from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
 from converters.onnx.names import restore_weight_names, store_transposed, tidy
 from converters.onnx.quiet import quiet
 from converters.onnx.stack import stack_products
+from converters.onnx.write import write_graph
 
 TASKS = ("image-classification", "text-classification", "text-generation")
 
@@ -35,7 +37,7 @@ EXTERNAL_DATA_THRESHOLD = 1_900_000_000
 @dataclass(frozen=True)
 class OnnxExport:
     """What was written: ``fusions`` counts the fused operators in the graph, ``bytes`` the graph and its external
-    data."""
+    data; ``warnings`` tell which fusions were to be expected and did not happen."""
 
     path: Path
     inputs: tuple[str, ...]
@@ -43,6 +45,7 @@ class OnnxExport:
     opset: int
     fusions: dict[str, int]
     bytes: int
+    warnings: tuple[str, ...] = ()
 
 
 def export_onnx(
@@ -80,16 +83,19 @@ def export_onnx(
         raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
     with _as_found(model), torch.no_grad():
         traced = _Traced(model, task, text_inputs, image_size)
-        graph = _trace(traced, _attention(traced) if fuse else PLAIN_ATTENTION, FUSED_OPSET if fuse else PLAIN_OPSET)
+        attention, expected, warnings = _attention(traced) if fuse else (PLAIN_ATTENTION, {}, [])
+        graph = _trace(traced, attention, FUSED_OPSET if fuse else PLAIN_OPSET)
         _optimise(graph, fuse, _first_names(model))
+        fusions = count_fusions(graph)
         size = _publish(graph, path, external_data_threshold)
     return OnnxExport(
         path=path,
         inputs=traced.inputs.names,
         outputs=traced.outputs,
         opset=graph.opset_imports[""],
-        fusions=count_fusions(graph),
+        fusions=fusions,
         bytes=size,
+        warnings=(*warnings, *missing(expected, fusions)),
     )
 
 
@@ -141,14 +147,21 @@ def _as_found(model: PreTrainedModel) -> Iterator[None]:
             module.training = training[name]
 
 
-def _attention(traced: _Traced) -> str:
-    """The attention to trace with: ONNX's operator, unless the model asks for more than it can do."""
-    with attention_implementation(traced.model, ONNX_ATTENTION):
+def _attention(traced: _Traced) -> tuple[str, dict[str, int], list[str]]:
+    """The attention to trace with: ONNX's operator, unless the model asks for more than it can do; what the model goes
+    through that should be fused; and what is to be said."""
+    with attention_implementation(traced.model, ONNX_ATTENTION), counting(traced.model) as seen:
+        reason = None
         try:
             traced(*traced.inputs.tensors.values())
-        except NotImplementedError:
-            return PLAIN_ATTENTION
-    return ONNX_ATTENTION
+        except NotImplementedError as error:
+            reason = f"ONNX's operator cannot do {error}"
+    if reason is None and not seen[ATTENTION]:
+        reason = "the model does not take its attention from transformers' registry"
+    if reason is not None:
+        # What comes after the attention that was refused is not in the count.
+        return PLAIN_ATTENTION, {}, [f"attention is written as plain operators, which are slower: {reason}"]
+    return ONNX_ATTENTION, dict(seen), []
 
 
 def _trace(traced: _Traced, attention: str, opset: int) -> ir.Model:
@@ -208,8 +221,11 @@ def _publish(graph: ir.Model, path: Path, threshold: int) -> int:
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         written = folder / path.name
-        ir.save(graph, written, external_data=data.name if weights > threshold else None)
-        onnx.checker.check_model(str(written))
+        if weights > threshold:
+            ir.save(graph, written, external_data=data.name)
+            onnx.checker.check_model(str(written))  # reads the graph, not its data
+        else:
+            write_graph(graph, written)
         size = sum(file.stat().st_size for file in folder.iterdir())
         data.unlink(missing_ok=True)  # of an earlier export; the graph that belongs to it goes next
         for file in sorted(folder.iterdir(), reverse=True):  # the graph last: it is what makes the export complete

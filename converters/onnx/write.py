@@ -1,0 +1,99 @@
+"""An ONNX file written tensor by tensor.
+
+Protocol buffers want a whole message in memory, twice over: once as an object, once as bytes. But a message is only its
+fields one after another, each with its length in front (Protocol Buffers encoding, "length-delimited records"), and
+lengths are known from shapes. So everything but the weights is serialised as usual, and the weights follow, one at a
+time: a model of S bytes takes one tensor's worth of memory to write, not 2·S.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import ModelProto, TensorProto
+
+# Field numbers of onnx.proto, with the wire type of length-delimited records.
+_MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = (field << 3 | 2 for field in (7, 5, 9))
+# Smaller tensors stay in the message.
+_LEAST_BYTES = 1024
+
+
+def write_graph(model: ir.Model, path: Path) -> None:
+    """Write the model as one ONNX file with its weights inside.
+
+    Raises:
+        onnx.checker.ValidationError: it is not a valid graph.
+    """
+    weights = [value for value in model.graph.initializers.values() if _is_large(value)]
+    with _without(model.graph, weights):
+        rest = ir.serde.serialize_model(model)
+    _check(rest, weights)
+    graph = rest.graph.SerializeToString()
+    rest.ClearField("graph")
+    records = [(_record_head(value), value) for value in weights]
+    length = len(graph) + sum(len(head) + _tensor(value).nbytes for head, value in records)
+    with path.open("wb") as file:
+        file.write(rest.SerializeToString())
+        file.write(bytes([_MODEL_GRAPH]) + _varint(length))
+        file.write(graph)
+        for head, value in records:
+            file.write(head)
+            # Tensors that lie in memory as they are written are not copied.
+            file.write(np.ascontiguousarray(_tensor(value).numpy()).reshape(-1).view(np.uint8).data)
+
+
+def _is_large(value: ir.Value) -> bool:
+    return value.const_value is not None and value.const_value.nbytes >= _LEAST_BYTES
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
+
+
+@contextmanager
+def _without(graph: ir.Graph, weights: Sequence[ir.Value]) -> Iterator[None]:
+    order = dict(graph.initializers)
+    try:
+        for value in weights:
+            del graph.initializers[str(value.name)]
+        yield
+    finally:
+        graph.initializers.clear()
+        graph.initializers.update(order)
+
+
+def _check(rest: ModelProto, weights: Sequence[ir.Value]) -> None:
+    """Check the graph with inputs of the same type and shape in the place of its weights."""
+    inputs = [
+        onnx.helper.make_tensor_value_info(str(value.name), int(_tensor(value).dtype), _tensor(value).shape.numpy())
+        for value in weights
+    ]
+    count = len(rest.graph.input)
+    rest.graph.input.extend(inputs)
+    onnx.checker.check_model(rest)
+    del rest.graph.input[count:]
+
+
+def _record_head(value: ir.Value) -> bytes:
+    """All of an initialiser's record in the graph but the bytes of its weights."""
+    tensor = _tensor(value)
+    head = TensorProto(name=value.name, dims=tensor.shape.numpy(), data_type=int(tensor.dtype)).SerializeToString()
+    head += bytes([_TENSOR_RAW_DATA]) + _varint(tensor.nbytes)
+    return bytes([_GRAPH_INITIALIZER]) + _varint(len(head) + tensor.nbytes) + head
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits a byte, the lowest first; the top bit says that more follow.
+
+    >>> _varint(300)
+    b'\\xac\\x02'
+    """
+    parts = []
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*parts, number])

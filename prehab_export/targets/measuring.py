@@ -1,0 +1,141 @@
+"""``bench --target``: the graphs of a run, measured somewhere else, and the results kept with the run."""
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters.errors import InputError
+from prehab_export.config import RunConfig
+from prehab_export.pipeline import bring_up_to_date, opened
+from prehab_export.progress import say
+from prehab_export.quantization import graphs_of
+from prehab_export.session import Session, bench_config
+from prehab_export.stages import STAGES
+from prehab_export.targets.kit import Kit, make_kit
+from prehab_export.targets.limits import Limits
+from prehab_export.targets.local import matrix, measure_locally
+from prehab_export.targets.remote import measure_remotely
+from prehab_export.targets.results import FOLDER, Json, read_results
+from prehab_export.targets.shell import Shell, adb, ssh
+from prehab_export.workspace import write_json
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to measure, and how.
+
+    name: ``local``, ``kit:FOLDER``, ``ssh://user@host:port``, ``adb`` or ``adb:SERIAL``.
+    python: the interpreter on another machine; keep: leave the kit there.
+    pin: run on so many cores only; memory_mb: with so much memory; both local.
+    matrix_memory_mb: sizes of the table threads × memory; none for no table.
+    """
+
+    name: str
+    python: str = "python3"
+    keep: bool = False
+    cooldown_s: float = 0.0
+    pin: int | None = None
+    memory_mb: float | None = None
+    matrix_memory_mb: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.match(r"(local$|kit:.|ssh://|adb(:|$))", self.name):
+            raise InputError(f"--target must be local, kit:FOLDER, ssh://user@host, or adb[:serial], not {self.name!r}")
+        if self.name != "local" and (self.pin or self.memory_mb or self.matrix_memory_mb):
+            raise InputError("--pin-cores, --memory-limit and --matrix are for --target local")
+        if self.cooldown_s < 0:
+            raise InputError(f"--cooldown must be 0 or more seconds, not {self.cooldown_s}")
+        if any(size <= 0 for size in self.matrix_memory_mb):
+            raise InputError("--matrix takes megabytes above 0")
+        self.limits()
+
+    def limits(self) -> Limits:
+        usable = sorted(os.sched_getaffinity(0))
+        if self.pin is not None and not 1 <= self.pin <= len(usable):
+            raise InputError(f"--pin-cores must lie between 1 and {len(usable)}, the cores of this process")
+        return Limits(None if self.pin is None else tuple(usable[: self.pin]), self.memory_mb)
+
+    def shell(self) -> AbstractContextManager[Shell]:
+        if self.name.startswith("ssh://"):
+            return ssh(self.name)
+        return adb(self.name.partition(":")[2] or None)
+
+
+def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
+    """Bring the run up to the point where it could be measured, and measure it there; returns the file of results, or
+    the folder of the kit.
+
+    Raises:
+        InputError: bad input.
+        TargetError: the place cannot be reached, lacks something, or is lost on the way.
+        ParityError: a model gives other answers there.
+    """
+    if target.name.startswith(("ssh://", "adb")):
+        with target.shell() as shell:  # what cannot be reached is found out before anything slow
+            shell.run("true")
+    with opened(config, output) as session:
+        stages = list(STAGES)
+        bring_up_to_date(session, stages[stages.index("bench") - 1])
+        if target.name.startswith("kit:"):
+            folder = Path(target.name.removeprefix("kit:"))
+            return _kit(session, folder, target).folder
+        with tempfile.TemporaryDirectory(dir=session.workspace.root, prefix=".kit-") as own:
+            results = _measured(_kit(session, Path(own, "kit"), target), target, _thread_counts(session))
+        return keep_results(session, results, _file_name(target.name))
+
+
+def keep_results(session: Session, results: Json, name: str) -> Path:
+    """Put results with the run, and into its report if there is one."""
+    folder = session.workspace.root / FOLDER
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.json"
+    part = file.with_suffix(".partial")
+    write_json(part, results)
+    os.replace(part, file)
+    if session.workspace.manifest("report") is not None:
+        bring_up_to_date(session, "report", redo=("report",))
+    return file
+
+
+def read_back(config: RunConfig, output: Path, results: Sequence[Path]) -> None:
+    """Take in what was measured by hand with a kit of this run.
+
+    Raises:
+        InputError: not a file of results.
+    """
+    read = {path: read_results(path) for path in results}
+    with opened(config, output) as session:
+        for path, values in read.items():
+            keep_results(session, values, _file_name(path.stem))
+
+
+def _kit(session: Session, folder: Path, target: Target) -> Kit:
+    return make_kit(graphs_of(session), folder, bench_config(session), target.cooldown_s)
+
+
+def _thread_counts(session: Session) -> tuple[int, ...]:
+    config = bench_config(session)
+    return config.thread_counts or (config.threads,)
+
+
+def _measured(kit: Kit, target: Target, threads: tuple[int, ...]) -> Json:
+    if target.name != "local":
+        with target.shell() as shell:
+            return measure_remotely(
+                kit, shell, target.name.partition(":")[0], target.python, target.keep, lambda line: say(f"  {line}")
+            )
+    results = measure_locally(kit, target.limits())
+    if target.matrix_memory_mb:
+        results["matrix"] = matrix(kit, threads, target.matrix_memory_mb, lambda line: say(f"  {line}"))
+    return results
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
+
+
+__all__ = ["Target", "bench_on_target", "keep_results", "read_back"]

@@ -1,0 +1,192 @@
+"""Other machines as a shell that runs a line and moves a file: over ssh as OpenSSH has it, or over adb."""
+
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+
+from converters.errors import InputError
+from prehab_export.errors import TargetError
+
+# What ssh returns for its own failures, whatever the command returned.
+_SSH_FAILED = 255
+
+_SSH_OPTIONS = (
+    "BatchMode=yes",  # a question that nobody sees is a hang
+    "ConnectTimeout=15",
+    "ServerAliveInterval=10",
+    "ServerAliveCountMax=3",
+)
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A machine that can be told things.
+
+    prefix: what stands before a shell line. lost: the exit code that means that the connection failed, not the line.
+    copies: arguments that copy a local file there and back, ``(source, target)`` → command; None to send files through
+    the shell itself. home: the folder to keep kits in.
+    """
+
+    name: str
+    prefix: tuple[str, ...]
+    home: str
+    lost: int | None = None
+    push: Callable[[str, str], list[str]] | None = None
+    pull: Callable[[str, str], list[str]] | None = None
+
+    def run(self, line: str, watch: Callable[[str], None] | None = None) -> tuple[int, str, str]:
+        """Run a shell line there, its stdin held open until it ends; returns exit code, stdout and stderr.
+
+        Args:
+            watch: called with each line of stderr as it comes.
+
+        Raises:
+            TargetError: the connection could not be made, or was lost.
+        """
+        process = subprocess.Popen(
+            [*self.prefix, line], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        errors: list[str] = []
+
+        def read_errors() -> None:
+            assert process.stderr is not None
+            for text in process.stderr:
+                errors.append(text)
+                if watch is not None:
+                    watch(text.rstrip("\n"))
+
+        reader = Thread(target=read_errors, daemon=True)
+        reader.start()
+        try:
+            assert process.stdout is not None
+            output = process.stdout.read()
+            process.wait()
+        finally:
+            process.kill()  # of our end; a runner there ends when its stdin closes
+            process.wait()
+            reader.join()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+        return self._judged(process.returncode, output, "".join(errors))
+
+    def put(self, source: Path, target: str) -> None:
+        """Copy a file there; it appears under its name when it is complete.
+
+        Raises:
+            TargetError: it could not be written, or the connection was lost.
+        """
+        part, place = shlex.quote(f"{target}.part"), shlex.quote(target)
+        if self.push is not None:
+            done = subprocess.run(self.push(str(source), f"{target}.part"), capture_output=True, text=True)
+        else:
+            with source.open("rb") as file:
+                line = [*self.prefix, f"cat > {part}"]
+                done = subprocess.run(line, stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self._expect(self._judged(done.returncode, "", done.stderr), f"{source.name} could not be copied")
+        self._expect(self.run(f"mv {part} {place}"), f"{source.name} could not be copied")
+
+    def get(self, source: str, target: Path) -> None:
+        """Raises:
+        TargetError: it is not there, or the connection was lost.
+        """
+        if self.pull is not None:
+            done = subprocess.run(self.pull(source, str(target)), capture_output=True, text=True)
+            self._expect(self._judged(done.returncode, "", done.stderr), f"{source} could not be fetched")
+            return
+        code, output, errors = self.run(f"cat {shlex.quote(source)}")
+        self._expect((code, output, errors), f"{source} could not be fetched")
+        target.write_text(output)
+
+    def _judged(self, code: int, output: str, errors: str) -> tuple[int, str, str]:
+        if code == self.lost:
+            raise TargetError(f"{self.name}: {_reason(errors)}")
+        return code, output, errors
+
+    def _expect(self, answer: tuple[int, str, str], what: str) -> None:
+        code, _, errors = answer
+        if code != 0:
+            raise TargetError(f"{self.name}: {what}: {_last_line(errors) or f'exit code {code}'}")
+
+
+# What ssh says → what to tell the user to do about it.
+_REASONS = (
+    ("could not resolve", "the host is unknown; check the name, or ~/.ssh/config"),
+    ("connection refused", "nothing listens there; check the port, and that sshd runs"),
+    ("timed out", "the host does not answer; check the address and the network"),
+    ("no route to host", "the host cannot be reached; check the network"),
+    ("host key verification failed", "its host key is unknown or has changed; connect once by hand with ssh"),
+    ("permission denied", "it refuses the login; set up a key that ssh can use without a password"),
+    ("too many authentication failures", "it refuses the login; name the key in ~/.ssh/config"),
+)
+
+
+def _reason(errors: str) -> str:
+    for text, advice in _REASONS:
+        if text in errors.lower():
+            return f"{_last_line(errors)}: {advice}"
+    return f"the connection was lost{': ' + _last_line(errors) if errors.strip() else ''}"
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+@contextmanager
+def ssh(url: str, options: Sequence[str] = ()) -> Iterator[Shell]:
+    """``ssh://user@host:port``, with keys and settings as OpenSSH has them; one connection serves everything.
+
+    Args:
+        options: further ``-o`` options.
+
+    Raises:
+        InputError: not such an address, or there is no ssh here.
+    """
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError as error:
+        raise InputError(f"{url}: {error}") from error
+    if parts.scheme != "ssh" or not parts.hostname or parts.path not in ("", "/") or parts.password:
+        raise InputError(f"{url} is no address such as ssh://user@host or ssh://host:2222")
+    if shutil.which("ssh") is None:
+        raise InputError("there is no ssh here; install OpenSSH's client")
+    host = f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname
+    with tempfile.TemporaryDirectory(prefix="px-") as folder:
+        own = ["ControlMaster=auto", f"ControlPath={folder}/s", "ControlPersist=yes", *_SSH_OPTIONS, *options]
+        base = ["ssh", *(["-p", str(port)] if port else []), *(part for option in own for part in ("-o", option))]
+        try:
+            yield Shell(host, (*base, host), ".cache/prehab-export/kits", lost=_SSH_FAILED)
+        finally:
+            subprocess.run([*base, "-O", "exit", host], capture_output=True)
+
+
+@contextmanager
+def adb(serial: str | None) -> Iterator[Shell]:
+    """A device that adb knows; the only one when no serial number is given.
+
+    Raises:
+        InputError: there is no adb here.
+        TargetError: no such device is connected and allowed.
+    """
+    if shutil.which("adb") is None:
+        raise InputError("there is no adb here; install Android's platform tools and allow USB debugging")
+    base = ["adb", *([] if serial is None else ["-s", serial])]
+    state = subprocess.run([*base, "get-state"], capture_output=True, text=True)
+    if state.returncode != 0 or state.stdout.strip() != "device":
+        said = _last_line(state.stderr) or state.stdout.strip()
+        raise TargetError(f"adb reaches no device: {said}; connect it and allow debugging")
+    yield Shell(
+        serial or "the device",
+        (*base, "shell"),
+        "/data/local/tmp/prehab-export",
+        push=lambda source, target: [*base, "push", source, target],
+        pull=lambda source, target: [*base, "pull", source, target],
+    )
