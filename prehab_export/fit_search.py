@@ -26,6 +26,8 @@ FLOAT32 = "float32"
 LADDER = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
 # How far inside the budget a second finalist stays, in case the first one's prediction was a little low.
 MARGIN = 0.08
+# Predicted to be over by more than this, a candidate is tried to prove the point; by less, it may yet turn out to fit.
+HOPE = 0.2
 BISECTIONS = 8
 
 
@@ -276,12 +278,13 @@ def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
 def finalists(candidates: Sequence[Candidate], budget: Budget, count: int = 3) -> list[Candidate]:
     """Those to try for real, best first: the least predicted loss within the budget, the least that is a margin inside
     it, and the least of another setup; the dense model alone where it is well within. Where none is within, those that
-    come nearest."""
+    come nearest, or the nearest alone where that is far off."""
     fitting = sorted(
         (c for c in candidates if not budget.misses(c.predicted)), key=lambda c: (c.loss, c.predicted.p95_ms)
     )
     if not fitting:
-        return sorted(candidates, key=lambda c: (budget.distance(c.predicted), c.loss))[: min(count, 2)]
+        near = sorted(candidates, key=lambda c: (budget.distance(c.predicted), c.loss))
+        return near[: count if budget.distance(near[0].predicted) < HOPE else 1]
     tight = tightened(budget, MARGIN)
     best = fitting[0]
     if best.is_dense and best.setup.mode == FLOAT32 and not tight.misses(best.predicted):
