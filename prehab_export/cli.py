@@ -36,7 +36,7 @@ REDO = {
     "baseline": ("export", "baseline"),
     "artifact": ("verify", "artifact"),
     "report": ("verify", "artifact", "bench", "report"),
-} | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "refine", "rehab", "quantize", "bench")}
+} | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "refine", "rehab", "quantize", "ort", "bench")}
 
 Command = Callable[..., Any]
 Option = tuple[str, Callable[[Command], Command]]
@@ -176,6 +176,7 @@ RUN_OPTIONS: list[Option] = [
     option("--rehab-distill", "rehab.train.distill", "Share of the loss that follows the dense model's output."),
     option("--lora-rank", "rehab.lora_rank", "Rank of the adapters of --rehab-method lora."),
     option("--quantize", "quantize", "Another graph, smaller; repeat for more.", multiple=True, type=_choice(MODES)),
+    option("--ort/--no-ort", "ort", "Also write .ort files, and what a minimal build must keep.", is_flag=True),
     option("--threads", "bench.threads", "Threads of PyTorch and ONNX Runtime."),
     option("--bench-threads", "bench.thread_counts", "Measure at so many threads; repeat.", multiple=True, type=int),
     option("--provider", "bench.provider", "Execution provider to measure on.", type=_choice(tuple(PROVIDERS))),
@@ -305,6 +306,8 @@ for _verb, (_until, _text) in VERBS.items():
 def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) -> None:
     force, as_json = flags.pop("force"), flags.pop("as_json")
     config, output = _parsed(model, flags, inherit)
+    if until == "baseline" and config.ort:
+        until = "ort"  # an .ort file is made of a graph that has been verified
     from prehab_export.pipeline import run as run_pipeline
 
     workspace = run_pipeline(config, output, until=until, redo=REDO[until] if force else ())

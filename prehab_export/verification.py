@@ -113,6 +113,9 @@ def publish_artifact(session: Session, folder: Path) -> None:
     if session.config.quantize:
         quantised = session.workspace.folder("quantize") / "compressed"
         shutil.copytree(quantised, folder / "onnx", copy_function=_link, dirs_exist_ok=True)
+    if session.config.ort:
+        ort = session.workspace.folder("ort") / "onnx"
+        shutil.copytree(ort, folder / "onnx", copy_function=_link, dirs_exist_ok=True)
     write_card(session, folder)
 
 
