@@ -193,7 +193,12 @@ RUN_OPTIONS: list[Option] = [
 # What a verb takes beyond the options of a run.
 FURTHER_OPTIONS: dict[str, list[Option]] = {
     "bench": [
-        plain("--target", help="Measure elsewhere: local, kit:FOLDER, ssh://user@host, adb or adb:SERIAL."),
+        plain("--target", help="local, kit:FOLDER, ssh://user@host, adb, adb:SERIAL or browser."),
+        plain("--browser", help="The browser's command (browser); found when not given."),
+        plain("--ort-web", "ort_web", type=click.Path(path_type=Path), help="onnxruntime-web's dist folder (browser)."),
+        plain("--by-hand", is_flag=True, help="Serve the page to any browser, until Ctrl-C (browser)."),
+        plain("--host", default="127.0.0.1", show_default=True, help="Address to serve at with --by-hand."),
+        plain("--port", type=int, default=0, help="Port to serve at with --by-hand; a free one by default."),
         plain("--python", default="python3", show_default=True, help="The interpreter on another machine."),
         plain("--keep", is_flag=True, help="Leave the kit on the other machine, to copy less the next time."),
         plain("--cooldown", type=float, default=0.0, help="Seconds of rest before each turn."),
@@ -258,19 +263,34 @@ def _stage_command(verb: str, until: str, text: str) -> None:
     cli.command(name=verb)(click.argument("model", required=False)(decorated))
 
 
+# Flag of bench → field of ``targets.measuring.Target``.
+TARGET_FIELDS = {
+    "target": "name",
+    "python": "python",
+    "keep": "keep",
+    "cooldown": "cooldown_s",
+    "pin_cores": "pin",
+    "memory_limit": "memory_mb",
+    "matrix": "matrix_memory_mb",
+    "browser": "browser",
+    "ort_web": "web",
+    "by_hand": "by_hand",
+    "host": "host",
+    "port": "port",
+}
+
+
 def _benched_elsewhere(model: str | None, flags: dict[str, Any]) -> bool:
     """Measure at the target that was asked for; False where none was."""
-    keys = ("target", "python", "keep", "cooldown", "pin_cores", "memory_limit", "matrix")
-    own = {key: flags.pop(key) for key in keys}
-    if own["target"] is None:
-        if given := [key for key in keys if own[key] not in (None, False, (), 0.0, "python3")]:
+    own = {field: flags.pop(flag) for flag, field in TARGET_FIELDS.items()}
+    if own["name"] is None:
+        defaults = (None, False, (), 0, "python3", "127.0.0.1")
+        if given := [flag for flag, field in TARGET_FIELDS.items() if own[field] not in defaults]:
             raise InputError(f"--{given[0].replace('_', '-')} needs --target")
         return False
     from prehab_export.targets.measuring import Target, bench_on_target
 
-    target = Target(
-        own["target"], own["python"], own["keep"], own["cooldown"], own["pin_cores"], own["memory_limit"], own["matrix"]
-    )
+    target = Target(**own)
     del flags["force"]
     as_json = flags.pop("as_json")
     config, output = _parsed(model, flags, inherit=True)
