@@ -175,6 +175,12 @@ RUN_OPTIONS: list[Option] = [
     option("--rehab-distill", "rehab.train.distill", "Share of the loss that follows the dense model's output."),
     option("--lora-rank", "rehab.lora_rank", "Rank of the adapters of --rehab-method lora."),
     option("--quantize", "quantize", "Another graph, smaller; repeat for more.", multiple=True, type=_choice(MODES)),
+    option(
+        "--quantize-refit/--no-quantize-refit",
+        "quantize_refit",
+        "Fit the factors to each quantised graph's grid; kept where held-out samples gain.",
+        is_flag=True,
+    ),
     option("--threads", "bench.threads", "Threads of PyTorch and ONNX Runtime."),
     option("--bench-batch", "bench.batch_sizes", "Batch size to measure; repeat for more.", multiple=True, type=int),
     option("--bench-length", "bench.sequence_lengths", "Length to measure; repeat for more.", multiple=True, type=int),

@@ -1,0 +1,189 @@
+"""Two factors on a grid: which pair, of all that make the same product, survives quantisation best.
+
+A grid stores a weight (out×in) as whole numbers times steps, one step a row or a block of a row, set by the largest
+entry. ``U D`` may be written ``(U T)(T⁻¹ D)`` with any invertible T, and rounding moves the output by about
+
+    Σ_i M_ii K_ii,   M = Uᵀ G U,   K = D C Dᵀ + tr(C)/n · D Dᵀ
+
+(rounding D puts noise of the size of its rows on rank i, which M_ii weighs; rounding U, and the activations between
+the two, puts noise of the size of M's diagonal on ranks of variance (D C Dᵀ)_ii). T makes them TᵀMT and T⁻¹KT⁻ᵀ. The
+singular values s of M^½ K^½ stay, and the sum is least, (Σ s)²/r, where both are equal and of constant diagonal:
+balanced as in Moore's realisations (IEEE Trans. Autom. Control 26, 1981), then turned by an orthogonal matrix that
+spreads every s over all ranks, as QuIP (arXiv 2307.13304) does for whole weights.
+
+Rounding itself is GPTQ's (arXiv 2210.17323): column by column, each column's error fed forward to those still to come
+along the Hessian, C for D, D̂ C D̂ᵀ for U. Before U is rounded it is fitted to the rounded D̂,
+``U* = U (D C D̂ᵀ)(D̂ C D̂ᵀ)⁻¹``. Entries that set a step keep their whole number, so that a quantiser which rounds to the
+nearest finds the same steps again and changes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from converters.onnx.modes import BLOCK
+from prehab_export.decomposition import damped, objective_value, root_of
+
+# Share of the mean diagonal that keeps a Hessian invertible; the value that GPTQ's authors use.
+FEEDBACK_DAMPING = 1e-2
+# Columns whose errors are handed on together.
+COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Grid:
+    """bits: of a whole number. block: so many inputs of one output have a step of their own; None: all of them."""
+
+    bits: int
+    block: int | None = None
+
+    def steps(self, weight: Tensor) -> Tensor:
+        """The step of every entry of ``weight`` (m×n), m×n float32. A block's has a sign: its largest entry is the
+        most negative whole number, of which there is one more than of positive ones."""
+        values = weight.float()
+        if self.block is None:
+            # In float64 as the quantiser has it, and then rounded.
+            step = (2 * values.abs().amax(1, keepdim=True).double() / (2**self.bits - 2)).float()
+            return step.expand_as(values)
+        blocks = torch.nn.functional.pad(values, (0, -values.shape[1] % self.block)).unflatten(1, (-1, self.block))
+        low, high = blocks.amin(2), blocks.amax(2)
+        extreme = torch.where(high.abs() > low.abs(), high, low)
+        return (extreme / -self.half).repeat_interleave(self.block, 1)[:, : values.shape[1]]
+
+    @property
+    def half(self) -> int:
+        return 2 ** (self.bits - 1)
+
+    def rounded(self, values: Tensor, steps: Tensor) -> Tensor:
+        """The nearest whole numbers, in the dtype of ``values``; 0 where the step is 0."""
+        if self.block is None:
+            numbers = torch.where(steps == 0, 0, values / steps).round()
+        else:  # halves upwards, as the kernels have it, which multiply by the inverse
+            numbers = (torch.where(steps == 0, 0, values * (1 / steps)) + self.half + 0.5).floor() - self.half
+        return numbers.clamp(-self.half, self.half - 1)
+
+    def snap(self, weight: Tensor) -> Tensor:
+        """What a quantiser makes of ``weight`` (m×n), and a runtime of that again: float32."""
+        values = weight.float()
+        steps = self.steps(values)
+        return self.rounded(values, steps) * steps
+
+
+# Kind of quantisation → its grid; float16's is too fine to be worth fitting to.
+GRIDS = {"int8": Grid(8), "int8-static": Grid(8), "int8-blocks": Grid(8, BLOCK), "int4": Grid(4, BLOCK)}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Factors of layers with one input: ups (each m_i×r) and the ``down`` (r×n) that they share. float64."""
+
+    ups: tuple[Tensor, ...]
+    down: Tensor
+
+    def snapped(self, grid: Grid) -> "Pair":
+        return Pair(tuple(grid.snap(up).double() for up in self.ups), grid.snap(self.down).double())
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """C (n×n) of the common input and G (m_i×m_i) of every output, None for the identity."""
+
+    second_moment: Tensor
+    gradients: tuple[Tensor | None, ...]
+
+    def objective(self, wanted: Pair, stored: Pair) -> float:
+        """``Σ_i tr(G_i Δ_i C Δ_iᵀ)`` with ``Δ_i`` the difference of the two products."""
+        return sum(
+            objective_value(up @ wanted.down - own @ stored.down, self.second_moment, gradient)
+            for up, own, gradient in zip(wanted.ups, stored.ups, self.gradients, strict=True)
+        )
+
+    def left(self, ups: Sequence[Tensor]) -> Tensor:
+        """``Σ_i U_iᵀ G_i U_i`` (r×r)."""
+        parts = [up.T @ (up if g is None else g @ up) for up, g in zip(ups, self.gradients, strict=True)]
+        return torch.stack(parts).sum(0)
+
+
+def spread(pair: Pair, weighing: Weighing) -> Pair:
+    """The same products in the rank basis that rounding hurts least, by the estimate at the top of this module."""
+    c, down = weighing.second_moment, pair.down
+    noise = c.diagonal().mean()
+    root = root_of(damped(down @ c @ down.T + noise * down @ down.T, 1e-12))
+    # T = root · V s^-½ Q makes TᵀMT and T⁻¹KT⁻ᵀ both Qᵀ diag(s) Q.
+    values, vectors = torch.linalg.eigh(root.T @ damped(weighing.left(pair.ups), 1e-12) @ root)
+    s = values.clamp_min(values.max() * 1e-24).sqrt()
+    turn = hartley(len(s)).to(down)
+    change = root @ (vectors * s.rsqrt()) @ turn
+    inverse = turn.T @ ((vectors * s.sqrt()).T @ torch.linalg.inv(root))
+    return Pair(tuple(up @ change for up in pair.ups), inverse @ down)
+
+
+def hartley(size: int) -> Tensor:
+    """The orthogonal matrix of cas(2πij/size)/√size, float64: any diagonal matrix turned by it has a diagonal that is
+    nearly constant, whatever the size, and the same on every machine."""
+    index = torch.arange(size, dtype=torch.float64)
+    angle = 2 * torch.pi * torch.outer(index, index).remainder(size) / size
+    return (angle.cos() + angle.sin()) / size**0.5
+
+
+def fed_back(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+    """``weight`` (m×n) on the grid that its own largest entries set, each column's rounding error made up for by
+    columns still to come, those of largest curvature first; float64. Snapping the result changes nothing.
+
+    Args:
+        hessian: n×n; the error Δ counts as tr(Δ hessian Δᵀ).
+    """
+    steps = grid.steps(weight)
+    numbers = grid.rounded(weight.float(), steps).double()
+    steps = steps.double()
+    pinned = _sets_step(weight.float(), grid)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    values = weight.double()[:, order]
+    steps, numbers, pinned = steps[:, order], numbers[:, order], pinned[:, order]
+    regular = damped(hessian, FEEDBACK_DAMPING)[order][:, order]
+    ahead = torch.linalg.cholesky(torch.linalg.inv(regular), upper=True)
+    count = values.shape[1]
+    for start in range(0, count, COLUMNS):
+        stop = min(start + COLUMNS, count)
+        errors = torch.empty_like(values[:, start:stop])
+        for j in range(start, stop):
+            free = grid.rounded(values[:, j], steps[:, j])
+            numbers[:, j] = torch.where(pinned[:, j], numbers[:, j], free)
+            error = (values[:, j] - numbers[:, j] * steps[:, j]) / ahead[j, j]
+            values[:, j:stop] -= torch.outer(error, ahead[j, j:stop])
+            errors[:, j - start] = error
+        values[:, stop:] -= errors @ ahead[start:stop, stop:]
+    stored = torch.empty_like(numbers)
+    stored[:, order] = numbers * steps
+    return stored
+
+
+def _sets_step(values: Tensor, grid: Grid) -> Tensor:
+    """Where the entries are that the steps come from, bool m×n."""
+    if grid.block is None:
+        return values.abs() == values.abs().amax(1, keepdim=True)
+    return values == -grid.half * grid.steps(values)
+
+
+def refitted_ups(wanted: Pair, down: Tensor, second_moment: Tensor) -> tuple[Tensor, ...]:
+    """The best ups for another ``down`` (r×n): least squares in the metric C, whatever G is."""
+    cross = wanted.down @ second_moment @ down.T
+    own = damped(down @ second_moment @ down.T, 1e-12)
+    mixing = torch.linalg.solve(own, cross, left=False)
+    return tuple(up @ mixing for up in wanted.ups)
+
+
+def fit_to_grid(pair: Pair, weighing: Weighing, grid: Grid) -> Pair:
+    """Factors on the grid whose products are nearest to those of ``pair``: never farther than ``pair`` snapped.
+
+    Of three: snapped as they are; spread over the ranks and snapped; spread, rounded with feedback and refitted.
+    """
+    turned = spread(pair, weighing)
+    c = weighing.second_moment
+    down = fed_back(turned.down, c, grid)
+    hessian = down @ c @ down.T
+    ups = tuple(fed_back(up, hessian, grid) for up in refitted_ups(turned, down, c))
+    candidates = [pair.snapped(grid), turned.snapped(grid), Pair(ups, down)]
+    return min(candidates, key=lambda stored: weighing.objective(pair, stored))
