@@ -1,4 +1,4 @@
-"""A compressed model whose factors fit the grid of one kind of quantisation: other factors, nearly the same products."""
+"""A compressed model whose factors fit the grid of one kind of quantisation: other factors, near the same products."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from prehab_export.truncation import layer_metric
 
 @dataclass(frozen=True)
 class GridFit:
-    """What rounding costs layers with one ``down``: the objective, their factors snapped as they are and refitted."""
+    """What rounding costs layers with one ``down`` (``Weighing.cost``): factors snapped as they are, and refitted."""
 
     layers: tuple[str, ...]
     plain: float
@@ -69,7 +69,7 @@ def _refit(
     fitted = fit_to_grid(pair, weighing, grid)
     # As they are, no bias takes the mean of the error, so it counts.
     raw = Weighing(statistics.input_of(names[0]).second_moment.to(pair.down), gradients)
-    fit = GridFit(names, raw.objective(pair, pair.snapped(grid)), weighing.objective(pair, fitted))
+    fit = GridFit(names, raw.cost(pair, pair.snapped(grid), grid), weighing.cost(pair, fitted, grid))
     for layer, metric, up, old in zip(layers, metrics, fitted.ups, pair.ups, strict=True):
         if layer.bias is not None and metric.mean is not None:
             lost = old @ (pair.down @ metric.mean) - up @ (fitted.down @ metric.mean)

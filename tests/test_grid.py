@@ -22,7 +22,17 @@ from converters.onnx.weights import replace_weights, weight_names
 from prehab_export import quantization
 from prehab_export.decomposition import objective_value
 from prehab_export.evaluation import Metrics
-from prehab_export.grid import GRIDS, Pair, Weighing, fed_back, fit_to_grid, hartley, refitted_ups, spread
+from prehab_export.grid import (
+    GRIDS,
+    Pair,
+    Weighing,
+    fed_back,
+    fit_to_grid,
+    hartley,
+    refitted_down,
+    refitted_ups,
+    spread,
+)
 from prehab_export.grid_refit import refit_to_grid
 from prehab_export.shrinkage import Sampling
 from prehab_export.statistics import InputMoment, Statistics
@@ -162,6 +172,16 @@ def test_refitted_ups_are_the_least_squares_solution():
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
 
 
+def test_a_refitted_down_is_the_least_squares_solution():
+    pair, weighing = problem(4, m=5, r=3, n=6, layers=2)
+    ups = tuple(up + 0.3 * normal(5, 3, seed=20 + i) for i, up in enumerate(pair.ups))
+    found = refitted_down(pair, ups, weighing)
+    roots = [torch.linalg.cholesky(g).T for g in weighing.gradients]
+    design = torch.cat([root @ up for root, up in zip(roots, ups, strict=True)])
+    target = torch.cat([root @ up @ pair.down for root, up in zip(roots, pair.ups, strict=True)])
+    torch.testing.assert_close(found, torch.linalg.lstsq(design, target).solution, rtol=1e-6, atol=1e-8)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 10**6), mode=st.sampled_from(GRID_NAMES), r=st.integers(1, 40), n=st.integers(2, 70),
@@ -178,7 +198,7 @@ def test_the_refit_never_costs_more(seed, mode, r, n, layers, scale, rank_lost):
         assert one.shape == other.shape
         assert one.isfinite().all()
     stored = fitted.snapped(grid)
-    assert weighing.objective(pair, stored) <= weighing.objective(pair, pair.snapped(grid)) * (1 + 1e-6)
+    assert weighing.cost(pair, stored, grid) <= weighing.cost(pair, pair.snapped(grid), grid) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("mode", GRID_NAMES)
