@@ -4,8 +4,8 @@ quantised graphs.
     python benchmarks/grid.py MODEL --task TASK --data DATA --eval-split test --ratio 0.6 --ratio 0.8 \
         --mode int4 --mode int8 --work runs --out benchmarks/results/grid-NAME.json
 
-The runs are resumed, so that more modes and ratios can be asked for later. ``kept`` is what the run decides by, the loss on
-held-out samples; the metrics beside it are of the evaluation split.
+The runs are resumed, so that more modes and ratios can be asked for later. ``kept`` says what a run decided by the loss
+on held-out samples; the metrics beside it are of the evaluation split.
 """
 
 import json
