@@ -202,6 +202,8 @@ def fit_to_grid(pair: Pair, weighing: Weighing, grid: Grid) -> Pair:
 
     ``pair`` as it is and spread over the ranks, each snapped, and each rounded with feedback and refitted in turns.
     """
+    if not weighing.objective(pair, Pair(pair.ups, torch.zeros_like(pair.down))) > 0:
+        return pair.snapped(grid)  # nothing goes through this layer, or nothing comes of it
     starts = [pair, spread(pair, weighing)]
     candidates = [start.snapped(grid) for start in starts]
     for start in starts:

@@ -212,6 +212,16 @@ def test_the_refit_pays_on_ranks_of_unlike_size(mode):
     assert fitted < 0.8 * plain
 
 
+def test_a_layer_that_does_nothing_is_left_alone():
+    pair, weighing = problem(0)
+    for dead, weighed in (
+        (Pair(pair.ups, 0 * pair.down), weighing),
+        (pair, Weighing(weighing.second_moment, (torch.zeros(24, 24, dtype=torch.float64),))),
+    ):
+        fitted = fit_to_grid(dead, weighed, GRIDS["int4"])
+        torch.testing.assert_close(fitted.down, GRIDS["int4"].snap(dead.down).double())
+
+
 def test_a_bias_takes_the_mean_of_what_is_lost():
     model = make("vit", 32)
     statistics = identity_statistics(model)
