@@ -29,7 +29,7 @@ from prehab_export.decomposition import damped, objective_value, root_of
 # Share of the mean diagonal that keeps a Hessian invertible; the value that GPTQ's authors use.
 FEEDBACK_DAMPING = 1e-2
 # Turns of rounding one factor and fitting the other; the first few bring nearly all.
-TURNS = 4
+TURNS = 3
 # Standard deviations between zero and the largest of some thousand activations.
 REACH = 5.0
 # Columns whose errors are handed on together.
@@ -63,10 +63,10 @@ class Grid:
     def rounded(self, values: Tensor, steps: Tensor) -> Tensor:
         """The nearest whole numbers, in the dtype of ``values``; 0 where the step is 0."""
         if self.block is None:
-            numbers = torch.where(steps == 0, 0, values / steps).round()
+            numbers = (values / steps).round_()
         else:  # halves upwards, as the kernels have it, which multiply by the inverse
-            numbers = (torch.where(steps == 0, 0, values * (1 / steps)) + self.half + 0.5).floor() - self.half
-        return numbers.clamp(-self.half, self.half - 1)
+            numbers = (values * steps.reciprocal()).add_(self.half).add_(0.5).floor_().sub_(self.half)
+        return numbers.clamp_(-self.half, self.half - 1).masked_fill_(steps == 0, 0)
 
     def snap(self, weight: Tensor) -> Tensor:
         """What a quantiser makes of ``weight`` (m×n), and a runtime of that again: float32."""
@@ -142,36 +142,51 @@ def hartley(size: int) -> Tensor:
     return (angle.cos() + angle.sin()) / size**0.5
 
 
-def fed_back(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
-    """``weight`` (m×n) on the grid that its own largest entries set, each column's rounding error made up for by
-    columns still to come, those of largest curvature first; float64. Snapping the result changes nothing.
+@dataclass(frozen=True)
+class Feedback:
+    """How columns take over the errors of earlier ones. order: of n columns, those of largest curvature first. shares
+    (n×n, upper): of each column's error, in that order."""
 
-    Args:
-        hessian: n×n; the error Δ counts as tr(Δ hessian Δᵀ).
-    """
-    steps = grid.steps(weight)
-    numbers = grid.rounded(weight.float(), steps).double()
-    steps = steps.double()
-    pinned = _sets_step(weight.float(), grid)
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    values = weight.double()[:, order]
-    steps, numbers, pinned = steps[:, order], numbers[:, order], pinned[:, order]
-    regular = damped(hessian, FEEDBACK_DAMPING)[order][:, order]
-    ahead = torch.linalg.cholesky(torch.linalg.inv(regular), upper=True)
-    count = values.shape[1]
-    for start in range(0, count, COLUMNS):
-        stop = min(start + COLUMNS, count)
-        errors = torch.empty_like(values[:, start:stop])
+    order: Tensor
+    shares: Tensor
+
+    @classmethod
+    def along(cls, hessian: Tensor) -> "Feedback":
+        """For errors Δ that count as tr(Δ hessian Δᵀ)."""
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        regular = damped(hessian, FEEDBACK_DAMPING)[order][:, order]
+        ahead = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(regular)), upper=True)
+        return cls(order, ahead / ahead.diagonal()[:, None])
+
+
+def fed_back(weight: Tensor, feedback: Feedback, grid: Grid) -> Tensor:
+    """``weight`` (m×n) on the grid that its own largest entries set, each column's rounding error made up for by
+    columns still to come; float64. Snapping the result changes nothing."""
+    order, shares = feedback.order, feedback.shares
+    single = grid.steps(weight)
+    # Column by column, so columns lie in one piece here: n×m.
+    values, steps, pinned, numbers = (
+        entries[:, order].T.contiguous()
+        for entries in (
+            weight.double(),
+            single.double(),
+            _sets_step(weight.float(), grid),
+            grid.rounded(weight.float(), single).double(),
+        )
+    )
+    stored = numbers * steps
+    for start in range(0, len(order), COLUMNS):
+        stop = min(start + COLUMNS, len(order))
+        errors = torch.empty_like(values[start:stop])
         for j in range(start, stop):
-            free = grid.rounded(values[:, j], steps[:, j])
-            numbers[:, j] = torch.where(pinned[:, j], numbers[:, j], free)
-            error = (values[:, j] - numbers[:, j] * steps[:, j]) / ahead[j, j]
-            values[:, j:stop] -= torch.outer(error, ahead[j, j:stop])
-            errors[:, j - start] = error
-        values[:, stop:] -= errors @ ahead[start:stop, stop:]
-    stored = torch.empty_like(numbers)
-    stored[:, order] = numbers * steps
-    return stored
+            nearest = grid.rounded(values[j], steps[j]) * steps[j]
+            stored[j] = torch.where(pinned[j], stored[j], nearest)
+            error = torch.sub(values[j], stored[j], out=errors[j - start])
+            values[j + 1 : stop].addr_(shares[j, j + 1 : stop], error, alpha=-1)
+        values[stop:].addmm_(shares[start:stop, stop:].T, errors, alpha=-1)
+    back = torch.empty_like(weight, dtype=torch.float64)
+    back[:, order] = stored.T
+    return back
 
 
 def _sets_step(values: Tensor, grid: Grid) -> Tensor:
@@ -206,18 +221,19 @@ def fit_to_grid(pair: Pair, weighing: Weighing, grid: Grid) -> Pair:
         return pair.snapped(grid)  # nothing goes through this layer, or nothing comes of it
     starts = [pair, spread(pair, weighing)]
     candidates = [start.snapped(grid) for start in starts]
+    inputs = Feedback.along(weighing.second_moment)
     for start in starts:
-        candidates += _in_turns(start, weighing, grid)
+        candidates += _in_turns(start, weighing, inputs, grid)
     return min(candidates, key=lambda stored: weighing.cost(pair, stored, grid))
 
 
-def _in_turns(start: Pair, weighing: Weighing, grid: Grid) -> list[Pair]:
+def _in_turns(start: Pair, weighing: Weighing, inputs: Feedback, grid: Grid) -> list[Pair]:
     """Each factor rounded, and the other fitted to it and rounded; what every turn gave."""
     c, down, found = weighing.second_moment, start.down, []
     for turn in range(TURNS):
-        down = fed_back(down, c, grid)
-        hessian = down @ c @ down.T
-        ups = tuple(fed_back(up, hessian, grid) for up in refitted_ups(start, down, c))
+        down = fed_back(down, inputs, grid)
+        ranks = Feedback.along(down @ c @ down.T)
+        ups = tuple(fed_back(up, ranks, grid) for up in refitted_ups(start, down, c))
         found.append(Pair(ups, down))
         if turn < TURNS - 1:
             down = refitted_down(start, ups, weighing)

@@ -24,6 +24,7 @@ from prehab_export.decomposition import objective_value
 from prehab_export.evaluation import Metrics
 from prehab_export.grid import (
     GRIDS,
+    Feedback,
     Pair,
     Weighing,
     fed_back,
@@ -125,7 +126,7 @@ def identity_statistics(model):
 def test_what_feedback_gives_is_on_the_grid_and_better_than_the_nearest(mode):
     grid, weight = GRIDS[mode], normal(16, 72)
     hessian = moment(72, 1)
-    found = fed_back(weight, hessian, grid)
+    found = fed_back(weight, Feedback.along(hessian), grid)
     torch.testing.assert_close(grid.snap(found).double(), found, rtol=1e-6, atol=0)
     torch.testing.assert_close(grid.steps(found), grid.steps(weight), rtol=1e-6, atol=0)
     nearest = grid.snap(weight).double()
@@ -136,7 +137,7 @@ def test_feedback_without_correlation_is_the_nearest():
     weight = normal(8, 64)
     for grid in GRIDS.values():
         diagonal = torch.linspace(1, 2, 64, dtype=torch.float64).diag()
-        torch.testing.assert_close(fed_back(weight, diagonal, grid).float(), grid.snap(weight))
+        torch.testing.assert_close(fed_back(weight, Feedback.along(diagonal), grid).float(), grid.snap(weight))
 
 
 @pytest.mark.parametrize("layers", [1, 3])
