@@ -215,26 +215,17 @@ def refitted_down(wanted: Pair, ups: Sequence[Tensor], weighing: Weighing) -> Te
 def fit_to_grid(pair: Pair, weighing: Weighing, grid: Grid) -> Pair:
     """Factors on the grid whose products are nearest to those of ``pair``: never costlier than ``pair`` snapped.
 
-    ``pair`` as it is and spread over the ranks, each snapped, and each rounded with feedback and refitted in turns.
+    ``pair`` is spread over the ranks; then, in turns, each factor is rounded with feedback and the other fitted to it.
     """
     if not weighing.objective(pair, Pair(pair.ups, torch.zeros_like(pair.down))) > 0:
         return pair.snapped(grid)  # nothing goes through this layer, or nothing comes of it
-    starts = [pair, spread(pair, weighing)]
-    candidates = [start.snapped(grid) for start in starts]
-    inputs = Feedback.along(weighing.second_moment)
-    for start in starts:
-        candidates += _in_turns(start, weighing, inputs, grid)
-    return min(candidates, key=lambda stored: weighing.cost(pair, stored, grid))
-
-
-def _in_turns(start: Pair, weighing: Weighing, inputs: Feedback, grid: Grid) -> list[Pair]:
-    """Each factor rounded, and the other fitted to it and rounded; what every turn gave."""
-    c, down, found = weighing.second_moment, start.down, []
-    for turn in range(TURNS):
+    start, c = spread(pair, weighing), weighing.second_moment
+    candidates = [pair.snapped(grid), start.snapped(grid)]
+    inputs, down = Feedback.along(c), start.down
+    for _ in range(TURNS):
         down = fed_back(down, inputs, grid)
         ranks = Feedback.along(down @ c @ down.T)
         ups = tuple(fed_back(up, ranks, grid) for up in refitted_ups(start, down, c))
-        found.append(Pair(ups, down))
-        if turn < TURNS - 1:
-            down = refitted_down(start, ups, weighing)
-    return found
+        candidates.append(Pair(ups, down))
+        down = refitted_down(start, ups, weighing)
+    return min(candidates, key=lambda stored: weighing.cost(pair, stored, grid))
