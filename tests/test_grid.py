@@ -87,7 +87,8 @@ def test_a_grid_is_the_quantisers(mode, inputs, tmp_path):
 @pytest.mark.parametrize("mode", GRID_NAMES)
 @pytest.mark.parametrize("family", ["vit", "bert", "mistral"])
 def test_factors_on_a_grid_come_through_the_quantiser_as_they_are(family, mode, tmp_path):
-    """With its weights replaced by a refitted model's, the graph quantised in weights only answers as that model."""
+    """Every factor is a fixed point of its grid, nothing else has changed, and a graph with its weights replaced is the
+    graph that an export of the refitted model gives."""
     model, task = make(family, 32), {"vit": "image-classification", "bert": "text-classification"}.get(family)
     source = tmp_path / "model.onnx"
     export_onnx(model, source, task or "text-generation")
