@@ -177,6 +177,12 @@ RUN_OPTIONS: list[Option] = [
     option("--lora-rank", "rehab.lora_rank", "Rank of the adapters of --rehab-method lora."),
     option("--quantize", "quantize", "Another graph, smaller; repeat for more.", multiple=True, type=_choice(MODES)),
     option("--ort/--no-ort", "ort", "Also write .ort files, and what a minimal build must keep.", is_flag=True),
+    option(
+        "--quantize-refit/--no-quantize-refit",
+        "quantize_refit",
+        "Fit the factors to each quantised graph's grid; kept where held-out samples gain.",
+        is_flag=True,
+    ),
     option("--threads", "bench.threads", "Threads of PyTorch and ONNX Runtime."),
     option("--bench-threads", "bench.thread_counts", "Measure at so many threads; repeat.", multiple=True, type=int),
     option("--provider", "bench.provider", "Execution provider to measure on.", type=_choice(tuple(PROVIDERS))),

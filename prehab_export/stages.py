@@ -346,7 +346,7 @@ STAGES = {
         Stage(
             "quantize",
             lambda session, folder: quantize(session.on_cpu, folder),
-            lambda c: {"modes": c.quantize, "eval_samples": c.data.eval_samples},
+            lambda c: {"modes": c.quantize, "refit": c.quantize_refit, "eval_samples": c.data.eval_samples},
             ("calibrate", "verify"),
             lambda c: bool(c.quantize),
         ),

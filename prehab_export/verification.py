@@ -11,6 +11,7 @@ from typing import Any
 from converters.folder import from_pretrained
 from converters.onnx.session import open_session
 from prehab_export.config import RunConfig, from_dict
+from prehab_export.data import Samples
 from prehab_export.errors import InputError, ParityError
 from prehab_export.evaluation import Metrics, evaluate, onnx_predictor, torch_predictor
 from prehab_export.parity import TOLERANCE, check_graph, compare_logits, digests_of, load_reference
@@ -75,10 +76,10 @@ def _check_graph(session: Session, folder: Path, graph: Path) -> dict[str, Any]:
         raise ParityError(f"the {name} model: {error}") from error
 
 
-def graph_metrics(session: Session, graph: Path, description: str) -> Metrics:
-    """The task metric of a graph on ONNX Runtime, over the evaluation split."""
+def graph_metrics(session: Session, graph: Path, description: str, samples: Samples | None = None) -> Metrics:
+    """The task metric of a graph on ONNX Runtime, over the evaluation split or these samples."""
     runtime = open_session(graph, threads=session.threads)
-    samples = session.data.evaluation
+    samples = session.data.evaluation if samples is None else samples
     with bar(description, len(samples)) as advance:
         batches = samples.batches(session.config.data.batch_size)
         return evaluate(onnx_predictor(runtime, session.task), batches, session.task, advance)
