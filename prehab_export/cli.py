@@ -36,7 +36,7 @@ REDO = {
     "baseline": ("export", "baseline"),
     "artifact": ("verify", "artifact"),
     "report": ("verify", "artifact", "bench", "report"),
-} | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "refine", "rehab", "quantize", "bench")}
+} | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "refine", "rehab", "quantize", "ort", "bench")}
 
 Command = Callable[..., Any]
 Option = tuple[str, Callable[[Command], Command]]
@@ -176,6 +176,13 @@ RUN_OPTIONS: list[Option] = [
     option("--rehab-distill", "rehab.train.distill", "Share of the loss that follows the dense model's output."),
     option("--lora-rank", "rehab.lora_rank", "Rank of the adapters of --rehab-method lora."),
     option("--quantize", "quantize", "Another graph, smaller; repeat for more.", multiple=True, type=_choice(MODES)),
+    option("--ort/--no-ort", "ort", "Also write .ort files, and what a minimal build must keep.", is_flag=True),
+    option(
+        "--quantize-refit/--no-quantize-refit",
+        "quantize_refit",
+        "Fit the factors to each quantised graph's grid; kept where held-out samples gain.",
+        is_flag=True,
+    ),
     option("--threads", "bench.threads", "Threads of PyTorch and ONNX Runtime."),
     option("--bench-threads", "bench.thread_counts", "Measure at so many threads; repeat.", multiple=True, type=int),
     option("--provider", "bench.provider", "Execution provider to measure on.", type=_choice(tuple(PROVIDERS))),
@@ -192,7 +199,12 @@ RUN_OPTIONS: list[Option] = [
 # What a verb takes beyond the options of a run.
 FURTHER_OPTIONS: dict[str, list[Option]] = {
     "bench": [
-        plain("--target", help="Measure elsewhere: local, kit:FOLDER, ssh://user@host, adb or adb:SERIAL."),
+        plain("--target", help="local, kit:FOLDER, ssh://user@host, adb, adb:SERIAL or browser."),
+        plain("--browser", help="The browser's command (browser); found when not given."),
+        plain("--ort-web", "ort_web", type=click.Path(path_type=Path), help="onnxruntime-web's dist folder (browser)."),
+        plain("--by-hand", is_flag=True, help="Serve the page to any browser, until Ctrl-C (browser)."),
+        plain("--host", default="127.0.0.1", show_default=True, help="Address to serve at with --by-hand."),
+        plain("--port", type=int, default=0, help="Port to serve at with --by-hand; a free one by default."),
         plain("--python", default="python3", show_default=True, help="The interpreter on another machine."),
         plain("--keep", is_flag=True, help="Leave the kit on the other machine, to copy less the next time."),
         plain("--cooldown", type=float, default=0.0, help="Seconds of rest before each turn."),
@@ -257,19 +269,34 @@ def _stage_command(verb: str, until: str, text: str) -> None:
     cli.command(name=verb)(click.argument("model", required=False)(decorated))
 
 
+# Flag of bench → field of ``targets.measuring.Target``.
+TARGET_FIELDS = {
+    "target": "name",
+    "python": "python",
+    "keep": "keep",
+    "cooldown": "cooldown_s",
+    "pin_cores": "pin",
+    "memory_limit": "memory_mb",
+    "matrix": "matrix_memory_mb",
+    "browser": "browser",
+    "ort_web": "web",
+    "by_hand": "by_hand",
+    "host": "host",
+    "port": "port",
+}
+
+
 def _benched_elsewhere(model: str | None, flags: dict[str, Any]) -> bool:
     """Measure at the target that was asked for; False where none was."""
-    keys = ("target", "python", "keep", "cooldown", "pin_cores", "memory_limit", "matrix")
-    own = {key: flags.pop(key) for key in keys}
-    if own["target"] is None:
-        if given := [key for key in keys if own[key] not in (None, False, (), 0.0, "python3")]:
+    own = {field: flags.pop(flag) for flag, field in TARGET_FIELDS.items()}
+    if own["name"] is None:
+        defaults = (None, False, (), 0, "python3", "127.0.0.1")
+        if given := [flag for flag, field in TARGET_FIELDS.items() if own[field] not in defaults]:
             raise InputError(f"--{given[0].replace('_', '-')} needs --target")
         return False
     from prehab_export.targets.measuring import Target, bench_on_target
 
-    target = Target(
-        own["target"], own["python"], own["keep"], own["cooldown"], own["pin_cores"], own["memory_limit"], own["matrix"]
-    )
+    target = Target(**own)
     del flags["force"]
     as_json = flags.pop("as_json")
     config, output = _parsed(model, flags, inherit=True)
@@ -305,6 +332,8 @@ for _verb, (_until, _text) in VERBS.items():
 def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) -> None:
     force, as_json = flags.pop("force"), flags.pop("as_json")
     config, output = _parsed(model, flags, inherit)
+    if until == "baseline" and config.ort:
+        until = "ort"  # an .ort file is made of a graph that has been verified
     from prehab_export.pipeline import run as run_pipeline
 
     workspace = run_pipeline(config, output, until=until, redo=REDO[until] if force else ())
@@ -427,7 +456,7 @@ def sweep(model: str | None, ratios: tuple[float, ...], methods: tuple[str, ...]
 def _fit_options(command: Command) -> Command:
     """Those of a run up to calibration and truncation; the fit finds the rest by itself."""
     own = {"--ratio", "--budget", "--objective", "--allocation", "--threads", "--min-speedup", "--force"}
-    own |= {"--bench-threads", "--provider"}
+    own |= {"--bench-threads", "--provider", "--ort/--no-ort", "--quantize-refit/--no-quantize-refit"}
     for flag, decorate in reversed(RUN_OPTIONS):
         if flag not in own and not flag.startswith(("--prehab", "--surrogate", "--refine", "--rehab", "--lora")):
             command = decorate(command)
@@ -437,7 +466,7 @@ def _fit_options(command: Command) -> Command:
 @cli.command()
 @click.argument("model", required=False)
 @click.option("--target", default="local", show_default=True,
-              help="Where to measure: local, ssh://user@host, adb or adb:SERIAL.")  # fmt: skip
+              help="Where to measure: local, ssh://user@host, adb, adb:SERIAL or browser.")  # fmt: skip
 @click.option("--python", default="python3", show_default=True, help="The interpreter on another machine.")
 @click.option("--p95", help="Limit on a request's 95th percentile, such as 20ms.")
 @click.option("--memory", help="Limit on the peak memory of the process that serves the model, such as 128MB.")

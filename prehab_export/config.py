@@ -300,6 +300,8 @@ class RunConfig:
     ``cuda:N``. The artifact is exported, verified and measured on the CPU.
     quantize: which graphs to make beside the float32 one, of the dense model too; ranks then come in whole blocks where
         the kind of quantisation has blocks.
+    ort: also write the compressed graphs in ONNX Runtime's own format, for minimal builds.
+    quantize_refit: fit the factors to each quantised graph's grid, and keep that where held-out samples gain.
     min_speedup: a run fails, once all is measured, if a compressed graph is less times as fast as the dense one.
     precision: of forward passes there; weights, moments and decompositions stay float32 and float64.
     """
@@ -319,6 +321,8 @@ class RunConfig:
     refine: RefineConfig = field(default_factory=RefineConfig)
     rehab: RehabConfig = field(default_factory=RehabConfig)
     quantize: tuple[str, ...] = ()
+    ort: bool = False
+    quantize_refit: bool = True
     bench: BenchConfig = field(default_factory=BenchConfig)
     min_speedup: float | None = None
 

@@ -11,7 +11,7 @@ loss (``allocation``). Where the best ranks for one of the two limits keep to th
 both; where they do not, both are spent as one cost, the weight between them found by bisection.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -143,6 +143,11 @@ class Candidate:
     predicted: Figures
 
     @property
+    def key(self) -> Hashable:
+        """Equal where setup and ranks are."""
+        return self.setup, tuple(self.ranks.items()), self.shared
+
+    @property
     def is_dense(self) -> bool:
         return all(rank is None for rank in self.ranks.values())
 
@@ -267,11 +272,28 @@ def tightened(budget: Budget, margin: float) -> Budget:
     return Budget(lower(budget.p95_ms), lower(budget.memory_mb), lower(budget.size_mb), budget.max_drop)
 
 
+def corrected(budget: Budget, tried: Sequence[tuple[Candidate, Figures]]) -> Budget:
+    """The limits that predictions have to keep to, where models turned out dearer than predicted: each lower by the
+    largest ratio of measured to predicted."""
+
+    def lower(limit: float | None, name: str) -> float | None:
+        pairs = [(getattr(own, name), getattr(candidate.predicted, name)) for candidate, own in tried]
+        ratios = [found / expected for found, expected in pairs if found is not None and expected]
+        return None if limit is None else limit / max([1.0, *ratios])
+
+    return Budget(
+        lower(budget.p95_ms, "p95_ms"),
+        lower(budget.memory_mb, "memory_mb"),
+        lower(budget.size_mb, "size_mb"),
+        budget.max_drop,
+    )
+
+
 def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Each setup with the same ranks once, in the order given."""
-    found: dict[object, Candidate] = {}
+    found: dict[Hashable, Candidate] = {}
     for candidate in candidates:
-        found.setdefault((candidate.setup, tuple(candidate.ranks.items()), candidate.shared), candidate)
+        found.setdefault(candidate.key, candidate)
     return list(found.values())
 
 

@@ -15,6 +15,7 @@ from prehab_export.bench_config import BenchConfig
 from prehab_export.machine import available_cores, machine_facts
 from prehab_export.probe import LayerProbe, case_of
 from prehab_export.progress import bar, say
+from prehab_export.targets.browser import find_browser, find_web, measure_in_browser
 from prehab_export.targets.kit import make_kit
 from prehab_export.targets.local import measure_locally
 from prehab_export.targets.measuring import Target
@@ -32,11 +33,14 @@ def check_target(target: Target, threads: Sequence[int]) -> None:
     InputError: a place that cannot answer at once, or one with fewer cores than threads are asked for.
     TargetError: it cannot be reached.
     """
-    if target.name.startswith("kit:"):
+    if target.name.startswith("kit:") or target.by_hand:
         raise InputError(
-            "--target kit:FOLDER answers by hand, and a fit asks twice; give local, ssh://user@host or adb"
+            "a fit asks its target twice, which cannot be done by hand; give local, ssh://, adb or browser"
         )
-    if target.name != "local":
+    if target.name == "browser":
+        find_web(target.web)
+        find_browser(target.browser)
+    elif target.name != "local":
         with target.shell() as shell:
             shell.run("true")
     elif (most := available_cores()) < max(threads):
@@ -91,8 +95,14 @@ def _measured(
     kit = make_kit(models, folder, config, target.cooldown_s)
     if target.name == "local":
         results = measure_locally(kit, target.limits(), () if memory else ("--no-memory",))
+    elif target.name == "browser":
+        results = measure_in_browser(kit, config.thread_counts, browser=target.browser, web=target.web, progress=_say)
     else:
         with target.shell() as shell:
             place = target.name.partition(":")[0]
-            results = measure_remotely(kit, shell, place, target.python, target.keep, lambda line: say(f"  {line}"))
-    return {"device": results["device"], "rows": [{key: row[key] for key in FIGURES} for row in results["cases"]]}
+            results = measure_remotely(kit, shell, place, target.python, target.keep, _say)
+    return {"device": results["device"], "rows": [{key: row.get(key) for key in FIGURES} for row in results["cases"]]}
+
+
+def _say(line: str) -> None:
+    say(f"  {line}")

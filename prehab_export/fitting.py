@@ -5,6 +5,7 @@ to measure the finalists. Whatever takes long is published by itself, so that a 
 with another budget, computes only what is missing.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from prehab_export.errors import BudgetError
 from prehab_export.evaluation import Metrics
 from prehab_export.fit_models import FitModels, slug_of
 from prehab_export.fit_report import write_fit
-from prehab_export.fit_search import FLOAT32, Candidate, Line, Search, chosen, finalists, pareto
+from prehab_export.fit_search import FLOAT32, Candidate, Line, Search, chosen, corrected, distinct, finalists, pareto
 from prehab_export.fit_target import check_target, measure_layers, measure_models, place_of
 from prehab_export.latency_budget import layer_shapes, tokens_at_a_time
 from prehab_export.models import empty_model
@@ -162,9 +163,20 @@ class _Fit:
         with bar("search", len(search.known)) as advance:
             candidates = search.all(budget, advance)
         few = finalists(candidates, budget, FINALISTS)
-        final = self._finals(few)
-        tried = {id(c): self._figures(c, final["rows"]) for c in few}
-        best = chosen([(c, tried[id(c)]) for c in few], budget)
+        final, tried = self._tried(few)
+        best = chosen(tried, budget)
+        within = not budget.misses(few[0].predicted)
+        if best is None and within and all(budget.distance(replace(own, drop=None)) for _, own in tried):
+            # What was predicted to fit does not: predictions were low, and now it is known by how much.
+            nearer = corrected(budget, tried)
+            more = [c for c in search.all(nearer) if not nearer.misses(c.predicted)]
+            if more:
+                few = finalists(more, nearer, FINALISTS)
+                again, further = self._tried(few)
+                candidates, tried = distinct([*candidates, *few]), [*tried, *further]
+                final = final | {"rows": [*final["rows"], *again["rows"]]}
+                best = chosen(tried, budget)
+        figures = {c.key: own for c, own in tried}
         unbeaten_rows = pareto([(c.loss, c.predicted.p95_ms, c.predicted.size_mb) for c in candidates])
         rows = [
             candidate.facts()
@@ -172,14 +184,14 @@ class _Fit:
                 "predicted_drop": drops.at(candidate.loss),
                 "pareto": unbeaten,
                 "fits_by_prediction": not budget.misses(candidate.predicted),
-                "measured": None if id(candidate) not in tried else asdict(tried[id(candidate)]),
-                "recommended": candidate is best,
+                "measured": asdict(figures[candidate.key]) if candidate.key in figures else None,
+                "recommended": best is not None and candidate.key == best.key,
             }
             for candidate, unbeaten in zip(candidates, unbeaten_rows, strict=True)
         ]
         dense = self.models.metrics(self.dense, FLOAT32)
-        near = min(few, key=lambda c: budget.distance(tried[id(c)]))
-        verdict = _nearest(near, tried[id(near)], budget) if best is None else _verdict(best, tried[id(best)], dense)
+        near, own = min(tried, key=lambda pair: budget.distance(pair[1]))
+        verdict = _nearest(near, own, budget) if best is None else _verdict(best, figures[best.key], dense)
         result = {
             "model": Path(self.session.config.model).name,
             "task": self.session.config.task,
@@ -193,6 +205,11 @@ class _Fit:
         }
         return result, best
 
+    def _tried(self, candidates: Sequence[Candidate]) -> tuple[Row, list[tuple[Candidate, Figures]]]:
+        """What the target answered, and each candidate's figures."""
+        final = self._finals(candidates)
+        return final, [(candidate, self._figures(candidate, final["rows"])) for candidate in candidates]
+
     def _finals(self, candidates: Sequence[Candidate]) -> Row:
         """The finalists for real, beside the dense model."""
         models = {f"dense-{FLOAT32}": self.models.graph(self.dense, FLOAT32)}
@@ -204,7 +221,9 @@ class _Fit:
             say(f"[bold]measure {len(candidates)} finalists on {self.request.target.name}")
             write_json(folder / "results.json", self._measure(models, threads, folder))
 
-        return json.loads((self.models.stage("fit-finalists", options, work) / "results.json").read_text())
+        # A stage for each set of them, so that one budget does not undo what was measured for another.
+        name = hashlib.sha256(json.dumps([threads, list(models)]).encode()).hexdigest()[:10]
+        return json.loads((self.models.stage(f"fit-finalists-{name}", options, work) / "results.json").read_text())
 
     def _figures(self, candidate: Candidate, results: Sequence[Row]) -> Figures:
         wanted = (_slug(candidate), candidate.setup.threads)

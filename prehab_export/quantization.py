@@ -1,17 +1,23 @@
 """The quantised graphs of a run: compressed and dense alike, each measured by the task's own metric."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from converters.folder import from_pretrained
+from converters.lowrank import low_rank_layers
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import Feeds, quantize_graph
 from converters.onnx.session import open_session
+from converters.onnx.weights import replace_weights, weight_names
 from prehab_export.bench_graph import read_graph
-from prehab_export.evaluation import feeds_of
-from prehab_export.progress import say
+from prehab_export.evaluation import Metrics, feeds_of
+from prehab_export.grid import GRIDS
+from prehab_export.grid_refit import GridFit, refit_to_grid
+from prehab_export.progress import bar, say
 from prehab_export.session import Session
 from prehab_export.verification import graph_metrics
 from prehab_export.workspace import write_json
@@ -21,7 +27,10 @@ SAMPLE = 128
 
 
 def quantize(session: Session, folder: Path) -> None:
-    """``dense/`` and ``compressed/``, one graph a mode in each, and what each costs."""
+    """``dense/`` and ``compressed/``, one graph a mode in each, and what each costs.
+
+    The compressed model's factors are fitted to the grid of each mode (``grid``), where that helps on held-out samples.
+    """
     sources = {
         "dense": session.workspace.folder("baseline") / "onnx" / "model.onnx",
         "compressed": session.workspace.folder("export") / "model" / "onnx" / "model.onnx",
@@ -30,11 +39,13 @@ def quantize(session: Session, folder: Path) -> None:
     for mode in session.config.quantize:
         for side, source in sources.items():
             say(f"  {side} {mode}")
-            graph = quantize_graph(
-                source, folder / side / FILE_NAMES[mode], mode, partial(activation_sample, session, source)
-            )
-            metrics = graph_metrics(session, graph, f"{side} {mode}")
-            rows.append({"model": side, "mode": mode, "bytes": read_graph(graph).file_bytes, **asdict(metrics)})
+            sample = partial(activation_sample, session, source)
+            graph = quantize_graph(source, folder / side / FILE_NAMES[mode], mode, sample)
+            metrics, refit = graph_metrics(session, graph, f"{side} {mode}"), None
+            if side == "compressed" and session.config.quantize_refit and mode in GRIDS:
+                metrics, refit = _with_refit(session, source, graph, mode, metrics)
+            facts = {"model": side, "mode": mode, "bytes": read_graph(graph).file_bytes, **asdict(metrics)}
+            rows.append(facts | {"refit": refit})
     write_json(folder / "quantize.json", {"graphs": rows})
 
 
@@ -46,6 +57,58 @@ def graphs_of(session: Session) -> dict[str, Path]:
         "compressed": root.folder("artifact") / "onnx" / "model.onnx",
         **quantized_graphs(session),
     }
+
+
+def _with_refit(
+    session: Session, source: Path, graph: Path, mode: str, plain: Metrics
+) -> tuple[Metrics, dict[str, Any]]:
+    """Quantise again, the factors fitted to the grid; that takes the place of ``graph`` if held-out samples say so.
+
+    Returns:
+        The metrics of the graph that stands there now, and what the two cost.
+    """
+    held_out = partial(graph_metrics, session, samples=session.held_out)
+    folder = graph.with_name(f"{graph.name}.refitted")
+    try:
+        fits = _refitted(session, source, folder / "float32.onnx", mode)
+        sample = partial(activation_sample, session, source)
+        candidate = quantize_graph(folder / "float32.onnx", folder / graph.name, mode, sample)
+        before = held_out(graph, f"held-out loss, {mode}").loss
+        after = held_out(candidate, f"held-out loss, {mode} refitted").loss
+        refitted = graph_metrics(session, candidate, f"compressed {mode} refitted")
+        if kept := after < before:
+            for file in folder.glob(f"{graph.name}*"):  # with external data, if it has any
+                file.replace(graph.with_name(file.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    facts = {
+        "kept": kept,
+        "layers": sum(len(fit.layers) for fit in fits),
+        "objective_plain": sum(fit.plain for fit in fits),
+        "objective_refitted": sum(fit.refitted for fit in fits),
+        "held_out_loss_plain": before,
+        "held_out_loss_refitted": after,
+        "plain": asdict(plain),
+        "refitted": asdict(refitted),
+    }
+    return refitted if kept else plain, facts
+
+
+def _refitted(session: Session, source: Path, target: Path, mode: str) -> list[GridFit]:
+    """The graph in float32, its factors on the mode's grid."""
+    folder = session.workspace.folder("export") / "model"
+    model = from_pretrained(folder, trust_remote_code=session.config.trust_remote_code)
+    with bar(f"fit to {mode}", len(low_rank_layers(model))) as advance:
+        fits = refit_to_grid(
+            model,
+            session.load_prepared_statistics(),
+            GRIDS[mode],
+            session.config.truncate.gradient_shrinkage,
+            replaceable=weight_names(source),
+            progress=advance,
+        )
+    replace_weights(source, target, model.state_dict())
+    return fits
 
 
 def quantized_graphs(session: Session) -> dict[str, Path]:

@@ -24,6 +24,7 @@ STAGE_FACTS = {
     "baseline": "export.json",
     "verify": "verify.json",
     "quantize": "quantize.json",
+    "ort": "ort.json",
     "bench": "bench.json",
 }
 
@@ -70,7 +71,8 @@ def _ran(session: Session, stage: str) -> bool:
         "refine": config.refine.schedule.steps,
         "rehab": config.rehab.train.steps,
     }
-    return steps.get(stage, 1) > 0 and (stage != "quantize" or bool(config.quantize))
+    wanted = {"quantize": bool(config.quantize), "ort": config.ort}
+    return steps.get(stage, 1) > 0 and wanted.get(stage, True)
 
 
 def _public(config: RunConfig) -> RunConfig:

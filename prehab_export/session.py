@@ -270,8 +270,9 @@ def _disk_estimate(model: PreTrainedModel, layers: dict, config: RunConfig) -> i
     moments = 4 * sum(n * n + (m * m if config.needs_gradients else 0) for m, n in shapes)
     prehabbed = weights + moments if config.prehab.train.steps else 0
     merged = weights if config.adapter else 0
+    refitted = 2 * weights if config.quantize and config.quantize_refit else 0  # in float32 and quantised, for a while
     # Factored model after truncation and rehab, artifact and its graph, dense graph, and the folder being replaced.
-    return moments + prehabbed + merged + (6 + len(config.quantize)) * weights
+    return moments + prehabbed + merged + refitted + (6 + len(config.quantize)) * weights
 
 
 def _folder_hash(folder: Path) -> dict[str, str]:

@@ -25,6 +25,7 @@ from prehab_export.devices import device_of, room_for
 from prehab_export.eigenbasis import factor_bases
 from prehab_export.export import DIGESTS, export_artifact, export_baseline
 from prehab_export.latency_budget import cost_of, predicted_latency, time_ranks
+from prehab_export.ort_files import write_ort_files
 from prehab_export.parity import digests_of
 from prehab_export.prehabilitation import prehab
 from prehab_export.progress import bar, say
@@ -345,11 +346,18 @@ STAGES = {
         Stage(
             "quantize",
             lambda session, folder: quantize(session.on_cpu, folder),
-            lambda c: {"modes": c.quantize, "eval_samples": c.data.eval_samples},
+            lambda c: {"modes": c.quantize, "refit": c.quantize_refit, "eval_samples": c.data.eval_samples},
             ("calibrate", "verify"),
             lambda c: bool(c.quantize),
         ),
-        Stage("artifact", publish_artifact, lambda c: {}, ("verify", "quantize")),
+        Stage(
+            "ort",
+            lambda session, folder: write_ort_files(session.on_cpu, folder),
+            lambda c: {},
+            ("verify", "quantize"),
+            lambda c: c.ort,
+        ),
+        Stage("artifact", publish_artifact, lambda c: {}, ("verify", "quantize", "ort")),
         Stage("bench", _bench, lambda c: asdict(c.bench), ("artifact", "baseline", "quantize")),
         Stage("report", write_report, lambda c: {}, ("artifact", "bench")),
     )

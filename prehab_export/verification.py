@@ -87,7 +87,7 @@ def _check_graph(session: Session, folder: Path, graph: Path) -> dict[str, Any]:
 
 
 def graph_metrics(session: Session, graph: Path, description: str, samples: Samples | None = None) -> Metrics:
-    """The task metric of a graph on ONNX Runtime, over the evaluation split if no other samples are given."""
+    """The task metric of a graph on ONNX Runtime, over the evaluation split or these samples."""
     runtime = open_session(graph, threads=session.threads)
     samples = session.data.evaluation if samples is None else samples
     with bar(description, len(samples)) as advance:
@@ -124,6 +124,9 @@ def publish_artifact(session: Session, folder: Path) -> None:
     if session.config.quantize:
         quantised = session.workspace.folder("quantize") / "compressed"
         shutil.copytree(quantised, folder / "onnx", copy_function=link, dirs_exist_ok=True)
+    if session.config.ort:
+        ort = session.workspace.folder("ort") / "onnx"
+        shutil.copytree(ort, folder / "onnx", copy_function=link, dirs_exist_ok=True)
     write_card(session, folder)
 
 

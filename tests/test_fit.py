@@ -31,6 +31,7 @@ from prehab_export.fit_search import (
     Search,
     Setup,
     chosen,
+    corrected,
     finalists,
     pareto,
     tightened,
@@ -209,6 +210,16 @@ def test_facts_name_only_layers_that_are_cut():
     candidate = Candidate(Setup("int8", 2), {"a": 4, "b": None}, (), 0.5, 0.1, figures)
     assert candidate.facts()["ranks"] == {"a": 4}
     assert candidate.name == "50.0% removed, int8, 2 threads"
+
+
+def test_predictions_that_were_low_lower_the_limits():
+    predicted = Figures(5.0, 8.0, 40.0, 2.0)
+    candidate = Candidate(Setup(FLOAT32, 1), {"a": 4}, (), 0.5, 0.1, predicted)
+    found = corrected(
+        Budget(p95_ms=8.0, memory_mb=50.0, size_mb=None),
+        [(candidate, Figures(5.0, 10.0, 30.0, 9.0)), (candidate, predicted)],
+    )
+    assert found == Budget(p95_ms=pytest.approx(6.4), memory_mb=50.0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8))

@@ -5,7 +5,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from converters.errors import InputError
@@ -15,6 +15,7 @@ from prehab_export.progress import say
 from prehab_export.quantization import graphs_of
 from prehab_export.session import Session, bench_config
 from prehab_export.stages import STAGES
+from prehab_export.targets.browser import find_browser, find_web, measure_in_browser, serve_by_hand
 from prehab_export.targets.kit import Kit, make_kit
 from prehab_export.targets.limits import Limits
 from prehab_export.targets.local import matrix, measure_locally
@@ -28,10 +29,12 @@ from prehab_export.workspace import write_json
 class Target:
     """Where to measure, and how.
 
-    name: ``local``, ``kit:FOLDER``, ``ssh://user@host:port``, ``adb`` or ``adb:SERIAL``.
+    name: ``local``, ``kit:FOLDER``, ``ssh://user@host:port``, ``adb``, ``adb:SERIAL`` or ``browser``.
     python: the interpreter on another machine; keep: leave the kit there.
     pin: run on so many cores only; memory_mb: with so much memory; both local.
     matrix_memory_mb: sizes of the table threads × memory; none for no table.
+    browser: the browser's command; web: the dist folder of onnxruntime-web; by_hand: serve the page at host and port
+        to whoever opens it, until interrupted.
     """
 
     name: str
@@ -41,12 +44,21 @@ class Target:
     pin: int | None = None
     memory_mb: float | None = None
     matrix_memory_mb: tuple[float, ...] = ()
+    browser: str | None = None
+    web: Path | None = None
+    by_hand: bool = False
+    host: str = "127.0.0.1"
+    port: int = 0
 
     def __post_init__(self) -> None:
-        if not re.match(r"(local$|kit:.|ssh://|adb(:|$))", self.name):
-            raise InputError(f"--target must be local, kit:FOLDER, ssh://user@host, or adb[:serial], not {self.name!r}")
+        if not re.match(r"(local$|kit:.|ssh://|adb(:|$)|browser$)", self.name):
+            raise InputError(
+                f"--target must be local, kit:FOLDER, ssh://user@host, adb[:serial] or browser, not {self.name!r}"
+            )
         if self.name != "local" and (self.pin or self.memory_mb or self.matrix_memory_mb):
             raise InputError("--pin-cores, --memory-limit and --matrix are for --target local")
+        if self.name != "browser" and (self.browser or self.web or self.by_hand):
+            raise InputError("--browser, --ort-web and --by-hand are for --target browser")
         if self.cooldown_s < 0:
             raise InputError(f"--cooldown must be 0 or more seconds, not {self.cooldown_s}")
         if any(size <= 0 for size in self.matrix_memory_mb):
@@ -77,6 +89,10 @@ def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
     if target.name.startswith(("ssh://", "adb")):
         with target.shell() as shell:  # what cannot be reached is found out before anything slow
             shell.run("true")
+    elif target.name == "browser":
+        target = replace(target, web=find_web(target.web))
+        if not target.by_hand:
+            find_browser(target.browser)
     with opened(config, output) as session:
         stages = list(STAGES)
         bring_up_to_date(session, stages[stages.index("bench") - 1])
@@ -84,7 +100,10 @@ def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
             folder = Path(target.name.removeprefix("kit:"))
             return _kit(session, folder, target).folder
         with tempfile.TemporaryDirectory(dir=session.workspace.root, prefix=".kit-") as own:
-            results = _measured(_kit(session, Path(own, "kit"), target), target, _thread_counts(session))
+            kit = _kit(session, Path(own, "kit"), target)
+            if target.by_hand:
+                return _by_hand(session, kit, target)
+            results = _measured(kit, target, _thread_counts(session))
         return keep_results(session, results, _file_name(target.name))
 
 
@@ -117,12 +136,32 @@ def _kit(session: Session, folder: Path, target: Target) -> Kit:
     return make_kit(graphs_of(session), folder, bench_config(session), target.cooldown_s)
 
 
+def _by_hand(session: Session, kit: Kit, target: Target) -> Path:
+    """Keeps what comes in, under the name of this target; returns the file."""
+
+    def keep(results: Json) -> None:
+        say(f"results came in; they are in {keep_results(session, results, 'browser-by-hand')}")
+
+    def opened_at(address: str) -> None:
+        say(f"open {address} in a browser and press Start; Ctrl-C ends this")
+
+    serve_by_hand(kit, target.web, target.host, target.port, opened_at, keep)
+    file = session.workspace.root / FOLDER / "browser-by-hand.json"
+    if not file.is_file():
+        raise InputError("nobody measured anything before the page was closed")
+    return file
+
+
 def _thread_counts(session: Session) -> tuple[int, ...]:
     config = bench_config(session)
     return config.thread_counts or (config.threads,)
 
 
 def _measured(kit: Kit, target: Target, threads: tuple[int, ...]) -> Json:
+    if target.name == "browser":
+        return measure_in_browser(
+            kit, threads, browser=target.browser, web=target.web, progress=lambda line: say(f"  {line}")
+        )
     if target.name != "local":
         with target.shell() as shell:
             return measure_remotely(

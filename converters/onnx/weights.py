@@ -1,0 +1,65 @@
+"""New values for the weights of a graph, by the names that they have in the model (see ``names``).
+
+A graph whose shapes stay need not be exported again: the rest of it is the same, fusions and all.
+"""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from converters.onnx.names import TRANSPOSED
+
+
+def weight_names(source: Path) -> set[str]:
+    """The parameters of the model that the graph holds under their own names, in stacks or alone."""
+    return {part for name in ir.load(source).graph.initializers for part in _parts(name)}
+
+
+def replace_weights(source: Path, target: Path, values: Mapping[str, Tensor]) -> Path:
+    """Write ``source`` again with these values; returns ``target``, which appears only when it is complete. What is not
+    named stays as it is.
+
+    Raises:
+        ValueError: a value has another shape than the weight, or one part of a stack is given and another is not.
+    """
+    model = ir.load(source)
+    for value in model.graph.initializers.values():
+        name, old = str(value.name), value.const_value
+        parts = [part for part in _parts(name) if part in values]
+        if not parts or old is None:
+            continue
+        if parts != _parts(name):
+            raise ValueError(f"{name}: all parts of a stack must be given, not {', '.join(parts)} alone")
+        arrays = [values[part].detach().cpu().numpy() for part in parts]
+        arrays = [array.T for array in arrays] if name.endswith(TRANSPOSED) else arrays
+        new = np.concatenate(arrays, axis=-1).astype(old.dtype.numpy())
+        if new.shape != tuple(old.shape.numpy()):
+            raise ValueError(f"{name}: {new.shape} cannot take the place of {tuple(old.shape.numpy())}")
+        value.const_value = ir.tensor(new, name=name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    external = source.with_name(f"{source.name}_data").is_file()
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        ir.save(model, folder / target.name, external_data=f"{target.name}_data" if external else None)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):  # the graph last
+            file.replace(target.with_name(file.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def _parts(name: str) -> list[str]:
+    """The parameters behind an initialiser's name.
+
+    >>> _parts("layer.0.{query,key}.down.weight.T")
+    ['layer.0.query.down.weight', 'layer.0.key.down.weight']
+    """
+    name = name.removesuffix(TRANSPOSED)
+    stack = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
+    return [name] if stack is None else [f"{stack[1]}{part}{stack[3]}" for part in stack[2].split(",")]
