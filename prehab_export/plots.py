@@ -90,15 +90,17 @@ def plot_fit(result: dict, path: Path) -> None:
                 axes.scatter(*place, area, color=colour, edgecolor=edge, linewidth=1.5, zorder=3)
                 if row["recommended"]:
                     axes.annotate("recommended", place, (8, 8), textcoords="offset points", fontsize=8)
+    axes.set_xlim(left=0)
+    axes.set_yscale("symlog", linthresh=1.0)
+    # A limit far from every model is not worth the room that it would take.
     limit, drop = result["budget"]["p95_ms"], result["budget"]["max_drop"]
-    if limit is not None:
+    if limit is not None and limit < axes.get_xlim()[1]:
         axes.axvline(limit, color="0.4", linestyle=":", linewidth=1)
-    if drop is not None:
+    if drop is not None and 100 * drop < axes.get_ylim()[1]:
         axes.axhline(100 * drop, color="0.4", linestyle=":", linewidth=1)
     axes.set_xlabel("p95 of a request, ms (dotted: the budget)")
     points = result["metric"]["metric"] == "accuracy"
     axes.set_ylabel("points of accuracy lost" if points else "rise of perplexity, %")
-    axes.set_yscale("symlog", linthresh=1.0)
     axes.legend(fontsize=8, title="area: file size; ringed: measured", title_fontsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
