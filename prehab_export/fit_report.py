@@ -69,4 +69,6 @@ def print_fit(result: Row, folder: Path) -> None:
     console = result_console()
     console.print(table)
     console.print(result["verdict"])
+    if result["warning"] is not None:
+        console.print(f"[yellow]warning: {result['warning']}")
     console.print(f"table, plot and model  {folder}")

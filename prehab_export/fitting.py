@@ -37,6 +37,8 @@ from prehab_export.workspace import stage_key, write_json
 # Shares of the targeted parameters that the anchors lack.
 ANCHORS = (0.5, 0.85)
 FINALISTS = 3
+# By how much the dense model's p95 may differ between the two visits to the target.
+STEADY = 1.3
 
 Row = dict[str, Any]
 
@@ -200,6 +202,7 @@ class _Fit:
             "budget": asdict(budget),
             "metric": asdict(dense),
             "verdict": verdict,
+            "warning": unsteady(probed, final["rows"]),
             "candidates": rows,
             "measured": {"probe": probed, "finalists": final["rows"]},
         }
@@ -236,6 +239,22 @@ class _Fit:
             size_mb=read_graph(graph).file_bytes / 1e6,
             drop=self.models.drop(_plan(candidate), candidate.setup.mode),
         )
+
+
+def unsteady(probe: Sequence[Row], finals: Sequence[Row]) -> str | None:
+    """A warning where the dense model, measured both times, was far faster or slower the second time."""
+    before, after = (
+        {row["threads"]: row["p95_ms"] for row in rows if row["model"] == f"dense-{FLOAT32}"}
+        for rows in (probe, finals)
+    )
+    off = [(before[count], after[count]) for count in after if not 1 / STEADY < after[count] / before[count] < STEADY]
+    if not off:
+        return None
+    (then, now), *_ = off
+    return (
+        f"The device was not steady: the dense model's p95 was {then:.2f} ms at the probe and {now:.2f} ms beside the "
+        "finalists. Ask again when it has nothing else to do."
+    )
 
 
 def _plan(candidate: Candidate) -> Plan:

@@ -37,7 +37,7 @@ from prehab_export.fit_search import (
     tightened,
 )
 from prehab_export.fit_target import measure_layers, measure_models
-from prehab_export.fitting import FitRequest, fit
+from prehab_export.fitting import FitRequest, fit, unsteady
 from prehab_export.probe import Anchor, LayerProbe, layer_probes, probed_ranks, understood
 from prehab_export.targets.measuring import Target
 
@@ -257,6 +257,15 @@ def test_limits_are_read_in_their_units():
 def test_limits_that_are_none_are_refused(words, match):
     with pytest.raises(InputError, match=match):
         Budget.parsed(**{"p95": None, "memory": None, "size": None, "max_drop": None, "metric": "accuracy"} | words)
+
+
+def test_a_device_that_changes_its_pace_is_told_of():
+    def rows(*p95):
+        return [{"model": "dense-float32", "threads": at + 1, "p95_ms": value} for at, value in enumerate(p95)]
+
+    assert unsteady(rows(2.0, 4.0), rows(2.2, 3.5)) is None
+    assert "4.00 ms at the probe and 6.00 ms" in unsteady(rows(2.0, 4.0), rows(2.0, 6.0))
+    assert "4.00 ms at the probe and 2.00 ms" in unsteady(rows(2.0, 4.0), rows(2.0, 2.0))
 
 
 def test_a_drop_is_in_points_of_accuracy_and_relative_for_perplexity():
