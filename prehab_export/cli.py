@@ -235,7 +235,7 @@ def cli() -> None:
     """Compress a trained transformer into a low-rank model that deploys.
 
     Exit codes: 0 done, 1 a defect, 2 bad input, 3 the exported model does not compute what it should, 4 slower than
-    --min-speedup asks, 5 the place to measure at fails.
+    --min-speedup asks or no model within a fit's budget, 5 the place to measure at fails.
     """
 
 
@@ -451,6 +451,64 @@ def sweep(model: str | None, ratios: tuple[float, ...], methods: tuple[str, ...]
     else:
         print_sweep(result["dense"], result["rows"])
         click.echo(f"table and plot  {folder}")
+
+
+def _fit_options(command: Command) -> Command:
+    """Those of a run up to calibration and truncation; the fit finds the rest by itself."""
+    own = {"--ratio", "--budget", "--objective", "--allocation", "--threads", "--min-speedup", "--force"}
+    own |= {"--bench-threads", "--provider", "--ort/--no-ort", "--quantize-refit/--no-quantize-refit"}
+    for flag, decorate in reversed(RUN_OPTIONS):
+        if flag not in own and not flag.startswith(("--prehab", "--surrogate", "--refine", "--rehab", "--lora")):
+            command = decorate(command)
+    return command
+
+
+@cli.command()
+@click.argument("model", required=False)
+@click.option("--target", default="local", show_default=True,
+              help="Where to measure: local, ssh://user@host, adb, adb:SERIAL or browser.")  # fmt: skip
+@click.option("--python", default="python3", show_default=True, help="The interpreter on another machine.")
+@click.option("--p95", help="Limit on a request's 95th percentile, such as 20ms.")
+@click.option("--memory", help="Limit on the peak memory of the process that serves the model, such as 128MB.")
+@click.option("--size", help="Limit on the ONNX file, such as 20MB.")
+@click.option("--max-drop", help="Most that may be lost: points of accuracy (1% or 1pt), or a perplexity's rise in %.")
+@click.option("--threads", "threads", type=int, multiple=True, default=(1,), show_default=True,
+              help="Threads that the runtime may use; repeat to try more.")  # fmt: skip
+@_fit_options
+def fit(model: str | None, target: str, python: str, threads: tuple[int, ...], **flags: Any) -> None:
+    """Find the most accurate model within a budget on the device where it will run.
+
+    Ranks, the kinds of quantisation given with --quantize and the numbers of threads are searched by measured times of
+    the device; the two or three best are made and measured there. Exit code 4 if none is within the budget. A fit that
+    was killed, or is asked again with another budget, computes only what is missing.
+    """
+    from prehab_export.budget import Budget
+
+    as_json = flags.pop("as_json")
+    limits = {name: flags.pop(name) for name in ("p95", "memory", "size", "max_drop")}
+    config, output = _parsed(model, flags, inherit=True)
+    metric = "perplexity" if config.task == "text-generation" else "accuracy"
+    budget = Budget.parsed(**limits, metric=metric)
+    from prehab_export.fitting import FitRequest
+    from prehab_export.fitting import fit as run_fit
+    from prehab_export.targets.measuring import Target
+
+    try:
+        run_fit(config, output, FitRequest(budget, Target(target, python), tuple(dict.fromkeys(threads))))
+    except BudgetError:
+        _show_fit(output / "fit", as_json)
+        raise
+    _show_fit(output / "fit", as_json)
+
+
+def _show_fit(folder: Path, as_json: bool) -> None:
+    from prehab_export.fit_report import print_fit
+
+    result = json.loads((folder / "fit.json").read_text())
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        print_fit(result, folder)
 
 
 @cli.command()

@@ -21,7 +21,7 @@ from prehab_export.objective_choice import KindTrial, choose_objectives, kinds_o
 from prehab_export.refinement import block_refiner
 from prehab_export.statistics import Statistics
 from prehab_export.tasks import Task
-from prehab_export.truncation import Decompositions, Truncation, decompose_layers, truncate
+from prehab_export.truncation import Decompositions, Plan, Truncation, decompose_layers, truncate
 
 # (what is being done, how many steps it has) → within it, called with the number of steps done.
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
@@ -65,6 +65,7 @@ def compress(
     refine: RefineConfig | None = None,
     *,
     decomposed: Decompositions | None = None,
+    plan: Plan | None = None,
     cost: Cost = parameters,
     seed: int = 0,
     progress: Progress = silent,
@@ -74,6 +75,7 @@ def compress(
     Args:
         refine: its block-wise part is done here.
         decomposed: decompositions of these very weights and moments, when at hand.
+        plan: instead of what the allocation would choose.
         cost: what the budget is counted in (``rank_times.RankTimes.cost`` for a budget of latency).
         progress: makes the progress bar of each part.
 
@@ -97,9 +99,9 @@ def compress(
     if decomposed is None:
         with progress("decompose", len(layers)) as advance:
             decomposed = decompose_layers(layers, statistics, config, progress=advance)
-    plan = truncate(layers, statistics, config, decomposed=decomposed, cost=cost)
+    cut = truncate(layers, statistics, config, decomposed=decomposed, plan=plan, cost=cost)
     if not config.drift_correction or config.objective == "weight":  # plain SVD knows nothing of the inputs
-        return Compression(plan, trials)
+        return Compression(cut, trials)
     refiner = None if refine is None or not refine.block_steps else block_refiner(refine, seed, statistics)
     try:
         with progress("truncate", len(layers)) as advance:
@@ -109,11 +111,11 @@ def compress(
                 task,
                 layers,
                 statistics,
-                plan,
+                cut,
                 config.gradient_shrinkage,
                 after_block=refiner,
                 progress=advance,
             )
     except NotAChain as reason:
-        return Compression(plan, trials, [f"drift is not corrected: {reason}"])
+        return Compression(cut, trials, [f"drift is not corrected: {reason}"])
     return Compression(along, trials)

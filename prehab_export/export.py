@@ -25,9 +25,14 @@ DIGESTS = "digests.json"
 def export_artifact(session: Session, folder: Path) -> None:
     """``model/`` (Hugging Face folder with ``onnx/model.onnx`` inside) and the reference of the model in memory."""
     model = from_pretrained(session.factored_folder(), trust_remote_code=session.config.trust_remote_code)
-    save_folder(model, folder / "model", session.fresh_processor())
     # What the reloaded artifact must equal is the model that truncation or rehab held, not a copy read back from disk.
     digests = json.loads((session.factored_folder().parent / DIGESTS).read_text())
+    export_model(session, model, folder, digests)
+
+
+def export_model(session: Session, model: PreTrainedModel, folder: Path, digests: dict[str, str]) -> None:
+    """`export_artifact` of a model at hand, whose tensors are to have these digests."""
+    save_folder(model, folder / "model", session.fresh_processor())
     graph = Path("onnx", "model.onnx")
     export = _export_graph(session, model, folder, folder / "model" / graph, digests)
     if session.task.name == "text-generation":

@@ -18,8 +18,8 @@ TIMES = "times.json"
 
 def time_ranks(session: Session, folder: Path) -> None:
     """Measure what the run's layers take, dense and at any rank, in requests as the bench makes them."""
-    shapes = _shapes(session)
-    setting = Setting(session.threads, _tokens_at_a_time(session))
+    shapes = layer_shapes(session)
+    setting = Setting(session.threads, tokens_at_a_time(session))
     with bar("time layers", len(set(shapes))) as advance:
         times = measure_rank_times(shapes, setting, cache=cache_folder(), progress=advance)
     write_json(folder / TIMES, times.to_json())
@@ -41,7 +41,7 @@ def predicted_latency(session: Session, truncation: Truncation) -> float | None:
     return sum(cost(m, n, rank) for m, n, rank in truncation.units()) / before
 
 
-def _shapes(session: Session) -> list[Shape]:
+def layer_shapes(session: Session) -> list[Shape]:
     """(m, n) of every layer, and of every stack of layers with one input that may come to share a ``down``."""
     trust = session.config.trust_remote_code
     layers = session.layers(empty_model(session.model_config, session.task, trust_remote_code=trust))
@@ -64,7 +64,7 @@ def _shapes(session: Session) -> list[Shape]:
     ]
 
 
-def _tokens_at_a_time(session: Session) -> int:
+def tokens_at_a_time(session: Session) -> int:
     """Rows that a layer sees in a request as the bench makes it; of a decoder those of one new token."""
     bench = bench_config(session)
     if session.config.task == "text-generation":

@@ -1,7 +1,7 @@
 """A run from start to end: check, then one stage after another, skipping what is already there and still valid."""
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -68,10 +68,15 @@ def _withdraw_outdated(session: Session, redo: Collection[str]) -> None:
 
 def bring_up_to_date(session: Session, until: str, redo: Collection[str] = ()) -> None:
     """Do the stages through ``until`` that are not there yet, or were made under other options."""
+    order = list(STAGES)
+    bring_up(session, order[: order.index(until) + 1], redo)
+
+
+def bring_up(session: Session, names: Sequence[str], redo: Collection[str] = ()) -> None:
+    """`bring_up_to_date` of these stages alone, which come after those that they read."""
     workspace, keys = session.workspace, stage_keys(session)
     stale = [name for name in keys if name in redo or not workspace.is_current(name, keys[name])]
-    order = list(STAGES)
-    for name in order[: order.index(until) + 1]:
+    for name in names:
         if name in stale:
             _do(session, STAGES[name], keys[name])
         elif name in keys:
@@ -97,4 +102,4 @@ def stage_keys(session: Session) -> dict[str, str]:
     return keys
 
 
-__all__ = ["Stage", "bring_up_to_date", "opened", "run", "stage_keys"]
+__all__ = ["Stage", "bring_up", "bring_up_to_date", "opened", "run", "stage_keys"]

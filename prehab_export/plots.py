@@ -67,6 +67,45 @@ def plot_sweep(dense: dict, rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_fit(result: dict, path: Path) -> None:
+    """What is lost against p95, marker areas by file size: filled and ringed where measured, faint where predicted."""
+    scale = 100 / max(row["predicted"]["size_mb"] for row in result["candidates"])
+    setups = list(dict.fromkeys((row["mode"], row["threads"]) for row in result["candidates"]))
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for at, (mode, threads) in enumerate(setups):
+        rows = [row for row in result["candidates"] if (row["mode"], row["threads"]) == (mode, threads)]
+        rows.sort(key=lambda row: row["predicted"]["p95_ms"])
+        x = [row["predicted"]["p95_ms"] for row in rows]
+        y = [100 * row["predicted_drop"] for row in rows]
+        colour = mpl.colormaps["tab10"](at % 10)
+        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
+        axes.scatter(x, y, [scale * row["predicted"]["size_mb"] for row in rows], color=colour, alpha=0.35)
+        axes.scatter([], [], 40, color=colour, label=f"{mode}, {threads} thread{'s' if threads > 1 else ''}")
+        for row in rows:
+            if (own := row["measured"]) is not None:
+                edge = "black" if row["recommended"] else "0.5"
+                place = (own["p95_ms"], 100 * own["drop"])
+                area = scale * own["size_mb"]
+                axes.scatter(*place, area, color=colour, edgecolor=edge, linewidth=1.5, zorder=3)
+                if row["recommended"]:
+                    axes.annotate("recommended", place, (8, 8), textcoords="offset points", fontsize=8)
+    axes.set_xlim(left=0)
+    axes.set_yscale("symlog", linthresh=1.0)
+    # A limit far from every model is not worth the room that it would take.
+    limit, drop = result["budget"]["p95_ms"], result["budget"]["max_drop"]
+    if limit is not None and limit < axes.get_xlim()[1]:
+        axes.axvline(limit, color="0.4", linestyle=":", linewidth=1)
+    if drop is not None and 100 * drop < axes.get_ylim()[1]:
+        axes.axhline(100 * drop, color="0.4", linestyle=":", linewidth=1)
+    axes.set_xlabel("p95 of a request, ms (dotted: the budget)")
+    points = result["metric"]["metric"] == "accuracy"
+    axes.set_ylabel("points of accuracy lost" if points else "rise of perplexity, %")
+    axes.legend(fontsize=8, title="area: file size; ringed: measured", title_fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
 def plot_roofline(bench: dict, path: Path) -> None:
     """Operations a second against operations a byte of weights, a panel for each number of threads, under the measured
     ceilings."""

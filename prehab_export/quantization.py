@@ -39,7 +39,8 @@ def quantize(session: Session, folder: Path) -> None:
     for mode in session.config.quantize:
         for side, source in sources.items():
             say(f"  {side} {mode}")
-            graph = quantize_graph(source, folder / side / FILE_NAMES[mode], mode, partial(_sample, session, source))
+            sample = partial(activation_sample, session, source)
+            graph = quantize_graph(source, folder / side / FILE_NAMES[mode], mode, sample)
             metrics, refit = graph_metrics(session, graph, f"{side} {mode}"), None
             if side == "compressed" and session.config.quantize_refit and mode in GRIDS:
                 metrics, refit = _with_refit(session, source, graph, mode, metrics)
@@ -70,7 +71,7 @@ def _with_refit(
     folder = graph.with_name(f"{graph.name}.refitted")
     try:
         fits = _refitted(session, source, folder / "float32.onnx", mode)
-        sample = partial(_sample, session, source)
+        sample = partial(activation_sample, session, source)
         candidate = quantize_graph(folder / "float32.onnx", folder / graph.name, mode, sample)
         before = held_out(graph, f"held-out loss, {mode}").loss
         after = held_out(candidate, f"held-out loss, {mode} refitted").loss
@@ -120,7 +121,8 @@ def quantized_graphs(session: Session) -> dict[str, Path]:
     }
 
 
-def _sample(session: Session, graph: Path) -> Iterator[Feeds]:
+def activation_sample(session: Session, graph: Path) -> Iterator[Feeds]:
+    """What to run a graph on, to find the ranges of its activations."""
     inputs: list[Any] = open_session(graph, session.threads).get_inputs()
     samples = session.calibration.subset(min(SAMPLE, len(session.calibration)), session.config.seed)
     return (feeds_of(inputs, batch) for batch in samples.batches(session.config.data.batch_size))

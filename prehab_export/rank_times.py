@@ -166,7 +166,7 @@ def _seconds(run: Callable[[], None]) -> float:
 
 def _runner(m: int, n: int, rank: int | None, copies: int, setting: Setting) -> Callable[[], None]:
     """One run of ``copies`` layers with weights of their own, all reading one input."""
-    graph = ir.serde.serialize_model(_graph(m, n, rank, copies, setting.tokens)).SerializeToString()
+    graph = ir.serde.serialize_model(layer_graph(m, n, rank, copies, setting.tokens)).SerializeToString()
     session = onnxruntime.InferenceSession(graph, session_options(setting.threads), providers=["CPUExecutionProvider"])
     binding = session.io_binding()  # outputs stay where they are: what allocating them takes is no layer's cost
     x = np.random.default_rng(0).standard_normal((setting.tokens, n), dtype=np.float32)
@@ -177,7 +177,8 @@ def _runner(m: int, n: int, rank: int | None, copies: int, setting: Setting) -> 
     return lambda: session.run_with_iobinding(binding)
 
 
-def _graph(m: int, n: int, rank: int | None, copies: int, tokens: int) -> ir.Model:
+def layer_graph(m: int, n: int, rank: int | None, copies: int, tokens: int) -> ir.Model:
+    """``copies`` m×n layers side by side, each with weights of its own, reading one input ``x`` (tokens×n)."""
     generator = np.random.default_rng(0)
     x = ir.val("x", ir.DataType.FLOAT, [tokens, n])
     graph = ir.Graph([x], [], nodes=[], name="layers", opset_imports={"": 20})

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from converters.folder import from_pretrained
 from converters.onnx.session import open_session
 from prehab_export.config import RunConfig, from_dict
@@ -47,7 +49,16 @@ def verify(session: Session) -> dict[str, Any]:
 
 
 def _check_reload(session: Session, export: Path) -> tuple[dict[str, Any], Metrics]:
-    """The folder as ``from_pretrained`` gives it back: every tensor bit for bit, and the same answers."""
+    model, facts = reloaded(session, export)
+    return facts, session.metrics(model, session.data.evaluation, "compressed model, PyTorch")
+
+
+def reloaded(session: Session, export: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The exported folder as ``from_pretrained`` gives it back: every tensor bit for bit, and the same answers.
+
+    Raises:
+        ParityError: a reloaded tensor or answer differs.
+    """
     reference = load_reference(export)
     model = from_pretrained(export / "model", trust_remote_code=session.config.trust_remote_code)
     digests = digests_of(model)
@@ -64,8 +75,7 @@ def _check_reload(session: Session, export: Path) -> tuple[dict[str, Any], Metri
     worst = max(answer.relative for answer in answers)
     if not all(answer.relative <= TOLERANCE for answer in answers):
         raise ParityError(f"the reloaded model answers differently: max |Δ| is {worst:.2e} of the logits' scale")
-    metrics = session.metrics(model, session.data.evaluation, "compressed model, PyTorch")
-    return {"tensors": len(digests), "exact": True, "max_relative": worst}, metrics
+    return model, {"tensors": len(digests), "exact": True, "max_relative": worst}
 
 
 def _check_graph(session: Session, folder: Path, graph: Path) -> dict[str, Any]:
@@ -110,17 +120,18 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
 
 def publish_artifact(session: Session, folder: Path) -> None:
     """What was verified, file by file, with a model card. Hard links where the file system has them: no second copy."""
-    shutil.copytree(session.workspace.folder("export") / "model", folder, copy_function=_link, dirs_exist_ok=True)
+    shutil.copytree(session.workspace.folder("export") / "model", folder, copy_function=link, dirs_exist_ok=True)
     if session.config.quantize:
         quantised = session.workspace.folder("quantize") / "compressed"
-        shutil.copytree(quantised, folder / "onnx", copy_function=_link, dirs_exist_ok=True)
+        shutil.copytree(quantised, folder / "onnx", copy_function=link, dirs_exist_ok=True)
     if session.config.ort:
         ort = session.workspace.folder("ort") / "onnx"
-        shutil.copytree(ort, folder / "onnx", copy_function=_link, dirs_exist_ok=True)
+        shutil.copytree(ort, folder / "onnx", copy_function=link, dirs_exist_ok=True)
     write_card(session, folder)
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
+    """Copy a file as a hard link, where the file system has them."""
     try:
         Path(target).hardlink_to(source)
     except OSError:

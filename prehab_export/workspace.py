@@ -24,7 +24,7 @@ OPTIONS_FILE = "run.yaml"
 # What makes a folder ours: only then is anything in it replaced or removed.
 MARKER = "manifests/.prehab-export"
 # Stages whose folder others rely on; the rest lie under stages/.
-PUBLIC = frozenset({"artifact", "baseline", "report", "sweep"})
+PUBLIC = frozenset({"artifact", "baseline", "fit", "report", "sweep"})
 RECORDED_VERSIONS = (
     "prehab-export",
     "torch",

@@ -51,7 +51,7 @@ def test_a_curve_goes_through_its_points_and_never_falls(seconds, data):
 
 @pytest.mark.parametrize("rank", [None, 3])
 def test_what_is_timed_is_the_layer(rank):
-    model = rank_times._graph(5, 6, rank, copies=2, tokens=4)
+    model = rank_times.layer_graph(5, 6, rank, copies=2, tokens=4)
     weights = {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
     session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
     x = np.random.default_rng(1).standard_normal((4, 6)).astype(np.float32)

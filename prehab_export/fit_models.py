@@ -1,0 +1,178 @@
+"""The models that a fit makes: cut, exported, quantised and judged, each published by itself."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from converters.folder import save_folder
+from converters.lowrank import dense_weight
+from converters.onnx.modes import FILE_NAMES
+from converters.onnx.quantize import quantize_graph
+from prehab_export.budget import drop_of
+from prehab_export.compression import Samplesets, compress
+from prehab_export.evaluation import Metrics
+from prehab_export.export import export_model
+from prehab_export.fit_search import FLOAT32, Layers
+from prehab_export.models import empty_model
+from prehab_export.parity import digests_of
+from prehab_export.pipeline import stage_keys
+from prehab_export.progress import bar, say
+from prehab_export.quantization import activation_sample
+from prehab_export.session import Session
+from prehab_export.training import frozen_copy
+from prehab_export.truncation import Decompositions, Plan, decompose_layers
+from prehab_export.verification import graph_metrics, link, reloaded
+from prehab_export.workspace import stage_key, write_json
+
+Row = dict[str, Any]
+
+
+class FitModels:
+    """The models of one fit, dense and cut, by plan and kind of quantisation; each part is read where it is there and
+    computed where it is not."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        keys = stage_keys(session)
+        self.parents = [keys["calibrate"], keys["baseline"]]
+
+    def stage(self, name: str, options: Mapping[str, Any], work: Callable[[Path], None]) -> Path:
+        """The folder that ``work`` fills, once for these options."""
+        workspace, key = self.session.workspace, stage_key(name, options, self.parents)
+        if not workspace.is_current(name, key):
+            with workspace.publish(name, key, options) as folder:
+                work(folder)
+        return workspace.folder(name)
+
+    @cached_property
+    def dense(self) -> Plan:
+        """The plan that cuts nothing."""
+        return Plan(dict.fromkeys(self.layers.shapes))
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return self.session.load_dense()
+
+    @cached_property
+    def decomposed(self) -> Decompositions:
+        session, layers = self.session, self.session.layers(self.model)
+        with bar("decompose", len(layers)) as advance:
+            return decompose_layers(
+                layers, session.load_statistics("calibrate"), session.config.truncate, progress=advance
+            )
+
+    @cached_property
+    def layers(self) -> Layers:
+        """Shapes and predicted losses; of the weights nothing is needed once these are known."""
+        session, cut = self.session, self.session.config.truncate
+        options = {"shrinkage": cut.gradient_shrinkage, "share_inputs": cut.share_inputs}
+        folder = self.stage("fit-spectra", options, self._write_spectra)
+        tensors, index = load_file(folder / "losses.safetensors"), json.loads((folder / "index.json").read_text())
+        empty = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
+        shapes = {name: dense_weight(layer).shape for name, layer in session.layers(empty).items()}
+        losses = {tuple(names): tensors[str(at)] for at, names in enumerate(index)}
+        return Layers(
+            shapes={name: (shape[0], shape[1]) for name, shape in shapes.items()},
+            losses={names[0]: values for names, values in losses.items() if len(names) == 1},
+            joint={names: values for names, values in losses.items() if len(names) > 1},
+            multiple=cut.rank_multiple,
+            floor_share=cut.floor_share,
+        )
+
+    def _write_spectra(self, folder: Path) -> None:
+        single, joint = self.decomposed.losses
+        entries = [((name,), values) for name, values in single.items()] + list(joint.items())
+        save_file({str(at): x.cpu().contiguous() for at, (_, x) in enumerate(entries)}, folder / "losses.safetensors")
+        write_json(folder / "index.json", [list(names) for names, _ in entries])
+
+    def _made(self, plan: Plan) -> Path:
+        """``model/`` with its graph, exported and reopened, of a plan that cuts something."""
+        return self.stage(f"fit-model-{slug_of(plan)}", plan_facts(plan), partial(self._make, plan))
+
+    def _make(self, plan: Plan, folder: Path) -> None:
+        session, config = self.session, self.session.config
+        say(f"[bold]make a model of {len(plan_facts(plan)['ranks'])} cut layers")
+        result = compress(
+            self.model,
+            session.task,
+            session.layers(self.model),
+            session.load_statistics("calibrate"),
+            Samplesets(session.calibration, session.held_out, config.data.batch_size),
+            config.truncate,
+            decomposed=self.decomposed,
+            plan=plan,
+            seed=config.seed,
+            progress=bar,
+        )
+        model = cast(PreTrainedModel, frozen_copy(self.model))
+        result.truncation.apply(model)
+        model.cpu()
+        export_model(session.on_cpu, model, folder, digests_of(model))
+        reloaded(session.on_cpu, folder)
+
+    def graph(self, plan: Plan, mode: str) -> Path:
+        """The ONNX graph of a plan in a mode."""
+        if mode != FLOAT32:
+            options = plan_facts(plan) | {"mode": mode}
+            return (
+                self.stage(f"fit-graph-{slug_of(plan)}-{mode}", options, partial(self._quantize, plan, mode))
+                / (FILE_NAMES[mode])
+            )
+        if slug_of(plan) == "dense":
+            return self.session.workspace.folder("baseline") / "onnx" / "model.onnx"
+        return self._made(plan) / "model" / "onnx" / "model.onnx"
+
+    def _quantize(self, plan: Plan, mode: str, folder: Path) -> None:
+        source = self.graph(plan, FLOAT32)
+        quantize_graph(source, folder / FILE_NAMES[mode], mode, partial(activation_sample, self.session.on_cpu, source))
+
+    def metrics(self, plan: Plan, mode: str, split: str = "evaluation") -> Metrics:
+        """Of the graph, on ONNX Runtime."""
+        name = f"fit-{split}-{slug_of(plan)}-{mode}"
+        options = plan_facts(plan) | {"mode": mode, "split": split}
+        folder = self.stage(name, options, partial(self._evaluate, plan, mode, split))
+        return Metrics(**json.loads((folder / "metrics.json").read_text()))
+
+    def _evaluate(self, plan: Plan, mode: str, split: str, folder: Path) -> None:
+        session = self.session.on_cpu
+        samples = session.data.evaluation if split == "evaluation" else session.held_out
+        description = f"{slug_of(plan)} {mode}, {split}"
+        write_json(
+            folder / "metrics.json", asdict(graph_metrics(session, self.graph(plan, mode), description, samples))
+        )
+
+    def drop(self, plan: Plan, mode: str) -> float:
+        """What is lost against the dense float32 graph, on the evaluation split."""
+        dense, own = self.metrics(self.dense, FLOAT32), self.metrics(plan, mode)
+        return drop_of(dense.metric, dense.value, own.value)
+
+    def write_folder(self, plan: Plan, mode: str, folder: Path) -> None:
+        """The deployable folder of a plan: ``onnx/`` holds the graph that was measured."""
+        session = self.session.on_cpu
+        if slug_of(plan) == "dense":
+            save_folder(session.load_dense(), folder, session.fresh_processor())
+            shutil.copytree(self.graph(plan, FLOAT32).parent, folder / "onnx", copy_function=link)
+        else:
+            shutil.copytree(self._made(plan) / "model", folder, copy_function=link)
+        if mode != FLOAT32:
+            quantised = self.graph(plan, mode).parent
+            shutil.copytree(quantised, folder / "onnx", copy_function=link, dirs_exist_ok=True)
+
+
+def slug_of(plan: Plan) -> str:
+    """A plan's short name: ``dense``, or a hash of its ranks."""
+    facts = plan_facts(plan)
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10] if facts["ranks"] else "dense"
+
+
+def plan_facts(plan: Plan) -> Row:
+    ranks = {name: rank for name, rank in sorted(plan.ranks.items()) if rank is not None}
+    return {"ranks": ranks, "shared": sorted(list(group) for group in plan.shared)}
