@@ -344,9 +344,9 @@ def main():
         if not wrong and not asked.check_only:
             result.update(measure(models, cases, protocol))
             if not asked.no_memory:
-                peaks = memory(models, cases, protocol["threads"][0])
+                peaks = {threads: memory(models, cases, threads) for threads in protocol["threads"]}
                 for row in result["cases"]:
-                    row["peak_mb"] = peaks[row["model"]]
+                    row["peak_mb"] = peaks[row["threads"]][row["model"]]
         write(Path(asked.out), result)
         if wrong:
             raise Refused(f"{wrong[0]['model']} is off by {wrong[0]['relative']:.1e} here; nothing was measured", 3)

@@ -12,6 +12,9 @@ from prehab_export.targets.kit import RUNNER, Kit
 from prehab_export.targets.limits import Ended, Limits, run_limited
 from prehab_export.targets.results import Json, read_results
 
+# An exit code of the runner.
+_OUT_OF_TOLERANCE = 3
+
 # Bisection ends when the smallest memory is known to a part in so many.
 PRECISION = 50
 
@@ -27,7 +30,7 @@ def measure_locally(kit: Kit, limits: Limits, arguments: Sequence[str] = (), pla
         out = Path(folder, "results.json")
         ended = run_limited([*_command(kit), "--place", place, "--out", str(out), *arguments], limits)
         if ended.code != 0:
-            if limits.memory_mb is not None:
+            if limits.memory_mb is not None and ended.code != _OUT_OF_TOLERANCE:
                 # A process without memory fails in many ways; if it works with more, that is what it lacked.
                 _check(kit)
                 raise TargetError(
@@ -45,7 +48,7 @@ def matrix(
     """Threads × memory for every model: whether it runs and how fast, and the least memory in which it does.
 
     Returns:
-        ``cells``: model, threads, memory_mb, runs, p50_ms, p95_ms; ``least``: model, threads, memory_mb, found by
+        ``cells``: model, threads, memory_mb, runs, p50_ms, p95_ms of the slowest case; ``least``: model, threads, memory_mb, found by
         bisection to 2%; ``memory_limit``: which limit held.
     """
     say = progress or (lambda _: None)
@@ -113,4 +116,4 @@ def _check(kit: Kit) -> None:
 def _failure(ended: Ended) -> Exception:
     lines = [line.strip() for line in ended.errors.splitlines() if line.strip()]
     said = lines[-1].removeprefix("error: ") if lines else f"the runner ended with exit code {ended.code}"
-    return ParityError(said) if ended.code == 3 else TargetError(said)
+    return ParityError(said) if ended.code == _OUT_OF_TOLERANCE else TargetError(said)
