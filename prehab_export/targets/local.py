@@ -48,8 +48,8 @@ def matrix(
     """Threads × memory for every model: whether it runs and how fast, and the least memory in which it does.
 
     Returns:
-        ``cells``: model, threads, memory_mb, runs, p50_ms, p95_ms of the slowest case; ``least``: model, threads, memory_mb, found by
-        bisection to 2%; ``memory_limit``: which limit held.
+        ``cells``: model, threads, memory_mb, runs, p50_ms and p95_ms of the slowest case; ``least``: model, threads,
+        memory_mb, found by bisection to 2%; ``memory_limit``: which limit held.
     """
     say = progress or (lambda _: None)
     _check(kit)  # from here on, what does not run lacks memory
