@@ -73,7 +73,9 @@ def main(
         graphs, kept = make_graphs(shape, removed, modes, rank_multiple, blocks, Path(folder))
         result["kept"], result["runs"] = kept, []
         for count in threads:
-            config = BenchConfig(count, batches, lengths, rounds=rounds, new_tokens=new_tokens)
+            config = BenchConfig(
+                threads=count, batch_sizes=batches, sequence_lengths=lengths, rounds=rounds, new_tokens=new_tokens
+            )
             run = bench(graphs, config, progress=lambda line: click.echo(line, err=True))
             add_ideals(run, kept)
             result["runs"].append(run)
