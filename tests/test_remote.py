@@ -150,6 +150,24 @@ def runners(home):
 
 
 @needs_sshd
+def test_a_runner_that_is_killed_there(kit, server, tmp_path):
+    """As a device without enough memory does it: not a lost connection."""
+    url, options, home, _ = server
+    graph = kit.folder / "models/dense/model.onnx"
+    long = make_kit({"dense": graph}, tmp_path / "long", BenchConfig(threads=1, rounds=10**6, min_seconds=0.0))
+
+    def kill(line):
+        if "round 3 " in line:
+            for process in psutil.process_iter(["cmdline"]):
+                if "run_kit.py" in " ".join(process.info["cmdline"][1:2] or []):
+                    process.kill()
+
+    with ssh(url, options) as shell, pytest.raises(TargetError, match="killed there, most likely for want of memory"):
+        measure_remotely(long, shell, "ssh", sys.executable, progress=kill)
+    assert left_there(home) == []
+
+
+@needs_sshd
 def test_what_is_missing_there(kit, server, tmp_path):
     url, options, _, _ = server
     bare = tmp_path / "bare"
@@ -211,7 +229,8 @@ def test_hosts_that_are_not_there():
 
 
 @pytest.mark.parametrize(
-    "url", ["ssh://", "http://host", "ssh://host:port", "ssh://host/folder", "ssh://me:secret@host"]
+    "url",
+    ["ssh://", "http://host", "ssh://host:port", "ssh://host/folder", "ssh://me:secret@host", "ssh://-oProxyCommand=x"],
 )
 def test_addresses_that_are_none(url):
     with pytest.raises(InputError), ssh(url):
@@ -237,6 +256,8 @@ FAKE_ADB = """
     there = lambda path: root + path
     if words[0] == "get-state":
         print("device")
+    elif words[0] == "shell" and os.path.exists(root + "/unplugged"):
+        sys.exit("error: device offline")
     elif words[0] == "shell":
         line = words[1].replace("/data/local/tmp", there("/data/local/tmp"))
         sys.exit(subprocess.run(["sh", "-c", line]).returncode)
@@ -272,6 +293,12 @@ def test_over_adb_and_nothing_is_left(kit, phone, serial):
 def test_a_device_that_is_not_there(phone):
     with pytest.raises(TargetError, match="serial-2' not found; connect it"), adb("serial-2"):
         pass
+
+
+def test_a_phone_that_is_unplugged(kit, phone):
+    with adb(None) as shell, pytest.raises(TargetError, match="the connection was lost"):
+        (phone / "unplugged").touch()
+        measure_remotely(kit, shell, "adb", sys.executable)
 
 
 def test_a_phone_without_python(kit, phone):

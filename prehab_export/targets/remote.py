@@ -27,8 +27,10 @@ print(json.dumps(found))
 
 _NEEDED = "import numpy, onnxruntime; print(onnxruntime.__version__)"
 
-# Exit codes of the runner.
-_REFUSED, _OUT_OF_TOLERANCE = 2, 3
+# An exit code of the runner.
+_OUT_OF_TOLERANCE = 3
+# What a shell makes of a process that SIGKILL has ended.
+_KILLED = 137
 
 
 def measure_remotely(
@@ -62,6 +64,8 @@ def measure_remotely(
         code, _, errors = shell.run(line, say)
         if code == _OUT_OF_TOLERANCE:
             raise ParityError(f"{shell.name}: {_error_of(errors)}")
+        if code == _KILLED:
+            raise TargetError(f"{shell.name}: the runner was killed there, most likely for want of memory")
         if code != 0:
             raise TargetError(f"{shell.name}: {_error_of(errors)}")
         with tempfile.TemporaryDirectory() as own:
@@ -75,7 +79,7 @@ def measure_remotely(
 
 def _check_python(shell: Shell, python: str) -> None:
     code, _, errors = shell.run(f"{shlex.quote(python)} -c {shlex.quote(_NEEDED)}")
-    if "Error" in errors:
+    if code != 0 and "Error" in errors:
         raise TargetError(
             f"{shell.name}: {errors.strip().splitlines()[-1]}; install what a kit needs there: {python} -m pip install "
             "onnxruntime numpy"

@@ -51,7 +51,13 @@ class Shell:
             TargetError: the connection could not be made, or was lost.
         """
         process = subprocess.Popen(
-            [*self.prefix, line], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            # The shell there stays, so that a signal which ends the command comes back as a code of its own.
+            [*self.prefix, f"{line}; exit $?"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
         errors: list[str] = []
 
@@ -106,7 +112,8 @@ class Shell:
         target.write_text(output)
 
     def _judged(self, code: int, output: str, errors: str) -> tuple[int, str, str]:
-        if code == self.lost:
+        unplugged = self.push is not None and code != 0 and any(text in errors.lower() for text in _UNPLUGGED)
+        if code == self.lost or unplugged:
             raise TargetError(f"{self.name}: {_reason(errors)}")
         return code, output, errors
 
@@ -122,17 +129,22 @@ _REASONS = (
     ("connection refused", "nothing listens there; check the port, and that sshd runs"),
     ("timed out", "the host does not answer; check the address and the network"),
     ("no route to host", "the host cannot be reached; check the network"),
+    ("network is unreachable", "the host cannot be reached; check the network"),
     ("host key verification failed", "its host key is unknown or has changed; connect once by hand with ssh"),
     ("permission denied", "it refuses the login; set up a key that ssh can use without a password"),
     ("too many authentication failures", "it refuses the login; name the key in ~/.ssh/config"),
 )
 
 
+# What adb says of a device that is gone.
+_UNPLUGGED = ("device offline", "device not found", "no devices", "device still connecting")
+
+
 def _reason(errors: str) -> str:
     for text, advice in _REASONS:
-        if text in errors.lower():
-            return f"{_last_line(errors)}: {advice}"
-    return f"the connection was lost{': ' + _last_line(errors) if errors.strip() else ''}"
+        if (line := next((line for line in errors.splitlines() if text in line.lower()), None)) is not None:
+            return f"{line.strip()}: {advice}"
+    return "the connection was lost"
 
 
 def _last_line(text: str) -> str:
@@ -154,18 +166,22 @@ def ssh(url: str, options: Sequence[str] = ()) -> Iterator[Shell]:
         port = parts.port
     except ValueError as error:
         raise InputError(f"{url}: {error}") from error
-    if parts.scheme != "ssh" or not parts.hostname or parts.path not in ("", "/") or parts.password:
+    # As written: names in ~/.ssh/config have capitals, which ``hostname`` has not.
+    user, _, place = parts.netloc.rpartition("@")
+    name = place.removesuffix(f":{port}") if port else place
+    wrong = parts.scheme != "ssh" or not name or parts.path not in ("", "/") or parts.password
+    if wrong or name.startswith("-") or user.startswith("-"):  # ssh would take a dash for an option
         raise InputError(f"{url} is no address such as ssh://user@host or ssh://host:2222")
     if shutil.which("ssh") is None:
         raise InputError("there is no ssh here; install OpenSSH's client")
-    host = f"{parts.username}@{parts.hostname}" if parts.username else parts.hostname
+    host = f"{user}@{name}" if user else name
     with tempfile.TemporaryDirectory(prefix="px-") as folder:
-        own = ["ControlMaster=auto", f"ControlPath={folder}/s", "ControlPersist=yes", *_SSH_OPTIONS, *options]
+        own = ["ControlMaster=auto", f"ControlPath={folder}/s", "ControlPersist=30", *_SSH_OPTIONS, *options]
         base = ["ssh", *(["-p", str(port)] if port else []), *(part for option in own for part in ("-o", option))]
         try:
-            yield Shell(host, (*base, host), ".cache/prehab-export/kits", lost=_SSH_FAILED)
+            yield Shell(host, (*base, "--", host), ".cache/prehab-export/kits", lost=_SSH_FAILED)
         finally:
-            subprocess.run([*base, "-O", "exit", host], capture_output=True)
+            subprocess.run([*base, "-O", "exit", "--", host], capture_output=True)
 
 
 @contextmanager
