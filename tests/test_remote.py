@@ -296,9 +296,10 @@ def test_a_device_that_is_not_there(phone):
 
 
 def test_a_phone_that_is_unplugged(kit, phone):
-    with adb(None) as shell, pytest.raises(TargetError, match="the connection was lost"):
+    with adb(None) as shell:
         (phone / "unplugged").touch()
-        measure_remotely(kit, shell, "adb", sys.executable)
+        with pytest.raises(TargetError, match="the connection was lost"):
+            measure_remotely(kit, shell, "adb", sys.executable)
 
 
 def test_a_phone_without_python(kit, phone):
