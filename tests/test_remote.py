@@ -159,12 +159,30 @@ def test_a_runner_that_is_killed_there(kit, server, tmp_path):
     def kill(line):
         if "round 3 " in line:
             for process in psutil.process_iter(["cmdline"]):
-                if "run_kit.py" in " ".join(process.info["cmdline"][1:2] or []):
+                if "run_kit.py" in " ".join((process.info["cmdline"] or [])[1:2]):
                     process.kill()
 
     with ssh(url, options) as shell, pytest.raises(TargetError, match="killed there, most likely for want of memory"):
         measure_remotely(long, shell, "ssh", sys.executable, progress=kill)
     assert left_there(home) == []
+
+
+@needs_sshd
+def test_an_error_of_the_watcher_ends_the_command(kit, server, tmp_path):
+    url, options, home, _ = server
+    graph = kit.folder / "models/dense/model.onnx"
+    long = make_kit({"dense": graph}, tmp_path / "long", BenchConfig(threads=1, rounds=10**6, min_seconds=0.0))
+
+    def fail(line):
+        if "round 3 " in line:
+            raise ArithmeticError("the display is gone")
+
+    with ssh(url, options) as shell, pytest.raises(ArithmeticError, match="display"):
+        measure_remotely(long, shell, "ssh", sys.executable, progress=fail)
+    deadline = time.monotonic() + 30
+    while runners(home) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert runners(home) == [] and left_there(home) == []
 
 
 @needs_sshd

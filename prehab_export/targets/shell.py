@@ -45,7 +45,7 @@ class Shell:
         """Run a shell line there, its stdin held open until it ends; returns exit code, stdout and stderr.
 
         Args:
-            watch: called with each line of stderr as it comes.
+            watch: called with each line of stderr as it comes; what it raises ends the command and is raised here.
 
         Raises:
             TargetError: the connection could not be made, or was lost.
@@ -60,13 +60,18 @@ class Shell:
             errors="replace",
         )
         errors: list[str] = []
+        failures: list[Exception] = []
 
         def read_errors() -> None:
             assert process.stderr is not None
             for text in process.stderr:
                 errors.append(text)
-                if watch is not None:
-                    watch(text.rstrip("\n"))
+                if watch is not None and not failures:
+                    try:
+                        watch(text.rstrip("\n"))
+                    except Exception as error:
+                        failures.append(error)
+                        process.kill()  # else both ends would wait for each other
 
         reader = Thread(target=read_errors, daemon=True)
         reader.start()
@@ -81,6 +86,8 @@ class Shell:
             for stream in (process.stdin, process.stdout, process.stderr):
                 if stream is not None:
                     stream.close()
+        if failures:
+            raise failures[0]
         return self._judged(process.returncode, output, "".join(errors))
 
     def put(self, source: Path, target: str) -> None:
