@@ -58,15 +58,15 @@ class Anchor:
 
 
 def probed_ranks(m: int, n: int) -> tuple[int, ...]:
-    """The ranks to time, in multiples that kernels like.
+    """The ranks to time: in multiples that kernels like, where the layer is not too small for them.
 
     >>> probed_ranks(384, 384)
     (16, 48, 96, 144, 192)
-    >>> probed_ranks(10, 10)
-    (5,)
+    >>> probed_ranks(32, 32)
+    (1, 4, 8, 16)
     """
     most = break_even(m, n)
-    rounded = {max(MULTIPLE, MULTIPLE * int(share * most / MULTIPLE)) for share in SHARES}
+    rounded = {MULTIPLE * int(share * most / MULTIPLE) or max(1, int(share * most)) for share in SHARES}
     return (*sorted(rank for rank in rounded if rank < most), most)
 
 

@@ -355,10 +355,10 @@ def fake_layers(probes, threads):
 
 
 def fake_models(models, threads):
-    """What a graph takes is what its whole file weighs, and something more."""
+    """What a graph takes is what its weights weigh, and something more."""
     rows = []
     for (slug, graph), count in itertools.product(models.items(), threads):
-        p50 = 2 + MS_PER_MB * read_graph(graph).file_bytes / 1e6 / count
+        p50 = 2 + MS_PER_MB * read_graph(graph).weight_bytes / 1e6 / count
         rows.append({"model": slug, "threads": count, "p50_ms": p50, "p95_ms": 1.2 * p50, "peak_mb": 40 + p50})
     return {"rows": rows, "device": {"cpu": "formula", "cores": 2, "os": None, "runtime_version": "0"}}
 
