@@ -107,8 +107,11 @@ CHECKS: dict[str, Callable[[Bench, Asked], list[dict[str, Any]]]] = {
 
 
 def plot(check: str, rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    domains = dict.fromkeys(row["domain"] for row in rows) if check == "sample" else {}
+    columns = len(domains) or 2
+    figure = Figure(figsize=(3.75 * columns, 3.2), layout="constrained")
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    left, right = panels[0], panels[-1]
     if check == "steps":
         for strength in dict.fromkeys(row["lambda"] for row in rows):
             own = [row for row in rows if row["lambda"] == strength]
@@ -129,14 +132,18 @@ def plot(check: str, rows: list[dict[str, Any]], dense: dict[str, Any], path: Pa
             axes.set_title(f"{dense['metric']}, {title} (dotted: λ = 0)", fontsize=9)
             axes.set_xlabel("λ")
     else:
-        for axes, domain in ((left, "own"), (right, "shifted")):
+        for axes, domain in zip(panels, domains, strict=True):
             for cut in CUTS:
                 own = [row for row in rows if row["cut"] == cut and row["domain"] == domain]
                 axes.semilogx([r["samples"] for r in own], [r["value"] for r in own], marker="o", ms=4, label=cut)
             axes.axhline(dense["value"], color="0.5", linestyle=":")
-            axes.set_title(f"{dense['metric']}, calibrated on its {domain} domain", fontsize=9)
+            where = "its own domain" if domain == "own" else "another domain"
+            axes.set_title(f"{dense['metric']}, calibrated on {where}\n(dotted: dense)", fontsize=9)
+            counts = sorted({row["samples"] for row in rows})
+            axes.set_xticks(counts, [str(count) for count in counts])
+            axes.minorticks_off()
             axes.set_xlabel("calibration samples")
-    for axes in (left, right):
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
