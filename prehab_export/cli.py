@@ -2,8 +2,10 @@
 
 import functools
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -553,10 +555,29 @@ def merge_lora(artifact: Path, adapter: Path, as_json: bool, **flags: Any) -> No
         print_merge(result)
 
 
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def _tidy_ends() -> Iterator[None]:
+    """A polite kill, or a terminal that is closed, unwinds as an error does: what was started is ended, what is half
+    written is taken away. Whoever has these signals ignored, as nohup does, keeps that."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors that a user can mend become one sentence and an exit code."""
     try:
-        code = cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)
+        with _tidy_ends():
+            code = cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)
     except (InputError, ParityError, BudgetError, TargetError) as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code

@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -212,8 +213,9 @@ def test_wrong_answers_in_chromium(kits, tmp_path):
 
 
 @needs_browser
-def test_nothing_is_left_by_an_interrupt(kits, tmp_path):
-    """A program that is interrupted while the browser works takes the browser with it."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_by_an_interrupt(kits, tmp_path, number):
+    """A program that ends while the browser works takes the browser with it, even without a chance to tidy up."""
     code = (
         "from pathlib import Path\n"
         "from prehab_export.targets.browser import measure_in_browser\n"
@@ -228,7 +230,7 @@ def test_nothing_is_left_by_an_interrupt(kits, tmp_path):
     assert parent.stdout.readline()
     children = psutil.Process(parent.pid).children(recursive=True)
     assert children
-    parent.send_signal(2)
+    parent.send_signal(number)
     parent.wait(timeout=30)
     parent.stdout.close()
     deadline = time.monotonic() + 20

@@ -182,7 +182,8 @@ def test_an_error_of_the_watcher_ends_the_command(kit, server, tmp_path):
     deadline = time.monotonic() + 30
     while runners(home) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert runners(home) == [] and left_there(home) == []
+    assert runners(home) == []
+    assert left_there(home) == []
 
 
 @needs_sshd

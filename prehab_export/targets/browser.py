@@ -24,6 +24,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from converters.errors import InputError
 from prehab_export.errors import ParityError, TargetError
+from prehab_export.targets.children import dies_with_us
 from prehab_export.targets.kit import Kit
 from prehab_export.targets.results import Json, check_results
 
@@ -205,6 +206,7 @@ def _chromium(command: str, address: str) -> Iterator[subprocess.Popen]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=dies_with_us(),
         )
         try:
             yield process

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import InputError
+from prehab_export.targets.children import dies_with_us
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -55,9 +56,11 @@ def run_limited(command: Sequence[str], limits: Limits, timeout_s: float | None 
     Raises:
         InputError: it took longer than ``timeout_s``.
     """
+    bind = dies_with_us()
     with _memory_limit(limits.memory_mb) as (kind, enter):
 
         def prepare() -> None:  # in the child, before the command
+            bind()
             if limits.cores is not None:
                 os.sched_setaffinity(0, limits.cores)
             enter()
