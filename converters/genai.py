@@ -21,8 +21,10 @@ def write_genai_config(model: PreTrainedModel, folder: Path, graph: Path, inputs
         graph: where the graph lies, relative to the folder.
         inputs: the graph's own.
     """
-    shapes = set(cache_layout(model).past.values())
-    if len(shapes) != 1:  # it makes the empty cache itself, of one shape for all layers
+    layout = cache_layout(model)
+    shapes = set(layout.past.values())
+    # It makes the empty cache itself, keys and values of one shape for all layers.
+    if len(shapes) != 1 or not set(layout.past) <= set(inputs):
         return False
     ((heads, width),) = shapes
     (folder / FILE_NAME).write_text(json.dumps(_config(model, graph, inputs, heads, width), indent=2) + "\n")

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import click
 
 from converters.errors import InputError
-from converters.onnx.modes import MODES
+from converters.onnx.modes import KV_CACHES, MODES
 from prehab_export import config as options
 from prehab_export.bench_config import PROVIDERS
 from prehab_export.errors import BudgetError, ParityError, TargetError
@@ -178,6 +178,7 @@ RUN_OPTIONS: list[Option] = [
     option("--rehab-distill", "rehab.train.distill", "Share of the loss that follows the dense model's output."),
     option("--lora-rank", "rehab.lora_rank", "Rank of the adapters of --rehab-method lora."),
     option("--quantize", "quantize", "Another graph, smaller; repeat for more.", multiple=True, type=_choice(MODES)),
+    option("--kv-cache", "kv_cache", "What a compressed decoder keeps of past tokens.", type=_choice(KV_CACHES)),
     option("--ort/--no-ort", "ort", "Also write .ort files, and what a minimal build must keep.", is_flag=True),
     option(
         "--quantize-refit/--no-quantize-refit",

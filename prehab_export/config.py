@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from converters.errors import InputError
-from converters.onnx.modes import BLOCK, BLOCK_MODES, MODES
+from converters.onnx.modes import BLOCK, BLOCK_MODES, FULL, KV_CACHES, MODES
 from prehab_export.bench_config import BenchConfig
 
 TASK_NAMES = ("image-classification", "text-classification", "text-generation")
@@ -300,6 +300,7 @@ class RunConfig:
     ``cuda:N``. The artifact is exported, verified and measured on the CPU.
     quantize: which graphs to make beside the float32 one, of the dense model too; ranks then come in whole blocks where
         the kind of quantisation has blocks.
+    kv_cache: what the compressed decoder keeps of past tokens: keys and values, or of low-rank layers their latents.
     ort: also write the compressed graphs in ONNX Runtime's own format, for minimal builds.
     quantize_refit: fit the factors to each quantised graph's grid, and keep that where held-out samples gain.
     min_speedup: a run fails, once all is measured, if a compressed graph is less times as fast as the dense one.
@@ -321,6 +322,7 @@ class RunConfig:
     refine: RefineConfig = field(default_factory=RefineConfig)
     rehab: RehabConfig = field(default_factory=RehabConfig)
     quantize: tuple[str, ...] = ()
+    kv_cache: str = FULL
     ort: bool = False
     quantize_refit: bool = True
     bench: BenchConfig = field(default_factory=BenchConfig)
@@ -330,6 +332,9 @@ class RunConfig:
         if self.min_speedup is not None and not 0 < self.min_speedup < float("inf"):
             raise InputError(f"--min-speedup must be above 0, not {self.min_speedup}")
         _one_of("--task", self.task, TASK_NAMES)
+        _one_of("--kv-cache", self.kv_cache, KV_CACHES)
+        if self.kv_cache != FULL and self.task != "text-generation":
+            raise InputError(f"--kv-cache {self.kv_cache} is for --task text-generation; {self.task} has no cache")
         if self.truncate.latency is not None and self.bench.provider != "cpu":
             raise InputError("--budget latency counts times of the CPU; take --provider cpu, or --ratio")
         for mode in self.quantize:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from rich.markup import escape
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from converters.folder import from_pretrained, save_folder
 from converters.genai import write_genai_config
 from converters.onnx.export import OnnxExport, export_onnx
+from converters.onnx.modes import FULL
 from prehab_export.errors import InputError, ParityError
 from prehab_export.parity import Reference, check_graph, reference_batches, reference_of, save_reference
 from prehab_export.progress import say
@@ -34,9 +36,9 @@ def export_model(session: Session, model: PreTrainedModel, folder: Path, digests
     """`export_artifact` of a model at hand, whose tensors are to have these digests."""
     save_folder(model, folder / "model", session.fresh_processor())
     graph = Path("onnx", "model.onnx")
-    export = _export_graph(session, model, folder, folder / "model" / graph, digests)
-    if session.task.name == "text-generation":
-        write_genai_config(model, folder / "model", graph, export.inputs)
+    export = _export_graph(session, model, folder, folder / "model" / graph, digests, session.config.kv_cache)
+    if session.task.name == "text-generation" and not write_genai_config(model, folder / "model", graph, export.inputs):
+        say("  [yellow]warning: no genai_config.json, since onnxruntime-genai knows no such cache")
 
 
 def export_baseline(session: Session, folder: Path) -> None:
@@ -48,7 +50,12 @@ def export_baseline(session: Session, folder: Path) -> None:
 
 
 def _export_graph(
-    session: Session, model: PreTrainedModel, folder: Path, path: Path, digests: dict[str, str] | None = None
+    session: Session,
+    model: PreTrainedModel,
+    folder: Path,
+    path: Path,
+    digests: dict[str, str] | None = None,
+    kv_cache: str = FULL,
 ) -> OnnxExport:
     batches = reference_batches(session.data.evaluation, session.task, model)
     reference = reference_of(model, session.task, batches)
@@ -57,9 +64,8 @@ def _export_graph(
     save_reference(reference, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     is_text = session.task.name != "image-classification"
-    export = export_exact(
-        model, path, session.task, reference, session.processor.model_input_names if is_text else None, session.threads
-    )
+    names = session.processor.model_input_names if is_text else None
+    export = export_exact(model, path, session.task, reference, names, session.threads, kv_cache)
     for warning in export.warnings:
         say(f"  [yellow]warning: {escape(warning)}")
     write_json(folder / "export.json", {key: value for key, value in asdict(export).items() if key != "path"})
@@ -73,6 +79,7 @@ def export_exact(
     reference: Reference,
     text_inputs: Sequence[str] | None,
     threads: int,
+    kv_cache: str = FULL,
 ) -> OnnxExport:
     """The ONNX graph, fused where that is exact; plain, and said so, where it is not.
 
@@ -83,13 +90,14 @@ def export_exact(
     """
     pixels = reference.batches[0].get("pixel_values")
     size = None if pixels is None else (pixels.shape[-2], pixels.shape[-1])
+    write = partial(export_onnx, model, path, task.name, text_inputs=text_inputs, image_size=size, kv_cache=kv_cache)
     try:
-        export = export_onnx(model, path, task.name, text_inputs=text_inputs, image_size=size)
+        export = write()
         check_graph(reference, task, path, threads)
     except InputError:
         raise
     except (ParityError, RuntimeError) as error:
         say(f"  [yellow]warning: exporting without fusion, since the fused graph does not serve: {escape(str(error))}")
-        export = export_onnx(model, path, task.name, text_inputs=text_inputs, image_size=size, fuse=False)
+        export = write(fuse=False)
         check_graph(reference, task, path, threads)
     return export

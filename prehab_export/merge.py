@@ -12,8 +12,11 @@ from transformers import PreTrainedModel
 from converters.adapters import merge_into_factors
 from converters.errors import InputError
 from converters.folder import from_pretrained, save_folder
+from converters.genai import write_genai_config
 from converters.lowrank import low_rank_layers
 from converters.onnx.inputs import image_inputs, text_inputs
+from converters.onnx.latent import kind_of_cache
+from converters.onnx.session import open_session
 from prehab_export.bench_config import BenchConfig
 from prehab_export.config import TruncateConfig
 from prehab_export.export import export_exact
@@ -75,9 +78,12 @@ def merge_lora(
         if (artifact / "onnx" / "model.onnx").is_file():
             names = getattr(processor, "model_input_names", None) if task.name != "image-classification" else None
             reference = reference_of(model, task, [_example(model, task)])
-            export_exact(
-                model, partial / "onnx" / "model.onnx", task, reference, names, threads or BenchConfig().threads
-            )
+            threads = threads or BenchConfig().threads
+            graph = Path("onnx", "model.onnx")
+            kind = kind_of_cache(node.name for node in open_session(artifact / graph).get_inputs())
+            export = export_exact(model, partial / graph, task, reference, names, threads, kind)
+            if task.name == "text-generation":
+                write_genai_config(model, partial, graph, export.inputs)
         (partial / "README.md").write_text(render("merged.md.j2", facts))
         if output.exists():
             output.rmdir()

@@ -328,7 +328,7 @@ STAGES = {
         Stage(
             "export",
             lambda session, folder: export_artifact(session.on_cpu, folder),
-            lambda c: {},
+            lambda c: {"kv_cache": c.kv_cache},
             ("truncate", "refine", "rehab"),
         ),
         Stage(

@@ -165,6 +165,33 @@ def test_text_generation(llama_folder, prose, tmp_path, capsys):
     assert_genai_generates(tmp_path / "run" / "artifact")
 
 
+def test_a_cache_of_latents(llama_folder, prose, tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    arguments = ["--data", prose, "--kv-cache", "latent", "--quantize", "int8", "--json"]
+    sizes = ["--sequence-length", "24", "--bench-length", "8", "--new-tokens", "4"]
+    task = ["--task", "text-generation", "-o", tmp_path / "run"]
+    assert invoke("run", llama_folder, *task, *QUICK, *sizes, *arguments) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["verify"]["compressed"]["onnx"]["greedy_tokens_identical"] is True
+    assert report["export"]["cache_bytes_per_token"] < report["baseline"]["cache_bytes_per_token"]
+    assert "cache, kB a token" in (tmp_path / "run/report/report.md").read_text()
+    assert not (tmp_path / "run/artifact/genai_config.json").exists()
+    assert "onnxruntime-genai knows no such cache" in captured.err
+    task = ["--task", "text-classification", "-o", tmp_path / "other"]
+    assert invoke("run", llama_folder, *task, "--kv-cache", "latent", "--data", prose) == 2
+    assert "has no cache" in capsys.readouterr().err
+    config = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(llama_folder), config).save_pretrained(tmp_path / "lora")
+    assert invoke("merge-lora", tmp_path / "run", tmp_path / "lora", "-o", tmp_path / "merged", "--threads", 1) == 0
+    graphs = [onnxruntime.InferenceSession(tmp_path / part / "onnx/model.onnx") for part in ("run/artifact", "merged")]
+    names, merged = ([node.name for node in graph.get_inputs()] for graph in graphs)
+    assert names == merged
+    assert any(name.endswith("latent") for name in names)
+
+
 def assert_genai_generates(artifact):
     """onnxruntime-genai, from the folder as it stands, makes the tokens that PyTorch makes."""
     genai = pytest.importorskip("onnxruntime_genai")

@@ -8,7 +8,7 @@ does not offer that: it refuses several new tokens after a past for batches abov
 positions of a prompt from the sequence's start whatever ``position_ids`` says.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ ONNX_ATTENTION = "onnx"
 PLAIN_ATTENTION = "eager"
 
 # What an attention may be asked to do beyond scale and mask; the operator has no equal for these.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+_UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
 
 
 def onnx_attention(
@@ -38,16 +38,23 @@ def onnx_attention(
     Raises:
         NotImplementedError: the model asks for something that the operator cannot do.
     """
-    asked = [name for name in _UNSUPPORTED if options.get(name) is not None]
-    if asked:
-        raise NotImplementedError(f"attention with {', '.join(asked)}")
+    refuse(options, "softcap")
     if attention_mask is None and (module.is_causal if is_causal is None else is_causal):
         raise NotImplementedError("causal attention without a mask")
     output = onnx.ops.attention(query, key, value, attention_mask, scale=scaling)[0]
     return output.transpose(1, 2).contiguous(), None
 
 
-def _onnx_mask(
+def refuse(options: Mapping[str, Any], *more: str) -> None:
+    """Raises:
+    NotImplementedError: the model asks its attention for something of which there is no equal here.
+    """
+    asked = [name for name in (*more, *_UNSUPPORTED) if options.get(name) is not None]
+    if asked:
+        raise NotImplementedError(f"attention with {', '.join(asked)}")
+
+
+def additive_mask(
     *,
     attention_mask: Tensor | None = None,
     allow_is_bidirectional_skip: bool = False,
@@ -62,7 +69,7 @@ def _onnx_mask(
 
 
 AttentionInterface.register(ONNX_ATTENTION, onnx_attention)
-AttentionMaskInterface.register(ONNX_ATTENTION, _onnx_mask)
+AttentionMaskInterface.register(ONNX_ATTENTION, additive_mask)
 
 
 @contextmanager

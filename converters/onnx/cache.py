@@ -1,8 +1,10 @@
 """The key/value cache of a decoder as plain tensors, learnt from the model itself rather than from its config."""
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +14,37 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from converters.errors import InputError
 
 
-@dataclass(frozen=True)
 class CacheLayout:
-    """(heads, width) of every layer's key and value, in the order of the layers, and their dtype."""
+    """Cache inputs ``past_key_values.{i}.key/value`` (B, heads, P, width), in the order of the layers; ``past`` has
+    heads and width by name."""
 
-    past: dict[str, tuple[int, int]]
-    dtype: torch.dtype
+    def __init__(self, past: dict[str, tuple[int, int]], dtype: torch.dtype) -> None:
+        self.past, self.dtype = past, dtype
+
+    @property
+    def mixes_latents(self) -> bool:
+        """Whether any layer's attention works on something else than keys and values."""
+        return False
 
     @property
     def present_names(self) -> tuple[str, ...]:
         return tuple(name.replace("past_key_values", "present") for name in self.past)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(math.prod(shape) for shape in self.past.values()) * self.dtype.itemsize
+
+    def run(self, model: PreTrainedModel, inputs: dict[str, Tensor], past: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The logits, and the cache after this step."""
+        pairs = list(zip(past[::2], past[1::2], strict=True))
+        # A full cache, never a sliding one, whatever the config says.
+        output: Any = model(**inputs, past_key_values=DynamicCache(pairs), use_cache=True)
+        return (output.logits, *(tensor for key, value, *_ in output.past_key_values for tensor in (key, value)))
+
+    @contextmanager
+    def attention(self, base: str) -> Iterator[str]:
+        """The name of the attention to trace with, where ``base`` is that of a model without a cache."""
+        yield base
 
 
 def cache_layout(model: PreTrainedModel) -> CacheLayout:
@@ -49,12 +72,3 @@ def cache_layout(model: PreTrainedModel) -> CacheLayout:
         past[f"past_key_values.{index}.key"] = (layer.keys.shape[1], layer.keys.shape[3])
         past[f"past_key_values.{index}.value"] = (layer.values.shape[1], layer.values.shape[3])
     return CacheLayout(past, layers[0].keys.dtype)
-
-
-def cache_of(tensors: Sequence[Tensor]) -> DynamicCache:
-    """key, value, key, value, … as a full cache (never sliding), whatever the config says."""
-    return DynamicCache(list(zip(tensors[::2], tensors[1::2], strict=True)))
-
-
-def tensors_of(cache: DynamicCache) -> list[Tensor]:
-    return [tensor for key, value, *_ in cache for tensor in (key, value)]

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 
 from converters.errors import InputError
 from converters.onnx.attention import ONNX_ATTENTION, PLAIN_ATTENTION, attention_implementation
-from converters.onnx.cache import cache_layout, cache_of, tensors_of
+from converters.onnx.cache import CacheLayout, cache_layout
 from converters.onnx.expected import ATTENTION, counting, missing
 from converters.onnx.fuse import count_fusions, fuse_graph, simplify_graph
 from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
-from converters.onnx.names import restore_weight_names, store_transposed, tidy
+from converters.onnx.latent import latent_layout
+from converters.onnx.modes import FULL, KV_CACHES
+from converters.onnx.names import restore_weight_names, store_by_head, store_transposed, tidy
 from converters.onnx.quiet import quiet
 from converters.onnx.stack import stack_products
 from converters.onnx.write import write_graph
@@ -37,7 +39,8 @@ EXTERNAL_DATA_THRESHOLD = 1_900_000_000
 @dataclass(frozen=True)
 class OnnxExport:
     """What was written: ``fusions`` counts the fused operators in the graph, ``bytes`` the graph and its external
-    data; ``warnings`` tell which fusions were to be expected and did not happen."""
+    data; ``warnings`` tell which fusions were to be expected and did not happen, and which layers did not allow the
+    cache that was asked for; ``cache_bytes_per_token`` is None where there is no cache."""
 
     path: Path
     inputs: tuple[str, ...]
@@ -46,6 +49,7 @@ class OnnxExport:
     fusions: dict[str, int]
     bytes: int
     warnings: tuple[str, ...] = ()
+    cache_bytes_per_token: int | None = None
 
 
 def export_onnx(
@@ -56,6 +60,7 @@ def export_onnx(
     text_inputs: Sequence[str] | None = None,
     image_size: tuple[int, int] | None = None,
     fuse: bool = True,
+    kv_cache: str = FULL,
     external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
 ) -> OnnxExport:
     """Write the model, dense or factored, as one ONNX graph; the model is handed back as it was.
@@ -66,7 +71,8 @@ def export_onnx(
       that the model uses and, if ``text_inputs`` is given, that are named there (what a tokenizer produces).
     - text-generation: ``input_ids``, ``attention_mask``, ``position_ids`` (if the model takes them) and
       ``past_key_values.{i}.key/value`` → ``logits`` and ``present.{i}.key/value``, for prompt (past length 0)
-      and decoding alike. Padding is the attention mask's matter, on either side.
+      and decoding alike. Padding is the attention mask's matter, on either side. With ``kv_cache`` ``latent-values``
+      or ``latent`` the cache holds what is narrower of low-rank layers, under other names (`converters.onnx.latent`).
 
     The graph keeps the model's dtype. ONNX Runtime on CPU runs float16 graphs but has few bfloat16 kernels and does
     not open such a graph: cast a bfloat16 model to float32 first. Weights above ``external_data_threshold`` bytes
@@ -79,10 +85,12 @@ def export_onnx(
     """
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
+    if kv_cache not in KV_CACHES:
+        raise InputError(f"unknown kv_cache {kv_cache!r}; expected one of {', '.join(KV_CACHES)}")
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
     with _as_found(model), torch.no_grad():
-        traced = _Traced(model, task, text_inputs, image_size)
+        traced = _Traced(model, task, text_inputs, image_size, kv_cache)
         attention, expected, warnings = _attention(traced) if fuse else (PLAIN_ATTENTION, {}, [])
         graph = _trace(traced, attention, FUSED_OPSET if fuse else PLAIN_OPSET)
         _optimise(graph, fuse, _first_names(model))
@@ -95,7 +103,8 @@ def export_onnx(
         opset=graph.opset_imports[""],
         fusions=fusions,
         bytes=size,
-        warnings=(*warnings, *missing(expected, fusions)),
+        warnings=(*traced.warnings, *warnings, *missing(expected, fusions)),
+        cache_bytes_per_token=None if traced.layout is None else traced.layout.bytes_per_token,
     )
 
 
@@ -108,14 +117,17 @@ class _Traced(nn.Module):
         task: str,
         offered: Sequence[str] | None,
         image_size: tuple[int, int] | None,
+        kv_cache: str,
     ) -> None:
         super().__init__()
         self.model = model
         self.outputs: tuple[str, ...] = ("logits",)
+        self.layout: CacheLayout | None = None
+        self.warnings: list[str] = []
         if task == "text-generation":
-            layout = cache_layout(model)
-            self.inputs: GraphInputs = decoder_inputs(model, layout)
-            self.outputs += layout.present_names
+            self.layout, self.warnings = latent_layout(model, cache_layout(model), kv_cache)
+            self.inputs: GraphInputs = decoder_inputs(model, self.layout)
+            self.outputs += self.layout.present_names
         elif task == "text-classification":
             self.inputs = text_inputs(model, offered)
         else:
@@ -123,11 +135,17 @@ class _Traced(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.inputs.names, tensors, strict=True))
-        past = [named.pop(name) for name in self.inputs.names if name.startswith("past_key_values.")]
-        if not past:
+        if self.layout is None:
             return (self.model(**named).logits,)
-        output = self.model(**named, past_key_values=cache_of(past), use_cache=True)
-        return (output.logits, *tensors_of(output.past_key_values))
+        past = [named.pop(name) for name in self.layout.past]
+        return self.layout.run(self.model, named, past)
+
+    @contextmanager
+    def attending(self, base: str) -> Iterator[None]:
+        """With ``base`` for attention, as far as the cache allows it."""
+        layout = nullcontext(base) if self.layout is None else self.layout.attention(base)
+        with layout as name, attention_implementation(self.model, name):
+            yield
 
 
 @contextmanager
@@ -150,13 +168,13 @@ def _as_found(model: PreTrainedModel) -> Iterator[None]:
 def _attention(traced: _Traced) -> tuple[str, dict[str, int], list[str]]:
     """The attention to trace with: ONNX's operator, unless the model asks for more than it can do; what the model goes
     through that should be fused; and what is to be said."""
-    with attention_implementation(traced.model, ONNX_ATTENTION), counting(traced.model) as seen:
+    with traced.attending(ONNX_ATTENTION), counting(traced.model) as seen:
         reason = None
         try:
             traced(*traced.inputs.tensors.values())
         except NotImplementedError as error:
             reason = f"ONNX's operator cannot do {error}"
-    if reason is None and not seen[ATTENTION]:
+    if reason is None and not seen[ATTENTION] and not (traced.layout and traced.layout.mixes_latents):
         reason = "the model does not take its attention from transformers' registry"
     if reason is not None:
         # What comes after the attention that was refused is not in the count.
@@ -167,7 +185,7 @@ def _attention(traced: _Traced) -> tuple[str, dict[str, int], list[str]]:
 def _trace(traced: _Traced, attention: str, opset: int) -> ir.Model:
     inputs = traced.inputs
     try:
-        with quiet(), attention_implementation(traced.model, attention):
+        with quiet(), traced.attending(attention):
             program = torch.onnx.export(
                 traced,
                 tuple(inputs.tensors.values()),
@@ -204,6 +222,7 @@ def _optimise(graph: ir.Model, fused: bool, first_names: Mapping[str, str]) -> N
     with quiet():
         restore_weight_names(graph.graph, "model.", first_names)
         store_transposed(graph)
+        store_by_head(graph)
         names = set(first_names)
         if fused:
             fuse_graph(graph)

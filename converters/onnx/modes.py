@@ -1,4 +1,4 @@
-"""The kinds of quantisation, by name. Light: a command line lists them without loading onnx."""
+"""The kinds of quantisation and of caches, by name. Light: a command line lists them without loading onnx."""
 
 # Mode → the file's name, as the ecosystem has it beside ``model.onnx``.
 FILE_NAMES = {
@@ -12,3 +12,7 @@ MODES = tuple(FILE_NAMES)
 # Those that have a scale for every block of so many inputs of one output.
 BLOCK_MODES = ("int8-blocks", "int4")
 BLOCK = 32
+
+# What a decoder keeps of past tokens: keys and values, or of low-rank layers the latents (`converters.onnx.latent`).
+FULL, LATENT_VALUES, LATENT = "full", "latent-values", "latent"
+KV_CACHES = (FULL, LATENT_VALUES, LATENT)

@@ -1,13 +1,14 @@
 """Names in a graph: weights keep the names they have in the model, everything else is numbered.
 
 A weight appears under its ``state_dict`` name. ONNX multiplies from the left (x @ W), so the weight of an
-``nn.Linear`` is stored transposed, and then its name ends in ``.T``: ``…query.down.weight.T`` is in×rank. A weight
-with several names, as a ``down`` that layers share, has the first one. What the exporter or a fusion made up has no
-such name and is called ``constant_{i}``; weights that were stacked have what their names share, and in braces what they
-do not: ``…attention.{query,key,value}.down.weight.T``.
+``nn.Linear`` is stored transposed, and then its name ends in ``.T``: ``…query.down.weight.T`` is in×rank. The name of
+one that is taken head by head ends in ``.heads`` (heads×width×rank) or, transposed head by head, in ``.heads.T``. A
+weight with several names, as a ``down`` that layers share, has the first one. What the exporter or a fusion made up has
+no such name and is called ``constant_{i}``; weights that were stacked have what their names share, and in braces what
+they do not: ``…attention.{query,key,value}.down.weight.T``.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -15,6 +16,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from onnx_ir.tensor_adapters import TorchTensor
 
 TRANSPOSED = ".T"
+HEADS = ".heads"
 
 
 def restore_weight_names(graph: ir.Graph, prefix: str, first_names: Mapping[str, str]) -> None:
@@ -40,17 +42,44 @@ def store_transposed(model: ir.Model) -> None:
         tensor = source.const_value
         assert isinstance(tensor, ir.Tensor)
         assert isinstance(tensor.raw, torch.Tensor)
-        name = f"{source.name}{TRANSPOSED}"
-        stored = TorchTensor(tensor.raw.detach().T, name=name)  # a view: copied when it is written, not before
-        value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
-        graph.register_initializer(value)
+        value = _register(graph, f"{source.name}{TRANSPOSED}", tensor.raw.detach().T)
         for node in readers:
             node.outputs[0].replace_all_uses_with(value)
     RemoveUnusedNodesPass()(model)
 
 
-def _swaps_axes(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [1, 0]
+def store_by_head(model: ir.Model) -> None:
+    """Replace ``Reshape(weight)`` from two axes to three, and a ``Transpose`` of the last two that may follow, by a
+    weight that is stored so."""
+    graph = model.graph
+    for source in list(graph.initializers.values()):
+        for node in [node for node, _ in source.uses() if node.op_type == "Reshape"]:
+            shape = node.outputs[0].shape
+            if len(source.shape or ()) != 2 or shape is None or len(shape) != 3 or not shape.is_static():
+                continue
+            tensor = source.const_value
+            assert isinstance(tensor, ir.Tensor)
+            assert isinstance(tensor.raw, torch.Tensor)
+            by_head = tensor.raw.detach().reshape(shape.numpy())
+            readers = [reader for reader, _ in node.outputs[0].uses()]
+            if readers and all(_swaps_axes(reader, [0, 2, 1]) for reader in readers):
+                value = _register(graph, f"{source.name}{HEADS}{TRANSPOSED}", by_head.transpose(1, 2))
+                for reader in readers:
+                    reader.outputs[0].replace_all_uses_with(value)
+            else:
+                node.outputs[0].replace_all_uses_with(_register(graph, f"{source.name}{HEADS}", by_head))
+    RemoveUnusedNodesPass()(model)
+
+
+def _swaps_axes(node: ir.Node, order: Sequence[int] = (1, 0)) -> bool:
+    return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == list(order)
+
+
+def _register(graph: ir.Graph, name: str, tensor: torch.Tensor) -> ir.Value:
+    stored = TorchTensor(tensor, name=name)  # a view: copied when it is written, not before
+    value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+    graph.register_initializer(value)
+    return value
 
 
 def tidy(model: ir.Model, weights: Collection[str]) -> None:
@@ -65,12 +94,23 @@ def tidy(model: ir.Model, weights: Collection[str]) -> None:
         node.name = f"{node.op_type}_{index}"
         for position, value in enumerate(node.outputs):
             if id(value) not in kept:
-                value.name = f"value_{index}_{position}" if value.uses() else ""
+                # ONNX Runtime counts the outputs of a Split by their names.
+                named = value.uses() or node.op_type == "Split"
+                value.name = f"value_{index}_{position}" if named else ""
                 value.shape = None  # onnxruntime's quantiser rejects a graph over one shape that a rewrite left stale
-    known = {name.removesuffix(TRANSPOSED) for name in weights}
-    made_up = [name for name in graph.initializers if name.removesuffix(TRANSPOSED) not in known]
+    known = {parameter_name(name) for name in weights}
+    made_up = [name for name in graph.initializers if parameter_name(name) not in known]
     for index, name in enumerate(made_up):
         _rename_initializer(graph, graph.initializers[name], f"constant_{index}")
+
+
+def parameter_name(name: str) -> str:
+    """Without what says how it is stored.
+
+    >>> parameter_name("layer.0.value.up.weight.heads.T")
+    'layer.0.value.up.weight'
+    """
+    return name.removesuffix(TRANSPOSED).removesuffix(HEADS)
 
 
 def _rename_initializer(graph: ir.Graph, value: ir.Value, name: str) -> None:

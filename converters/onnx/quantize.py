@@ -11,7 +11,8 @@ mode              weights                     products
 ================  ==========================  ==========================================================
 
 Products with a weight are quantised, and embedding tables; products of activations stay as they are. A block is 32
-inputs of one output: ranks in multiples of it waste nothing.
+inputs of one output: ranks in multiples of it waste nothing. Weights that are multiplied head by head have three axes,
+and there the kernels know one scale a weight only.
 """
 
 import os
@@ -77,6 +78,8 @@ def _quantize(source: Path, target: Path, mode: str, sample: Callable[[], Iterab
 
     external = source.with_name(f"{source.name}_data").is_file()
     shared: dict[str, Any] = {"per_channel": True, "weight_type": QuantType.QInt8, "use_external_data_format": external}
+    by_head = [] if mode == "float16" else _products_by_head(source)
+    shared["nodes_to_exclude"] = by_head
     if mode == "int8":
         quantize_dynamic(source, target, extra_options={"MatMulConstBOnly": True}, **shared)
     elif mode == "int8-static":
@@ -95,6 +98,16 @@ def _quantize(source: Path, target: Path, mode: str, sample: Callable[[], Iterab
         _store_in_float16(source, target, external)
     else:
         _quantize_blocks(source, target, mode, external)
+    if by_head:
+        shared |= {"per_channel": False, "nodes_to_exclude": None, "nodes_to_quantize": by_head}
+        quantize_dynamic(target, target, extra_options={"MatMulConstBOnly": True}, **shared)
+
+
+def _products_by_head(source: Path) -> list[str]:
+    """Names of the products with a weight of three axes."""
+    graph = onnx.load(source, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 3}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
 
 
 class _Reader:

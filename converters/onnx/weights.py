@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from converters.onnx.names import TRANSPOSED
+from converters.onnx.names import HEADS, TRANSPOSED, parameter_name
 
 
 def weight_names(source: Path) -> set[str]:
@@ -37,7 +37,9 @@ def replace_weights(source: Path, target: Path, values: Mapping[str, Tensor]) ->
         if parts != _parts(name):
             raise ValueError(f"{name}: all parts of a stack must be given, not {', '.join(parts)} alone")
         arrays = [values[part].detach().cpu().numpy() for part in parts]
-        arrays = [array.T for array in arrays] if name.endswith(TRANSPOSED) else arrays
+        if name.removesuffix(TRANSPOSED).endswith(HEADS):
+            arrays = [array.reshape(old.shape.numpy()[0], -1, array.shape[-1]) for array in arrays]
+        arrays = [np.swapaxes(array, -1, -2) for array in arrays] if name.endswith(TRANSPOSED) else arrays
         new = np.concatenate(arrays, axis=-1).astype(old.dtype.numpy())
         if new.shape != tuple(old.shape.numpy()):
             raise ValueError(f"{name}: {new.shape} cannot take the place of {tuple(old.shape.numpy())}")
@@ -60,6 +62,6 @@ def _parts(name: str) -> list[str]:
     >>> _parts("layer.0.{query,key}.down.weight.T")
     ['layer.0.query.down.weight', 'layer.0.key.down.weight']
     """
-    name = name.removesuffix(TRANSPOSED)
+    name = parameter_name(name)
     stack = re.fullmatch(r"(.*)\{(.*)\}(.*)", name)
     return [name] if stack is None else [f"{stack[1]}{part}{stack[3]}" for part in stack[2].split(",")]
