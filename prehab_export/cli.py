@@ -128,7 +128,7 @@ RUN_OPTIONS: list[Option] = [
     option("--budget", "truncate.budget", "parameters, by --ratio; or latency:SHARE of the dense layers' time."),
     option("--objective", "truncate.objective", "What truncation minimises.", type=_choice(options.OBJECTIVES)),
     option("--allocation", "truncate.allocation", "How ranks are shared out.", type=_choice(options.ALLOCATIONS)),
-    option("--rank-multiple", "truncate.rank_multiple", "Ranks come in multiples of this."),
+    option("--rank-multiple", "truncate.rank_multiple", "Ranks come in multiples of this, if the ratio allows it."),
     option("--rank-floor", "truncate.floor_share", "Least share of its uniform rank that a layer gets."),
     option(
         "--share-inputs/--no-share-inputs",

@@ -192,7 +192,7 @@ class TruncateConfig:
         less for the same parameters.
     drift_correction: fit each layer to the inputs that the compressed layers before it give, block by block.
     allocation: ``uniform`` (same share everywhere) or ``loss`` (least summed predicted loss).
-    rank_multiple: ranks come in multiples of this.
+    rank_multiple: ranks come in multiples of this, or of its half, quarter … where layers are too small for the ratio.
     floor_share: under ``loss``, no layer gets less than this share of its uniform rank.
     gradient_shrinkage: least share by which G is shrunk towards the mean of its diagonal; a small sample asks for more.
     """

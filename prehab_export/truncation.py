@@ -288,15 +288,24 @@ def plan_ranks(
 def ranks_by(
     layers: Mapping[str, DenseLinear], predicted: Losses, config: TruncateConfig, cost: Cost = allocation.parameters
 ) -> Plan:
-    """`plan_ranks` from predicted losses alone."""
+    """`plan_ranks` from predicted losses alone.
+
+    Where the layers are too small to keep to the budget in whole multiples, ranks come in halves of the multiple, or in
+    quarters, and so on.
+    """
     shapes = {name: (layer.shape[0], layer.shape[1]) for name, layer in _weights(layers).items()}
-    if config.allocation == "uniform":
-        return Plan(allocation.uniform(shapes, config.keep, config.rank_multiple))
-    losses, offers = predicted
-    found = allocation.by_joint_loss(
-        shapes, losses, offers, config.keep, config.rank_multiple, config.floor_share, cost
-    )
-    return Plan(found.ranks, found.shared)
+    budget = config.keep * sum(cost(m, n, None) for m, n in shapes.values())
+    multiple = config.rank_multiple
+    while True:
+        if config.allocation == "uniform":
+            plan = Plan(allocation.uniform(shapes, config.keep, multiple))
+            spent = sum(cost(*shape, plan.ranks[name]) for name, shape in shapes.items())
+        else:
+            found = allocation.by_joint_loss(shapes, *predicted, config.keep, multiple, config.floor_share, cost)
+            plan, spent = Plan(found.ranks, found.shared), found.cost
+        if spent <= budget * (1 + 1e-6) or multiple == 1:
+            return plan
+        multiple //= 2
 
 
 def truncate(
@@ -344,10 +353,10 @@ def truncate(
         for name, layer in layers.items()
     ]
     if not factors:
-        reason, advice = "gets smaller", "remove more, or take a smaller multiple"
+        reason, advice = "gets smaller", "remove more"
         if config.latency is not None:
             reason, advice = "is faster as two factors on this machine", "take --ratio to make the model smaller anyway"
-        raise InputError(f"no layer {reason} at {config.goal} with --rank-multiple {config.rank_multiple}; {advice}")
+        raise InputError(f"no layer {reason} at {config.goal}; {advice}")
     return Truncation(factors, results, shared=plan.shared)
 
 

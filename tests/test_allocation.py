@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from prehab_export.allocation import (
     Choice,
@@ -19,6 +20,8 @@ from prehab_export.allocation import (
     spend,
     uniform,
 )
+from prehab_export.config import TruncateConfig
+from prehab_export.truncation import ranks_by
 
 
 def spectrum_losses(size, seed, decay=0.7):
@@ -200,3 +203,15 @@ def test_each_group_takes_the_form_that_suits_it():
     assert result.shared == (("a1", "a2"),)
     assert result.ranks == dict.fromkeys(shapes, 2)
     assert result.predicted_loss == 0
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "loss"])
+@pytest.mark.parametrize(("ratio", "multiple"), [(0.5, 16), (0.75, 8), (0.85, 4), (0.95, 1)])
+def test_the_ratio_goes_before_the_multiple(allocation, ratio, multiple):
+    """Two layers of 64×64: rank 16, a half of each's parameters, is the least of whole multiples."""
+    layers = {name: nn.Linear(64, 64) for name in "ab"}
+    losses = {name: spectrum_losses(64, seed) for seed, name in enumerate("ab")}
+    config = TruncateConfig(ratio=ratio, allocation=allocation, rank_multiple=16)
+    ranks = ranks_by(layers, (losses, {}), config).ranks
+    assert all(rank is not None and rank % multiple == 0 for rank in ranks.values())
+    assert sum(128 * rank for rank in ranks.values()) <= (1 - ratio) * 2 * 64 * 64 + 1
