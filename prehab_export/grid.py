@@ -76,7 +76,13 @@ class Grid:
 
 
 # Kind of quantisation → its grid; float16's is too fine to be worth fitting to.
-GRIDS = {"int8": Grid(8), "int8-static": Grid(8), "int8-blocks": Grid(8, BLOCK), "int4": Grid(4, BLOCK)}
+GRIDS = {
+    "int8": Grid(8),
+    "int8-tables4": Grid(8),
+    "int8-static": Grid(8),
+    "int8-blocks": Grid(8, BLOCK),
+    "int4": Grid(4, BLOCK),
+}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from prehab_export import quantization
 from prehab_export.config import DataConfig, RunConfig, TruncateConfig
 
 # Largest |Δ| over max |logit| on tiny random models, where nothing averages out.
-ALLOWED = {"int8": 0.1, "int8-static": 0.2, "int8-blocks": 0.1, "int4": 1.0, "float16": 2e-3}
+ALLOWED = {"int8": 0.1, "int8-tables4": 1.0, "int8-static": 0.2, "int8-blocks": 0.1, "int4": 1.0, "float16": 2e-3}
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,7 @@ def test_every_mode_on_every_family(graphs, family, mode, tmp_path):
     kinds = {node.op_type for node in onnx.load(target).graph.node}
     wanted = {
         "int8": "DynamicQuantizeLinear",
+        "int8-tables4": "DynamicQuantizeLinear" if family == "vit" else "GatherBlockQuantized",
         "int8-static": "QuantizeLinear",
         "int8-blocks": "MatMulNBits",
         "int4": "MatMulNBits",
@@ -57,6 +58,18 @@ def test_every_mode_on_every_family(graphs, family, mode, tmp_path):
     }
     assert wanted[mode] in kinds
     assert not [file for file in tmp_path.iterdir() if file != target]
+
+
+def test_tables_of_four_bits_leave_products_in_eight(graphs, tmp_path):
+    source, _ = graphs("bert")
+    counts = {}
+    for mode in ("int8", "int8-tables4", "int4"):
+        path = quantize_graph(source, tmp_path / f"{mode}.onnx", mode)
+        kinds = [node.op_type for node in onnx.load(path).graph.node]
+        counts[mode] = {kind: kinds.count(kind) for kind in ("MatMulInteger", "GatherBlockQuantized", "MatMulNBits")}
+    assert counts["int8-tables4"]["MatMulInteger"] == counts["int8"]["MatMulInteger"] > 0
+    assert counts["int8-tables4"]["GatherBlockQuantized"] == counts["int4"]["GatherBlockQuantized"] > 0
+    assert counts["int8-tables4"]["MatMulNBits"] == 0
 
 
 def one_product(path, weight):

@@ -3,6 +3,7 @@
 # Mode → the file's name, as the ecosystem has it beside ``model.onnx``.
 FILE_NAMES = {
     "int8": "model_int8.onnx",
+    "int8-tables4": "model_int8_tables4.onnx",
     "int8-static": "model_int8_static.onnx",
     "int8-blocks": "model_q8.onnx",
     "int4": "model_q4.onnx",

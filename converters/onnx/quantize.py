@@ -4,6 +4,8 @@
 mode              weights                     products
 ================  ==========================  ==========================================================
 ``int8``          int8, one scale a column    in int8; activations scaled as they come (dynamic)
+``int8-tables4``  as ``int8``, but embedding  as ``int8``
+                  tables in blocks of int4
 ``int8-static``   int8, one scale a column    in int8; activations by ranges found on a sample (QDQ)
 ``int8-blocks``   int8, one scale a block     in int8 or float32, as the machine's kernels have it
 ``int4``          int4, one scale a block     in int8 or float32, as the machine's kernels have it
@@ -82,6 +84,9 @@ def _quantize(source: Path, target: Path, mode: str, sample: Callable[[], Iterab
     shared["nodes_to_exclude"] = by_head
     if mode == "int8":
         quantize_dynamic(source, target, extra_options={"MatMulConstBOnly": True}, **shared)
+    elif mode == "int8-tables4":
+        tables = _in_blocks(source, 4, ("Gather",))
+        quantize_dynamic(tables, target, extra_options={"MatMulConstBOnly": True}, **shared)
     elif mode == "int8-static":
         assert sample is not None
         quantize_static(
@@ -122,22 +127,28 @@ class _Reader:
 
 def _quantize_blocks(source: Path, target: Path, mode: str, external: bool) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    if mode == "int4":
+        ONNXModel(_in_blocks(source, 4, ("MatMul", "Gather"))).save_model_to_file(str(target), external)
+    else:  # for tables there are blocks of 4 bits only
+        quantize_dynamic(
+            _in_blocks(source, 8, ("MatMul",)), target, op_types_to_quantize=["Gather"], weight_type=QuantType.QInt8,
+            use_external_data_format=external,
+        )  # fmt: skip
+
+
+def _in_blocks(source: Path, bits: int, kinds: tuple[str, ...]) -> onnx.ModelProto:
+    """The graph with the weights of these kinds of operators in blocks."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    bits, kinds = (4, ("MatMul", "Gather")) if mode == "int4" else (8, ("MatMul",))
     # Accuracy level 4 lets the kernels multiply in int8, which is what makes them fast.
     quantizer = MatMulNBitsQuantizer(
         onnx.load(source), bits, BLOCK, is_symmetric=True, accuracy_level=4,
         op_types_to_quantize=kinds, quant_axes=(("MatMul", 0), ("Gather", 1)),
     )  # fmt: skip
     quantizer.process()
-    if bits == 4:
-        quantizer.model.save_model_to_file(str(target), external)
-    else:  # for tables there are blocks of 4 bits only
-        quantize_dynamic(
-            quantizer.model.model, target, op_types_to_quantize=["Gather"], weight_type=QuantType.QInt8,
-            use_external_data_format=external,
-        )  # fmt: skip
+    return quantizer.model.model
 
 
 def _store_in_float16(source: Path, target: Path, external: bool) -> None:
