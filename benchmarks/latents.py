@@ -3,7 +3,8 @@
     python benchmarks/latents.py --shape llama-gqa --out benchmarks/results/latents-llama-gqa.json
 
 The same factors are exported with each kind of cache and measured in turns, next to the dense model. A request is a
-prompt and the tokens that follow it; ``cache_mb`` is what the cache holds at its end.
+prompt and the tokens that follow it; ``cache_mb`` is what the cache holds at its end. The vocabulary is small, so that
+a prompt's logits do not hide what the cache takes.
 """
 
 import json
@@ -26,12 +27,13 @@ from prehab_export.session import quiet_libraries
 
 # Key and value heads: fewer than heads of queries; as many; as many, and no rotation of keys.
 SHAPES = ("llama-gqa", "llama-mha", "opt")
+VOCABULARY = 2048
 
 
 @click.command(help=__doc__)
 @click.option("--shape", type=click.Choice(SHAPES), required=True)
 @click.option("--removed", type=float, default=0.6)
-@click.option("--prompt", "prompts", type=int, multiple=True, default=(128, 1024, 1984))
+@click.option("--prompt", "prompts", type=int, multiple=True, default=(128, 1984))
 @click.option("--new-tokens", type=int, default=32)
 @click.option("--blocks", type=int, default=8)
 @click.option("--threads", type=int, default=2)
@@ -76,10 +78,17 @@ def build(shape: str, blocks: int) -> transformers.PreTrainedModel:
     """The model with random weights."""
     torch.manual_seed(0)
     if shape == "opt":
-        sizes = {"hidden_size": 2048, "word_embed_proj_dim": 2048, "ffn_dim": 8192, "num_attention_heads": 32}
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 2048,
+            "word_embed_proj_dim": 2048,
+            "ffn_dim": 8192,
+            "num_attention_heads": 32,
+        }
         config = transformers.OPTConfig(num_hidden_layers=blocks, max_position_embeddings=2048, **sizes)
         return transformers.OPTForCausalLM(config).eval()
-    sizes = LLAMA | {"num_hidden_layers": blocks} | ({"num_key_value_heads": 32} if shape == "llama-mha" else {})
+    sizes = LLAMA | {"vocab_size": VOCABULARY, "num_hidden_layers": blocks}
+    sizes |= {"num_key_value_heads": 32} if shape == "llama-mha" else {}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval()
 
 
