@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from prehab_export.machine import machine_facts
 
-COLOURS = {"float32": "tab:blue", "int8": "tab:green", "int4": "tab:orange"}
+COLOURS = {"float32": "tab:blue", "int8": "tab:green", "int8-tables4": "tab:olive", "int4": "tab:orange"}
 
 
 @click.command(help=__doc__)
