@@ -49,8 +49,8 @@ from prehab_export.truncation import Decompositions, decompose_layers
 @dataclass(frozen=True)
 class Recipe:
     """before: ``task`` (the control: task loss and distillation), ``prehab``, or a proximal map of torchao's PAT.
-    cut: a sweep method, None to stay dense. after: ``lora``, ``factors`` or ``refine``. early: share of the steps that
-    go first."""
+    cut: a sweep method, None to stay dense. after: ``lora``, ``factors``, ``all`` or ``refine``. early: share of the
+    steps that go first."""
 
     cut: str | None
     before: str | None = None
@@ -86,6 +86,7 @@ RECIPES = {
     "pat nuclear + svd-llm": Recipe("svd-llm", before="ProxNuclearNorm"),
     "refined": Recipe("drift", after="refine"),
     "full": Recipe("drift", after="factors"),
+    "full, all weights": Recipe("drift", after="all"),
     "prehab + drift": Recipe("drift", before="prehab"),
     "prehab 75% + full": Recipe("drift", before="prehab", after="factors", early=0.75),
     "prehab 50% + full": Recipe("drift", before="prehab", after="factors", early=0.5),

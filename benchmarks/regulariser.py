@@ -127,7 +127,7 @@ class Bench:
         began = self._now()
         size = next(iter(self.batch.values())).shape[0]
         passes = -(-self.options["refresh_samples"] // size)
-        fresh = px.calibrate(self.model, [self.batch] * passes, self.task, self.layers)
+        fresh = px.calibrate(self.model, [self.batch] * passes, self.task, self.layers, sampling=False)
         calibrated = self._now()
         regulariser.refresh(fresh)
         refreshed = self._now()

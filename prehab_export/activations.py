@@ -9,8 +9,12 @@ from torch import Tensor, nn
 
 def valid_rows(values: Tensor, mask: Tensor | None) -> Tensor:
     """Tokens × features in float32, without padding; the shapes are those of ``by_sample``."""
-    split, valid = by_sample(values, mask, 1)
-    return split[valid]
+    return real(*by_sample(values, mask, 1))
+
+
+def real(values: Tensor, valid: Tensor) -> Tensor:
+    """The rows (R, n) of values (B, T, n) that ``valid`` (B, T) marks; without a copy where it marks all."""
+    return values.flatten(0, 1) if bool(valid.all()) else values[valid]
 
 
 def by_sample(values: Tensor, mask: Tensor | None, samples: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
-from prehab_export.activations import by_sample, frozen
+from prehab_export.activations import by_sample, frozen, real
 from prehab_export.config import FISHER_LABELS
 from prehab_export.devices import device_of, full_precision, moved
 from prehab_export.shrinkage import ClusterSums, PlainSums
@@ -204,10 +204,10 @@ class _Tally:
             with full_precision(x.device):
                 values, valid = by_sample(x, mask, samples)
                 if name not in self.shift:
-                    self.shift[name] = values[valid].mean(0)
+                    self.shift[name] = real(values, valid).mean(0)
                     self.total[name] = torch.zeros_like(self.shift[name])
                 values = values - self.shift[name]
-                self.total[name] += values[valid].sum(0)
+                self.total[name] += real(values, valid).sum(0)
                 self.inputs[name].add(values, valid, valid.sum(1))
 
         return hook
@@ -227,8 +227,9 @@ class _Tally:
     def _input_moment(self, group: str) -> InputMoment:
         sums = self.inputs[group]
         shift, offset = (values.to(sums.outer.device) for values in (self.shift[group], self.total[group] / sums.rows))
-        cross = torch.outer(offset, shift)
-        second = sums.outer / sums.rows + cross + cross.T + torch.outer(shift, shift)
+        # offset shiftᵀ + shift offsetᵀ + shift shiftᵀ, as two updates in place
+        second = sums.outer / sums.rows
+        second.addr_(offset + shift, shift).addr_(shift, offset)
         return InputMoment(second, shift + offset, sums.rows, sums.sampling())
 
     def result(self) -> Statistics:

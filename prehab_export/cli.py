@@ -172,7 +172,12 @@ RUN_OPTIONS: list[Option] = [
     option("--prehab-distill", "prehab.train.distill", "Share of the loss that follows the dense model's output."),
     option("--prehab-guard/--no-prehab-guard", "prehab.guard", "Keep prehab only if truncation gains.", is_flag=True),
     option("--rehab-steps", "rehab.train.steps", "Steps of rehab; 0 skips it."),
-    option("--rehab-method", "rehab.method", "Tune the factors, or LoRA on them.", type=_choice(options.REHAB_METHODS)),
+    option(
+        "--rehab-method",
+        "rehab.method",
+        "Tune the factors, all weights, or LoRA on the factors.",
+        type=_choice(options.REHAB_METHODS),
+    ),
     option("--rehab-lr", "rehab.train.learning_rate", "Peak learning rate of rehab."),
     option("--rehab-batch-size", "rehab.train.batch_size", "Samples a step of rehab."),
     option("--rehab-distill", "rehab.train.distill", "Share of the loss that follows the dense model's output."),

@@ -29,7 +29,7 @@ FISHER_LABELS = ("data", "model")
 AUTO = "auto"
 PARAMETERS = "parameters"
 USUAL_STRENGTH = 100.0
-REHAB_METHODS = ("factors", "lora")
+REHAB_METHODS = ("factors", "all", "lora")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -249,7 +249,10 @@ class TruncateConfig:
 
 @dataclass(frozen=True)
 class RehabConfig:
-    """How to rehab: ``method`` is ``factors`` or ``lora``; ``lora_rank`` is the adapters' rank."""
+    """How to rehab.
+
+    method: ``factors``, ``all`` (factors, and what was never cut) or ``lora``. lora_rank: the adapters' rank.
+    """
 
     train: TrainConfig = field(default_factory=TrainConfig)
     method: str = "factors"

@@ -1,8 +1,8 @@
-"""Rehab: a short training of a truncated model's factors, each part kept only when it helped.
+"""Rehab: a short training of a truncated model, each part kept only when it helped.
 
-Two methods. ``factors`` tunes both factors and the biases of every compressed layer together. ``lora`` trains
-LoRA adapters through PEFT, first on ``up``, then on ``down`` (SVD-LLM, arXiv 2403.07378), and merges each. Either
-way the rank stays what it was.
+Three methods. ``factors`` tunes both factors and the biases of every compressed layer together; ``all`` tunes with
+them what was never cut: embeddings, norms, the head. ``lora`` trains LoRA adapters through PEFT, first on ``up``,
+then on ``down`` (SVD-LLM, arXiv 2403.07378), and merges each. In every case the rank stays what it was.
 """
 
 from collections.abc import Callable
@@ -41,18 +41,19 @@ def rehab(
     bases: Bases | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> Rehabilitation:
-    """Train the factors of ``model`` in place. After each part the held-out loss decides whether it stays.
+    """Train ``model`` in place. After each part the held-out loss decides whether it stays.
 
     Args:
         held_out_loss: mean loss on samples that training never sees.
         teacher: the dense model, when ``config.train.distill`` is above 0.
-        bases: of the factors (``eigenbasis.factor_bases``), for the method ``factors``.
+        bases: of the factors (``eigenbasis.factor_bases``), for the methods other than ``lora``.
     """
     best, loss = held_out_loss(model), labelled_loss(task, teacher, config.train.distill)
     parts: list[dict] = [{"part": "truncated", "held_out_loss": best, "kept": True}]
     history: list[dict[str, float]] = []
     for part, share in _parts(config).items():
-        before = _factor_state(model)
+        parameters = list(model.parameters()) if config.method == "all" else factor_parameters(model)
+        before = [parameter.detach().clone() for parameter in parameters]
         schedule = replace(config.train, steps=share)
         if config.method == "lora":
             rows = _train_adapters(
@@ -63,7 +64,7 @@ def rehab(
                 model,
                 samples,
                 schedule,
-                factor_parameters(model),
+                parameters,
                 loss,
                 bases=bases,
                 precision=task.precision,
@@ -76,22 +77,18 @@ def rehab(
         if after < best:
             best = after
         else:
-            _restore(model, before)
+            _restore(parameters, before)
     return Rehabilitation(history, parts)
 
 
 def _parts(config: RehabConfig) -> dict[str, int]:
     steps = config.train.steps
-    return {"factors": steps} if config.method == "factors" else {"up": steps - steps // 2, "down": steps // 2}
-
-
-def _factor_state(model: nn.Module) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in factor_parameters(model)]
+    return {"up": steps - steps // 2, "down": steps // 2} if config.method == "lora" else {config.method: steps}
 
 
 @torch.no_grad()
-def _restore(model: nn.Module, state: list[Tensor]) -> None:
-    for parameter, value in zip(factor_parameters(model), state, strict=True):
+def _restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 
 

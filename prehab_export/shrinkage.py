@@ -22,6 +22,7 @@ from math import nan
 import torch
 from torch import Tensor
 
+from prehab_export.activations import real
 from prehab_export.gram import gram
 
 # Directions behind Σ s_i⟨S_i, Ĉ⟩ (see ``ClusterSums``), and up to how many features all of them are taken.
@@ -137,7 +138,7 @@ class PlainSums:
 
     def add(self, values: Tensor, mask: Tensor, sizes: Tensor) -> None:
         """As `ClusterSums.add`."""
-        rows = values[mask]
+        rows = real(values, mask)
         outer = gram(rows)
         self.outer = self.outer + outer.to(self.outer.device) if self.outer.numel() else outer.to(self.keep_on)
         self.samples += int((sizes > 0).sum())

@@ -251,7 +251,7 @@ def _rehab(session: Session, folder: Path) -> None:
     options = session.config.rehab
     model = session.load_factored("refine" if _needs_refinement(session.config) else "truncate")
     teacher = session.load_dense().requires_grad_(False) if options.train.distill else None
-    tunes = options.method == "factors"  # adapters have no use for the factors' bases
+    tunes = options.method != "lora"  # adapters have no use for the factors' bases
     bases = factor_bases(model, session.load_prepared_statistics()) if tunes else None
     with bar("rehab", options.train.steps) as advance:
         result = rehab(

@@ -220,6 +220,14 @@ def test_dense_and_factored_encoders_are_fused_alike(exported, family, counts):
         assert exported(family, rank)[1].fusions == counts
 
 
+@pytest.mark.parametrize("family", ["vit", "bert"])
+@pytest.mark.parametrize("rank", [None, 6])
+def test_encoders_attend_without_turning_heads_and_tokens_round(exported, family, rank):
+    """What is left is the one transpose of a ViT's patches."""
+    graph = onnx.load(exported(family, rank)[1].path).graph
+    assert [node.op_type for node in graph.node].count("Transpose") == (family == "vit")
+
+
 def test_decoders_are_fused(exported):
     counts = {
         "ScaledDotProductAttention": 2,

@@ -15,6 +15,7 @@ from prehab_export import calibrate, load_data, prehab, rehab, surrogates, trunc
 from prehab_export.config import (
     LAYER_WEIGHTS,
     PROXIMAL_SURROGATES,
+    REHAB_METHODS,
     SURROGATES,
     UPDATES,
     WHITENINGS,
@@ -373,14 +374,14 @@ def test_every_surrogate_update_and_schedule_runs_and_repeats(surrogate, update,
     assert strengths == [1.0] * 4 if schedule == "constant" else strengths[0] < strengths[-1] <= 1.0
 
 
-@pytest.mark.parametrize("method", ["factors", "lora"])
+@pytest.mark.parametrize("method", REHAB_METHODS)
 def test_rehab_helps_and_keeps_the_ranks(method, digits):
     model, data, _ = digits
     held_out, training = data.train.split(200, seed=0)
     compressed = truncated(model, training, TruncateConfig(ratio=0.85, objective="activation", allocation="uniform"))
     before = loss_of(compressed, held_out)
     ranks = {name: layer.rank for name, layer in low_rank_layers(compressed).items()}
-    names = set(compressed.state_dict())
+    start = {name: value.clone() for name, value in compressed.state_dict().items()}
     config = RehabConfig(train=TrainConfig(steps=40, learning_rate=2e-3), method=method, lora_rank=4)
     result = rehab(
         compressed, TASK, training, config, held_out_loss=lambda m: loss_of(m, held_out), teacher=frozen_copy(model)
@@ -388,11 +389,14 @@ def test_rehab_helps_and_keeps_the_ranks(method, digits):
     assert loss_of(compressed, held_out) < before
     assert loss_of(compressed, held_out) == min(part["held_out_loss"] for part in result.parts)
     assert {name: layer.rank for name, layer in low_rank_layers(compressed).items()} == ranks
-    assert set(compressed.state_dict()) == names
+    assert set(compressed.state_dict()) == set(start)
+    uncut = ("vit.embeddings.cls_token", "classifier.weight", "vit.layernorm.bias")
+    moved = [not torch.equal(compressed.state_dict()[name], start[name]) for name in uncut]
+    assert moved == [method == "all"] * len(uncut)
     assert [row["step"] for row in result.history] == list(range(40))
 
 
-@pytest.mark.parametrize("method", ["factors", "lora"])
+@pytest.mark.parametrize("method", REHAB_METHODS)
 def test_rehab_that_does_not_help_leaves_no_trace(method, digits):
     model, data, _ = digits
     compressed = truncated(model, data.train)

@@ -14,6 +14,7 @@ from onnxscript.optimizer import optimize
 from onnxscript.rewriter import onnx_fusions
 from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
+from converters.onnx.heads import keep_heads_together
 from converters.onnx.split import split_slow_fusions
 
 ATTENTION, ATTENTION_DOMAIN = "ScaledDotProductAttention", "converters"
@@ -50,6 +51,7 @@ def fuse_graph(model: ir.Model) -> None:
     split_slow_fusions(model.graph)
     _widen_rotary_tables(model.graph)
     simplify_graph(model)
+    keep_heads_together(model)
     _hide_attention(model)
 
 
@@ -99,14 +101,15 @@ def _hide_attention(model: ir.Model) -> None:
     # ONNX's Attention has a namesake among ONNX Runtime's own operators, and onnxruntime.quantization goes by the
     # name alone: it would quantise queries and keys as if they were input and weight, and write an invalid graph.
     # A function of the model under another name is inlined when a session opens.
-    scale = ir.Attr("scale", ir.AttributeType.FLOAT, None)
+    kinds = {"scale": ir.AttributeType.FLOAT, "q_num_heads": ir.AttributeType.INT, "kv_num_heads": ir.AttributeType.INT}
     inputs = [ir.val(name) for name in ("query", "key", "value", "mask")]
-    body = ir.Node("", "Attention", inputs, [ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)])
+    body = ir.Node("", "Attention", inputs, [ir.RefAttr(name, name, kind) for name, kind in kinds.items()])
     calls = [node for node in model.graph.all_nodes() if node.op_type == "Attention" and node.domain == ""]
     for node in calls:
         node.op_type, node.domain = ATTENTION, ATTENTION_DOMAIN
     if calls:
         graph = ir.Graph(inputs, body.outputs, nodes=[body], opset_imports={"": model.opset_imports[""]})
-        function = ir.Function(ATTENTION_DOMAIN, ATTENTION, graph=graph, attributes=[scale])
+        attributes = [ir.Attr(name, kind, None) for name, kind in kinds.items()]
+        function = ir.Function(ATTENTION_DOMAIN, ATTENTION, graph=graph, attributes=attributes)
         model.functions[function.identifier()] = function
         model.opset_imports[ATTENTION_DOMAIN] = 1
