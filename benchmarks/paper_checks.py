@@ -1,12 +1,15 @@
-"""The experiments that the Prehab paper (arXiv 2512.01980) starts with, and the checks it leaves open, on one model.
+"""The experiments that the Prehab paper (arXiv 2512.01980) starts with, the checks it leaves open, and what G is best
+made of, on one model.
 
     python benchmarks/paper_checks.py steps  MODEL --task TASK --data DATA --eval-split test --out NAME.json
     python benchmarks/paper_checks.py lambda MODEL …       # λ from 1e-3 to 1e3
     python benchmarks/paper_checks.py sample MODEL … [--shifted-data OTHER]
+    python benchmarks/paper_checks.py gradients MODEL … --samples 32 --samples 512
 
 ``steps``: does the dense model stay good while the surrogate falls? ``lambda``: what λ does to the dense model and to
-the truncated one. ``sample``: how many calibration samples it takes, and what another domain costs. Each writes its
-raw figures to NAME.json and a plot to NAME.png.
+the truncated one. ``sample``: how many calibration samples it takes, and what another domain costs. ``gradients``:
+given labels or the model's own behind G, and G shrunk as far as its sampling error asks or not. Each writes its raw
+figures to NAME.json and a plot to NAME.png.
 """
 
 import copy
@@ -24,6 +27,7 @@ from matplotlib.figure import Figure
 from quality import RECIPES, Bench, Options
 
 import prehab_export as px
+from prehab_export.config import FISHER_LABELS
 from prehab_export.machine import machine_facts
 from prehab_export.progress import bar, say
 from prehab_export.session import held_out_split, quiet_libraries
@@ -99,16 +103,38 @@ def samples(bench: Bench, asked: Asked) -> list[dict[str, Any]]:
     return rows
 
 
+def gradients(bench: Bench, asked: Asked) -> list[dict[str, Any]]:
+    """The truncated model, no training, by the labels behind G and its shrinkage."""
+    rows = []
+    for count in asked.samples:
+        for labels in FISHER_LABELS:
+            bench.options = replace(bench.options, fisher_labels=labels)
+            bench.use_calibration(bench.training.subset(count, 0))
+            shrunk = bench.statistics
+            certain = {name: replace(sampling, error=0.0) for name, sampling in shrunk.gradient_sampling.items()}
+            for kind, statistics in (("shrunk", shrunk), ("as it is", replace(shrunk, gradient_sampling=certain))):
+                bench.use_calibration(bench.calibration)
+                bench.statistics = statistics
+                for cut in CUTS[1:]:
+                    row = bench.row(cut, asked.ratio, seed=0)
+                    say(f"{count}, labels {labels}, {kind}, {cut}: {row['value']:.4f}")
+                    facts = {"samples": count, "labels": labels, "gradient_moment": kind, "cut": cut}
+                    rows.append(facts | {"value": row["value"], "loss": row["loss"]})
+    return rows
+
+
 CHECKS: dict[str, Callable[[Bench, Asked], list[dict[str, Any]]]] = {
     "steps": steps,
     "lambda": strengths,
     "sample": samples,
+    "gradients": gradients,
 }
 
 
 def plot(check: str, rows: list[dict[str, Any]], dense: dict[str, Any], path: Path) -> None:
     domains = dict.fromkeys(row["domain"] for row in rows) if check == "sample" else {}
     columns = len(domains) or 2
+    counts = sorted({row["samples"] for row in rows if "samples" in row})
     figure = Figure(figsize=(3.75 * columns, 3.2), layout="constrained")
     panels = figure.subplots(1, columns, squeeze=False)[0]
     left, right = panels[0], panels[-1]
@@ -131,6 +157,17 @@ def plot(check: str, rows: list[dict[str, Any]], dense: dict[str, Any], path: Pa
             axes.axhline(rows[0][key], color="0.5", linestyle=":")
             axes.set_title(f"{dense['metric']}, {title} (dotted: λ = 0)", fontsize=9)
             axes.set_xlabel("λ")
+    elif check == "gradients":
+        for axes, cut in zip(panels, CUTS[1:], strict=True):
+            for labels in FISHER_LABELS:
+                for kind, line in (("shrunk", "-"), ("as it is", "--")):
+                    own = [r for r in rows if (r["cut"], r["labels"], r["gradient_moment"]) == (cut, labels, kind)]
+                    axes.semilogx(
+                        [r["samples"] for r in own], [r["value"] for r in own], line, marker="o", ms=4,
+                        color={"data": "tab:blue", "model": "tab:orange"}[labels], label=f"labels: {labels}; {kind}",
+                    )  # fmt: skip
+            axes.axhline(dense["value"], color="0.5", linestyle=":")
+            axes.set_title(f"{dense['metric']}, {cut} (dotted: dense)", fontsize=9)
     else:
         for axes, domain in zip(panels, domains, strict=True):
             for cut in CUTS:
@@ -139,11 +176,11 @@ def plot(check: str, rows: list[dict[str, Any]], dense: dict[str, Any], path: Pa
             axes.axhline(dense["value"], color="0.5", linestyle=":")
             where = "its own domain" if domain == "own" else "another domain"
             axes.set_title(f"{dense['metric']}, calibrated on {where}\n(dotted: dense)", fontsize=9)
-            counts = sorted({row["samples"] for row in rows})
+    for axes in panels:
+        if counts:
             axes.set_xticks(counts, [str(count) for count in counts])
             axes.minorticks_off()
             axes.set_xlabel("calibration samples")
-    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)

@@ -139,6 +139,7 @@ class Bench:
         self.calibration = samples
         self.__dict__.pop("statistics", None)
         self.decomposed: tuple[str, Decompositions] = ("", Decompositions({}))
+        self.control: tuple[tuple[int, int], nn.Module, dict[str, Any], px.Statistics] | None = None
         self.last_cut: tuple[tuple[str, float], nn.Module, dict[str, Any]] | None = None
 
     @cached_property
@@ -176,12 +177,10 @@ class Bench:
         early, late = recipe.steps(self.options.steps)
         started = time.monotonic()
         torch.manual_seed(seed)
-        model, facts = self.model, {}
-        if early:
-            model, facts = self.tuned(recipe, ratio, early, seed)
+        model, facts, statistics = self.prepared(recipe, ratio, early, seed)
         cut: dict[str, Any] = {}
         if recipe.cut:
-            statistics = self.statistics if model is self.model else self.calibrated(model)
+            statistics = statistics or self.calibrated(model)
             model, cut = self.cut(model, statistics, recipe.cut, ratio)
         if late:
             facts |= self.trained(model, statistics, recipe, late, seed)
@@ -190,6 +189,20 @@ class Bench:
         if self.int8:
             facts["int8"] = self.metric_in_int8(model)
         return result | self.metric(model) | cut | facts
+
+    def prepared(
+        self, recipe: Recipe, ratio: float, steps: int, seed: int
+    ) -> tuple[nn.Module, dict[str, Any], px.Statistics | None]:
+        """What is to be cut, how it was trained, and its moments where they are known by now. The control knows
+        nothing of the cut that follows: it is trained once a seed, whatever the ratios."""
+        if not steps:
+            return self.model, {}, self.statistics if recipe.cut else None
+        if recipe.before != "task":
+            return *self.tuned(recipe, ratio, steps, seed), None
+        if self.control is None or self.control[0] != (steps, seed):
+            model, facts = self.tuned(recipe, ratio, steps, seed)
+            self.control = (steps, seed), model, facts, self.calibrated(model)
+        return self.control[1], dict(self.control[2]), self.control[3]
 
     def cut(
         self, model: nn.Module, statistics: px.Statistics, method: str, ratio: float
@@ -291,11 +304,13 @@ def _thinned(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> Iterator[tuple[str, float, int]]:
-    """What does not train has one seed. Grouped so that decompositions are used again."""
+    """What does not train has one seed. Grouped so that decompositions, cuts and controls are used again."""
     for recipe in recipes:
-        for ratio in ratios:
-            for seed in range(seeds if RECIPES[recipe].trains else 1):
-                yield recipe, ratio, seed
+        own = range(seeds if RECIPES[recipe].trains else 1)
+        if RECIPES[recipe].before == "task":
+            yield from ((recipe, ratio, seed) for seed in own for ratio in ratios)
+        else:
+            yield from ((recipe, ratio, seed) for ratio in ratios for seed in own)
 
 
 @click.command(help=__doc__)
