@@ -166,6 +166,18 @@ def test_proximal_tail_shrinks_what_truncation_discards(m, n, rate):
     assert float(value) == pytest.approx(float(by_singular_values("tail", whitened_weight(w, c, g))), rel=1e-4)
 
 
+@pytest.mark.parametrize(("m", "n"), [(96, 128), (128, 96)])
+def test_a_proximal_tail_reports_a_value_near_the_true_one(m, n):
+    """Too wide for its probes to span the space: random ones, the same every time."""
+    w, c, g = layer(m, n)
+    value, shrunk = make("tail", w, c, g).shrink(w.float(), 1.0)
+    again, same = make("tail", w, c, g).shrink(w.float(), 1.0)
+    expected = by_singular_values("tail", whitened_weight(w, c, g))
+    assert float(value) == pytest.approx(float(expected), rel=0.25)
+    assert torch.equal(value, again)
+    assert torch.equal(shrunk, same)
+
+
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 @pytest.mark.parametrize("rate", [0.0, 0.3, 100.0])
 def test_proximal_nuclear_thresholds_singular_values(m, n, rate):
