@@ -13,9 +13,9 @@ mode              weights                     products
 ================  ==========================  ==========================================================
 
 Products with a weight are quantised, and embedding tables; products of activations stay as they are, and so do
-convolutions: in int8, ONNX Runtime's took five times as long as in float32 (the patches of a ViT-B/16). A block is 32
-inputs of one output: ranks in multiples of it waste nothing. Weights that are multiplied head by head have three axes,
-and there the kernels know one scale a weight only.
+convolutions: with int8 weights, ONNX Runtime's takes three times as long as in float32 on the patches of a ViT-B/16
+(``benchmarks/encoder_operators.py``). A block is 32 inputs of one output: ranks in multiples of it waste nothing.
+Weights that are multiplied head by head have three axes, and there the kernels know one scale a weight only.
 """
 
 import os
