@@ -87,6 +87,7 @@ RECIPES = {
     "refined": Recipe("drift", after="refine"),
     "full": Recipe("drift", after="factors"),
     "full, all weights": Recipe("drift", after="all"),
+    "refined cut, full": Recipe("refined", after="factors"),
     "prehab + drift": Recipe("drift", before="prehab"),
     "prehab 75% + full": Recipe("drift", before="prehab", after="factors", early=0.75),
     "prehab 50% + full": Recipe("drift", before="prehab", after="factors", early=0.5),
@@ -96,7 +97,8 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What all rows of one file have in common. lr: peak rate before the cut; tune_lr and lora_lr: after it."""
+    """What all rows of one file have in common. lr: peak rate before the cut; tune_lr and lora_lr: after it.
+    refine_*: of the label-free steps that belong to a refined cut."""
 
     steps: int = 150
     batch_size: int = 64
@@ -116,6 +118,9 @@ class Options:
     precision: str = "float32"
     include: Sequence[str] = ()
     eigenbasis: bool = True
+    refine_steps: int = 128
+    refine_batch_size: int = 8
+    refine_lr: float = 5e-4
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", tuple(self.include))  # JSON has lists
@@ -226,8 +231,14 @@ class Bench:
                 self.decomposed = (config.objective, decompose_layers(layers, statistics, config))
             decomposed = self.decomposed[1]
         result = compress(model, self.task, layers, statistics, samples, config, decomposed=decomposed, progress=bar)
-        predicted = result.truncation.summary()["predicted_loss_increase"]
-        return result.truncation.apply(copy.deepcopy(model)), {"predicted_loss_increase": predicted}
+        facts = {"predicted_loss_increase": result.truncation.summary()["predicted_loss_increase"]}
+        student = result.truncation.apply(copy.deepcopy(model))
+        if METHODS[method].refined:
+            options = self.options
+            schedule = Schedule(options.refine_steps, options.refine_batch_size, options.refine_lr)
+            self.refined(student, statistics, schedule, seed=0)
+            facts["refined"] = asdict(schedule) | self.metric(student)
+        return student, facts
 
     def tuned(self, recipe: Recipe, ratio: float, steps: int, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         """A copy of the dense model after prehab, or after as many steps without the regulariser."""
@@ -269,6 +280,17 @@ class Bench:
                 )
         return model, {"early": _thinned(history)}
 
+    def refined(
+        self, model: nn.Module, statistics: px.Statistics, schedule: Schedule, seed: int
+    ) -> list[dict[str, float]]:
+        """Tune the compressed model in place to do what the dense one does, without labels."""
+        bases = factor_bases(model, statistics) if self.options.eigenbasis else None
+        with bar("refine", schedule.steps) as advance:
+            return refine(
+                model, frozen_copy(self.model), self.task, self.calibration, RefineConfig(schedule),
+                bases=bases, seed=seed, progress=lambda row: advance(1, note=f"{row['divergence']:.4f}"),
+            )  # fmt: skip
+
     def trained(
         self, model: nn.Module, statistics: px.Statistics, recipe: Recipe, steps: int, seed: int
     ) -> dict[str, Any]:
@@ -276,14 +298,10 @@ class Bench:
         options = self.options
         rate = options.lora_lr if recipe.after == "lora" else options.tune_lr
         schedule = {"steps": steps, "batch_size": options.batch_size, "learning_rate": rate}
+        if recipe.after == "refine":
+            return {"late": _thinned(self.refined(model, statistics, Schedule(**schedule), seed))}
         bases = factor_bases(model, statistics) if options.eigenbasis and recipe.after != "lora" else None
         with bar(f"{recipe.after} ", steps) as advance:
-            if recipe.after == "refine":
-                history = refine(
-                    model, frozen_copy(self.model), self.task, self.calibration, RefineConfig(Schedule(**schedule)),
-                    bases=bases, seed=seed, progress=lambda row: advance(1, note=f"{row['divergence']:.4f}"),
-                )  # fmt: skip
-                return {"late": _thinned(history)}
             result = px.rehab(
                 model,
                 self.task,
@@ -341,6 +359,7 @@ def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> I
 @click.option("--refresh-every", type=int, default=Options.refresh_every)
 @click.option("--calibration-samples", type=int, default=Options.calibration_samples)
 @click.option("--fisher-labels", default=Options.fisher_labels)
+@click.option("--refine-steps", type=int, default=Options.refine_steps, help="Label-free steps of a refined cut.")
 @click.option("--threads", type=int, default=2)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--include", multiple=True, help="Only these layers; all of the blocks by default.")
