@@ -144,7 +144,7 @@ class Bench:
         self.calibration = samples
         self.__dict__.pop("statistics", None)
         self.decomposed: tuple[str, Decompositions] = ("", Decompositions({}))
-        self.control: tuple[tuple[int, int], nn.Module, dict[str, Any], px.Statistics] | None = None
+        self.control: tuple[tuple[int, int], nn.Module, dict[str, Any], px.Statistics | None] | None = None
         self.last_cut: tuple[tuple[str, float], nn.Module, dict[str, Any]] | None = None
 
     @cached_property
@@ -206,7 +206,7 @@ class Bench:
             return *self.tuned(recipe, ratio, steps, seed), None
         if self.control is None or self.control[0] != (steps, seed):
             model, facts = self.tuned(recipe, ratio, steps, seed)
-            self.control = (steps, seed), model, facts, self.calibrated(model)
+            self.control = (steps, seed), model, facts, self.calibrated(model) if recipe.cut else None
         return self.control[1], dict(self.control[2]), self.control[3]
 
     def cut(
