@@ -44,22 +44,22 @@ def _whole(value: ir.Value | None) -> ir.Value | None:
     """The tensor (B, T, H·d) that ``value`` (B, H, T, d) was made from, if that is all that was done to it."""
     turned = _producer(value, "Transpose")
     split = None if turned is None or not _swaps(turned) else _producer(turned.inputs[0], "Reshape")
-    source = None if split is None else split.inputs[0]
-    heads, width = _axis(value, 1), _axis(value, 3)
-    if source is None or source.shape is None or len(source.shape) != 3 or heads is None or width is None:
-        return None
-    return source if _axis(source, 2) == heads * width else None
+    return None if split is None else _side_by_side(split.inputs[0], value)
 
 
 def _joined(value: ir.Value) -> ir.Value | None:
     """What (B, T, H·d) is made of ``value`` (B, H, T, d), if that is all that is done with it."""
     turned = _only_reader(value, "Transpose")
     whole = None if turned is None or not _swaps(turned) else _only_reader(turned.outputs[0], "Reshape")
-    answer = None if whole is None else whole.outputs[0]
-    heads, width = _axis(value, 1), _axis(value, 3)
-    if answer is None or answer.shape is None or len(answer.shape) != 3 or heads is None or width is None:
+    return None if whole is None else _side_by_side(whole.outputs[0], value)
+
+
+def _side_by_side(value: ir.Value | None, apart: ir.Value | None) -> ir.Value | None:
+    """``value``, if it is (B, T, H·d) where ``apart`` is (B, H, T, d)."""
+    heads, width = _axis(apart, 1), _axis(apart, 3)
+    if value is None or value.shape is None or len(value.shape) != 3 or heads is None or width is None:
         return None
-    return answer if _axis(answer, 2) == heads * width else None
+    return value if _axis(value, 2) == heads * width else None
 
 
 def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
