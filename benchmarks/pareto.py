@@ -92,6 +92,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     for mode, colour in COLOURS.items():
         own = [row for row in result["points"] if mode == (row["name"].partition(" ")[2] or "float32")]
+        if not own:
+            continue
         low_rank = sorted((row for row in own if row["ratio"]), key=lambda row: row["ratio"])
         dense = [row for row in own if not row["ratio"]][:1]
         line = [*dense, *low_rank]
@@ -103,9 +105,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
             )  # fmt: skip
         for row in low_rank:
             place = (1 / row["speedup"], row["value"])
-            axes.annotate(f" {row['ratio']:.0%}, {row['file_mb']:.0f} MB", place, fontsize=6, va="bottom")
+            axes.annotate(f" {row['ratio']:.0%}, {row['file_mb']:.1f} MB", place, fontsize=6, va="bottom")
         for row in dense:
-            axes.annotate(f" {row['file_mb']:.0f} MB", (1 / row["speedup"], row["value"]), fontsize=6, va="bottom")
+            axes.annotate(f" {row['file_mb']:.1f} MB", (1 / row["speedup"], row["value"]), fontsize=6, va="bottom")
     axes.set_xlabel("latency, relative to dense float32 (left is faster)")
     axes.set_ylabel(result["metric"]["name"])
     if not result["metric"]["higher_is_better"]:
