@@ -27,7 +27,11 @@ main(["wait"])
 )
 def test_signals_unwind_and_have_a_code(number, code):
     process = subprocess.Popen(
-        [sys.executable, "-c", CODE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", CODE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a suite in the background may have it ignored
     )
     assert process.stdout.readline() == "started\n"
     process.send_signal(number)
