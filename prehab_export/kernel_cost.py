@@ -32,6 +32,10 @@ def multiply_adds(op: str, inputs: Sequence[Sequence[int]], outputs: Sequence[Se
         batch, heads, queries, width = inputs[0]
         keys = max(shape[2] for shape in [inputs[1], *outputs[1:2]])
         return batch * heads * queries * keys * (width + inputs[2][3])
+    if op in ATTENTIONS and len(inputs) > 2 and len(inputs[0]) == 3:
+        # Heads side by side: query (B, S, H·d), key (B, T, H_kv·d), the answer (B, S, H·d_v).
+        batch, queries, width = inputs[0]
+        return batch * queries * inputs[1][1] * (width + outputs[0][2])
     if op in CONVOLUTIONS | INT8_CONVOLUTIONS:
         kernel = next(shape for shape in inputs[1:] if len(shape) > 2)  # among scales and zero points, if in int8
         return prod(outputs[0]) * prod(kernel[1:])

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from converters.errors import InputError
 from prehab_export.allocation import (
     Choice,
     _both_forms,
@@ -21,7 +22,9 @@ from prehab_export.allocation import (
     uniform,
 )
 from prehab_export.config import TruncateConfig
-from prehab_export.truncation import ranks_by
+from prehab_export.shrinkage import Sampling
+from prehab_export.statistics import InputMoment, Statistics
+from prehab_export.truncation import ranks_by, truncate
 
 
 def spectrum_losses(size, seed, decay=0.7):
@@ -215,3 +218,11 @@ def test_the_ratio_goes_before_the_multiple(allocation, ratio, multiple):
     ranks = ranks_by(layers, (losses, {}), config).ranks
     assert all(rank is not None and rank % multiple == 0 for rank in ranks.values())
     assert sum(128 * rank for rank in ranks.values()) <= (1 - ratio) * 2 * 64 * 64 + 1
+
+
+def test_layers_that_two_factors_cannot_make_smaller_are_refused():
+    """Of one output, that is: at rank 1 its factors have one weight more than the layer."""
+    moment = InputMoment(torch.eye(8), torch.zeros(8), 100, Sampling(10, 0.1, 1.0))
+    config = TruncateConfig(ratio=0.5, objective="activation", allocation="uniform")
+    with pytest.raises(InputError, match=r"no layer gets smaller at --ratio 0\.5"):
+        truncate({"score": nn.Linear(8, 1)}, Statistics({"score": moment}, {"score": "score"}), config)

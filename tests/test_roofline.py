@@ -24,6 +24,8 @@ def test_multiply_adds_by_hand():
     assert multiply_adds("Add", [[3, 8], [3, 8]], [[3, 8]]) == 0
     query, key, value = [2, 4, 3, 8], [2, 2, 5, 8], [2, 2, 5, 8]
     assert multiply_adds("Attention", [query, key, value], [query]) == 2 * (2 * 4 * 3 * 5 * 8)
+    query, key, value = [2, 3, 4 * 8], [2, 5, 2 * 8], [2, 5, 2 * 8]
+    assert multiply_adds("Attention", [query, key, value], [query]) == 2 * (2 * 4 * 3 * 5 * 8)
 
 
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
