@@ -42,7 +42,7 @@ from prehab_export.progress import bar, say
 from prehab_export.refinement import refine
 from prehab_export.session import held_out_split, quiet_libraries
 from prehab_export.sweep_methods import METHODS
-from prehab_export.training import frozen_copy, labelled_loss, train
+from prehab_export.training import labelled_loss, train
 from prehab_export.truncation import Decompositions, decompose_layers
 
 
@@ -88,6 +88,7 @@ RECIPES = {
     "full": Recipe("drift", after="factors"),
     "full, all weights": Recipe("drift", after="all"),
     "refined cut, full": Recipe("refined", after="factors"),
+    "refined cut, full, all weights": Recipe("refined", after="all"),
     "prehab + drift": Recipe("drift", before="prehab"),
     "prehab 75% + full": Recipe("drift", before="prehab", after="factors", early=0.75),
     "prehab 50% + full": Recipe("drift", before="prehab", after="factors", early=0.5),
@@ -248,13 +249,13 @@ class Bench:
         )
         with bar(f"{recipe.before} {ratio:g}", steps) as advance:
             if recipe.before == "task":
-                loss = labelled_loss(self.task, frozen_copy(model), options.distill)
+                loss = labelled_loss(self.task, self.model, options.distill)
                 history = train(
                     model, self.training, training, list(model.parameters()), loss, seed=seed,
                     precision=self.task.precision, progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
                 )  # fmt: skip
             elif recipe.before != "prehab":
-                loss = labelled_loss(self.task, frozen_copy(model), options.distill)
+                loss = labelled_loss(self.task, self.model, options.distill)
                 history = pat(model, self.layers(model), self.training, training, loss, ratio, str(recipe.before), seed)
             else:
                 history = px.prehab(
@@ -287,7 +288,7 @@ class Bench:
         bases = factor_bases(model, statistics) if self.options.eigenbasis else None
         with bar("refine", schedule.steps) as advance:
             return refine(
-                model, frozen_copy(self.model), self.task, self.calibration, RefineConfig(schedule),
+                model, self.model, self.task, self.calibration, RefineConfig(schedule),
                 bases=bases, seed=seed, progress=lambda row: advance(1, note=f"{row['divergence']:.4f}"),
             )  # fmt: skip
 
@@ -310,7 +311,7 @@ class Bench:
                 held_out_loss=lambda candidate: self.metric(candidate, self.held_out)["loss"],
                 seed=seed,
                 bases=bases,
-                teacher=frozen_copy(self.model) if options.distill else None,
+                teacher=self.model if options.distill else None,
                 progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
             )
         return {"late": _thinned(result.history), "parts": result.parts}
