@@ -99,7 +99,8 @@ RECIPES = {
 @dataclass(frozen=True)
 class Options:
     """What all rows of one file have in common. lr: peak rate before the cut; tune_lr and lora_lr: after it.
-    refine_*: of the label-free steps that belong to a refined cut."""
+    refine_*: of the label-free steps that belong to a refined cut; refine_on: ``calibration``, that sample alone, or
+    ``training``, the inputs of all training samples, as the program does."""
 
     steps: int = 150
     batch_size: int = 64
@@ -122,6 +123,7 @@ class Options:
     refine_steps: int = 128
     refine_batch_size: int = 8
     refine_lr: float = 5e-4
+    refine_on: str = "calibration"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", tuple(self.include))  # JSON has lists
@@ -286,9 +288,10 @@ class Bench:
     ) -> list[dict[str, float]]:
         """Tune the compressed model in place to do what the dense one does, without labels."""
         bases = factor_bases(model, statistics) if self.options.eigenbasis else None
+        samples = self.training if self.options.refine_on == "training" else self.calibration
         with bar("refine", schedule.steps) as advance:
             return refine(
-                model, self.model, self.task, self.calibration, RefineConfig(schedule),
+                model, self.model, self.task, samples, RefineConfig(schedule),
                 bases=bases, seed=seed, progress=lambda row: advance(1, note=f"{row['divergence']:.4f}"),
             )  # fmt: skip
 
@@ -361,6 +364,7 @@ def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> I
 @click.option("--calibration-samples", type=int, default=Options.calibration_samples)
 @click.option("--fisher-labels", default=Options.fisher_labels)
 @click.option("--refine-steps", type=int, default=Options.refine_steps, help="Label-free steps of a refined cut.")
+@click.option("--refine-on", type=click.Choice(["calibration", "training"]), default=Options.refine_on)
 @click.option("--threads", type=int, default=2)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--include", multiple=True, help="Only these layers; all of the blocks by default.")

@@ -105,9 +105,10 @@ class TrainConfig(Schedule):
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Tuning of the factors towards the dense model, on the calibration sample, without labels.
+    """Tuning of the factors towards the dense model, without labels.
 
-    schedule: of the end-to-end part. block_steps, block_learning_rate: of the block-wise part, per block.
+    schedule: of the end-to-end part, on the inputs of all training samples. block_steps, block_learning_rate: of the
+    block-wise part, per block, on the calibration sample.
     hidden_share: share of the end-to-end loss that is the error of hidden states.
     """
 

@@ -1,9 +1,10 @@
-"""Refinement: tuning the factors to do what the dense model does, on the calibration sample, without labels.
+"""Refinement: tuning the factors to do what the dense model does, without labels.
 
 Two ways, one after the other. *Block-wise*, during the walk of ``drift.truncate_along``: as soon as a block has its
-factors, they are tuned to give the dense block's output from the student's own states (AA-SVD, arXiv 2604.02119);
-only one block is ever differentiated. *End to end*: all factors together, towards the dense model's output
-distribution (KL divergence, per unit) and, if asked, its hidden states after every block.
+factors, they are tuned to give the dense block's output from the student's own states of the calibration sample
+(AA-SVD, arXiv 2604.02119); only one block is ever differentiated. *End to end*: all factors together, towards the
+dense model's output distribution (KL divergence, per unit) and, if asked, its hidden states after every block. A few
+hundred steps would learn a calibration sample by heart, so this part may see as many inputs as there are.
 """
 
 from collections.abc import Callable, Sequence
@@ -86,7 +87,7 @@ def refine(
 
     Args:
         teacher: the dense model, frozen.
-        samples: the calibration sample; its labels are not looked at.
+        samples: to draw inputs from; their labels are not looked at.
         bases: of the factors (``eigenbasis.factor_bases``).
     """
     blocks = [block.name for block in find_blocks(student, low_rank_layers(student))] if config.hidden_share else []

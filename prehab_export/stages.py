@@ -224,7 +224,7 @@ def _refine(session: Session, folder: Path) -> None:
             model,
             teacher,
             session.task,
-            session.calibration,
+            session.training,
             options,
             bases=factor_bases(model, session.load_prepared_statistics()),
             seed=session.config.seed,
@@ -232,8 +232,8 @@ def _refine(session: Session, folder: Path) -> None:
         )
     after = session.held_out_loss(model)
     kept = after < before
-    facts = {"kept": kept, "held_out_loss_before": before, "held_out_loss_after": after, "history": history}
-    write_json(folder / "refine.json", facts)
+    facts = {"kept": kept, "held_out_loss_before": before, "held_out_loss_after": after}
+    write_json(folder / "refine.json", facts | {"samples": len(session.training), "history": history})
     _save_factored(session, model if kept else start, folder)
 
 

@@ -135,7 +135,7 @@ class _Rows:
                     candidate,
                     model,
                     session.task,
-                    session.calibration,
+                    session.training,
                     config.refine,
                     bases=factor_bases(candidate, statistics),
                     seed=config.seed,

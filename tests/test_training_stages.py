@@ -33,6 +33,7 @@ def test_refinement_is_reported_and_used(vit_folder, tmp_path):
     result = facts(tmp_path, "refine")
     assert result["kept"] == (result["held_out_loss_after"] < result["held_out_loss_before"])
     assert len(result["history"]) == 6
+    assert result["samples"] > 32  # of the calibration sample: it draws from all training inputs
     report = (tmp_path / "report" / "report.md").read_text()
     assert "## Refinement" in report
     verified = json.loads((tmp_path / "stages" / "verify" / "verify.json").read_text())
