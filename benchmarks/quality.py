@@ -88,7 +88,6 @@ RECIPES = {
     "full": Recipe("drift", after="factors"),
     "full, all weights": Recipe("drift", after="all"),
     "refined cut, full": Recipe("refined", after="factors"),
-    "refined cut, full, all weights": Recipe("refined", after="all"),
     "prehab + drift": Recipe("drift", before="prehab"),
     "prehab 75% + full": Recipe("drift", before="prehab", after="factors", early=0.75),
     "prehab 50% + full": Recipe("drift", before="prehab", after="factors", early=0.5),

@@ -3,8 +3,8 @@
 Two ways, one after the other. *Block-wise*, during the walk of ``drift.truncate_along``: as soon as a block has its
 factors, they are tuned to give the dense block's output from the student's own states of the calibration sample
 (AA-SVD, arXiv 2604.02119); only one block is ever differentiated. *End to end*: all factors together, towards the
-dense model's output distribution (KL divergence, per unit) and, if asked, its hidden states after every block. A few
-hundred steps would learn a calibration sample by heart, so this part may see as many inputs as there are.
+dense model's output distribution (KL divergence, per unit) and, if asked, its hidden states after every block. Its
+inputs need no labels and no moments, so this part may see as many different ones as there are.
 """
 
 from collections.abc import Callable, Sequence
