@@ -42,7 +42,7 @@ from prehab_export.progress import bar, say
 from prehab_export.refinement import refine
 from prehab_export.session import held_out_split, quiet_libraries
 from prehab_export.sweep_methods import METHODS
-from prehab_export.training import labelled_loss, train
+from prehab_export.training import frozen_copy, labelled_loss, train
 from prehab_export.truncation import Decompositions, decompose_layers
 
 
@@ -89,6 +89,8 @@ RECIPES = {
     "full, all weights": Recipe("drift", after="all"),
     "refined cut, full": Recipe("refined", after="factors"),
     "prehab + drift": Recipe("drift", before="prehab"),
+    "task + refined cut": Recipe("refined", before="task"),
+    "prehab + refined cut": Recipe("refined", before="prehab"),
     "prehab 75% + full": Recipe("drift", before="prehab", after="factors", early=0.75),
     "prehab 50% + full": Recipe("drift", before="prehab", after="factors", early=0.5),
     "prehab 25% + full": Recipe("drift", before="prehab", after="factors", early=0.25),
@@ -238,7 +240,7 @@ class Bench:
         if METHODS[method].refined:
             options = self.options
             schedule = Schedule(options.refine_steps, options.refine_batch_size, options.refine_lr)
-            self.refined(student, statistics, schedule, seed=0)
+            self.refined(student, self.teacher(model), statistics, schedule, seed=0)
             facts["refined"] = asdict(schedule) | self.metric(student)
         return student, facts
 
@@ -282,15 +284,22 @@ class Bench:
                 )
         return model, {"early": _thinned(history)}
 
+    def teacher(self, prepared: nn.Module) -> nn.Module:
+        """What a cut of ``prepared`` is to follow, as in the program: that, or the dense model if it is better."""
+        if prepared is self.model:
+            return self.model
+        models = (self.model, frozen_copy(prepared))
+        return min(models, key=lambda model: self.metric(model, self.held_out)["loss"])
+
     def refined(
-        self, model: nn.Module, statistics: px.Statistics, schedule: Schedule, seed: int
+        self, model: nn.Module, teacher: nn.Module, statistics: px.Statistics, schedule: Schedule, seed: int
     ) -> list[dict[str, float]]:
-        """Tune the compressed model in place to do what the dense one does, without labels."""
+        """Tune the compressed model in place to do what ``teacher`` does, without labels."""
         bases = factor_bases(model, statistics) if self.options.eigenbasis else None
         samples = self.training if self.options.refine_on == "training" else self.calibration
         with bar("refine", schedule.steps) as advance:
             return refine(
-                model, self.model, self.task, samples, RefineConfig(schedule),
+                model, teacher, self.task, samples, RefineConfig(schedule),
                 bases=bases, seed=seed, progress=lambda row: advance(1, note=f"{row['divergence']:.4f}"),
             )  # fmt: skip
 
@@ -302,7 +311,7 @@ class Bench:
         rate = options.lora_lr if recipe.after == "lora" else options.tune_lr
         schedule = {"steps": steps, "batch_size": options.batch_size, "learning_rate": rate}
         if recipe.after == "refine":
-            return {"late": _thinned(self.refined(model, statistics, Schedule(**schedule), seed))}
+            return {"late": _thinned(self.refined(model, self.model, statistics, Schedule(**schedule), seed))}
         bases = factor_bases(model, statistics) if options.eigenbasis and recipe.after != "lora" else None
         with bar(f"{recipe.after} ", steps) as advance:
             result = px.rehab(
@@ -363,6 +372,8 @@ def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> I
 @click.option("--calibration-samples", type=int, default=Options.calibration_samples)
 @click.option("--fisher-labels", default=Options.fisher_labels)
 @click.option("--refine-steps", type=int, default=Options.refine_steps, help="Label-free steps of a refined cut.")
+@click.option("--refine-batch-size", type=int, default=Options.refine_batch_size)
+@click.option("--refine-lr", type=float, default=Options.refine_lr, help="Peak rate of those steps.")
 @click.option("--refine-on", type=click.Choice(["calibration", "training"]), default=Options.refine_on)
 @click.option("--threads", type=int, default=2)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")

@@ -162,6 +162,16 @@ class Session:
         model = self._load_stage("prehab") if self._prehab_was_kept else self.load_dense()
         return model, self.load_prepared_statistics()
 
+    def load_teacher(self) -> tuple[str, PreTrainedModel]:
+        """What the compressed model is to follow, frozen, and its name: ``dense``, or ``prehab`` where that was kept and
+        has the lower held-out loss. A prehab that has learned something is then not unlearned after truncation; one
+        that has cost accuracy is."""
+        models = {"dense": self.load_dense()}
+        if self._prehab_was_kept:
+            models["prehab"] = self._load_stage("prehab")
+        name = min(models, key=lambda name: self.held_out_loss(models[name])) if len(models) > 1 else "dense"
+        return name, models[name].requires_grad_(False)
+
     def load_prepared_statistics(self) -> Statistics:
         """The moments of the model that is truncated."""
         return self.load_statistics("prehab" if self._prehab_was_kept else "calibrate")

@@ -216,7 +216,8 @@ def _save_factored(session: Session, model: PreTrainedModel, folder: Path) -> No
 
 def _refine(session: Session, folder: Path) -> None:
     options = session.config.refine
-    model, teacher = session.load_factored("truncate"), session.load_dense().requires_grad_(False)
+    model = session.load_factored("truncate")
+    followed, teacher = session.load_teacher()
     before = session.held_out_loss(model)
     start = copy.deepcopy(model)
     with bar("refine", options.schedule.steps) as advance:
@@ -232,7 +233,7 @@ def _refine(session: Session, folder: Path) -> None:
         )
     after = session.held_out_loss(model)
     kept = after < before
-    facts = {"kept": kept, "held_out_loss_before": before, "held_out_loss_after": after}
+    facts = {"kept": kept, "held_out_loss_before": before, "held_out_loss_after": after, "teacher": followed}
     write_json(folder / "refine.json", facts | {"samples": len(session.training), "history": history})
     _save_factored(session, model if kept else start, folder)
 
@@ -250,7 +251,7 @@ def _say_what_was_removed(session: Session, truncation: Truncation, latency: flo
 def _rehab(session: Session, folder: Path) -> None:
     options = session.config.rehab
     model = session.load_factored("refine" if _needs_refinement(session.config) else "truncate")
-    teacher = session.load_dense().requires_grad_(False) if options.train.distill else None
+    followed, teacher = session.load_teacher() if options.train.distill else (None, None)
     tunes = options.method != "lora"  # adapters have no use for the factors' bases
     bases = factor_bases(model, session.load_prepared_statistics()) if tunes else None
     with bar("rehab", options.train.steps) as advance:
@@ -265,7 +266,7 @@ def _rehab(session: Session, folder: Path) -> None:
             bases=bases,
             progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}"),
         )
-    write_json(folder / "rehab.json", asdict(result))
+    write_json(folder / "rehab.json", asdict(result) | {"teacher": followed})
     _save_factored(session, model, folder)
 
 
@@ -323,8 +324,8 @@ STAGES = {
             lambda c: asdict(c.truncate) | {"refine": asdict(c.refine.block_schedule)},
             ("merge", "calibrate", "times", "prehab"),
         ),
-        Stage("refine", _refine, lambda c: asdict(c.refine), ("merge", "truncate"), _needs_refinement),
-        Stage("rehab", _rehab, lambda c: asdict(c.rehab), ("merge", "truncate", "refine"), _needs_rehab),
+        Stage("refine", _refine, lambda c: asdict(c.refine), ("merge", "prehab", "truncate"), _needs_refinement),
+        Stage("rehab", _rehab, lambda c: asdict(c.rehab), ("merge", "prehab", "truncate", "refine"), _needs_rehab),
         Stage(
             "export",
             lambda session, folder: export_artifact(session.on_cpu, folder),
