@@ -1,6 +1,7 @@
 """The stages that train, from the command line: λ by trials, refinement kept or not, objectives by measurement."""
 
 import json
+import math
 
 import pytest
 from test_pipeline import invoke, vit_options
@@ -47,3 +48,19 @@ def test_objectives_by_measurement_are_in_the_report(vit_folder, tmp_path):
     assert sum(trial["layers"] for trial in trials) == len(facts(tmp_path, "truncate")["layers"])
     report = (tmp_path / "report" / "report.md").read_text()
     assert all(trial["kind"] in report for trial in trials)
+
+
+@pytest.mark.parametrize(("steps", "rate", "better"), [(120, "3e-3", "prehab"), (3, "0.5", "dense")])
+def test_what_was_cut_follows_the_better_of_the_models_before_and_after_prehab(
+    vit_folder, tmp_path, steps, rate, better
+):
+    """The dense model has random weights: many steps teach it digits, a few that are too large only damage it."""
+    prehab = ["--prehab-steps", steps, "--prehab-lr", rate, "--prehab-lambda", "0", "--prehab-distill", "0"]
+    options = ["--no-prehab-guard", "--ratio", "0.3", "--refine-steps", "2", "--rehab-steps", "2"]
+    assert invoke("rehab", *vit_options(vit_folder), "-o", tmp_path, *prehab, *options) == 0
+    loss = facts(tmp_path, "prehab")["history"][-1]["dense_loss"]
+    assert loss < math.log(10) - 0.2 if better == "prehab" else loss > math.log(10) + 0.2
+    refined = facts(tmp_path, "refine")
+    assert refined["teacher"] == facts(tmp_path, "rehab")["teacher"] == better
+    # At so low a ratio the cut model is what prehab made: near to it, and far from a dense model unlike it.
+    assert (refined["history"][0]["divergence"] < 1e-3) == (better == "prehab")
