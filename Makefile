@@ -6,11 +6,12 @@ BIN := .venv/bin
 demo: .venv/.installed  ## train a small ViT on digits, compress, export, verify, measure
 	$(BIN)/prehab-export demo -o demo-run
 
+# Every test runs on one thread, and the files' fixtures are models: as many files at a time as there are cores.
 test: .venv/.installed  ## lint, types and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 slow: .venv/.installed  ## the long tests
 	$(BIN)/pytest -m slow

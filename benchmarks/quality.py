@@ -32,7 +32,7 @@ from converters.onnx.export import export_onnx
 from converters.onnx.quantize import quantize_graph
 from converters.onnx.session import open_session
 from prehab_export.compression import Samplesets, compress
-from prehab_export.config import RefineConfig, Schedule
+from prehab_export.config import RefineConfig, RefineSchedule
 from prehab_export.data import Samples
 from prehab_export.devices import choose_device, prepare_determinism
 from prehab_export.eigenbasis import factor_bases
@@ -239,7 +239,7 @@ class Bench:
         student = result.truncation.apply(copy.deepcopy(model))
         if METHODS[method].refined:
             options = self.options
-            schedule = Schedule(options.refine_steps, options.refine_batch_size, options.refine_lr)
+            schedule = RefineSchedule(options.refine_steps, options.refine_batch_size, options.refine_lr)
             self.refined(student, self.teacher(model), statistics, schedule, seed=0)
             facts["refined"] = asdict(schedule) | self.metric(student)
         return student, facts
@@ -292,7 +292,7 @@ class Bench:
         return min(models, key=lambda model: self.metric(model, self.held_out)["loss"])
 
     def refined(
-        self, model: nn.Module, teacher: nn.Module, statistics: px.Statistics, schedule: Schedule, seed: int
+        self, model: nn.Module, teacher: nn.Module, statistics: px.Statistics, schedule: RefineSchedule, seed: int
     ) -> list[dict[str, float]]:
         """Tune the compressed model in place to do what ``teacher`` does, without labels."""
         bases = factor_bases(model, statistics) if self.options.eigenbasis else None
@@ -311,7 +311,7 @@ class Bench:
         rate = options.lora_lr if recipe.after == "lora" else options.tune_lr
         schedule = {"steps": steps, "batch_size": options.batch_size, "learning_rate": rate}
         if recipe.after == "refine":
-            return {"late": _thinned(self.refined(model, self.model, statistics, Schedule(**schedule), seed))}
+            return {"late": _thinned(self.refined(model, self.model, statistics, RefineSchedule(**schedule), seed))}
         bases = factor_bases(model, statistics) if options.eigenbasis and recipe.after != "lora" else None
         with bar(f"{recipe.after} ", steps) as advance:
             result = px.rehab(

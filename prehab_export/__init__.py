@@ -17,6 +17,7 @@ _HOME = {
     "ParityError": "prehab_export.errors",
     "PrehabConfig": "prehab_export.config",
     "RefineConfig": "prehab_export.config",
+    "RefineSchedule": "prehab_export.config",
     "RehabConfig": "prehab_export.config",
     "RunConfig": "prehab_export.config",
     "Samplesets": "prehab_export.compression",

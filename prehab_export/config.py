@@ -104,6 +104,14 @@ class TrainConfig(Schedule):
 
 
 @dataclass(frozen=True)
+class RefineSchedule(Schedule):
+    """Small batches: as many samples in more steps leave a smaller divergence from the dense model."""
+
+    batch_size: int = 8
+    learning_rate: float = 5e-4
+
+
+@dataclass(frozen=True)
 class RefineConfig:
     """Tuning of the factors towards the dense model, without labels.
 
@@ -112,7 +120,7 @@ class RefineConfig:
     hidden_share: share of the end-to-end loss that is the error of hidden states.
     """
 
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: RefineSchedule = field(default_factory=RefineSchedule)
     block_steps: int = 0
     block_learning_rate: float = 1e-3
     hidden_share: float = 0.0

@@ -163,9 +163,9 @@ class Session:
         return model, self.load_prepared_statistics()
 
     def load_teacher(self) -> tuple[str, PreTrainedModel]:
-        """What the compressed model is to follow, frozen, and its name: ``dense``, or ``prehab`` where that was kept and
-        has the lower held-out loss. A prehab that has learned something is then not unlearned after truncation; one
-        that has cost accuracy is."""
+        """What the compressed model is to follow, frozen, and its name: ``dense``, or ``prehab`` where that was kept
+        and has the lower held-out loss. What prehab has learned is then not unlearned after truncation; what it has
+        cost is."""
         models = {"dense": self.load_dense()}
         if self._prehab_was_kept:
             models["prehab"] = self._load_stage("prehab")

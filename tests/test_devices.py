@@ -25,6 +25,7 @@ from prehab_export.config import (
     DataConfig,
     PrehabConfig,
     RefineConfig,
+    RefineSchedule,
     RehabConfig,
     RunConfig,
     Schedule,
@@ -258,7 +259,7 @@ def test_everything_up_to_the_artifact_stays_on_the_device_in_float32(family, pr
     path = tmp_path / "s.safetensors"
     save_statistics(calibrate(model, samples.batches(8), task, layers), path)
     statistics = load_statistics(path, device)
-    refinement = RefineConfig(Schedule(steps=2, batch_size=8), block_steps=2, hidden_share=0.3)
+    refinement = RefineConfig(RefineSchedule(steps=2, batch_size=8), block_steps=2, hidden_share=0.3)
     config = TruncateConfig(ratio=0.7, objective="auto")
     truncation = compress(model, task, layers, statistics, sets, config, refinement).truncation
     student, teacher = truncation.apply(frozen_copy(model)).requires_grad_(True), frozen_copy(model)

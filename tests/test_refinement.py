@@ -8,13 +8,13 @@ from test_drift import STRONG, along, divergence, prepared
 
 from converters.lowrank import low_rank_layers
 from prehab_export.block_walk import hidden_of
-from prehab_export.config import RefineConfig, Schedule
+from prehab_export.config import RefineConfig, RefineSchedule
 from prehab_export.data import Samples
 from prehab_export.drift import truncate_along
 from prehab_export.refinement import block_refiner, factor_parameters, refine, relative_error
 from prehab_export.training import frozen_copy
 
-STEPS = RefineConfig(Schedule(steps=30, batch_size=8, learning_rate=3e-3))
+STEPS = RefineConfig(RefineSchedule(steps=30, batch_size=8, learning_rate=3e-3))
 
 
 def as_samples(batches):

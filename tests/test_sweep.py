@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from converters.errors import InputError
 from prehab_export import sweep
 from prehab_export.cli import cli
-from prehab_export.config import CalibrateConfig, DataConfig, RefineConfig, RunConfig, Schedule, TruncateConfig
+from prehab_export.config import CalibrateConfig, DataConfig, RefineConfig, RefineSchedule, RunConfig, TruncateConfig
 from prehab_export.pipeline import run
 
 
@@ -20,7 +20,7 @@ def config(vit_folder):
         "image-classification",
         DataConfig("sklearn-digits", eval_samples=60),
         calibrate=CalibrateConfig(samples=48),
-        refine=RefineConfig(Schedule(steps=3)),
+        refine=RefineConfig(RefineSchedule(steps=3)),
     )
 
 
