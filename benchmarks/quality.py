@@ -311,7 +311,10 @@ class Bench:
         rate = options.lora_lr if recipe.after == "lora" else options.tune_lr
         schedule = {"steps": steps, "batch_size": options.batch_size, "learning_rate": rate}
         if recipe.after == "refine":
-            return {"late": _thinned(self.refined(model, self.model, statistics, RefineSchedule(**schedule), seed))}
+            before = self.metric(model, self.held_out)["loss"]
+            history = self.refined(model, self.model, statistics, RefineSchedule(**schedule), seed)
+            after = self.metric(model, self.held_out)["loss"]
+            return {"late": _thinned(history), "held_out_loss_before": before, "held_out_loss_after": after}
         bases = factor_bases(model, statistics) if options.eigenbasis and recipe.after != "lora" else None
         with bar(f"{recipe.after} ", steps) as advance:
             result = px.rehab(
