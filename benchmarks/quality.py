@@ -188,6 +188,8 @@ class Bench:
         torch.manual_seed(seed)
         model, facts, statistics = self.prepared(recipe, ratio, early, seed)
         cut: dict[str, Any] = {}
+        if recipe.cut and early:
+            facts["before_the_cut"] = self.metric(model)
         if recipe.cut:
             statistics = statistics or self.calibrated(model)
             model, cut = self.cut(model, statistics, recipe.cut, ratio)
