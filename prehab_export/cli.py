@@ -1,5 +1,6 @@
 """The command line: parse, call one function, print. Nothing heavy is imported before it is needed."""
 
+import difflib
 import functools
 import json
 import signal
@@ -16,7 +17,7 @@ from converters.errors import InputError
 from converters.onnx.modes import KV_CACHES, MODES
 from prehab_export import config as options
 from prehab_export.bench_config import PROVIDERS
-from prehab_export.errors import BudgetError, ParityError, TargetError
+from prehab_export.errors import BudgetError, ParityError, StorageError, TargetError, out_of_space
 from prehab_export.sweep_methods import METHODS
 
 # Verb → the last stage that it brings up to date, and what it prints with --json.
@@ -40,6 +41,9 @@ REDO = {
     "report": ("verify", "artifact", "bench", "report"),
 } | {stage: (stage,) for stage in ("calibrate", "prehab", "truncate", "refine", "rehab", "quantize", "ort", "bench")}
 
+# Flag without its dashes → place of the field that it sets, for --unset.
+FIELD_OF: dict[str, str] = {}
+
 Command = Callable[..., Any]
 Option = tuple[str, Callable[[Command], Command]]
 
@@ -50,6 +54,7 @@ def option(flag: str, path: str, help: str, **extra: Any) -> Option:
     The default shown is the config's own; a flag that is not given stays unset, so that saved options and the YAML
     file keep their say.
     """
+    FIELD_OF[flag.partition("/")[0].lstrip("-")] = path
     kind, default = _field(path)
     if kind in (int, float):
         extra.setdefault("type", kind)
@@ -199,6 +204,12 @@ RUN_OPTIONS: list[Option] = [
     option("--bench-rounds", "bench.rounds", "Turns of each model."),
     option("--min-speedup", "min_speedup", "Exit code 4 if a compressed graph is not this many times as fast."),
     option("--new-tokens", "bench.new_tokens", "Tokens that a decoder generates in a measurement."),
+    plain(
+        "--unset",
+        multiple=True,
+        metavar="OPTION",
+        help="Take a saved option back to its default (--unset quantize); repeat for more.",
+    ),
     plain("--force", is_flag=True, help="Do this verb's work again although it is up to date."),
     plain("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 ]
@@ -243,7 +254,7 @@ def cli() -> None:
     """Compress a trained transformer into a low-rank model that deploys.
 
     Exit codes: 0 done, 1 a defect, 2 bad input, 3 the exported model does not compute what it should, 4 slower than
-    --min-speedup asks or no model within a fit's budget, 5 the place to measure at fails.
+    --min-speedup asks or no model within a fit's budget, 5 the place to measure at fails, 6 the disk is full or fails.
     """
 
 
@@ -255,7 +266,7 @@ def run(model: str, **flags: Any) -> None:
 
     MODEL is a local folder or a hub id, or the folder of an earlier run to go on with.
     """
-    _run(model, flags, until="report", inherit=False)
+    _run("run", model, flags, until="report", inherit=False)
 
 
 def _stage_command(verb: str, until: str, text: str) -> None:
@@ -264,7 +275,7 @@ def _stage_command(verb: str, until: str, text: str) -> None:
             return
         if verb == "report":
             _take_in(model, flags)
-        _run(model, flags, until=until, inherit=True)
+        _run(verb, model, flags, until=until, inherit=True)
 
     command.__doc__ = f"""{text}
 
@@ -337,7 +348,7 @@ for _verb, (_until, _text) in VERBS.items():
     _stage_command(_verb, _until, _text)
 
 
-def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) -> None:
+def _run(verb: str, model: str | None, flags: dict[str, Any], until: str, inherit: bool) -> None:
     force, as_json = flags.pop("force"), flags.pop("as_json")
     config, output = _parsed(model, flags, inherit)
     if until == "baseline" and config.ort:
@@ -345,7 +356,7 @@ def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) ->
     from prehab_export.pipeline import run as run_pipeline
 
     workspace = run_pipeline(config, output, until=until, redo=REDO[until] if force else ())
-    _show_result(workspace, until, as_json)
+    _show_result(workspace, verb, as_json)
     if config.min_speedup is not None and until in ("bench", "report"):
         from prehab_export.summary import check_speed
 
@@ -353,10 +364,11 @@ def _run(model: str | None, flags: dict[str, Any], until: str, inherit: bool) ->
 
 
 def _parsed(model: str | None, flags: dict[str, Any], inherit: bool) -> tuple[options.RunConfig, Path]:
-    """The options and the folder that a command line means: saved options, then the YAML file, then the flags."""
+    """The options and the folder that a command line means: saved options, then the YAML file, less what is unset,
+    then the flags."""
     from prehab_export.workspace import OPTIONS_FILE
 
-    output, config_file = flags.pop("output"), flags.pop("config_file")
+    output, config_file, unset = flags.pop("output"), flags.pop("config_file"), flags.pop("unset")
     if model is not None and (Path(model) / OPTIONS_FILE).is_file():
         if output is not None and output.resolve() != Path(model).resolve():
             raise InputError(f"{model} is the folder of a run; give a model, or leave out -o")
@@ -368,6 +380,8 @@ def _parsed(model: str | None, flags: dict[str, Any], inherit: bool) -> tuple[op
         values = _read_yaml(output / OPTIONS_FILE)
     if config_file is not None:
         values = _merged(values, _read_yaml(config_file))
+    for name in unset:
+        values = _without(values, name)
     if model is not None:
         values["model"] = model
     for path, value in flags.items():
@@ -406,13 +420,49 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _show_result(workspace: Any, until: str, as_json: bool) -> None:
+def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """The options without the one that a flag of this name sets.
+
+    Raises:
+        InputError: there is no such flag.
+    """
+    if (path := FIELD_OF.get(name.lstrip("-"))) is None:
+        near = difflib.get_close_matches(name.lstrip("-"), FIELD_OF, n=1)
+        advice = f"; did you mean {near[0]}?" if near else ", as in --unset quantize"
+        raise InputError(f"--unset {name}: that is no option with a saved value{advice}")
+    *sections, field = path.split(".")
+    result = inner = dict(values)
+    for section in sections:
+        inner[section] = inner = dict(inner.get(section) or {})
+    inner.pop(field, None)
+    return result
+
+
+def _show_result(workspace: Any, verb: str, as_json: bool) -> None:
     from prehab_export.summary import print_summary, result_of
 
     if as_json:
-        click.echo(json.dumps(result_of(workspace, until), indent=2))
+        click.echo(json.dumps(result_of(workspace, verb), indent=2))
     else:
-        print_summary(workspace, until)
+        print_summary(workspace, verb)
+
+
+@cli.command()
+@click.argument("output", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+def clean(output: Path, dry_run: bool, as_json: bool) -> None:
+    """Remove what no current option of a run needs: results of earlier options, and what fits and sweeps keep.
+
+    OUT is the folder of a run. Its artifact, baseline, report, and the tables of fits and sweeps stay.
+    """
+    from prehab_export.cleaning import clean_run, print_cleaning
+
+    removed = clean_run(output, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps([vars(leftover) for leftover in removed], indent=2))
+    else:
+        print_cleaning(removed, dry_run)
 
 
 @cli.command()
@@ -423,7 +473,7 @@ def demo(output: Path, threads: int | None, as_json: bool) -> None:
     """Train a small ViT on scikit-learn's digits and take it all the way. No network, about two minutes."""
     from prehab_export.demo import run_demo
 
-    _show_result(run_demo(output, threads), "report", as_json)
+    _show_result(run_demo(output, threads), "demo", as_json)
 
 
 def _sweep_options(command: Command) -> Command:
@@ -584,7 +634,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with _tidy_ends():
             code = cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)
-    except (InputError, ParityError, BudgetError, TargetError) as error:
+    except (InputError, ParityError, BudgetError, TargetError, StorageError) as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
     except FloatingPointError as error:  # a loss that overflowed, with what to change
@@ -596,4 +646,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run the same command again to go on", err=True)
         code = 130
+    except Exception as error:
+        if (reason := out_of_space(error)) is None:
+            raise
+        click.echo(f"error: {reason}; free some space, then the same command goes on", err=True)
+        code = StorageError.exit_code
     sys.exit(code or 0)

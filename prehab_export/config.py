@@ -202,6 +202,7 @@ class TruncateConfig:
     drift_correction: fit each layer to the inputs that the compressed layers before it give, block by block.
     allocation: ``uniform`` (same share everywhere) or ``loss`` (least summed predicted loss).
     rank_multiple: ranks come in multiples of this, or of its half, quarter … where layers are too small for the ratio.
+        Not given, it is 1, or in a run the block of the quantised graphs that are made.
     floor_share: under ``loss``, no layer gets less than this share of its uniform rank.
     gradient_shrinkage: least share by which G is shrunk towards the mean of its diagonal; a small sample asks for more.
     """
@@ -210,7 +211,7 @@ class TruncateConfig:
     budget: str = PARAMETERS
     objective: str = "fisher"
     allocation: str = "loss"
-    rank_multiple: int = 1
+    rank_multiple: int | None = None
     floor_share: float = 0.1
     gradient_shrinkage: float = 1e-2
     drift_correction: bool = True
@@ -230,6 +231,11 @@ class TruncateConfig:
         _one_of("--allocation", self.allocation, ALLOCATIONS)
         _at_least("--rank-multiple", self.rank_multiple, 1)
         _share("--rank-floor", self.floor_share)
+
+    @property
+    def multiple(self) -> int:
+        """What ranks are multiples of."""
+        return self.rank_multiple or 1
 
     @property
     def latency(self) -> float | None:
@@ -351,11 +357,16 @@ class RunConfig:
             raise InputError("--budget latency counts times of the CPU; take --provider cpu, or --ratio")
         for mode in self.quantize:
             _one_of("--quantize", mode, MODES)
-        if set(self.quantize) & set(BLOCK_MODES) and self.truncate.rank_multiple == 1:
-            # A rank that does not fill its last block is stored as if it did.
-            object.__setattr__(self, "truncate", replace(self.truncate, rank_multiple=BLOCK))
         check_device_name(self.device)
         check_precision(self.precision)
+
+    @property
+    def cut(self) -> TruncateConfig:
+        """How to truncate, with the multiple of ranks that the quantised graphs ask for where none is given: a rank
+        that does not fill its last block is stored as if it did. ``truncate`` is as the user gave it."""
+        if self.truncate.rank_multiple is not None or not set(self.quantize) & set(BLOCK_MODES):
+            return self.truncate
+        return replace(self.truncate, rank_multiple=BLOCK)
 
     @property
     def needs_gradients(self) -> bool:

@@ -49,10 +49,12 @@ def run_demo(output: Path, threads: int | None = None) -> Workspace:
     workspace = Workspace.open(output)
     key = stage_key("dense", {"vit": VIT, "training": vars(TRAINING), "threads": bench.threads})
     with workspace.locked():
-        if not workspace.is_current("dense", key):
+        if workspace.find("dense", key) is None:
             say("[bold]a small ViT on digits")
             with workspace.publish("dense", key, VIT) as folder:
                 _train_vit(folder / NAME)
+        workspace.select("dense", key)
+        workspace.save_selection()
     return run(replace(config, model=str(workspace.folder("dense") / NAME)), output)
 
 

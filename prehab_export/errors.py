@@ -1,6 +1,17 @@
 """Errors with an exit code. Anything else that escapes is a defect and ends with exit code 1."""
 
+import errno
+import os
+from collections.abc import Iterator
+
 from converters.errors import InputError
+
+# What a file system says when no more can be written, whoever was writing.
+_OUT_OF_SPACE = tuple(
+    number
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO")
+    if (number := getattr(errno, name, None)) is not None
+)
 
 
 class ParityError(RuntimeError):
@@ -21,4 +32,33 @@ class TargetError(RuntimeError):
     exit_code = 5
 
 
-__all__ = ["BudgetError", "InputError", "ParityError", "TargetError"]
+class StorageError(RuntimeError):
+    """The disk is full or fails in the middle of the work; what was finished before is kept."""
+
+    exit_code = 6
+
+
+def out_of_space(error: BaseException) -> str | None:
+    """What the file system said, if an error or one of its causes is that nothing more could be written; else None.
+
+    Libraries that write from other languages (safetensors, Arrow) hand the system's words on as text.
+    """
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno in _OUT_OF_SPACE:
+            return os.strerror(cause.errno) + (f" ({cause.filename})" if cause.filename else "")
+        for number in _OUT_OF_SPACE:
+            if os.strerror(number) in str(cause):
+                return os.strerror(number)
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+__all__ = ["BudgetError", "InputError", "ParityError", "StorageError", "TargetError", "out_of_space"]

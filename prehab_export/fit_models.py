@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,14 +23,14 @@ from prehab_export.export import export_model
 from prehab_export.fit_search import FLOAT32, Layers
 from prehab_export.models import empty_model
 from prehab_export.parity import digests_of
-from prehab_export.pipeline import stage_keys
 from prehab_export.progress import bar, say
 from prehab_export.quantization import activation_sample
 from prehab_export.session import Session
+from prehab_export.stages import STAGES
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Decompositions, Plan, decompose_layers
-from prehab_export.verification import graph_metrics, link, reloaded
-from prehab_export.workspace import stage_key, write_json
+from prehab_export.verification import graph_metrics, reloaded
+from prehab_export.workspace import link, stage_key, write_json
 
 Row = dict[str, Any]
 
@@ -41,16 +41,18 @@ class FitModels:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        keys = stage_keys(session)
-        self.parents = [keys["calibrate"], keys["baseline"]]
+        self.calibrated, self.baseline = session.identity("calibrate"), session.identity("baseline")
+        # Of each stage's result in this fit.
+        self._identities = {"baseline": self.baseline}
 
-    def stage(self, name: str, options: Mapping[str, Any], work: Callable[[Path], None]) -> Path:
-        """The folder that ``work`` fills, once for these options."""
-        workspace, key = self.session.workspace, stage_key(name, options, self.parents)
-        if not workspace.is_current(name, key):
+    def stage(self, name: str, options: Row, parents: Sequence[str], work: Callable[[Path], None]) -> Path:
+        """The folder that ``work`` fills, once for these options and for the results that it reads."""
+        workspace, key = self.session.workspace, stage_key(name, options, parents)
+        if workspace.find(name, key) is None:
             with workspace.publish(name, key, options) as folder:
                 work(folder)
-        return workspace.folder(name)
+        self._identities[name] = workspace.identity(name, key)
+        return workspace.result(name, key)
 
     @cached_property
     def dense(self) -> Plan:
@@ -65,16 +67,13 @@ class FitModels:
     def decomposed(self) -> Decompositions:
         session, layers = self.session, self.session.layers(self.model)
         with bar("decompose", len(layers)) as advance:
-            return decompose_layers(
-                layers, session.load_statistics("calibrate"), session.config.truncate, progress=advance
-            )
+            return decompose_layers(layers, session.load_statistics("calibrate"), session.config.cut, progress=advance)
 
     @cached_property
     def layers(self) -> Layers:
         """Shapes and predicted losses; of the weights nothing is needed once these are known."""
-        session, cut = self.session, self.session.config.truncate
-        options = {"shrinkage": cut.gradient_shrinkage, "share_inputs": cut.share_inputs}
-        folder = self.stage("fit-spectra", options, self._write_spectra)
+        session, cut = self.session, self.session.config.cut
+        folder = self.stage("fit-spectra", self._cut_options(), [self.calibrated], self._write_spectra)
         tensors, index = load_file(folder / "losses.safetensors"), json.loads((folder / "index.json").read_text())
         empty = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
         shapes = {name: dense_weight(layer).shape for name, layer in session.layers(empty).items()}
@@ -83,7 +82,7 @@ class FitModels:
             shapes={name: (shape[0], shape[1]) for name, shape in shapes.items()},
             losses={names[0]: values for names, values in losses.items() if len(names) == 1},
             joint={names: values for names, values in losses.items() if len(names) > 1},
-            multiple=cut.rank_multiple,
+            multiple=cut.multiple,
             floor_share=cut.floor_share,
         )
 
@@ -95,7 +94,17 @@ class FitModels:
 
     def _made(self, plan: Plan) -> Path:
         """``model/`` with its graph, exported and reopened, of a plan that cuts something."""
-        return self.stage(f"fit-model-{slug_of(plan)}", plan_facts(plan), partial(self._make, plan))
+        options = plan_facts(plan) | self._cut_options() | self._export_options()
+        return self.stage(f"fit-model-{slug_of(plan)}", options, [self.calibrated], partial(self._make, plan))
+
+    def _cut_options(self) -> Row:
+        """What decides the factors besides a plan's ranks: the options that choose the ranks are left out."""
+        chooses_ranks = ("ratio", "budget", "allocation", "rank_multiple", "floor_share")
+        return {name: value for name, value in asdict(self.session.config.cut).items() if name not in chooses_ranks}
+
+    def _export_options(self) -> Row:
+        """What decides the folder besides the factors, as of a run's own ``export``."""
+        return dict(STAGES["export"].options(self.session.config))
 
     def _make(self, plan: Plan, folder: Path) -> None:
         session, config = self.session, self.session.config
@@ -106,7 +115,7 @@ class FitModels:
             session.layers(self.model),
             session.load_statistics("calibrate"),
             Samplesets(session.calibration, session.held_out, config.data.batch_size),
-            config.truncate,
+            config.cut,
             decomposed=self.decomposed,
             plan=plan,
             seed=config.seed,
@@ -120,15 +129,22 @@ class FitModels:
 
     def graph(self, plan: Plan, mode: str) -> Path:
         """The ONNX graph of a plan in a mode."""
+        return self._graph(plan, mode)[1]
+
+    def graph_identity(self, plan: Plan, mode: str) -> str:
+        """Of the result that holds the `graph`, for the keys of what is measured of it."""
+        return self._identities[self._graph(plan, mode)[0]]
+
+    def _graph(self, plan: Plan, mode: str) -> tuple[str, Path]:
+        """The stage that holds a graph, and the graph."""
+        slug = slug_of(plan)
         if mode != FLOAT32:
-            options = plan_facts(plan) | {"mode": mode}
-            return (
-                self.stage(f"fit-graph-{slug_of(plan)}-{mode}", options, partial(self._quantize, plan, mode))
-                / (FILE_NAMES[mode])
-            )
-        if slug_of(plan) == "dense":
-            return self.session.workspace.folder("baseline") / "onnx" / "model.onnx"
-        return self._made(plan) / "model" / "onnx" / "model.onnx"
+            stage, parents = f"fit-graph-{slug}-{mode}", [self.calibrated, self.graph_identity(plan, FLOAT32)]
+            folder = self.stage(stage, {"mode": mode}, parents, partial(self._quantize, plan, mode))
+            return stage, folder / FILE_NAMES[mode]
+        if slug == "dense":
+            return "baseline", self.session.workspace.folder("baseline") / "onnx" / "model.onnx"
+        return f"fit-model-{slug}", self._made(plan) / "model" / "onnx" / "model.onnx"
 
     def _quantize(self, plan: Plan, mode: str, folder: Path) -> None:
         source = self.graph(plan, FLOAT32)
@@ -137,8 +153,11 @@ class FitModels:
     def metrics(self, plan: Plan, mode: str, split: str = "evaluation") -> Metrics:
         """Of the graph, on ONNX Runtime."""
         name = f"fit-{split}-{slug_of(plan)}-{mode}"
-        options = plan_facts(plan) | {"mode": mode, "split": split}
-        folder = self.stage(name, options, partial(self._evaluate, plan, mode, split))
+        samples = {"eval_samples": self.session.config.data.eval_samples} if split == "evaluation" else {}
+        options = {"split": split, **samples}
+        folder = self.stage(
+            name, options, [self.graph_identity(plan, mode)], partial(self._evaluate, plan, mode, split)
+        )
         return Metrics(**json.loads((folder / "metrics.json").read_text()))
 
     def _evaluate(self, plan: Plan, mode: str, split: str, folder: Path) -> None:

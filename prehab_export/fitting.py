@@ -5,7 +5,6 @@ to measure the finalists. Whatever takes long is published by itself, so that a 
 with another budget, computes only what is missing.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,13 +25,13 @@ from prehab_export.fit_search import FLOAT32, Candidate, Line, Search, chosen, c
 from prehab_export.fit_target import check_target, measure_layers, measure_models, place_of
 from prehab_export.latency_budget import layer_shapes, tokens_at_a_time
 from prehab_export.models import empty_model
-from prehab_export.pipeline import bring_up, opened
+from prehab_export.pipeline import bring_up, opened_beside
 from prehab_export.probe import Anchor, LayerProbe, layer_probes, understood
 from prehab_export.progress import bar, say
 from prehab_export.session import Session, bench_config
 from prehab_export.targets.measuring import Target
 from prehab_export.truncation import Plan, ranks_by
-from prehab_export.workspace import stage_key, write_json
+from prehab_export.workspace import write_json
 
 # Shares of the targeted parameters that the anchors lack.
 ANCHORS = (0.5, 0.85)
@@ -66,25 +65,24 @@ def fit(config: RunConfig, output: Path, request: FitRequest) -> Path:
         InputError: bad input or a target that cannot be reached, found before anything slow.
         BudgetError: nothing was found within the budget; the folder holds the figures.
     """
-    cut = replace(config.truncate, budget=PARAMETERS, objective="fisher", allocation="loss")
+    given, cut = config, replace(config.truncate, budget=PARAMETERS, objective="fisher", allocation="loss")
     config = replace(config, truncate=cut)
     check_target(request.target, request.threads)
-    with opened(config, output) as session:
-        session.workspace.withdraw("fit")  # of another budget perhaps: it must not stand there as this one's
+    with opened_beside(config, output, given) as session:
+        session.workspace.hide("fit")  # of another budget perhaps: it must not stand there as this one's
         names = ["merge"] if config.adapter is not None else []
         bring_up(session, [*names, "calibrate", "baseline"])
         work = _Fit(session, request)
         result, best = work.run()
-        key = stage_key("fit", result)
-        with session.workspace.publish("fit", key, asdict(request)) as folder:
+        with session.workspace.show("fit") as folder:
             write_fit(result, folder)
             if best is not None:
                 work.models.write_folder(_plan(best), best.setup.mode, folder / "model")
                 for name, copy in (("fit.md", "README.md"), ("fit.png", "fit.png")):
                     shutil.copy2(folder / name, folder / "model" / copy)
     if best is None:
-        raise BudgetError(f"{result['verdict']} Every figure is in {session.workspace.folder('fit')}")
-    return session.workspace.folder("fit")
+        raise BudgetError(f"{result['verdict']} Every figure is in {output / 'fit'}")
+    return output / "fit"
 
 
 class _Fit:
@@ -101,7 +99,7 @@ class _Fit:
         session, layers = self.session, self.layers
         empty = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
         linears, losses = session.layers(empty), (dict(layers.losses), dict(layers.joint))
-        cuts = [ranks_by(linears, losses, replace(session.config.truncate, ratio=removed)) for removed in ANCHORS]
+        cuts = [ranks_by(linears, losses, replace(session.config.cut, ratio=removed)) for removed in ANCHORS]
         return [(plan, mode) for plan in (self.dense, *cuts) for mode in self.modes]
 
     def _search(self) -> tuple[Search, Line, list[Row]]:
@@ -114,7 +112,8 @@ class _Fit:
             "tokens": tokens,
             "anchors": [anchor.slug for anchor in anchors],
         }
-        folder = self.models.stage("fit-probe", options, partial(self._probe, anchors, tokens))
+        parents = [self.models.graph_identity(plan, mode) for plan, mode in plans]
+        folder = self.models.stage("fit-probe", options, parents, partial(self._probe, anchors, tokens))
         told = json.loads((folder / "probe.json").read_text())
         probes = [LayerProbe(**row | {"shape": tuple(row["shape"]), "graph": Path()}) for row in told["layers"]]
         reference = self.models.metrics(self.dense, FLOAT32, "held-out").loss
@@ -217,6 +216,8 @@ class _Fit:
         """The finalists for real, beside the dense model."""
         models = {f"dense-{FLOAT32}": self.models.graph(self.dense, FLOAT32)}
         models |= {_slug(c): self.models.graph(_plan(c), c.setup.mode) for c in candidates}
+        parents = [self.models.graph_identity(self.dense, FLOAT32)]
+        parents += [self.models.graph_identity(_plan(c), c.setup.mode) for c in candidates]
         threads = sorted({c.setup.threads for c in candidates})
         options = {**self._place(), "threads": threads, "models": list(models)}
 
@@ -224,9 +225,7 @@ class _Fit:
             say(f"[bold]measure {len(candidates)} finalists on {self.request.target.name}")
             write_json(folder / "results.json", self._measure(models, threads, folder))
 
-        # A stage for each set of them, so that one budget does not undo what was measured for another.
-        name = hashlib.sha256(json.dumps([threads, list(models)]).encode()).hexdigest()[:10]
-        return json.loads((self.models.stage(f"fit-finalists-{name}", options, work) / "results.json").read_text())
+        return json.loads((self.models.stage("fit-finalists", options, parents, work) / "results.json").read_text())
 
     def _figures(self, candidate: Candidate, results: Sequence[Row]) -> Figures:
         wanted = (_slug(candidate), candidate.setup.threads)

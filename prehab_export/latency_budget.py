@@ -27,14 +27,14 @@ def time_ranks(session: Session, folder: Path) -> None:
 
 def cost_of(session: Session) -> Cost:
     """What the run's budget is counted in: parameters, or measured seconds."""
-    if session.config.truncate.latency is None:
+    if session.config.cut.latency is None:
         return parameters
     return RankTimes.from_json(session.workspace.read_json("times", TIMES)).cost
 
 
 def predicted_latency(session: Session, truncation: Truncation) -> float | None:
     """The share of their dense time that the layers will take, by the measured times; None without any."""
-    if session.config.truncate.latency is None:
+    if session.config.cut.latency is None:
         return None
     cost = cost_of(session)
     before = sum(cost(layer.out_features, layer.in_features, None) for layer in truncation.layers)
@@ -49,7 +49,7 @@ def layer_shapes(session: Session) -> list[Shape]:
     for name, group in session.workspace.read_json("calibrate", "calibrate.json")["groups"].items():
         groups.setdefault((group, layers[name].bias is None), []).append(layers[name])
     # Under ``auto`` a part of a group may have another metric, and share among itself.
-    by_kind = session.config.truncate.objective == AUTO
+    by_kind = session.config.cut.objective == AUTO
     stacks = [
         stack
         for members in groups.values()

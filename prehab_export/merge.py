@@ -24,10 +24,11 @@ from prehab_export.models import load_processor, task_of
 from prehab_export.parity import reference_of
 from prehab_export.progress import result_console
 from prehab_export.report import render
-from prehab_export.session import quiet_libraries
+from prehab_export.session import STATISTICS, quiet_libraries
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import Batch, Task
 from prehab_export.truncation import layer_metric
+from prehab_export.workspace import Workspace
 
 
 def merge_lora(
@@ -94,9 +95,10 @@ def merge_lora(
 
 
 def _statistics_of(artifact: Path) -> Path | None:
-    """The latest moments of the run whose folder the artifact lies in."""
-    stages = artifact.resolve().parent / "stages"
-    candidates = [stages / stage / "statistics.safetensors" for stage in ("prehab", "calibrate")]
+    """The moments that the artifact was made from, where it lies in its run's folder."""
+    if (run := Workspace.existing(artifact.resolve().parent)) is None:
+        return None
+    candidates = [run.folder(stage) / STATISTICS for stage in ("prehab", "calibrate") if run.has(stage)]
     return next((path for path in candidates if path.is_file()), None)
 
 

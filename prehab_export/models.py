@@ -5,7 +5,7 @@ Weights come from safetensors only, and code from a repository never runs unless
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +201,11 @@ def load_processor(model: str, task: Task, *, revision: str | None = None, trust
     return tokenizer
 
 
-def fingerprint(model: str, *, revision: str | None = None) -> str:
+def fingerprint(model: str, *, revision: str | None = None, sha256_of: Callable[[Path], str] = sha256_of) -> str:
     """What the model is, by content: a hash over a folder's files, or a hub repository's commit.
+
+    Args:
+        sha256_of: a file's hash; one that remembers saves reading large files again.
 
     Raises:
         InputError: there is no such model.

@@ -9,9 +9,9 @@ import torch
 
 from prehab_export.config import RunConfig, to_yaml
 from prehab_export.progress import say
-from prehab_export.session import Session, check, prepare_process
+from prehab_export.session import Session, check, disk_estimate, prepare_process
 from prehab_export.stages import STAGES, Stage
-from prehab_export.workspace import Workspace, stage_key
+from prehab_export.workspace import Workspace, check_disk_space, stage_key
 
 
 def run(
@@ -23,8 +23,9 @@ def run(
 ) -> Workspace:
     """Bring the run's folder up to date with ``config``, through stage ``until``.
 
-    Stages whose options, inputs and earlier stages are unchanged are skipped; a run that was killed goes on after
-    the last finished stage and ends in the same artifact.
+    Stages whose options, inputs and earlier stages are unchanged are skipped, and so are those that were made under
+    these options before others were tried; a run that was killed goes on after the last finished stage and ends in the
+    same artifact.
 
     Args:
         output: the run's folder; new, empty, or of an earlier run.
@@ -33,37 +34,72 @@ def run(
     Raises:
         InputError: bad input, found before anything slow.
         ParityError: the exported artifact does not compute what the model computes; nothing is published.
+        StorageError: the disk is full.
     """
-    with opened(config, output) as session:
-        _withdraw_outdated(session, redo)
+    with opened(config, output, redo) as session:
         bring_up_to_date(session, until, redo)
+        # What was done again may have come out the same, and what stands after it is then valid as it is.
+        select_valid(session)
+        session.workspace.save_selection()
     return session.workspace
 
 
 @contextmanager
-def opened(config: RunConfig, output: Path) -> Iterator[Session]:
-    """A checked session whose folder nobody else works in.
+def opened(config: RunConfig, output: Path, redo: Collection[str] = ()) -> Iterator[Session]:
+    """A checked session whose folder nobody else works in; what no longer answers to the options is out of sight.
+
+    Args:
+        redo: stages that will be done again, so that what depends on them does not count as valid.
 
     Raises:
         InputError: bad input, found before anything slow.
     """
+    with _checked(config, output, redo) as session:
+        session.workspace.save_options(to_yaml(config))
+        session.workspace.save_selection()
+        yield session
+
+
+@contextmanager
+def opened_beside(config: RunConfig, output: Path, given: RunConfig) -> Iterator[Session]:
+    """`opened`, for work that lies beside a run and uses its stages: the run's own options, the results that answer
+    to them and what is shown stay as they are.
+
+    Args:
+        config: the options of this work.
+        given: what the user asked for; becomes the run's options where the folder has none.
+
+    Raises:
+        InputError: bad input, found before anything slow.
+    """
+    with _checked(config, output) as session:
+        if session.workspace.has_options:
+            session.workspace.keeps_selection = False
+        else:
+            session.workspace.save_options(to_yaml(given))
+        yield session
+
+
+@contextmanager
+def _checked(config: RunConfig, output: Path, redo: Collection[str] = ()) -> Iterator[Session]:
     prepare_process(config)
     workspace = Workspace.open(output)
     with workspace.locked():
         session = Session(config, workspace)
         check(session)
-        workspace.save_options(to_yaml(config))
+        select_valid(session, redo)
+        there = sum(workspace.size(stage, key) for stage, key in workspace.current.items())
+        check_disk_space(output, disk_estimate(session) - there)
         yield session
 
 
-def _withdraw_outdated(session: Session, redo: Collection[str]) -> None:
-    workspace, keys = session.workspace, stage_keys(session)
-    for name in set(STAGES) - set(keys):
-        workspace.withdraw(name)  # of other options; nothing may read it by mistake
-    # What no longer answers to these options must not stand there looking finished while the work goes on.
-    for name in ("artifact", "report"):
-        if name in redo or not workspace.is_current(name, keys[name]):
-            workspace.withdraw(name)
+def select_valid(session: Session, redo: Collection[str] = ()) -> None:
+    """Make current, of every stage, the result that answers to the session's options: none where there is none, where
+    it is to be done again, or where that holds for a stage that it reads."""
+    for stage in STAGES.values():
+        key = None if stage.name in redo else _key(session, stage)
+        found = None if key is None else session.workspace.find(stage.name, key)
+        session.workspace.select(stage.name, key if found is not None else None)
 
 
 def bring_up_to_date(session: Session, until: str, redo: Collection[str] = ()) -> None:
@@ -74,13 +110,17 @@ def bring_up_to_date(session: Session, until: str, redo: Collection[str] = ()) -
 
 def bring_up(session: Session, names: Sequence[str], redo: Collection[str] = ()) -> None:
     """`bring_up_to_date` of these stages alone, which come after those that they read."""
-    workspace, keys = session.workspace, stage_keys(session)
-    stale = [name for name in keys if name in redo or not workspace.is_current(name, keys[name])]
-    for name in names:
-        if name in stale:
-            _do(session, STAGES[name], keys[name])
-        elif name in keys:
-            say(f"[dim]{name}: up to date")
+    workspace = session.workspace
+    for stage in (STAGES[name] for name in names):
+        key = _key(session, stage)
+        if key is None:
+            continue
+        if stage.name not in redo and workspace.find(stage.name, key) is not None:
+            say(f"[dim]{stage.name}: up to date")
+        else:
+            _do(session, stage, key)
+        workspace.select(stage.name, key)
+        workspace.save_selection()
 
 
 def _do(session: Session, stage: Stage, key: str) -> None:
@@ -92,14 +132,16 @@ def _do(session: Session, stage: Stage, key: str) -> None:
     say(f"  done in {time.monotonic() - started:.1f} s")
 
 
-def stage_keys(session: Session) -> dict[str, str]:
-    """The key of every wanted stage: its options, what the run starts from, and the keys of the stages it reads."""
-    keys: dict[str, str] = {}
-    for stage in STAGES.values():
-        if stage.wanted(session.config):
-            parents = [keys[name] for name in stage.parents if name in keys]
-            keys[stage.name] = stage_key(stage.name, session.source | dict(stage.options(session.config)), parents)
-    return keys
+def _key(session: Session, stage: Stage) -> str | None:
+    """A stage's key: its options, what the run starts from, and the current results of the stages that it reads; None
+    where it is not wanted, or one of these has no result yet."""
+    if not stage.wanted(session.config):
+        return None
+    parents = [STAGES[name] for name in stage.parents if STAGES[name].wanted(session.config)]
+    if not all(session.workspace.has(parent.name) for parent in parents):
+        return None
+    read = {**session.source, **stage.options(session.config), **stage.outside(session)}
+    return stage_key(stage.name, read, [session.identity(parent.name) for parent in parents])
 
 
-__all__ = ["Stage", "bring_up", "bring_up_to_date", "opened", "run", "stage_keys"]
+__all__ = ["Stage", "bring_up", "bring_up_to_date", "opened", "opened_beside", "run", "select_valid"]

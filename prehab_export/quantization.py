@@ -103,7 +103,7 @@ def _refitted(session: Session, source: Path, target: Path, mode: str) -> list[G
             model,
             session.load_prepared_statistics(),
             GRIDS[mode],
-            session.config.truncate.gradient_shrinkage,
+            session.config.cut.gradient_shrinkage,
             replaceable=weight_names(source),
             progress=advance,
         )
@@ -113,9 +113,8 @@ def _refitted(session: Session, source: Path, target: Path, mode: str) -> list[G
 
 def quantized_graphs(session: Session) -> dict[str, Path]:
     """Name (``dense int8``) → graph, of all that the run has."""
-    folder = session.workspace.folder("quantize")
     return {
-        f"{side} {mode}": folder / side / FILE_NAMES[mode]
+        f"{side} {mode}": session.workspace.folder("quantize") / side / FILE_NAMES[mode]
         for mode in session.config.quantize
         for side in ("dense", "compressed")
     }

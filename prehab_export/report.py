@@ -48,7 +48,7 @@ def write_card(session: Session, folder: Path) -> None:
 
 def collect(session: Session) -> dict[str, Any]:
     """The facts of every stage that has run."""
-    workspace, config = session.workspace, _public(session.config)
+    workspace, config = session.workspace, public_names(session.config)
     facts: dict[str, Any] = {
         "model": config.model,
         "data": config.data.data,
@@ -59,23 +59,12 @@ def collect(session: Session) -> dict[str, Any]:
         "evaluation": session.data.description | {"data": config.data.data},
     }
     for stage, name in STAGE_FACTS.items():
-        if workspace.manifest(stage) is not None and _ran(session, stage):
+        if workspace.has(stage):
             facts[stage] = json.loads((workspace.folder(stage) / name).read_text())
     return facts
 
 
-def _ran(session: Session, stage: str) -> bool:
-    config = session.config
-    steps = {
-        "prehab": config.prehab.train.steps,
-        "refine": config.refine.schedule.steps,
-        "rehab": config.rehab.train.steps,
-    }
-    wanted = {"quantize": bool(config.quantize), "ort": config.ort}
-    return steps.get(stage, 1) > 0 and wanted.get(stage, True)
-
-
-def _public(config: RunConfig) -> RunConfig:
+def public_names(config: RunConfig) -> RunConfig:
     """Hub ids as they are; of local paths only the last part, since the rest is one machine's business."""
 
     def name(place: str) -> str:

@@ -20,7 +20,6 @@ from prehab_export.config import RunConfig
 from prehab_export.data import Samples, TaskData, load_data
 from prehab_export.devices import choose_device, prepare_determinism, room_for
 from prehab_export.evaluation import Metrics, evaluate, torch_predictor
-from prehab_export.files import sha256_of
 from prehab_export.models import (
     check_task,
     empty_model,
@@ -33,7 +32,7 @@ from prehab_export.models import (
 from prehab_export.progress import bar
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import TASKS, Task
-from prehab_export.workspace import Workspace, check_disk_space
+from prehab_export.workspace import Workspace
 
 # Training text or images put aside, to decide what is kept; never trained on and never reported on.
 HELD_OUT = 512
@@ -109,13 +108,23 @@ class Session:
         """What the run starts from, by content: model, adapter, data, task and seed."""
         adapter = self.config.adapter
         return {
-            "model": fingerprint(self.config.model, revision=self.config.revision),
-            "adapter": None if adapter is None else _folder_hash(Path(adapter)),
+            "model": fingerprint(
+                self.config.model, revision=self.config.revision, sha256_of=self.workspace.digests.sha256_of
+            ),
+            "adapter": None if adapter is None else self._folder_hash(Path(adapter)),
             "data": self.data.fingerprint,
             "task": self.config.task,
             "seed": self.config.seed,
             "batch_size": self.config.data.batch_size,
         }
+
+    def _folder_hash(self, folder: Path) -> dict[str, str]:
+        digests = self.workspace.digests
+        return {path.name: digests.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+    def identity(self, stage: str) -> str:
+        """What was asked of a stage and what it made, for the keys of what reads its current result."""
+        return self.workspace.identity(stage, self.workspace.current[stage])
 
     @cached_property
     def _parts(self) -> tuple[Samples, Samples]:
@@ -233,7 +242,7 @@ def check(session: Session) -> None:
     choose_device(session.config.device, session.config.precision)
     check_provider(session.config.bench.provider)
     model = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
-    layers = session.layers(model)
+    session.layers(model)  # patterns that match nothing are refused
     if session.config.adapter is not None:
         check_fit(model, Path(session.config.adapter))
     if not len(session.data.train) or not len(session.data.evaluation):
@@ -246,7 +255,6 @@ def check(session: Session) -> None:
             "give more data"
         )
     bench_config(session)
-    check_disk_space(session.workspace.root, _disk_estimate(model, layers, session.config))
 
 
 def bench_config(session: Session) -> BenchConfig:
@@ -273,8 +281,11 @@ def bench_config(session: Session) -> BenchConfig:
     return replace(config, sequence_lengths=(limit - generated,))
 
 
-def _disk_estimate(model: PreTrainedModel, layers: dict, config: RunConfig) -> int:
+def disk_estimate(session: Session) -> int:
     """Bytes on disk for moments, intermediate models, and both ONNX graphs, in float32; a little too much."""
+    config = session.config
+    model = empty_model(session.model_config, session.task, trust_remote_code=config.trust_remote_code)
+    layers = session.layers(model)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     shapes = [dense_weight(layer).shape for layer in layers.values()]
     moments = 4 * sum(n * n + (m * m if config.needs_gradients else 0) for m, n in shapes)
@@ -283,7 +294,3 @@ def _disk_estimate(model: PreTrainedModel, layers: dict, config: RunConfig) -> i
     refitted = 2 * weights if config.quantize and config.quantize_refit else 0  # in float32 and quantised, for a while
     # Factored model after truncation and rehab, artifact and its graph, dense graph, and the folder being replaced.
     return moments + prehabbed + merged + refitted + (6 + len(config.quantize)) * weights
-
-
-def _folder_hash(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}

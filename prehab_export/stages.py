@@ -32,10 +32,11 @@ from prehab_export.progress import bar, say
 from prehab_export.quantization import graphs_of, quantize
 from prehab_export.refinement import refine
 from prehab_export.rehabilitation import rehab
-from prehab_export.report import write_report
+from prehab_export.report import public_names, write_report
 from prehab_export.session import STATISTICS, Session, bench_config
 from prehab_export.statistics import Statistics, moments_size, save_statistics
 from prehab_export.strength_search import find_strength
+from prehab_export.targets.results import kept_results
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Truncation
 from prehab_export.verification import publish_artifact, verify_in_fresh_process
@@ -44,13 +45,16 @@ from prehab_export.workspace import write_json
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage does, which options its output depends on, which stages it reads, and when it is wanted."""
+    """What a stage does, which options its output depends on, which stages it reads, when it is wanted, and what it
+    reads besides. All that it reads is named here: from it the stage's key is made, and with a wrong one a changed
+    option would leave an old result standing."""
 
     name: str
     work: Callable[[Session, Path], None]
     options: Callable[[RunConfig], Mapping[str, Any]]
     parents: tuple[str, ...] = ()
     wanted: Callable[[RunConfig], bool] = lambda _config: True
+    outside: Callable[[Session], Mapping[str, Any]] = lambda _session: {}
 
 
 def _merge(session: Session, folder: Path) -> None:
@@ -137,7 +141,7 @@ def _prehabbed(
             layers,
             statistics,
             options,
-            session.config.truncate,
+            session.config.cut,
             fisher_labels=session.config.calibrate.labels,
             cost=cost_of(session),
             seed=session.config.seed,
@@ -179,7 +183,7 @@ def _compressed(session: Session, model: nn.Module, statistics: Statistics) -> C
         session.layers(model),
         statistics,
         samples,
-        session.config.truncate,
+        session.config.cut,
         session.config.refine,
         cost=cost_of(session),
         seed=session.config.seed,
@@ -239,7 +243,7 @@ def _refine(session: Session, folder: Path) -> None:
 
 
 def _say_what_was_removed(session: Session, truncation: Truncation, latency: float | None) -> None:
-    options, removed = session.config.truncate, truncation.summary()["targeted_share_removed"]
+    options, removed = session.config.cut, truncation.summary()["targeted_share_removed"]
     asked, found = options.ratio, removed
     if options.latency is not None and latency is not None:
         asked, found = options.latency, latency
@@ -287,45 +291,68 @@ def _needs_rehab(config: RunConfig) -> bool:
     return config.rehab.train.steps > 0
 
 
+def _calibration_options(config: RunConfig) -> dict[str, Any]:
+    # Of the precision depends all that follows; the device changes no more than the rounding.
+    return asdict(config.calibrate) | {"gradients": config.needs_gradients, "precision": config.precision}
+
+
+def _truncation_options(config: RunConfig) -> dict[str, Any]:
+    """Truncation as it is carried out: block-wise refinement is part of it, where there is any."""
+    blocks = config.refine.block_schedule
+    return asdict(config.cut) | {"block_refinement": asdict(blocks) if blocks.steps else None}
+
+
+def _refinement_options(config: RunConfig) -> dict[str, Any]:
+    return {"schedule": asdict(config.refine.schedule), "hidden_share": config.refine.hidden_share}
+
+
+def _times_options(config: RunConfig) -> dict[str, Any]:
+    # Everything measured depends on the machine too, but a run that goes on elsewhere keeps what it was planned by.
+    return {
+        "threads": config.bench.threads,
+        "batch": config.bench.batch_sizes[0],
+        "length": config.bench.sequence_lengths[0],
+        "objective": config.cut.objective,
+    }
+
+
+def _card_options(config: RunConfig) -> dict[str, Any]:
+    """What the model card quotes that is in no other stage's key: names, which a moved folder changes."""
+    public = public_names(config)
+    return {"model": public.model, "data": public.data.data}
+
+
+# Stages whose figures the model card and the report quote.
+_QUOTED = ("calibrate", "prehab", "truncate", "refine", "rehab", "export", "baseline", "verify", "quantize", "ort")
+
 STAGES = {
     stage.name: stage
     for stage in (
         Stage("merge", _merge, lambda c: {}, wanted=lambda c: c.adapter is not None),
-        Stage(
-            "calibrate",
-            _calibrate,
-            # Of the precision depends all that follows; the device changes no more than the rounding.
-            lambda c: asdict(c.calibrate) | {"gradients": c.needs_gradients, "precision": c.precision},
-            ("merge",),
-        ),
-        Stage(
-            "times",
-            time_ranks,
-            # By the machine depends what is measured, but a run that goes on elsewhere keeps what it was planned by.
-            lambda c: {
-                "threads": c.bench.threads,
-                "batch": c.bench.batch_sizes[0],
-                "length": c.bench.sequence_lengths[0],
-                "objective": c.truncate.objective,
-            },
-            ("calibrate",),
-            lambda c: c.truncate.latency is not None,
-        ),
+        Stage("calibrate", _calibrate, _calibration_options, ("merge",)),
+        Stage("times", time_ranks, _times_options, ("calibrate",), lambda c: c.truncate.latency is not None),
         Stage(
             "prehab",
             _prehab,
-            lambda c: {"prehab": asdict(c.prehab), "truncate": asdict(c.truncate), "refine": asdict(c.refine)},
+            lambda c: {"prehab": asdict(c.prehab), "truncate": _truncation_options(c)},
             ("merge", "calibrate", "times"),
             _needs_prehab,
         ),
+        Stage("truncate", _truncate, _truncation_options, ("merge", "calibrate", "times", "prehab")),
         Stage(
-            "truncate",
-            _truncate,
-            lambda c: asdict(c.truncate) | {"refine": asdict(c.refine.block_schedule)},
-            ("merge", "calibrate", "times", "prehab"),
+            "refine",
+            _refine,
+            _refinement_options,
+            ("merge", "calibrate", "prehab", "truncate"),
+            _needs_refinement,
         ),
-        Stage("refine", _refine, lambda c: asdict(c.refine), ("merge", "prehab", "truncate"), _needs_refinement),
-        Stage("rehab", _rehab, lambda c: asdict(c.rehab), ("merge", "prehab", "truncate", "refine"), _needs_rehab),
+        Stage(
+            "rehab",
+            _rehab,
+            lambda c: asdict(c.rehab),
+            ("merge", "calibrate", "prehab", "truncate", "refine"),
+            _needs_rehab,
+        ),
         Stage(
             "export",
             lambda session, folder: export_artifact(session.on_cpu, folder),
@@ -341,25 +368,36 @@ STAGES = {
         Stage(
             "verify",
             lambda session, folder: verify_in_fresh_process(session.on_cpu, folder),
-            lambda c: {},
+            lambda c: {"eval_samples": c.data.eval_samples},
             ("export", "baseline"),
         ),
         Stage(
             "quantize",
             lambda session, folder: quantize(session.on_cpu, folder),
-            lambda c: {"modes": c.quantize, "refit": c.quantize_refit, "eval_samples": c.data.eval_samples},
-            ("calibrate", "verify"),
+            lambda c: {
+                "modes": c.quantize,
+                "refit": c.quantize_refit,
+                "shrinkage": c.cut.gradient_shrinkage,
+                "eval_samples": c.data.eval_samples,
+            },
+            ("merge", "calibrate", "prehab", "export", "baseline", "verify"),
             lambda c: bool(c.quantize),
         ),
         Stage(
             "ort",
             lambda session, folder: write_ort_files(session.on_cpu, folder),
-            lambda c: {},
-            ("verify", "quantize"),
+            lambda c: {"modes": c.quantize},
+            ("export", "verify", "quantize"),
             lambda c: c.ort,
         ),
-        Stage("artifact", publish_artifact, lambda c: {}, ("verify", "quantize", "ort")),
+        Stage("artifact", publish_artifact, _card_options, _QUOTED),
         Stage("bench", _bench, lambda c: asdict(c.bench), ("artifact", "baseline", "quantize")),
-        Stage("report", write_report, lambda c: {}, ("artifact", "bench")),
+        Stage(
+            "report",
+            write_report,
+            asdict,
+            (*_QUOTED, "artifact", "bench"),
+            outside=lambda session: {"targets": kept_results(session.workspace.root)},
+        ),
     )
 }

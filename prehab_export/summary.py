@@ -1,7 +1,5 @@
 """What the command line says when a stage is done."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,29 +11,33 @@ from prehab_export.progress import result_console
 from prehab_export.report import STAGE_FACTS
 from prehab_export.workspace import Workspace
 
-
-def result_of(workspace: Workspace, until: str) -> dict[str, Any]:
-    """The JSON that the stage left: of ``report`` all there is."""
-    if until == "report":
-        return json.loads((workspace.folder("report") / "report.json").read_text())
-    stage = "verify" if until == "artifact" else until
-    if workspace.manifest(stage) is None:
-        return {"stage": stage, "skipped": True}
-    return json.loads((workspace.folder(stage) / STAGE_FACTS[stage]).read_text())
+# Verbs that end in a report.
+WHOLE_RUNS = ("run", "report", "demo")
 
 
-def print_summary(workspace: Workspace, until: str) -> None:
+def result_of(workspace: Workspace, verb: str) -> dict[str, Any]:
+    """The JSON that a verb's stage left: of ``report`` all there is, of ``export`` the dense twin's beside its own."""
+    if verb in WHOLE_RUNS:
+        return workspace.read_json("report", "report.json")
+    if not workspace.has(verb):
+        return {"stage": verb, "skipped": True}
+    facts = workspace.read_json(verb, STAGE_FACTS[verb])
+    return facts | {"baseline": workspace.read_json("baseline", STAGE_FACTS["baseline"])} if verb == "export" else facts
+
+
+def print_summary(workspace: Workspace, verb: str) -> None:
     """A few lines on stdout: what it cost, what it gained, where things lie."""
     console = result_console()
-    result = result_of(workspace, until)
-    if until == "report":
+    result = result_of(workspace, verb)
+    if verb in WHOLE_RUNS:
         console.print(_table(result))
         _print_speed(console, result)
-        _print_places(console, workspace.root)
+        _print_places(console, workspace)
     elif result.get("skipped"):
-        console.print(f"{until}: skipped, not asked for")
+        console.print(f"{verb}: skipped, not asked for")
     else:
-        console.print(f"{until}: done, in {workspace.folder(until)}")
+        place = workspace.root / "artifact" if verb == "verify" else workspace.folder(verb)
+        console.print(f"{verb}: done, in {place}")
 
 
 def check_speed(workspace: Workspace, least: float) -> None:
@@ -79,6 +81,10 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
             console.print(f"[yellow]{row['model']} is slower than dense {_sizes(row)}: {row['speedup']:.2f}×")
 
 
-def _print_places(console: Console, root: Path) -> None:
+def _print_places(console: Console, workspace: Workspace) -> None:
+    root = workspace.root
     console.print(f"artifact  {root / 'artifact'}")
     console.print(f"report    {root / 'report' / 'report.md'}")
+    if leftovers := workspace.leftovers():
+        size = sum(leftover.bytes for leftover in leftovers)
+        console.print(f"[dim]kept for options used before: {size / 1e6:,.0f} MB; prehab-export clean {root} frees them")

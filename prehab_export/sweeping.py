@@ -3,6 +3,7 @@
 Every row is published by itself, so that a sweep that was killed, or is asked for more, computes only what is missing.
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from converters.errors import InputError
 from prehab_export.compression import Samplesets, compress
 from prehab_export.config import RunConfig
 from prehab_export.eigenbasis import factor_bases
-from prehab_export.pipeline import bring_up_to_date, opened, stage_keys
+from prehab_export.pipeline import bring_up_to_date, opened_beside
 from prehab_export.plots import plot_sweep
 from prehab_export.progress import bar, result_console, say
 from prehab_export.refinement import refine
@@ -46,19 +47,19 @@ def sweep(config: RunConfig, output: Path, methods: Sequence[str], ratios: Seque
     ratios = sorted(set(ratios))
     if any(method.refined for method in chosen) and not config.refine.schedule.steps:
         raise InputError("the method 'refined' needs --refine-steps above 0, or leave it out")
-    cuts = [method.at(ratio, config.truncate) for method in chosen for ratio in ratios]
+    given = config
+    cuts = [method.at(ratio, config.cut) for method in chosen for ratio in ratios]
     # Moments for the most demanding method serve them all.
     config = replace(config, truncate=max(cuts, key=lambda cut: cut.needs_gradients))
-    with opened(config, output) as session:
+    with opened_beside(config, output, given) as session:
         bring_up_to_date(session, "calibrate")
         rows = _Rows(session).all(chosen, ratios)
-        key = stage_key("sweep", {"rows": rows}, [])
-        with session.workspace.publish("sweep", key, {"methods": list(methods), "ratios": ratios}) as folder:
+        with session.workspace.show("sweep") as folder:
             dense, rest = rows[0], rows[1:]
             write_json(folder / "sweep.json", {"dense": dense, "rows": rest})
             (folder / "sweep.md").write_text(_markdown(dense, rest))
             plot_sweep(dense, rest, folder / "sweep.png")
-    return session.workspace.folder("sweep")
+    return session.workspace.root / "sweep"
 
 
 class _Rows:
@@ -66,7 +67,7 @@ class _Rows:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.parent = stage_keys(session)["calibrate"]
+        self.parent = session.identity("calibrate")
         self.model: PreTrainedModel | None = None
         self.decomposed: Decompositions | None = None
 
@@ -86,17 +87,17 @@ class _Rows:
     def _row(self, name: str, options: dict[str, Any], compute: Callable[[], Row]) -> Row:
         workspace = self.session.workspace
         key = stage_key(name, options, [self.parent])
-        if not workspace.is_current(name, key):
+        if workspace.find(name, key) is None:
             with workspace.publish(name, key, options) as folder:
                 write_json(folder / "row.json", compute())
-        row = workspace.read_json(name, "row.json")
+        row = json.loads((workspace.result(name, key) / "row.json").read_text(encoding="utf-8"))
         say(f"  {name.removeprefix('sweep-')}: {row['metric']} {row['value']:.4f}")
         return row
 
     def _options(self, method: Method, ratio: float) -> dict[str, Any]:
         config = self.session.config
         refinement = asdict(config.refine) if method.refined else None
-        return {"truncate": asdict(method.at(ratio, config.truncate)), "refine": refinement}
+        return {"truncate": asdict(method.at(ratio, config.cut)), "refine": refinement}
 
     def _dense(self) -> Row:
         return asdict(self.session.metrics(self._model(), self.session.data.evaluation, "dense"))
@@ -109,7 +110,7 @@ class _Rows:
     def _measure(self, method: Method, ratio: float) -> Row:
         session, model = self.session, self._model()
         config, layers = session.config, session.layers(model)
-        cut = method.at(ratio, config.truncate)
+        cut = method.at(ratio, config.cut)
         statistics = self._statistics()
         if self.decomposed is None:
             with bar(f"decompose for {method.objective}", len(layers)) as advance:

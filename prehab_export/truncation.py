@@ -295,7 +295,7 @@ def ranks_by(
     """
     shapes = {name: (layer.shape[0], layer.shape[1]) for name, layer in _weights(layers).items()}
     budget = config.keep * sum(cost(m, n, None) for m, n in shapes.values())
-    multiple = config.rank_multiple
+    multiple = config.multiple
     while True:
         if config.allocation == "uniform":
             plan = Plan(allocation.uniform(shapes, config.keep, multiple))

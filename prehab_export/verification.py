@@ -20,7 +20,7 @@ from prehab_export.parity import TOLERANCE, check_graph, compare_logits, digests
 from prehab_export.progress import bar
 from prehab_export.report import write_card
 from prehab_export.session import Session, prepare_process
-from prehab_export.workspace import Workspace, write_json
+from prehab_export.workspace import Workspace, link, write_json
 
 
 def verify(session: Session) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def verify(session: Session) -> dict[str, Any]:
     reload, compressed_pytorch = _check_reload(session, export)
     return {
         "tolerance": TOLERANCE,
-        "compressed": {"reload": reload, "onnx": _check_graph(session, export, exported)},
-        "dense": {"onnx": _check_graph(session, baseline, dense)},
+        "compressed": {"reload": reload, "onnx": _check_graph(session, export, exported, "compressed")},
+        "dense": {"onnx": _check_graph(session, baseline, dense, "dense")},
         "metrics": {
             "dense_pytorch": json.loads((baseline / "metrics.json").read_text()),
             "dense_onnx": asdict(graph_metrics(session, dense, "dense model, ONNX Runtime")),
@@ -78,8 +78,7 @@ def reloaded(session: Session, export: Path) -> tuple[PreTrainedModel, dict[str,
     return model, {"tensors": len(digests), "exact": True, "max_relative": worst}
 
 
-def _check_graph(session: Session, folder: Path, graph: Path) -> dict[str, Any]:
-    name = "compressed" if folder.name == "export" else "dense"
+def _check_graph(session: Session, folder: Path, graph: Path, name: str) -> dict[str, Any]:
     try:
         return check_graph(load_reference(folder), session.task, graph, session.threads)
     except ParityError as error:
@@ -101,7 +100,8 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
     Raises:
         ParityError: what the other process found.
     """
-    request = {"config": asdict(session.config), "output": str(session.workspace.root)}
+    workspace = session.workspace
+    request = {"config": asdict(session.config), "output": str(workspace.root), "current": workspace.current}
     answer_path = folder / "verify.json"
     process = subprocess.run(
         [sys.executable, "-m", "prehab_export.verification", str(answer_path)],
@@ -130,17 +130,9 @@ def publish_artifact(session: Session, folder: Path) -> None:
     write_card(session, folder)
 
 
-def link(source: str, target: str) -> None:
-    """Copy a file as a hard link, where the file system has them."""
-    try:
-        Path(target).hardlink_to(source)
-    except OSError:
-        shutil.copy2(source, target)
-
-
 def _main(answer_path: Path) -> None:
     request = json.load(sys.stdin)
-    session = Session(from_dict(RunConfig, request["config"]), Workspace(Path(request["output"])))
+    session = Session(from_dict(RunConfig, request["config"]), Workspace(Path(request["output"]), request["current"]))
     prepare_process(session.config)
     try:
         answer = verify(session)

@@ -1,30 +1,44 @@
 """A run's folder: what each stage made, why it is still valid, and how it gets there whole or not at all.
 
-A stage's output is a folder; its manifest lies apart in ``manifests/`` and is written last. The manifest's key is a
-hash over the stage's options and the keys of the stages before it, so a changed option invalidates what depends
-on it and nothing else. A killed run leaves at most a ``.partial`` folder, which the next run clears away.
+The result of a stage is a folder under the stage's *key*, ``stages/<stage>/<key>/``. The key is a hash over the
+stage's options and over what the stages before it made, by content: an option that comes back finds its result again,
+and a stage that is done again and makes the same leaves everything after it valid. The result's manifest lies apart,
+in ``manifests/<stage>/<key>.json``, and is written last. A killed run leaves at most a ``.partial`` folder, which the
+next run clears away.
+
+``manifests/current.json`` says which result of each stage answers to the run's options. Of the stages that people look
+into (`SHOWN`) the current one is also shown beside ``run.yaml``, as hard links.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from converters.errors import InputError
-from prehab_export.files import sha256_of
+from prehab_export.errors import StorageError, out_of_space
+from prehab_export.files import DigestCache, FileDigest, write_text_atomically
 
 OPTIONS_FILE = "run.yaml"
 # What makes a folder ours: only then is anything in it replaced or removed.
 MARKER = "manifests/.prehab-export"
-# Stages whose folder others rely on; the rest lie under stages/.
-PUBLIC = frozenset({"artifact", "baseline", "fit", "report", "sweep"})
+CURRENT = "manifests/current.json"
+# Stages whose current result also stands in the run's folder, under the stage's name.
+SHOWN = frozenset({"artifact", "baseline", "report"})
+# Kits on their way to where they are measured.
+KITS = ".kit-*"
+# What a killed process may leave.
+UNFINISHED = ("*.partial", "stages/*/*.partial", "manifests/*.partial", "manifests/*/*.partial", KITS)
+# Digits of a key in the name of a folder.
+KEY_DIGITS = 16
 RECORDED_VERSIONS = (
     "prehab-export",
     "torch",
@@ -38,7 +52,7 @@ RECORDED_VERSIONS = (
 
 
 def stage_key(stage: str, options: Mapping[str, Any], parents: Sequence[str] = ()) -> str:
-    """What a stage's output depends on, as one hash.
+    """What a stage's output depends on, as one hash; ``parents`` are the identities of the results that it reads.
 
     >>> stage_key("truncate", {"ratio": 0.6}) == stage_key("truncate", {"ratio": 0.60})
     True
@@ -50,10 +64,25 @@ def stage_key(stage: str, options: Mapping[str, Any], parents: Sequence[str] = (
 
 
 @dataclass(frozen=True)
+class Leftover:
+    """A result that no current option needs, and the bytes that it takes."""
+
+    stage: str
+    key: str
+    bytes: int
+
+
+@dataclass
 class Workspace:
-    """The folder of one run."""
+    """The folder of one run.
+
+    current: stage → key of the result that answers to the options in use. `select` sets it.
+    keeps_selection: whether that is kept for the next command, and shown.
+    """
 
     root: Path
+    current: dict[str, str] = field(default_factory=dict)
+    keeps_selection: bool = True
 
     @classmethod
     def open(cls, root: Path) -> "Workspace":
@@ -64,15 +93,27 @@ class Workspace:
         """
         if root.exists() and not root.is_dir():
             raise InputError(f"{root} is a file; give a folder for the output")
-        holds_files = any(path.is_file() for path in root.rglob("*"))
-        if holds_files and not (root / MARKER).is_file():
+        if not (root / MARKER).is_file() and any(path.is_file() for path in root.rglob("*")):
             raise InputError(f"{root} holds something else; give an empty or new folder, or one of an earlier run")
         try:
             (root / MARKER).parent.mkdir(parents=True, exist_ok=True)
             (root / MARKER).touch()
         except OSError as error:
             raise InputError(f"cannot write to {root}: {error.strerror}") from error
-        return cls(root)
+        return cls._reopened(root)
+
+    @classmethod
+    def existing(cls, root: Path) -> "Workspace | None":
+        """A run's folder, to read in; None where there is none."""
+        return cls._reopened(root) if (root / MARKER).is_file() else None
+
+    @classmethod
+    def _reopened(cls, root: Path) -> "Workspace":
+        workspace = cls(root)
+        for stage, key in (_read_json(root / CURRENT) or {}).items():
+            if workspace._manifest_path(stage, key).is_file():
+                workspace.select(stage, key)
+        return workspace
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -81,55 +122,56 @@ class Workspace:
         Raises:
             InputError: another process is working in the folder.
         """
-        with (self.root / "manifests" / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another run is working in {self.root}; wait for it or take another folder"
-                ) from error
-            for place in ("", "stages/", "manifests/"):
-                for stale in self.root.glob(f"{place}*.partial"):
-                    shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-            yield
+        try:
+            with FileLock(self.root / "manifests" / ".lock", blocking=False):
+                for pattern in UNFINISHED:
+                    for stale in self.root.glob(pattern):
+                        _remove(stale)
+                yield
+        except Timeout as error:
+            raise InputError(f"another run is working in {self.root}; wait for it or take another folder") from error
 
-    def folder(self, stage: str) -> Path:
-        return self.root / stage if stage in PUBLIC else self.root / "stages" / stage
+    @property
+    def digests(self) -> DigestCache:
+        """Hashes of what the run reads from elsewhere."""
+        return DigestCache(self.root / "manifests" / "digests.json")
 
-    def manifest(self, stage: str) -> dict[str, Any] | None:
-        path = self._manifest_path(stage)
-        return json.loads(path.read_text()) if path.is_file() else None
+    # Results, by key.
 
-    def is_current(self, stage: str, key: str) -> bool:
-        """Whether the stage's output was made under this key and is still, byte for byte, what was written."""
-        manifest = self.manifest(stage)
+    def find(self, stage: str, key: str) -> Path | None:
+        """The folder of what the stage made under this key; None where that is not there, or not as it was written.
+
+        Files are told by size and time of modification, and read again only where the time is another.
+        """
+        manifest = self.manifest(stage, key)
         if manifest is None or manifest["key"] != key:
-            return False
-        folder = self.folder(stage)
-        return all(
-            (folder / name).is_file() and sha256_of(folder / name) == digest
-            for name, digest in manifest["files"].items()
-        )
+            return None
+        folder = self.result(stage, key)
+        files = {name: FileDigest(**facts) for name, facts in manifest["files"].items()}
+        if not all(digest.still_holds(folder / name) for name, digest in files.items()):
+            return None
+        told = {name: asdict(digest) for name, digest in files.items()}
+        if told != manifest["files"]:  # a copied folder has other times
+            self._write_manifest(stage, key, manifest | {"files": told})
+        return folder
 
     @contextmanager
     def publish(self, stage: str, key: str, options: Mapping[str, Any]) -> Iterator[Path]:
-        """A fresh folder to write into; it takes its place, with a manifest, only if the block succeeds."""
-        folder = self.folder(stage)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        try:
+        """A fresh folder to write into; it becomes the result under this key only if the block succeeds.
+
+        Raises:
+            StorageError: the disk is full, or not to be written to.
+        """
+        folder = self.result(stage, key)
+        with _replacing(folder) as partial:
             yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        files = {
-            path.relative_to(partial).as_posix(): sha256_of(path)
-            for path in sorted(partial.rglob("*"))
-            if path.is_file()
-        }
-        self.withdraw(stage)
-        partial.rename(folder)
+            files = {
+                path.relative_to(partial).as_posix(): asdict(FileDigest.of(path))
+                for path in sorted(partial.rglob("*"))
+                if path.is_file()
+            }
+            # The manifest of what is replaced goes first: a kill in between then leaves nothing that counts.
+            self._manifest_path(stage, key).unlink(missing_ok=True)
         manifest = {
             "stage": stage,
             "key": key,
@@ -137,26 +179,130 @@ class Workspace:
             "versions": {name: version(name) for name in RECORDED_VERSIONS},
             "files": files,
         }
-        _write_atomically(self._manifest_path(stage), json.dumps(manifest, indent=2, default=str) + "\n")
+        self._write_manifest(stage, key, manifest)
 
-    def withdraw(self, stage: str) -> None:
-        """Take a stage's output away; the manifest goes first, so that a kill in between leaves nothing that counts."""
-        self._manifest_path(stage).unlink(missing_ok=True)
-        if self.folder(stage).is_dir():
-            shutil.rmtree(self.folder(stage))
+    def result(self, stage: str, key: str) -> Path:
+        """Where the result under this key lies, or would lie."""
+        return self.root / "stages" / stage / key[:KEY_DIGITS]
+
+    def identity(self, stage: str, key: str) -> str:
+        """What was asked of a stage and what it made, as one string for the keys of the stages that read it."""
+        manifest = self.manifest(stage, key)
+        assert manifest is not None, f"{stage} has no result under {key}"
+        content = [[name, facts["sha256"]] for name, facts in sorted(manifest["files"].items())]
+        return f"{key}:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
+
+    def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
+        return _read_json(self._manifest_path(stage, key))
+
+    def size(self, stage: str, key: str) -> int:
+        """Bytes of a result."""
+        manifest = self.manifest(stage, key)
+        return 0 if manifest is None else sum(facts["size"] for facts in manifest["files"].values())
+
+    # Results that answer to the options in use.
+
+    def has(self, stage: str) -> bool:
+        return stage in self.current
+
+    def folder(self, stage: str) -> Path:
+        """Where the current result of a stage lies."""
+        return self.result(stage, self.current[stage])
 
     def read_json(self, stage: str, name: str) -> Any:
-        return json.loads((self.folder(stage) / name).read_text())
+        return json.loads((self.folder(stage) / name).read_text(encoding="utf-8"))
+
+    def select(self, stage: str, key: str | None) -> None:
+        """Take the result under this key as the current one; None: there is none."""
+        if key is None:
+            self.current.pop(stage, None)
+        else:
+            self.current[stage] = key
+
+    def save_selection(self) -> None:
+        """Keep what is current for the next command, and show the results that people look into.
+
+        A result that is no longer current must not stand there looking finished: it is taken from sight first.
+        """
+        if not self.keeps_selection:
+            return
+        outdated = [stage for stage in sorted(SHOWN) if not self._is_shown(stage)]
+        for stage in outdated:
+            self.hide(stage)
+        write_text_atomically(self.root / CURRENT, json.dumps(self.current, indent=2, sort_keys=True) + "\n")
+        for stage in outdated:
+            if stage in self.current:
+                with _replacing(self.root / stage) as partial:
+                    shutil.copytree(self.folder(stage), partial, copy_function=link, dirs_exist_ok=True)
+
+    def hide(self, name: str) -> None:
+        """Take a folder that is shown from sight; the result itself stays."""
+        if (self.root / name).is_dir():
+            shutil.rmtree(self.root / name)
+
+    @contextmanager
+    def show(self, name: str) -> Iterator[Path]:
+        """A fresh folder to write into, which takes the place of ``OUT/name`` if the block succeeds: for what is no
+        stage's result (the tables of a sweep).
+
+        Raises:
+            StorageError: the disk is full, or not to be written to.
+        """
+        with _replacing(self.root / name) as partial:
+            yield partial
+
+    def leftovers(self) -> list[Leftover]:
+        """Results that are not current, and folders that no manifest speaks for."""
+        places = [path for path in self.root.glob("stages/*/*") if path.is_dir()]
+        kept = {self.result(stage, key) for stage, key in self.current.items()}
+        return [
+            Leftover(place.parent.name, place.name, sum(p.stat().st_size for p in place.rglob("*") if p.is_file()))
+            for place in sorted(places)
+            if place not in kept
+        ]
+
+    def remove(self, leftover: Leftover) -> None:
+        """Take a result away for good; its manifest goes first."""
+        self._manifest_path(leftover.stage, leftover.key).unlink(missing_ok=True)
+        _remove(self.result(leftover.stage, leftover.key))
+        for parent in (self.root / "stages" / leftover.stage, self.root / "manifests" / leftover.stage):
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
     def save_options(self, text: str) -> None:
-        _write_atomically(self.root / OPTIONS_FILE, text)
+        write_text_atomically(self.root / OPTIONS_FILE, text)
 
-    def _manifest_path(self, stage: str) -> Path:
-        return self.root / "manifests" / f"{stage}.json"
+    @property
+    def has_options(self) -> bool:
+        return (self.root / OPTIONS_FILE).is_file()
+
+    def _is_shown(self, stage: str) -> bool:
+        place = self.root / stage
+        if stage not in self.current:
+            return not place.exists()
+        manifest, folder = self.manifest(stage, self.current[stage]), self.folder(stage)
+        assert manifest is not None
+        return all(_same(place / name, folder / name) for name in manifest["files"])
+
+    def _manifest_path(self, stage: str, key: str) -> Path:
+        return self.root / "manifests" / stage / f"{key[:KEY_DIGITS]}.json"
+
+    def _write_manifest(self, stage: str, key: str, manifest: Mapping[str, Any]) -> None:
+        path = self._manifest_path(stage, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(path, json.dumps(manifest, indent=2, default=str) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def link(source: str, target: str) -> None:
+    """Copy a file as a hard link, where the file system has them."""
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
@@ -164,16 +310,51 @@ def check_disk_space(folder: Path, needed: int) -> None:
     InputError: the file system of ``folder`` has less than ``needed`` bytes free.
     """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = shutil.disk_usage(existing).free
-    if free < needed - written:
+    if free < needed:
         raise InputError(
-            f"{folder} needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "free some space or give a folder on another disk with -o"
+            f"{folder} needs about {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free; free some space "
+            f"(`prehab-export clean {folder}` takes away results of earlier options), or give a folder on another "
+            "disk with -o"
         )
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A fresh sibling to write into, renamed to ``folder`` if the block succeeds, removed if it does not."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        _remove(folder)
+        partial.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if (reason := out_of_space(error)) is not None:
+            raise StorageError(
+                f"cannot go on writing to {folder.parent}: {reason}; nothing half-written is left. "
+                "Free some space, then the same command goes on from here"
+            ) from error
+        raise
+
+
+def _same(shown: Path, source: Path) -> bool:
+    """Whether a shown file is the result's: a hard link to it, or a copy with its size and time."""
+    if not (shown.is_file() and source.is_file()):
+        return False
+    ours, theirs = shown.stat(), source.stat()
+    if os.path.samestat(ours, theirs):
+        return True
+    return (ours.st_size, ours.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from runs import stage_folder
 from small_models import build
 from torch import nn
 
@@ -35,16 +36,14 @@ from prehab_export.config import (
 from prehab_export.data import Samples
 from prehab_export.drift import truncate_along
 from prehab_export.evaluation import evaluate, torch_predictor
-from prehab_export.pipeline import stage_keys
 from prehab_export.prehabilitation import prehab
 from prehab_export.refinement import refine
 from prehab_export.rehabilitation import rehab
-from prehab_export.session import Session
+from prehab_export.stages import STAGES
 from prehab_export.statistics import load_statistics, save_statistics
 from prehab_export.tasks import TASKS
 from prehab_export.training import frozen_copy, labelled_loss, optimise, train
 from prehab_export.truncation import truncate
-from prehab_export.workspace import Workspace
 
 FAMILIES = {"vit": "image-classification", "bert": "text-classification", "llama": "text-generation"}
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -329,24 +328,26 @@ def test_a_run_in_bfloat16_ends_in_an_exact_float32_artifact(vit_folder, tmp_pat
     assert invoke("verify", *arguments(vit_folder, output, *trained)) == 0
     model = from_pretrained(output / "artifact")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    metrics = json.loads((output / "stages" / "verify" / "verify.json").read_text())["metrics"]
+    metrics = json.loads((stage_folder(output, "verify") / "verify.json").read_text())["metrics"]
     # Both from float32 logits: under autocast they would differ by about 1e-2.
     assert metrics["compressed_pytorch"]["loss"] == pytest.approx(metrics["compressed_onnx"]["loss"], rel=1e-5)
     assert metrics["dense_pytorch"]["loss"] == pytest.approx(metrics["dense_onnx"]["loss"], rel=1e-5)
-    statistics = load_statistics(output / "stages" / "calibrate" / "statistics.safetensors")
+    statistics = load_statistics(stage_folder(output, "calibrate") / "statistics.safetensors")
     assert all(gradient.dtype == torch.float32 for gradient in statistics.gradients.values())
 
 
-def test_what_is_computed_depends_on_the_precision_and_not_on_the_device(vit_folder, tmp_path):
-    def keys(**changes):
+def test_what_is_computed_depends_on_the_precision_and_not_on_the_device(vit_folder):
+    def options(**changes):
         data = DataConfig("sklearn-digits", eval_samples=8)
         config = RunConfig(str(vit_folder), "image-classification", data, bench=BenchConfig(threads=1), **changes)
-        return stage_keys(Session(config, Workspace(tmp_path)))
+        return {name: stage.options(config) for name, stage in STAGES.items() if name != "report"}
 
-    plain = keys(device="cpu")
-    assert keys(device="auto") == keys(device="cuda:1") == plain
-    changed = keys(device="cpu", precision="bfloat16")
-    assert {name for name in plain if changed[name] == plain[name]} == {"baseline"}
+    plain = options(device="cpu")
+    assert options(device="auto") == options(device="cuda:1") == plain
+    changed = options(device="cpu", precision="bfloat16")
+    # All that follows calibration reads what it made; the dense twin does not.
+    assert {name for name in plain if changed[name] != plain[name]} == {"calibrate"}
+    assert "calibrate" not in STAGES["baseline"].parents
 
 
 def test_moments_stay_with_the_model_only_where_they_leave_room(monkeypatch):

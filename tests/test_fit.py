@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -468,6 +469,38 @@ def test_asked_again_nothing_is_measured_again(config, root, device):
     assert device == []
     assert again == first
     assert recommended(again)["measured"]["size_mb"] <= request.budget.size_mb
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"drift_correction": False},
+        {"gradient_shrinkage": 0.5},
+        pytest.param({"share_inputs": False}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_of_other_options_is_made_anew(changed, config, root, device):
+    """The same ranks under other options are another model: none of the old one's may be served."""
+    request = FitRequest(Budget(p95_ms=0.8 * fake_dense_ms(config, root)))
+    first = recommended(result_of(fit(config, root, request)))
+    other = replace(config, truncate=replace(config.truncate, **changed))
+    models = {path: path.stat().st_mtime_ns for path in root.glob("stages/fit-model-*/*")}
+    fit(other, root, request)
+    made = [path for path in root.glob("stages/fit-model-*/*") if path not in models]
+    assert made
+    assert all(path.stat().st_mtime_ns == when for path, when in models.items())
+    assert recommended(result_of(fit(config, root, request))) == first
+
+
+def fake_dense_ms(config, root):
+    return recommended(result_of(fit(config, root, FitRequest(Budget(p95_ms=1000.0)))))["measured"]["p95_ms"]
+
+
+def test_a_fit_leaves_the_saved_options_as_they_are(config, root, device):
+    saved = (root / "run.yaml").read_text()
+    fit(replace(config, calibrate=CalibrateConfig(samples=32)), root, FitRequest(Budget(p95_ms=1000.0)))
+    assert (root / "run.yaml").read_text() == saved
+    assert "objective: fisher" in saved
 
 
 def test_the_command_with_quantisation_ends_with_code_4_and_the_table(config, root, device, capsys):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import stage_folder
 from test_onnx_export import make
 from test_pipeline import invoke, vit_options
 from test_quantize import one_product
@@ -276,7 +277,7 @@ def test_a_run_keeps_the_refit_only_where_held_out_samples_gain(vit_folder, tmp_
     monkeypatch.setattr(quantization, "graph_metrics", metrics)
     options = [*vit_options(vit_folder), "-o", output, "--rank-multiple", "2", "--quantize", "int4"]
     assert invoke("quantize", *options) == 0
-    stage = output / "stages" / "quantize"
+    stage = stage_folder(output, "quantize")
     dense, compressed = json.loads((stage / "quantize.json").read_text())["graphs"]
     assert dense["refit"] is None
     refit = compressed["refit"]
@@ -287,7 +288,7 @@ def test_a_run_keeps_the_refit_only_where_held_out_samples_gain(vit_folder, tmp_
     assert refit["refitted"]["loss"] != refit["plain"]["loss"]
     assert sorted(file.name for file in (stage / "compressed").iterdir()) == [FILE_NAMES["int4"]]
     plain = tmp_path / "plain.onnx"
-    quantize_graph(output / "stages" / "export" / "model" / "onnx" / "model.onnx", plain, "int4")
+    quantize_graph(stage_folder(output, "export") / "model" / "onnx" / "model.onnx", plain, "int4")
     is_plain = plain.read_bytes() == (stage / "compressed" / FILE_NAMES["int4"]).read_bytes()
     assert is_plain == (gain < 0)
     assert open_session(stage / "compressed" / FILE_NAMES["int4"]).get_outputs()[0].name == "logits"

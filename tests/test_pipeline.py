@@ -14,6 +14,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import yaml
+from runs import has_stage, stage_folder
 
 from prehab_export import from_pretrained
 from prehab_export.cli import main
@@ -102,16 +104,28 @@ def test_the_artifact_computes_the_same_in_both_runtimes(finished):
 def test_a_second_run_does_nothing_and_a_changed_option_only_what_depends_on_it(vit_folder, tmp_path):
     output = tmp_path / "run"
     assert invoke("truncate", *vit_options(vit_folder), "-o", output) == 0
-    manifests = output / "manifests"
-    before = {path.name: path.stat().st_mtime_ns for path in manifests.glob("*.json")}
-    assert set(before) == {"calibrate.json", "truncate.json"}
+    before = made(output)
+    assert [place.partition("/")[0] for place in before] == ["calibrate", "truncate"]
     assert invoke("truncate", output) == 0
-    assert {path.name: path.stat().st_mtime_ns for path in manifests.glob("*.json")} == before
+    assert made(output) == before
     assert invoke("truncate", output, "--ratio", "0.8") == 0
-    after = {path.name: path.stat().st_mtime_ns for path in manifests.glob("*.json")}
-    assert after["calibrate.json"] == before["calibrate.json"]
-    assert after["truncate.json"] != before["truncate.json"]
-    assert json.loads((output / "stages/truncate/truncate.json").read_text())["targeted_share_removed"] >= 0.8 - 1e-9
+    after = made(output)
+    assert before.items() <= after.items()
+    assert [place.partition("/")[0] for place in after] == ["calibrate", "truncate", "truncate"]
+    assert removed_share(output) >= 0.8 - 1e-9
+    assert invoke("truncate", output, "--ratio", "0.6") == 0  # found again, not made again
+    assert made(output) == after
+    assert removed_share(output) < 0.7
+
+
+def made(output: Path) -> dict[str, int]:
+    """When each result in a run's folder was made, by stage and key."""
+    manifests = output / "manifests"
+    return {p.relative_to(manifests).as_posix(): p.stat().st_mtime_ns for p in sorted(manifests.glob("*/*.json"))}
+
+
+def removed_share(output: Path) -> float:
+    return json.loads((stage_folder(output, "truncate") / "truncate.json").read_text())["targeted_share_removed"]
 
 
 def test_too_slow_is_a_failure_when_asked(finished, tmp_path, capsys):
@@ -126,7 +140,7 @@ def test_too_slow_is_a_failure_when_asked(finished, tmp_path, capsys):
 def test_a_damaged_stage_is_done_again(vit_folder, tmp_path):
     output = tmp_path / "run"
     assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 0
-    statistics = output / "stages/calibrate/statistics.safetensors"
+    statistics = stage_folder(output, "calibrate") / "statistics.safetensors"
     whole = hashes(statistics.parent)
     statistics.write_bytes(statistics.read_bytes()[:-8])
     assert invoke("calibrate", output) == 0
@@ -248,7 +262,7 @@ def test_adapter_is_merged_before_anything_else(vit_folder, tmp_path):
     output = tmp_path / "run"
     assert invoke("truncate", *vit_options(vit_folder), "-o", output, "--adapter", tmp_path / "lora") == 0
     plain = AutoModelForImageClassification.from_pretrained(vit_folder).state_dict()
-    merged = AutoModelForImageClassification.from_pretrained(output / "stages/merge/model").state_dict()
+    merged = AutoModelForImageClassification.from_pretrained(stage_folder(output, "merge") / "model").state_dict()
     changed = {name for name, value in plain.items() if not torch.equal(value, merged[name])}
     assert changed
     assert all(name.split(".")[-2] in ("q_proj", "fc1") for name in changed)
@@ -395,9 +409,8 @@ def test_two_runs_in_one_folder_are_refused(vit_folder, tmp_path, capsys):
 def killed_at(stage: str, arguments: list[str], output: Path) -> None:
     """Start a run and SIGKILL its whole process group as soon as the stage has begun to write."""
     process = subprocess.Popen(command(*arguments), start_new_session=True, stderr=subprocess.DEVNULL)
-    begun = [output / "stages" / f"{stage}.partial", output / f"{stage}.partial"]
-    done = output / "manifests" / f"{stage}.json"
-    while process.poll() is None and not any(path.exists() for path in begun) and not done.exists():
+    begun, done = output / "stages" / stage, output / "manifests" / stage
+    while process.poll() is None and not begun.exists() and not done.exists():
         time.sleep(0.002)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
@@ -438,9 +451,11 @@ def test_leftovers_of_a_kill_are_cleared_and_foreign_folders_kept(vit_folder, tm
     assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 0
     (output / "run.yaml.partial").write_text("half")
     (output / "manifests" / "x.json.partial").write_text("half")
-    (output / "stages" / "truncate.partial").mkdir()
+    (output / "stages" / "truncate" / "0123.partial").mkdir(parents=True)
+    (output / ".kit-abc").mkdir()
     assert invoke("calibrate", output) == 0
     assert not list(output.rglob("*.partial"))
+    assert not (output / ".kit-abc").exists()
     foreign = tmp_path / "cluster"
     (foreign / "manifests").mkdir(parents=True)
     (foreign / "manifests" / "deployment.yaml").write_text("kind: Deployment")
@@ -448,13 +463,163 @@ def test_leftovers_of_a_kill_are_cleared_and_foreign_folders_kept(vit_folder, tm
     assert (foreign / "manifests" / "deployment.yaml").is_file()
 
 
-def test_stages_of_other_options_are_withdrawn(finished, vit_folder, tmp_path):
+def test_results_of_other_options_are_out_of_sight_and_found_again(finished, tmp_path):
+    """Hours of prehab must not be lost to an option that is tried and taken back."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    assert (output / "stages/prehab/prehab.json").is_file()
+    before, artifact, report = made(output), hashes(output / "artifact"), hashes(output / "report")
     assert invoke("truncate", output, "--prehab-steps", "0") == 0
-    assert not (output / "stages/prehab").exists()
+    assert not has_stage(output, "prehab")
     assert not (output / "artifact").exists()
+    assert not (output / "report").exists()
+    assert (output / "baseline" / "onnx" / "model.onnx").is_file()  # asks for no prehab
+    assert len(made(output)) == len(before) + 1
+    assert invoke("report", output, "--prehab-steps", "4") == 0
+    assert len(made(output)) == len(before) + 1
+    assert hashes(output / "artifact") == artifact
+    assert hashes(output / "report") == report
+
+
+def test_work_done_again_that_comes_out_the_same_leaves_the_rest_valid(finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    before, artifact = made(output), hashes(output / "artifact")
+    assert invoke("truncate", output, "--force") == 0
+    again = {place for place, when in made(output).items() if before[place] != when}
+    assert [place.partition("/")[0] for place in again] == ["truncate"]
+    assert hashes(output / "artifact") == artifact
+    assert (output / "report" / "report.md").is_file()
+
+
+def test_what_follows_work_that_came_out_otherwise_is_done_again(vit_folder, tmp_path, monkeypatch):
+    """The artifact must be of the cut that the report quotes."""
+    import prehab_export.stages as stages
+
+    output = tmp_path / "run"
+    options = [*vit_options(vit_folder), "-o", output]
+    assert invoke("verify", *options) == 0
+    artifact, original = hashes(output / "artifact"), stages._compressed
+
+    def otherwise(session, model, statistics):
+        result = original(session, model, statistics)
+        for pair in result.truncation.factors.values():
+            pair.up.mul_(0.5)
+        return result
+
+    monkeypatch.setattr(stages, "_compressed", otherwise)
+    assert invoke("truncate", *options, "--force") == 0
+    assert not (output / "artifact").exists()
+    monkeypatch.setattr(stages, "_compressed", original)
+    assert invoke("verify", *options) == 0
+    assert hashes(output / "artifact")["model.safetensors"] != artifact["model.safetensors"]
+    cut, exported = (from_pretrained(stage_folder(output, stage) / "model") for stage in ("truncate", "export"))
+    assert all(torch.equal(value, exported.state_dict()[name]) for name, value in cut.state_dict().items())
+
+
+@pytest.mark.parametrize("changed", [["--refine-steps", "2"], ["--refine-batch-size", "4"], ["--new-tokens", "3"]])
+def test_refinement_costs_no_stage_before_it(changed, finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    before = made(output)
+    assert invoke("refine", output, *changed) == 0
+    new = {place.partition("/")[0] for place in made(output).keys() - before.keys()}
+    assert new == ({"refine"} if changed[0] == "--refine-steps" else set())
+
+
+def test_clean_removes_what_no_current_option_needs(finished, tmp_path, capsys):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    artifact = hashes(output / "artifact")
+    assert invoke("truncate", output, "--ratio", "0.8") == 0
+    assert invoke("report", output, "--ratio", "0.6") == 0
+    (output / "stages" / "fit-model-abc" / "0123").mkdir(parents=True)
+    (output / "stages" / "fit-model-abc" / "0123" / "model.onnx").write_bytes(b"0" * 1000)
+    before = made(output)
+    capsys.readouterr()
+    assert invoke("clean", output, "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {row["stage"] for row in told} == {"prehab", "truncate", "fit-model-abc"}  # prehab knows the ratio
+    assert {row["bytes"] for row in told if row["stage"] == "fit-model-abc"} == {1000}
+    assert made(output) == before
+    assert invoke("clean", output) == 0
+    assert "freed" in capsys.readouterr().out
+    assert not (output / "stages" / "fit-model-abc").exists()
+    assert len(made(output)) == len(before) - 2
+    assert hashes(output / "artifact") == artifact
+    assert invoke("report", output) == 0
+    assert len(made(output)) == len(before) - 2
+    assert invoke("clean", output) == 0
+    assert "nothing to remove" in capsys.readouterr().out
+    assert invoke("clean", tmp_path) == 2
+
+
+def test_saved_options_can_be_taken_back(vit_folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    given = ["--quantize", "int4", "--include", "*mlp*", "--ratio", "0.5"]
+    assert invoke("calibrate", *vit_options(vit_folder), "-o", output, *given) == 0
+    saved = yaml.safe_load((output / "run.yaml").read_text())
+    assert saved["truncate"]["rank_multiple"] is None  # what int4 asks for is not the user's word
+    assert invoke("calibrate", output, "--unset", "quantize", "--unset", "include") == 0
+    saved = yaml.safe_load((output / "run.yaml").read_text())
+    assert (saved["quantize"], saved["calibrate"]["include"], saved["truncate"]["ratio"]) == ([], [], 0.5)
+    assert invoke("calibrate", output, "--unset", "quantise") == 2
+    assert "did you mean quantize" in capsys.readouterr().err
+    assert invoke("calibrate", output, "--unset", "task") == 2
+    assert "--task is not given" in capsys.readouterr().err
+
+
+def test_export_tells_of_the_compressed_model_first(finished, capsys):
+    assert invoke("export", finished, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    report = json.loads((finished / "report" / "report.json").read_text())
+    assert {key: told[key] for key in report["export"]} == report["export"]
+    assert told["baseline"] == report["baseline"]
+    assert told["bytes"] != told["baseline"]["bytes"]
+
+
+@pytest.mark.parametrize("kind", ["python", "safetensors"])
+def test_a_disk_that_fills_is_a_sentence_and_leaves_nothing_half_done(kind, vit_folder, tmp_path, monkeypatch, capsys):
+    """The device that is always full stands in for the disk; a library of another language hands its words on."""
+    from safetensors import SafetensorError
+
+    import prehab_export.stages as stages
+
+    output = tmp_path / "run"
+
+    def full(statistics, path):
+        path.write_bytes(b"half of it")
+        try:
+            with open("/dev/full", "wb", buffering=0) as file:
+                file.write(b"moments")
+        except OSError as error:
+            if kind == "python":
+                raise
+            words = f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
+        raise SafetensorError(words)
+
+    monkeypatch.setattr(stages, "save_statistics", full)
+    assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 6
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert "Free some space" in error
+    assert "Traceback" not in error
+    assert not list(output.rglob("*.partial"))
+    assert made(output) == {}
+    monkeypatch.undo()
+    assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 0
+
+
+def test_files_that_were_not_touched_are_not_read_again(finished, tmp_path, monkeypatch):
+    """A verb on a large run must not read every stage, nor the model, from end to end."""
+    from prehab_export import files
+
+    output = tmp_path / "run"
+    shutil.copytree(finished, output, copy_function=shutil.copy)  # with new times: read once, then remembered
+    assert invoke("report", output) == 0
+    read = []
+    monkeypatch.setattr(files, "sha256_of", lambda path: read.append(path) or "")
+    assert invoke("report", output) == 0
+    assert read == []
 
 
 def test_help_loads_nothing_heavy():

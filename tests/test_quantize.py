@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from runs import stage_folder
 from test_onnx_export import feed_of, make, relative
 from test_pipeline import TEXT, invoke, vit_options
 
@@ -164,7 +165,7 @@ def test_a_text_run_with_blocks(bert_folder, reviews, tmp_path, monkeypatch):
         invoke("quantize", bert_folder, *options, *TEXT, "-o", output, "--quantize", "int4", "--rank-multiple", "2")
         == 0
     )
-    rows = json.loads((output / "stages" / "quantize" / "quantize.json").read_text())["graphs"]
+    rows = json.loads((stage_folder(output, "quantize") / "quantize.json").read_text())["graphs"]
     assert [row["model"] for row in rows] == ["dense", "compressed"]
 
 
@@ -173,7 +174,7 @@ def test_ranks_fill_their_blocks_unless_told_otherwise():
         config = RunConfig(
             "m", "text-generation", DataConfig("d"), truncate=TruncateConfig(rank_multiple=own), quantize=modes
         )
-        return config.truncate.rank_multiple
+        return config.cut.multiple
 
     assert multiple() == multiple("int8", "float16") == 1
     assert multiple("int4") == multiple("int8", "int8-blocks") == BLOCK

@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import stage_folder
 from test_allocation import spectrum_losses
 from test_pipeline import invoke, vit_options
 
@@ -117,7 +118,7 @@ def test_a_run_within_a_budget_of_latency(vit_folder, tmp_path, own_cache, monke
     options = [*vit_options(vit_folder), "-o", output, "--budget", "latency:0.5"]
     assert invoke("run", *options, "--prehab-steps", "2", "--no-prehab-guard") == 0
     report = json.loads((output / "report" / "report.json").read_text())
-    times = json.loads((output / "stages" / "times" / "times.json").read_text())
+    times = json.loads((stage_folder(output, "times") / "times.json").read_text())
     assert report["truncate"]["predicted_latency"] <= 0.5 + 1e-9
     # Here time is parameters, so that the share of one is the share of the other.
     kept = 1 - report["truncate"]["targeted_share_removed"]
@@ -151,5 +152,5 @@ def test_bad_budgets(vit_folder, tmp_path, flags, words, capsys):
 
 def test_refinement_has_a_verb(vit_folder, tmp_path, capsys):
     assert invoke("refine", *vit_options(vit_folder), "-o", tmp_path / "run", "--refine-steps", "2") == 0
-    facts = json.loads((tmp_path / "run" / "stages" / "refine" / "refine.json").read_text())
+    facts = json.loads((stage_folder(tmp_path / "run", "refine") / "refine.json").read_text())
     assert len(facts["history"]) == 2

@@ -9,7 +9,15 @@ from click.testing import CliRunner
 from converters.errors import InputError
 from prehab_export import sweep
 from prehab_export.cli import cli
-from prehab_export.config import CalibrateConfig, DataConfig, RefineConfig, RefineSchedule, RunConfig, TruncateConfig
+from prehab_export.config import (
+    CalibrateConfig,
+    DataConfig,
+    RefineConfig,
+    RefineSchedule,
+    RunConfig,
+    TruncateConfig,
+    to_yaml,
+)
 from prehab_export.pipeline import run
 
 
@@ -45,11 +53,11 @@ def test_a_row_for_every_method_and_ratio_with_table_and_plot(swept):
 
 def test_a_second_call_computes_only_what_is_missing(config, swept):
     root = swept.parent
-    rows = {path.parent.name: path for path in root.glob("stages/sweep-*/row.json")}
+    rows = {path.parent.parent.name: path for path in root.glob("stages/sweep-*/*/row.json")}
     before = {name: path.stat().st_mtime_ns for name, path in rows.items()}
     rows["sweep-drift-0.5"].unlink()
     sweep(config, root, ["svd", "drift", "refined"], [0.5, 0.8, 0.9])
-    after = {path.parent.name: path.stat().st_mtime_ns for path in root.glob("stages/sweep-*/row.json")}
+    after = {path.parent.parent.name: path.stat().st_mtime_ns for path in root.glob("stages/sweep-*/*/row.json")}
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed == {"sweep-drift-0.5", "sweep-svd-0.9", "sweep-drift-0.9", "sweep-refined-0.9"}
     assert len(json.loads((root / "sweep" / "sweep.json").read_text())["rows"]) == 9
@@ -65,6 +73,26 @@ def test_the_sweep_agrees_with_a_run(config, swept, tmp_path):
     workspace = run(alone, tmp_path / "run", until="artifact")
     metrics = workspace.read_json("verify", "verify.json")["metrics"]["compressed_pytorch"]
     assert metrics["loss"] == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_a_sweep_leaves_the_run_beside_it_as_it_is(config, tmp_path):
+    """Options, what is shown, and what the next verb finds: a sweep goes through ratios of its own."""
+    mine = replace(config, truncate=TruncateConfig(ratio=0.7, objective="activation"), refine=RefineConfig())
+    run(mine, tmp_path, until="artifact")
+    saved, card = (tmp_path / "run.yaml").read_text(), (tmp_path / "artifact" / "README.md").read_text()
+    current = (tmp_path / "manifests" / "current.json").read_text()
+    sweep(replace(mine, calibrate=CalibrateConfig(samples=32)), tmp_path, ["svd", "fisher"], [0.5])
+    assert (tmp_path / "run.yaml").read_text() == saved
+    assert (tmp_path / "manifests" / "current.json").read_text() == current
+    assert (tmp_path / "artifact" / "README.md").read_text() == card
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("manifests/*/*.json")}
+    run(mine, tmp_path, until="artifact")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("manifests/*/*.json")} == before
+
+
+def test_a_sweep_in_a_new_folder_saves_what_was_asked_for(config, tmp_path):
+    sweep(config, tmp_path, ["svd"], [0.5])
+    assert (tmp_path / "run.yaml").read_text() == to_yaml(config)
 
 
 def test_wrong_input(config, tmp_path):

@@ -4,11 +4,12 @@ import json
 import math
 
 import pytest
+from runs import stage_folder
 from test_pipeline import invoke, vit_options
 
 
 def facts(output, stage):
-    return json.loads((output / "stages" / stage / f"{stage}.json").read_text())
+    return json.loads((stage_folder(output, stage) / f"{stage}.json").read_text())
 
 
 def test_lambda_is_found_by_trials_within_the_budget(vit_folder, tmp_path):
@@ -37,7 +38,7 @@ def test_refinement_is_reported_and_used(vit_folder, tmp_path):
     assert result["samples"] > 32  # of the calibration sample: it draws from all training inputs
     report = (tmp_path / "report" / "report.md").read_text()
     assert "## Refinement" in report
-    verified = json.loads((tmp_path / "stages" / "verify" / "verify.json").read_text())
+    verified = json.loads((stage_folder(tmp_path, "verify") / "verify.json").read_text())
     assert verified["compressed"]["reload"]["tensors"] > 0
 
 

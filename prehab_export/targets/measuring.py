@@ -22,7 +22,7 @@ from prehab_export.targets.local import matrix, measure_locally
 from prehab_export.targets.remote import measure_remotely
 from prehab_export.targets.results import FOLDER, Json, read_results
 from prehab_export.targets.shell import Shell, adb, ssh
-from prehab_export.workspace import write_json
+from prehab_export.workspace import KITS, write_json
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
         if target.name.startswith("kit:"):
             folder = Path(target.name.removeprefix("kit:"))
             return _kit(session, folder, target).folder
-        with tempfile.TemporaryDirectory(dir=session.workspace.root, prefix=".kit-") as own:
+        with tempfile.TemporaryDirectory(dir=session.workspace.root, prefix=KITS.rstrip("*")) as own:
             kit = _kit(session, Path(own, "kit"), target)
             if target.by_hand:
                 return _by_hand(session, kit, target)
@@ -115,8 +115,8 @@ def keep_results(session: Session, results: Json, name: str) -> Path:
     part = file.with_suffix(".partial")
     write_json(part, results)
     os.replace(part, file)
-    if session.workspace.manifest("report") is not None:
-        bring_up_to_date(session, "report", redo=("report",))
+    if session.workspace.has("report"):
+        bring_up_to_date(session, "report")
     return file
 
 
