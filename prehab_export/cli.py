@@ -314,7 +314,7 @@ def _benched_elsewhere(model: str | None, flags: dict[str, Any]) -> bool:
         return True
     from prehab_export.targets.table import print_results
 
-    results = json.loads(place.read_text())
+    results = json.loads(place.read_text(encoding="utf-8"))
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:
@@ -390,8 +390,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no options; its shape is that of a saved run.yaml")
@@ -453,7 +453,7 @@ def sweep(model: str | None, ratios: tuple[float, ...], methods: tuple[str, ...]
     from prehab_export.sweeping import sweep as run_sweep
 
     folder = run_sweep(config, output, methods, ratios)
-    result = json.loads((folder / "sweep.json").read_text())
+    result = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
@@ -512,7 +512,7 @@ def fit(model: str | None, target: str, python: str, threads: tuple[int, ...], *
 def _show_fit(folder: Path, as_json: bool) -> None:
     from prehab_export.fit_report import print_fit
 
-    result = json.loads((folder / "fit.json").read_text())
+    result = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:

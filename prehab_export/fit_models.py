@@ -75,7 +75,10 @@ class FitModels:
         session, cut = self.session, self.session.config.truncate
         options = {"shrinkage": cut.gradient_shrinkage, "share_inputs": cut.share_inputs}
         folder = self.stage("fit-spectra", options, self._write_spectra)
-        tensors, index = load_file(folder / "losses.safetensors"), json.loads((folder / "index.json").read_text())
+        tensors, index = (
+            load_file(folder / "losses.safetensors"),
+            json.loads((folder / "index.json").read_text(encoding="utf-8")),
+        )
         empty = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
         shapes = {name: dense_weight(layer).shape for name, layer in session.layers(empty).items()}
         losses = {tuple(names): tensors[str(at)] for at, names in enumerate(index)}
@@ -139,7 +142,7 @@ class FitModels:
         name = f"fit-{split}-{slug_of(plan)}-{mode}"
         options = plan_facts(plan) | {"mode": mode, "split": split}
         folder = self.stage(name, options, partial(self._evaluate, plan, mode, split))
-        return Metrics(**json.loads((folder / "metrics.json").read_text()))
+        return Metrics(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
 
     def _evaluate(self, plan: Plan, mode: str, split: str, folder: Path) -> None:
         session = self.session.on_cpu

@@ -115,7 +115,7 @@ class _Fit:
             "anchors": [anchor.slug for anchor in anchors],
         }
         folder = self.models.stage("fit-probe", options, partial(self._probe, anchors, tokens))
-        told = json.loads((folder / "probe.json").read_text())
+        told = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
         probes = [LayerProbe(**row | {"shape": tuple(row["shape"]), "graph": Path()}) for row in told["layers"]]
         reference = self.models.metrics(self.dense, FLOAT32, "held-out").loss
         penalties = {mode: self.models.metrics(self.dense, mode, "held-out").loss - reference for mode in self.modes}
@@ -226,7 +226,9 @@ class _Fit:
 
         # A stage for each set of them, so that one budget does not undo what was measured for another.
         name = hashlib.sha256(json.dumps([threads, list(models)]).encode()).hexdigest()[:10]
-        return json.loads((self.models.stage(f"fit-finalists-{name}", options, work) / "results.json").read_text())
+        return json.loads(
+            (self.models.stage(f"fit-finalists-{name}", options, work) / "results.json").read_text(encoding="utf-8")
+        )
 
     def _figures(self, candidate: Candidate, results: Sequence[Row]) -> Figures:
         wanted = (_slug(candidate), candidate.setup.threads)

@@ -54,7 +54,7 @@ def _cpu_model() -> str | None:
     """A readable processor or board name; ARM Linux has no "model name", its board does."""
     if platform.system() == "Darwin":
         asked = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, encoding="utf-8", check=False
         )
         return asked.stdout.strip() or None
     board = _text(Path("/proc/device-tree/model"))
@@ -120,6 +120,6 @@ def _cgroup_folders(controller: str) -> Iterator[Path]:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text().strip("\0 \n") or None
+        return path.read_text(encoding="utf-8").strip("\0 \n") or None
     except (OSError, UnicodeDecodeError):
         return None

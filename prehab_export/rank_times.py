@@ -110,7 +110,7 @@ def measure_rank_times(
         copies = max(1, min(count, MOST_BYTES // (4 * m * n)))
         file = None if cache is None else cache / f"{_key(m, n, copies, setting)}.json"
         if file is not None and file.is_file():
-            values = json.loads(file.read_text())
+            values = json.loads(file.read_text(encoding="utf-8"))
             curve = Curve(values["dense"], tuple(values["ranks"]), tuple(values["seconds"]))
         else:
             curve = _measured(m, n, copies, setting)
@@ -209,6 +209,6 @@ def _key(m: int, n: int, copies: int, setting: Setting) -> str:
 
 def _keep(file: Path, curve: Curve) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as part:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, suffix=".tmp", delete=False) as part:
         json.dump(asdict(curve), part)
     os.replace(part.name, file)

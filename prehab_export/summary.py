@@ -17,11 +17,11 @@ from prehab_export.workspace import Workspace
 def result_of(workspace: Workspace, until: str) -> dict[str, Any]:
     """The JSON that the stage left: of ``report`` all there is."""
     if until == "report":
-        return json.loads((workspace.folder("report") / "report.json").read_text())
+        return json.loads((workspace.folder("report") / "report.json").read_text(encoding="utf-8"))
     stage = "verify" if until == "artifact" else until
     if workspace.manifest(stage) is None:
         return {"stage": stage, "skipped": True}
-    return json.loads((workspace.folder(stage) / STAGE_FACTS[stage]).read_text())
+    return json.loads((workspace.folder(stage) / STAGE_FACTS[stage]).read_text(encoding="utf-8"))
 
 
 def print_summary(workspace: Workspace, until: str) -> None:

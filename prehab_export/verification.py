@@ -40,7 +40,7 @@ def verify(session: Session) -> dict[str, Any]:
         "compressed": {"reload": reload, "onnx": _check_graph(session, export, exported)},
         "dense": {"onnx": _check_graph(session, baseline, dense)},
         "metrics": {
-            "dense_pytorch": json.loads((baseline / "metrics.json").read_text()),
+            "dense_pytorch": json.loads((baseline / "metrics.json").read_text(encoding="utf-8")),
             "dense_onnx": asdict(graph_metrics(session, dense, "dense model, ONNX Runtime")),
             "compressed_pytorch": asdict(compressed_pytorch),
             "compressed_onnx": asdict(graph_metrics(session, exported, "compressed model, ONNX Runtime")),
@@ -106,10 +106,10 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "prehab_export.verification", str(answer_path)],
         input=json.dumps(request),
-        text=True,
+        encoding="utf-8",
         check=False,
     )
-    answer = json.loads(answer_path.read_text()) if answer_path.is_file() else {}
+    answer = json.loads(answer_path.read_text(encoding="utf-8")) if answer_path.is_file() else {}
     if "parity_error" in answer:
         raise ParityError(answer["parity_error"])
     if "input_error" in answer:

@@ -5,7 +5,6 @@ hash over the stage's options and the keys of the stages before it, so a changed
 on it and nothing else. A killed run leaves at most a ``.partial`` folder, which the next run clears away.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from converters.errors import InputError
 from prehab_export.files import sha256_of
@@ -81,24 +82,25 @@ class Workspace:
         Raises:
             InputError: another process is working in the folder.
         """
-        with (self.root / "manifests" / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another run is working in {self.root}; wait for it or take another folder"
-                ) from error
+        lock = FileLock(self.root / "manifests" / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(f"another run is working in {self.root}; wait for it or take another folder") from error
+        try:
             for place in ("", "stages/", "manifests/"):
                 for stale in self.root.glob(f"{place}*.partial"):
                     shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
             yield
+        finally:
+            lock.release()
 
     def folder(self, stage: str) -> Path:
         return self.root / stage if stage in PUBLIC else self.root / "stages" / stage
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         path = self._manifest_path(stage)
-        return json.loads(path.read_text()) if path.is_file() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def is_current(self, stage: str, key: str) -> bool:
         """Whether the stage's output was made under this key and is still, byte for byte, what was written."""
@@ -146,7 +148,7 @@ class Workspace:
             shutil.rmtree(self.folder(stage))
 
     def read_json(self, stage: str, name: str) -> Any:
-        return json.loads((self.folder(stage) / name).read_text())
+        return json.loads((self.folder(stage) / name).read_text(encoding="utf-8"))
 
     def save_options(self, text: str) -> None:
         _write_atomically(self.root / OPTIONS_FILE, text)
@@ -156,7 +158,7 @@ class Workspace:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
@@ -175,5 +177,5 @@ def check_disk_space(folder: Path, needed: int) -> None:
 
 def _write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -67,6 +67,32 @@ def test_every_public_name_is_what_it_says_and_documented():
     )
 
 
+def _opens_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes text that Python would have to guess the encoding of."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    given = {keyword.arg for keyword in call.keywords}
+    owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+    if "encoding" in given or (isinstance(owner, ast.Name) and owner.id[0].isupper()):  # Workspace.open, Image.open
+        return False
+    if name in ("read_text", "write_text"):
+        return True
+    modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+    if name in ("fdopen", "NamedTemporaryFile") or (name == "open" and set("".join(modes)) <= set("rwax+t")):
+        return not any("b" in mode for mode in modes) and (name != "NamedTemporaryFile" or bool(modes))
+    return bool(given & {"text", "universal_newlines"})  # of a child's pipes
+
+
+def test_every_text_has_an_encoding():
+    """What is not said is guessed from the system: UTF-8 here, something else on Windows."""
+    found = [
+        f"{name}:{node.lineno}"
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and _opens_text(node)
+    ]
+    assert not found
+
+
 def test_no_pickle():
     for name, path in modules().items():
         text = path.read_text()

@@ -277,7 +277,7 @@ def find_web(given: Path | None) -> Path:
     done = subprocess.run(
         ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(place), package],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     if done.returncode != 0 or not (folder / WEB_ENTRY).is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()]

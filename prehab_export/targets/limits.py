@@ -67,7 +67,13 @@ def run_limited(command: Sequence[str], limits: Limits, timeout_s: float | None 
 
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, preexec_fn=prepare
+                command,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=timeout_s,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=prepare,
             )
         except subprocess.TimeoutExpired as error:
             raise InputError(f"it took longer than {timeout_s:.0f} s within the limits") from error
@@ -88,10 +94,10 @@ def _memory_limit(megabytes: float | None) -> Iterator[tuple]:
         yield "RLIMIT_DATA", lambda: resource.setrlimit(resource.RLIMIT_DATA, (size, size))
         return
     try:
-        yield "cgroup", lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield "cgroup", lambda: (group / "cgroup.procs").write_text(str(os.getpid()), encoding="utf-8")
     finally:
         with suppress(OSError):
-            (group / "cgroup.kill").write_text("1")
+            (group / "cgroup.kill").write_text("1", encoding="utf-8")
         with suppress(OSError):
             group.rmdir()
 
@@ -101,7 +107,7 @@ def _new_cgroup(size: int) -> Path | None:
     try:
         own = next(
             line.partition("::")[2].strip("/")
-            for line in Path("/proc/self/cgroup").read_text().splitlines()
+            for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
             if line.startswith("0::")
         )
         group = Path(tempfile.mkdtemp(dir=CGROUPS / own, prefix="prehab-export-"))
@@ -110,8 +116,8 @@ def _new_cgroup(size: int) -> Path | None:
     try:
         if not (group / "memory.max").is_file():  # no cgroup file system, or one without the memory controller
             raise FileNotFoundError(group)
-        (group / "memory.max").write_text(str(size))
-        (group / "memory.swap.max").write_text("0")
+        (group / "memory.max").write_text(str(size), encoding="utf-8")
+        (group / "memory.swap.max").write_text("0", encoding="utf-8")
     except OSError:
         group.rmdir()
         return None

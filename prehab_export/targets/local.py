@@ -75,7 +75,7 @@ def _cell(kit: Kit, slug: str, threads: int, limits: Limits) -> tuple[Json, str 
         ended = run_limited([*_command(kit), *own], limits)
         if ended.code != 0:
             return {"runs": False, "p50_ms": None, "p95_ms": None}, ended.kind
-        rows = json.loads(out.read_text())["cases"]
+        rows = json.loads(out.read_text(encoding="utf-8"))["cases"]
     slowest = max(rows, key=lambda row: row["p50_ms"])
     return {"runs": True, "p50_ms": slowest["p50_ms"], "p95_ms": slowest["p95_ms"]}, ended.kind
 

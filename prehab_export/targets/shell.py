@@ -57,6 +57,7 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
             errors="replace",
         )
         errors: list[str] = []
@@ -98,11 +99,13 @@ class Shell:
         """
         part, place = shlex.quote(f"{target}.part"), shlex.quote(target)
         if self.push is not None:
-            done = subprocess.run(self.push(str(source), f"{target}.part"), capture_output=True, text=True)
+            done = subprocess.run(self.push(str(source), f"{target}.part"), capture_output=True, encoding="utf-8")
         else:
             with source.open("rb") as file:
                 line = [*self.prefix, f"cat > {part}"]
-                done = subprocess.run(line, stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                done = subprocess.run(
+                    line, stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8"
+                )
         self._expect(self._judged(done.returncode, "", done.stderr), f"{source.name} could not be copied")
         self._expect(self.run(f"mv {part} {place}"), f"{source.name} could not be copied")
 
@@ -111,12 +114,12 @@ class Shell:
         TargetError: it is not there, or the connection was lost.
         """
         if self.pull is not None:
-            done = subprocess.run(self.pull(source, str(target)), capture_output=True, text=True)
+            done = subprocess.run(self.pull(source, str(target)), capture_output=True, encoding="utf-8")
             self._expect(self._judged(done.returncode, "", done.stderr), f"{source} could not be fetched")
             return
         code, output, errors = self.run(f"cat {shlex.quote(source)}")
         self._expect((code, output, errors), f"{source} could not be fetched")
-        target.write_text(output)
+        target.write_text(output, encoding="utf-8")
 
     def _judged(self, code: int, output: str, errors: str) -> tuple[int, str, str]:
         unplugged = self.push is not None and code != 0 and any(text in errors.lower() for text in _UNPLUGGED)
@@ -202,7 +205,7 @@ def adb(serial: str | None) -> Iterator[Shell]:
     if shutil.which("adb") is None:
         raise InputError("there is no adb here; install Android's platform tools and allow USB debugging")
     base = ["adb", *([] if serial is None else ["-s", serial])]
-    state = subprocess.run([*base, "get-state"], capture_output=True, text=True)
+    state = subprocess.run([*base, "get-state"], capture_output=True, encoding="utf-8")
     if state.returncode != 0 or state.stdout.strip() != "device":
         said = _last_line(state.stderr) or state.stdout.strip()
         raise TargetError(f"adb reaches no device: {said}; connect it and allow debugging")
