@@ -569,7 +569,8 @@ def _end(number: int, _: object) -> None:
 def _tidy_ends() -> Iterator[None]:
     """A polite kill, or a terminal that is closed, unwinds as an error does: what was started is ended, what is half
     written is taken away. Whoever has these signals ignored, as nohup does, keeps that."""
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    numbers = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, _end)
     try:

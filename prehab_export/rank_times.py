@@ -24,6 +24,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from converters.onnx.session import session_options
+from prehab_export import files
 from prehab_export.allocation import break_even
 from prehab_export.machine import machine_facts
 
@@ -124,8 +125,7 @@ def measure_rank_times(
 
 def cache_folder() -> Path:
     """Where measurements are kept for later runs."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prehab-export" / "rank-times"
+    return files.cache_folder() / "rank-times"
 
 
 def grid(m: int, n: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from converters.folder import from_pretrained
 from converters.onnx.session import open_session
+from prehab_export.children import environment, python_module
 from prehab_export.config import RunConfig, from_dict
 from prehab_export.data import Samples
 from prehab_export.errors import InputError, ParityError
@@ -104,7 +105,8 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
     request = {"config": asdict(session.config), "output": str(session.workspace.root)}
     answer_path = folder / "verify.json"
     process = subprocess.run(
-        [sys.executable, "-m", "prehab_export.verification", str(answer_path)],
+        python_module("prehab_export.verification", str(answer_path)),
+        env=environment(),
         input=json.dumps(request),
         encoding="utf-8",
         check=False,

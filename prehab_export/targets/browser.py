@@ -8,7 +8,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,8 +22,8 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from converters.errors import InputError
+from prehab_export.children import dies_with_us, end_with_all_of_it
 from prehab_export.errors import ParityError, TargetError
-from prehab_export.targets.children import dies_with_us
 from prehab_export.targets.kit import Kit
 from prehab_export.targets.results import Json, check_results
 
@@ -211,9 +210,7 @@ def _chromium(command: str, address: str) -> Iterator[subprocess.Popen]:
         try:
             yield process
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_with_all_of_it(process)
 
 
 def serve_by_hand(

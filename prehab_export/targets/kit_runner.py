@@ -235,10 +235,8 @@ def own_peak(model, cases, threads):
     for case in cases:
         for _ in range(2):
             request(session, arrays(case["inputs"]), case["new_tokens"])
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return ""
+    peak = kilobytes(first_of("/proc/self/status", ("VmHWM",)))
+    return "" if peak is None else peak
 
 
 # ---- the machine

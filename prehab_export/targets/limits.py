@@ -6,7 +6,6 @@ allocation beyond it fails (getrlimit(2), Linux 4.7 on). The two do not mean the
 """
 
 import os
-import resource
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import InputError
-from prehab_export.targets.children import dies_with_us
+from prehab_export.children import dies_with_us, environment
+from prehab_export.machine import usable_cores
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -25,7 +30,7 @@ class Limits:
     """cores: those to run on; None for all. memory_mb: 10⁶ bytes; None for no limit.
 
     Raises:
-        InputError: a core that this process may not use, or no memory.
+        InputError: a core that this process may not use, no memory, or a system that has no such limits.
     """
 
     cores: tuple[int, ...] | None = None
@@ -34,10 +39,19 @@ class Limits:
     def __post_init__(self) -> None:
         if self.memory_mb is not None and not self.memory_mb > 0:
             raise InputError(f"a memory limit of {self.memory_mb} MB leaves nothing to run in")
+        if self.memory_mb is not None and resource is None:
+            raise InputError("this system cannot limit the memory of a process; measure without --memory-limit")
         if self.cores is not None:
-            usable = os.sched_getaffinity(0)
+            if not can_pin():
+                raise InputError("this system cannot keep a process to some cores; measure without --pin-cores")
+            usable = usable_cores()
             if wrong := [core for core in self.cores if core not in usable]:
-                raise InputError(f"core {wrong[0]} is not among those of this process: {sorted(usable)}")
+                raise InputError(f"core {wrong[0]} is not among those of this process: {usable}")
+
+
+def can_pin() -> bool:
+    """Whether this system lets a process be kept to some cores."""
+    return hasattr(os, "sched_setaffinity")
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,8 @@ def run_limited(command: Sequence[str], limits: Limits, timeout_s: float | None 
     with _memory_limit(limits.memory_mb) as (kind, enter):
 
         def prepare() -> None:  # in the child, before the command
-            bind()
+            if bind is not None:
+                bind()
             if limits.cores is not None:
                 os.sched_setaffinity(0, limits.cores)
             enter()
@@ -73,7 +88,8 @@ def run_limited(command: Sequence[str], limits: Limits, timeout_s: float | None 
                 errors="replace",
                 timeout=timeout_s,
                 stdin=subprocess.DEVNULL,
-                preexec_fn=prepare,
+                env=environment(),
+                preexec_fn=prepare if limits != Limits() else bind,  # Windows takes none
             )
         except subprocess.TimeoutExpired as error:
             raise InputError(f"it took longer than {timeout_s:.0f} s within the limits") from error

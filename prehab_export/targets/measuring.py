@@ -10,6 +10,7 @@ from pathlib import Path
 
 from converters.errors import InputError
 from prehab_export.config import RunConfig
+from prehab_export.machine import usable_cores
 from prehab_export.pipeline import bring_up_to_date, opened
 from prehab_export.progress import say
 from prehab_export.quantization import graphs_of
@@ -66,7 +67,7 @@ class Target:
         self.limits()
 
     def limits(self) -> Limits:
-        usable = sorted(os.sched_getaffinity(0))
+        usable = usable_cores()
         if self.pin is not None and not 1 <= self.pin <= len(usable):
             raise InputError(f"--pin-cores must lie between 1 and {len(usable)}, the cores of this process")
         return Limits(None if self.pin is None else tuple(usable[: self.pin]), self.memory_mb)
