@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print. Nothing heavy is imported before it is needed."""
 
 import functools
+import io
 import json
 import signal
 import sys
@@ -582,6 +583,9 @@ def _tidy_ends() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors that a user can mend become one sentence and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _tidy_ends():
             code = cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)

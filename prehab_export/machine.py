@@ -58,7 +58,11 @@ def _cpu_model() -> str | None:
     """A readable processor or board name; ARM Linux has no "model name", its board does."""
     if platform.system() == "Darwin":
         asked = subprocess.run(
-            ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, encoding="utf-8", check=False
+            ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"],
+            capture_output=True,
+            encoding="utf-8",
+            env={},
+            check=False,
         )
         return asked.stdout.strip() or None
     board = _text(Path("/proc/device-tree/model"))

@@ -1,6 +1,7 @@
 """The rules of the house that a program can see."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -91,6 +92,24 @@ def test_every_text_has_an_encoding():
         if isinstance(node, ast.Call) and _opens_text(node)
     ]
     assert not found
+
+
+def test_one_door_for_child_processes():
+    """`prehab_export.children` builds their command lines and environments, so that none looks into the current folder.
+    The kit's runner stands alone, and is a file whose folder is its own."""
+    for name, path in modules().items():
+        if name == "prehab_export.targets.kit_runner":
+            continue
+        text = path.read_text(encoding="utf-8")
+        if name != "prehab_export.children":
+            assert "sys.executable" not in text, name
+            assert "shutil.which" not in text, name
+        assert not {"multiprocessing", "os.system", "os.popen"} & set(re.findall(r"\b[a-z]+(?:\.[a-z]+)?\b", text)), (
+            name
+        )
+        for node in ast.walk(ast.parse(text)):
+            starts = isinstance(node, ast.Call) and ast.unparse(node.func) in ("subprocess.run", "subprocess.Popen")
+            assert not starts or "env" in {keyword.arg for keyword in node.keywords}, f"{name}:{node.lineno}"
 
 
 def test_no_pickle():
