@@ -72,6 +72,8 @@ def _opens_text(call: ast.Call) -> bool:
     """Whether a call reads or writes text that Python would have to guess the encoding of."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     given = {keyword.arg for keyword in call.keywords}
+    if name == "open" and ast.unparse(call.func).startswith("tarfile."):
+        return False
     owner = call.func.value if isinstance(call.func, ast.Attribute) else None
     if "encoding" in given or (isinstance(owner, ast.Name) and owner.id[0].isupper()):  # Workspace.open, Image.open
         return False
