@@ -27,7 +27,9 @@ def write_genai_config(model: PreTrainedModel, folder: Path, graph: Path, inputs
     if len(shapes) != 1 or not set(layout.past) <= set(inputs):
         return False
     ((heads, width),) = shapes
-    (folder / FILE_NAME).write_text(json.dumps(_config(model, graph, inputs, heads, width), indent=2) + "\n")
+    (folder / FILE_NAME).write_text(
+        json.dumps(_config(model, graph, inputs, heads, width), indent=2) + "\n", encoding="utf-8"
+    )
     return True
 
 

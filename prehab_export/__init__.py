@@ -4,6 +4,11 @@ Every verb of the command line is an ordinary function here. Names are loaded on
 loads neither torch nor onnxruntime.
 """
 
+from prehab_export.current_folder import is_the_program, leave_current_folder
+
+if is_the_program():  # before anything else is imported, which might lie in the current folder
+    leave_current_folder()
+
 from importlib import import_module
 from typing import Any
 

@@ -1,10 +1,8 @@
 """The parent's end of a bench worker: a child process that answers JSON lines, in time or with a reason."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import tempfile
 from contextlib import suppress
 from threading import Timer
@@ -12,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from converters.errors import InputError
+from prehab_export.children import KILLED, environment, python_module
 
 WORKER = "prehab_export.bench_worker"
 _STDERR_TAIL = 2000  # characters: enough for a traceback's end
@@ -29,12 +28,12 @@ class WorkerProcess:
         self.timed_out = False
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody empties would block the worker
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            python_module(module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            encoding="utf-8",
+            env=environment(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1"),
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -97,7 +96,7 @@ class WorkerProcess:
                 "or raise the time limit"
             )
         elif code < 0:
-            reason = " (out of memory is the usual reason)" if -code == signal.SIGKILL else ""
+            reason = " (out of memory is the usual reason)" if -code == KILLED else ""
             error = InputError(f"{self.name}: the worker was killed by {signal.Signals(-code).name}{reason}")
         else:
             error = RuntimeError(f"{self.name}: the worker ended with exit code {code} before it answered")

@@ -211,7 +211,7 @@ def turn(plan: Plan, min_runs: int, min_seconds: float) -> Times:
 def resident_kb() -> dict[str, int]:
     """This process's memory in kB by kind (anonymous, file, peak); empty on systems without /proc."""
     try:
-        lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+        lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
         kb = {key: int(lines[key].split()[0]) for key in ("VmHWM", "RssAnon", "RssFile", "RssShmem")}
     except (OSError, KeyError):
         return {}
@@ -298,7 +298,7 @@ def profile(request: dict[str, Any]) -> dict[str, Any]:
         times = Times()
         for _ in range(1 + request["runs"]):  # the first plans the memory
             serve(plan, times)
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return {"phases": kernel_times(events, len(plan.steps))}
 
 
@@ -346,7 +346,7 @@ def _medians(runs: list[dict[str, list[tuple[float, int]]]]) -> list[dict[str, A
 
 def main() -> None:
     # Answers go out on a descriptor of their own: a library that prints to stdout must not garble them.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     plan: Plan | None = None
     for line in sys.stdin:

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import io
 import json
 import signal
 import sys
@@ -325,7 +326,7 @@ def _benched_elsewhere(model: str | None, flags: dict[str, Any]) -> bool:
         return True
     from prehab_export.targets.table import print_results
 
-    results = json.loads(place.read_text())
+    results = json.loads(place.read_text(encoding="utf-8"))
     if as_json:
         click.echo(json.dumps(results, indent=2))
     else:
@@ -404,8 +405,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no options; its shape is that of a saved run.yaml")
@@ -503,7 +504,7 @@ def sweep(model: str | None, ratios: tuple[float, ...], methods: tuple[str, ...]
     from prehab_export.sweeping import sweep as run_sweep
 
     folder = run_sweep(config, output, methods, ratios)
-    result = json.loads((folder / "sweep.json").read_text())
+    result = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
@@ -562,7 +563,7 @@ def fit(model: str | None, target: str, python: str, threads: tuple[int, ...], *
 def _show_fit(folder: Path, as_json: bool) -> None:
     from prehab_export.fit_report import print_fit
 
-    result = json.loads((folder / "fit.json").read_text())
+    result = json.loads((folder / "fit.json").read_text(encoding="utf-8"))
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
@@ -619,7 +620,8 @@ def _end(number: int, _: object) -> None:
 def _tidy_ends() -> Iterator[None]:
     """A polite kill, or a terminal that is closed, unwinds as an error does: what was started is ended, what is half
     written is taken away. Whoever has these signals ignored, as nohup does, keeps that."""
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    numbers = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, _end)
     try:
@@ -631,6 +633,9 @@ def _tidy_ends() -> Iterator[None]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: errors that a user can mend become one sentence and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _tidy_ends():
             code = cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)

@@ -28,7 +28,7 @@ def export_artifact(session: Session, folder: Path) -> None:
     """``model/`` (Hugging Face folder with ``onnx/model.onnx`` inside) and the reference of the model in memory."""
     model = from_pretrained(session.factored_folder(), trust_remote_code=session.config.trust_remote_code)
     # What the reloaded artifact must equal is the model that truncation or rehab held, not a copy read back from disk.
-    digests = json.loads((session.factored_folder().parent / DIGESTS).read_text())
+    digests = json.loads((session.factored_folder().parent / DIGESTS).read_text(encoding="utf-8"))
     export_model(session, model, folder, digests)
 
 

@@ -1,4 +1,4 @@
-"""Content hashes of files, remembered where a file has not been touched since."""
+"""Content hashes of files, remembered where a file has not been touched; whole files or none; the cache folder."""
 
 import hashlib
 import json
@@ -76,3 +76,9 @@ def write_text_atomically(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def cache_folder() -> Path:
+    """This program's folder for what later runs may use again: in XDG_CACHE_HOME, which must be absolute to count."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "prehab-export"

@@ -74,7 +74,10 @@ class FitModels:
         """Shapes and predicted losses; of the weights nothing is needed once these are known."""
         session, cut = self.session, self.session.config.cut
         folder = self.stage("fit-spectra", self._cut_options(), [self.calibrated], self._write_spectra)
-        tensors, index = load_file(folder / "losses.safetensors"), json.loads((folder / "index.json").read_text())
+        tensors, index = (
+            load_file(folder / "losses.safetensors"),
+            json.loads((folder / "index.json").read_text(encoding="utf-8")),
+        )
         empty = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
         shapes = {name: dense_weight(layer).shape for name, layer in session.layers(empty).items()}
         losses = {tuple(names): tensors[str(at)] for at, names in enumerate(index)}
@@ -158,7 +161,7 @@ class FitModels:
         folder = self.stage(
             name, options, [self.graph_identity(plan, mode)], partial(self._evaluate, plan, mode, split)
         )
-        return Metrics(**json.loads((folder / "metrics.json").read_text()))
+        return Metrics(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
 
     def _evaluate(self, plan: Plan, mode: str, split: str, folder: Path) -> None:
         session = self.session.on_cpu

@@ -20,7 +20,9 @@ def write_fit(result: Row, folder: Path) -> None:
     """Everything as JSON, the table as Markdown, and the plot."""
     write_json(folder / "fit.json", result)
     plot_fit(result, folder / "fit.png")
-    (folder / "fit.md").write_text(render("fit.md.j2", result | {"headings": HEADINGS, "lines": lines_of(result)}))
+    (folder / "fit.md").write_text(
+        render("fit.md.j2", result | {"headings": HEADINGS, "lines": lines_of(result)}), encoding="utf-8"
+    )
 
 
 def lines_of(result: Row) -> list[list[str]]:

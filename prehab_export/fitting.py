@@ -114,7 +114,7 @@ class _Fit:
         }
         parents = [self.models.graph_identity(plan, mode) for plan, mode in plans]
         folder = self.models.stage("fit-probe", options, parents, partial(self._probe, anchors, tokens))
-        told = json.loads((folder / "probe.json").read_text())
+        told = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
         probes = [LayerProbe(**row | {"shape": tuple(row["shape"]), "graph": Path()}) for row in told["layers"]]
         reference = self.models.metrics(self.dense, FLOAT32, "held-out").loss
         penalties = {mode: self.models.metrics(self.dense, mode, "held-out").loss - reference for mode in self.modes}
@@ -225,7 +225,9 @@ class _Fit:
             say(f"[bold]measure {len(candidates)} finalists on {self.request.target.name}")
             write_json(folder / "results.json", self._measure(models, threads, folder))
 
-        return json.loads((self.models.stage("fit-finalists", options, parents, work) / "results.json").read_text())
+        return json.loads(
+            (self.models.stage("fit-finalists", options, parents, work) / "results.json").read_text(encoding="utf-8")
+        )
 
     def _figures(self, candidate: Candidate, results: Sequence[Row]) -> Figures:
         wanted = (_slug(candidate), candidate.setup.threads)

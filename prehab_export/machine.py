@@ -45,16 +45,24 @@ def machine_facts() -> dict[str, Any]:
 
 def available_cores() -> int:
     """The cores that this process may really use: its affinity, cut by a container's CPU quota; at least 1."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # macOS has none
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, min([cores, *(int(quota) for quota in _cgroup_cpu_quotas())]))
+    return max(1, min([len(usable_cores()), *(int(quota) for quota in _cgroup_cpu_quotas())]))
+
+
+def usable_cores() -> list[int]:
+    """The numbers of the cores that this process may run on; all of them where the system knows no affinity."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # neither macOS nor Windows has it
+    return sorted(os.sched_getaffinity(0)) if has_affinity else list(range(os.cpu_count() or 1))
 
 
 def _cpu_model() -> str | None:
     """A readable processor or board name; ARM Linux has no "model name", its board does."""
     if platform.system() == "Darwin":
         asked = subprocess.run(
-            ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
+            ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"],
+            capture_output=True,
+            encoding="utf-8",
+            env={},
+            check=False,
         )
         return asked.stdout.strip() or None
     board = _text(Path("/proc/device-tree/model"))
@@ -120,6 +128,6 @@ def _cgroup_folders(controller: str) -> Iterator[Path]:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text().strip("\0 \n") or None
+        return path.read_text(encoding="utf-8").strip("\0 \n") or None
     except (OSError, UnicodeDecodeError):
         return None

@@ -85,7 +85,7 @@ def merge_lora(
             export = export_exact(model, partial / graph, task, reference, names, threads, kind)
             if task.name == "text-generation":
                 write_genai_config(model, partial, graph, export.inputs)
-        (partial / "README.md").write_text(render("merged.md.j2", facts))
+        (partial / "README.md").write_text(render("merged.md.j2", facts), encoding="utf-8")
         if output.exists():
             output.rmdir()
         partial.rename(output)

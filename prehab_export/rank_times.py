@@ -24,6 +24,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from converters.onnx.session import session_options
+from prehab_export import files
 from prehab_export.allocation import break_even
 from prehab_export.machine import machine_facts
 
@@ -110,7 +111,7 @@ def measure_rank_times(
         copies = max(1, min(count, MOST_BYTES // (4 * m * n)))
         file = None if cache is None else cache / f"{_key(m, n, copies, setting)}.json"
         if file is not None and file.is_file():
-            values = json.loads(file.read_text())
+            values = json.loads(file.read_text(encoding="utf-8"))
             curve = Curve(values["dense"], tuple(values["ranks"]), tuple(values["seconds"]))
         else:
             curve = _measured(m, n, copies, setting)
@@ -124,8 +125,7 @@ def measure_rank_times(
 
 def cache_folder() -> Path:
     """Where measurements are kept for later runs."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prehab-export" / "rank-times"
+    return files.cache_folder() / "rank-times"
 
 
 def grid(m: int, n: int) -> tuple[int, ...]:
@@ -209,6 +209,6 @@ def _key(m: int, n: int, copies: int, setting: Setting) -> str:
 
 def _keep(file: Path, curve: Curve) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as part:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, suffix=".tmp", delete=False) as part:
         json.dump(asdict(curve), part)
     os.replace(part.name, file)

@@ -37,13 +37,13 @@ def write_report(session: Session, folder: Path) -> None:
     plot_roofline(facts["bench"], folder / "roofline.png")
     if "prehab" in facts:
         plot_prehab(facts["prehab"]["history"], facts["metric"]["name"], folder / "prehab.png")
-    (folder / "report.md").write_text(render("report.md.j2", facts))
+    (folder / "report.md").write_text(render("report.md.j2", facts), encoding="utf-8")
 
 
 def write_card(session: Session, folder: Path) -> None:
     """The model card: what the model is, what compression cost, how to load it. No timings: they belong to a
     machine, and the artifact must come out the same, byte for byte, wherever a run is repeated."""
-    (folder / "README.md").write_text(render("card.md.j2", collect(session)))
+    (folder / "README.md").write_text(render("card.md.j2", collect(session)), encoding="utf-8")
 
 
 def collect(session: Session) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def collect(session: Session) -> dict[str, Any]:
     }
     for stage, name in STAGE_FACTS.items():
         if workspace.has(stage):
-            facts[stage] = json.loads((workspace.folder(stage) / name).read_text())
+            facts[stage] = json.loads((workspace.folder(stage) / name).read_text(encoding="utf-8"))
     return facts
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from converters.folder import from_pretrained
 from converters.onnx.session import open_session
+from prehab_export.children import environment, python_module
 from prehab_export.config import RunConfig, from_dict
 from prehab_export.data import Samples
 from prehab_export.errors import InputError, ParityError
@@ -40,7 +41,7 @@ def verify(session: Session) -> dict[str, Any]:
         "compressed": {"reload": reload, "onnx": _check_graph(session, export, exported, "compressed")},
         "dense": {"onnx": _check_graph(session, baseline, dense, "dense")},
         "metrics": {
-            "dense_pytorch": json.loads((baseline / "metrics.json").read_text()),
+            "dense_pytorch": json.loads((baseline / "metrics.json").read_text(encoding="utf-8")),
             "dense_onnx": asdict(graph_metrics(session, dense, "dense model, ONNX Runtime")),
             "compressed_pytorch": asdict(compressed_pytorch),
             "compressed_onnx": asdict(graph_metrics(session, exported, "compressed model, ONNX Runtime")),
@@ -104,12 +105,13 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
     request = {"config": asdict(session.config), "output": str(workspace.root), "current": workspace.current}
     answer_path = folder / "verify.json"
     process = subprocess.run(
-        [sys.executable, "-m", "prehab_export.verification", str(answer_path)],
+        python_module("prehab_export.verification", str(answer_path)),
+        env=environment(),
         input=json.dumps(request),
-        text=True,
+        encoding="utf-8",
         check=False,
     )
-    answer = json.loads(answer_path.read_text()) if answer_path.is_file() else {}
+    answer = json.loads(answer_path.read_text(encoding="utf-8")) if answer_path.is_file() else {}
     if "parity_error" in answer:
         raise ParityError(answer["parity_error"])
     if "input_error" in answer:

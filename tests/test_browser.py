@@ -1,15 +1,19 @@
 """The page and its server; with Chromium and onnxruntime-web at hand, whole measurements in a real browser."""
 
+import base64
+import hashlib
 import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tarfile
 import time
-from pathlib import Path
-from urllib.parse import urlsplit
+import urllib.request
+from urllib.parse import quote, urlsplit
 
 import psutil
 import pytest
@@ -20,6 +24,7 @@ from converters.onnx.export import export_onnx
 from converters.onnx.quantize import quantize_graph
 from prehab_export.bench_config import BenchConfig
 from prehab_export.errors import ParityError, TargetError
+from prehab_export.files import cache_folder
 from prehab_export.targets import browser
 from prehab_export.targets.browser import WEB_ENTRY, find_browser, find_web, measure_in_browser, serve
 from prehab_export.targets.kit import KIT, make_kit, read_kit
@@ -30,9 +35,8 @@ TASKS = {"vit": "image-classification", "bert": "text-classification", "llama": 
 
 def cached_web():
     """onnxruntime-web, if an earlier use has put it there; tests download nothing."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prehab-export"
-    folders = base.glob("onnxruntime-web-*/node_modules/onnxruntime-web/dist")
-    return next((folder for folder in folders if (folder / WEB_ENTRY).is_file()), None)
+    folder = cache_folder() / f"onnxruntime-web-{browser.WEB_VERSION}"
+    return folder if (folder / WEB_ENTRY).is_file() else None
 
 
 CHROMIUM = next((path for name in browser.BROWSERS if (path := shutil.which(name))), None)
@@ -70,11 +74,13 @@ def web(tmp_path):
     return tmp_path / "dist"
 
 
-def ask(served, path, method="GET", body=None):
+def ask(served, path, method="GET", body=None, token=None, **headers):
+    """What the server answers to ``path`` behind its token, or another one."""
     place = urlsplit(served.address)
     connection = http.client.HTTPConnection(place.hostname, place.port, timeout=10)
+    start = "" if token == "" else f"/{token or served.token}"
     try:
-        connection.request(method, path, body)
+        connection.request(method, start + path, body, headers)
         answer = connection.getresponse()
         return answer.status, dict(answer.getheaders()), answer.read()
     finally:
@@ -107,23 +113,71 @@ def test_what_is_served(kits, web):
         "/../../etc/passwd",
         "/kit/../secret.txt",
         "/kit/%2e%2e/secret.txt",
+        "/kit//etc/passwd",
+        "/kit/..%5csecret.txt",
+        "/kit/%00",
         "/ort/../../kit/kit.json",
         "/nothing",
         "/kit/",
+        "/kit",
+        "/kit/models",
+        "/ort/",
+        "",
     ],
 )
 def test_nothing_else_is_served(kits, web, path):
+    """No file of another folder, and no list of what a folder holds."""
     (kits("vit").folder.parent / "secret.txt").write_text("secret")
     with serve(kits("vit"), web) as served:
         assert ask(served, path)[0] == 404
 
 
+@pytest.mark.parametrize("token", ["", "guess", "é", "a" * 10_000, ".."])
+def test_without_the_token_there_is_nothing(kits, web, token):
+    """Not the models, not the page, and nothing is taken."""
+    kit = kits("vit")
+    with serve(kit, web) as served:
+        for path in ("/", "/kit.mjs", "/kit/kit.json", f"/kit/{kit.facts['models'][0]['file']}", f"/ort/{WEB_ENTRY}"):
+            status, _, content = ask(served, path, token=quote(token))
+            assert (status, kit.digest.encode() in content) == (404, False)
+        for what in ("results", "progress", "failed"):
+            assert ask(served, f"/{what}", "POST", b"{}", token=quote(token))[0] == 403
+            assert ask(served, f"/{what}?token={served.token}", "POST", b"{}", token="")[0] == 403
+        assert served.messages.empty()
+
+
+def test_addresses_hold_the_token_and_lead_here(kits, web):
+    """Of all addresses, those that another machine can open; a token is for one serving only."""
+    with serve(kits("vit"), web) as first, serve(kits("vit"), web, "0.0.0.0") as second:
+        assert first.address.startswith("http://localhost:")
+        assert first.token != second.token
+        assert len(first.token) >= 20
+        for served in (first, second):
+            for address in served.addresses:
+                assert address.endswith(f"/{served.token}/")
+                assert "0.0.0.0" not in address
+                with urllib.request.urlopen(address + "kit/kit.json", timeout=10) as answer:
+                    assert json.load(answer)["models"]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:1", 200), ("127.0.0.1", 200), ("192.168.1.7:80", 200), ("[::1]:80", 200), (socket.gethostname(), 200),
+     ("evil.example", 404), ("localhost.evil.example:80", 404), ("", 404), ("[", 404)],
+)  # fmt: skip
+def test_names_that_somebody_else_has_made_lead_here(kits, web, host, status):
+    """As DNS rebinding does: a page of theirs would count as ours."""
+    with serve(kits("vit"), web) as served:
+        assert ask(served, "/kit/kit.json", Host=host)[0] == status
+
+
 def test_only_our_page_may_send(kits, web):
     with serve(kits("vit"), web) as served:
-        assert ask(served, "/results?token=guess", "POST", b"{}")[0] == 403
-        assert ask(served, f"/other?token={served.token}", "POST", b"{}")[0] == 403
+        assert ask(served, "/other", "POST", b"{}")[0] == 403
+        for length in ("-1", "many", str(browser.LARGEST_POST + 1)):
+            assert ask(served, "/results", "POST", b"", **{"Content-Length": length})[0] == 403
         assert served.messages.empty()
-        assert ask(served, f"/progress?token={served.token}", "POST", b"half")[0] == 204
+        assert ask(served, "/progress", "POST", b"half")[0] == 204
         assert served.messages.get_nowait() == ("progress", "half")
 
 
@@ -136,10 +190,8 @@ def fake_browser(tmp_path, program):
 
 
 POST = """
-place = urllib.parse.urlsplit(sys.argv[-1])
-token = urllib.parse.parse_qs(place.query)["auto"][0]
 def post(what, text):
-    url = f"{place.scheme}://{place.netloc}/{what}?token={token}"
+    url = urllib.parse.urljoin(sys.argv[-1], what)
     urllib.request.urlopen(urllib.request.Request(url, text.encode(), method="POST"))
 """
 
@@ -173,6 +225,66 @@ def test_what_is_missing_here(tmp_path, monkeypatch):
         find_web(None)
     with pytest.raises(InputError, match="Chromium or Chrome"):
         find_browser(None)
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+def test_only_root_goes_without_the_sandbox(kits, web, tmp_path, monkeypatch, user):
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    monkeypatch.setattr(sys, "platform", "linux")
+    command, said = fake_browser(tmp_path, POST + "post('failed', ' '.join(sys.argv)); time.sleep(60)"), []
+    with pytest.raises(TargetError, match="the page failed") as caught:
+        measure_in_browser(kits("vit"), (1,), browser=command, web=web, progress=said.append)
+    assert ("--no-sandbox" in str(caught.value)) == (user == 0)
+    assert any("without its sandbox" in line for line in said) == (user == 0)
+
+
+def npm(folder, archive):
+    """A stand-in for npm that packs ``archive``, and notes where it was called and how."""
+    folder.mkdir()
+    script = folder / "npm"
+    script.write_text(
+        f"#!{sys.executable}\nimport os, shutil, sys\n"
+        "place = sys.argv[sys.argv.index('--pack-destination') + 1]\n"
+        f"open({str(folder / 'called')!r}, 'a').write(os.getcwd() + ' ' + ' '.join(sys.argv[1:]))\n"
+        f"shutil.copy({str(archive)!r}, os.path.join(place, 'onnxruntime-web.tgz'))\n"
+    )
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture
+def package(tmp_path):
+    """An archive such as npm packs, and its SHA-512 as npm writes it."""
+    source = tmp_path / "source" / "package" / "dist"
+    source.mkdir(parents=True)
+    for name in (WEB_ENTRY, "ort-wasm.wasm"):
+        (source / name).write_text(name)
+    (source.parent / "package.json").write_text("{}")
+    archive = tmp_path / "packed.tgz"
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(source.parent, "package")
+    return archive, base64.b64encode(hashlib.sha512(archive.read_bytes()).digest()).decode()
+
+
+def test_the_package_is_what_was_pinned(package, tmp_path, monkeypatch):
+    archive, digest = package
+    script, place = npm(tmp_path / "bin", archive), tmp_path / "cache" / "prehab-export"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PATH", str(script.parent))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="something else than what this program was made with"):
+        find_web(None)
+    assert not list(place.iterdir())
+    monkeypatch.setattr(browser, "WEB_SHA512", digest)
+    folder = find_web(None)
+    assert sorted(path.name for path in folder.iterdir()) == ["ort-wasm.wasm", WEB_ENTRY]
+    assert [path.name for path in place.iterdir()] == [folder.name]
+    called = (script.parent / "called").read_text()
+    assert "--ignore-scripts" in called
+    assert not called.startswith(str(tmp_path / "here"))  # whose .npmrc may say what to run
+    script.unlink()
+    assert find_web(None) == folder
 
 
 # ---- the real thing

@@ -1,6 +1,7 @@
 """The rules of the house that a program can see."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -65,6 +66,52 @@ def test_every_public_name_is_what_it_says_and_documented():
     assert all(
         callable(getattr(prehab_export, name)) for name in ("calibrate", "prehab", "truncate", "rehab", "bench", "run")
     )
+
+
+def _opens_text(call: ast.Call) -> bool:
+    """Whether a call reads or writes text that Python would have to guess the encoding of."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    given = {keyword.arg for keyword in call.keywords}
+    if name == "open" and ast.unparse(call.func).startswith("tarfile."):
+        return False
+    owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+    if "encoding" in given or (isinstance(owner, ast.Name) and owner.id[0].isupper()):  # Workspace.open, Image.open
+        return False
+    if name in ("read_text", "write_text"):
+        return True
+    modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+    if name in ("fdopen", "NamedTemporaryFile") or (name == "open" and set("".join(modes)) <= set("rwax+t")):
+        return not any("b" in mode for mode in modes) and (name != "NamedTemporaryFile" or bool(modes))
+    return bool(given & {"text", "universal_newlines"})  # of a child's pipes
+
+
+def test_every_text_has_an_encoding():
+    """What is not said is guessed from the system: UTF-8 here, something else on Windows."""
+    found = [
+        f"{name}:{node.lineno}"
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and _opens_text(node)
+    ]
+    assert not found
+
+
+def test_one_door_for_child_processes():
+    """`prehab_export.children` builds their command lines and environments, so that none looks into the current folder.
+    The kit's runner stands alone, and is a file whose folder is its own."""
+    for name, path in modules().items():
+        if name == "prehab_export.targets.kit_runner":
+            continue
+        text = path.read_text(encoding="utf-8")
+        if name != "prehab_export.children":
+            assert "sys.executable" not in text, name
+            assert "shutil.which" not in text, name
+        assert not {"multiprocessing", "os.system", "os.popen"} & set(re.findall(r"\b[a-z]+(?:\.[a-z]+)?\b", text)), (
+            name
+        )
+        for node in ast.walk(ast.parse(text)):
+            starts = isinstance(node, ast.Call) and ast.unparse(node.func) in ("subprocess.run", "subprocess.Popen")
+            assert not starts or "env" in {keyword.arg for keyword in node.keywords}, f"{name}:{node.lineno}"
 
 
 def test_no_pickle():

@@ -69,7 +69,7 @@ def write_ort(graph: Path, folder: Path) -> OrtFiles:
 
 def _name_no_folder(operators: Path, model: Path) -> None:
     """The tool notes where it found the model, which is one machine's business."""
-    operators.write_text(operators.read_text().replace(str(model), model.name))
+    operators.write_text(operators.read_text(encoding="utf-8").replace(str(model), model.name), encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -2,34 +2,48 @@
 
 The page runs the kit with onnxruntime-web and sends the results back. Pages are isolated (COOP and COEP), without which
 a browser gives WASM one thread only. Nothing is fetched from elsewhere: onnxruntime-web lies on this machine.
+
+A kit is the models themselves, so an address says who may have it: its path begins with a token, without which nothing
+is served and nothing taken.
 """
 
+import hashlib
+import hmac
 import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
+import sys
+import tarfile
 import tempfile
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
+from ipaddress import ip_address
 from pathlib import Path
 from queue import Empty, Queue
+from socket import AF_INET, gethostname
 from threading import Thread
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
+
+import psutil
 
 from converters.errors import InputError
+from prehab_export.children import dies_with_us, end_with_all_of_it, environment, find_program
 from prehab_export.errors import ParityError, TargetError
-from prehab_export.targets.children import dies_with_us
+from prehab_export.files import cache_folder
 from prehab_export.targets.kit import Kit
 from prehab_export.targets.results import Json, check_results
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 WEB_VERSION = "1.30.0"
+# Of the package as the registry has it (npm view onnxruntime-web@VERSION dist.integrity).
+WEB_SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 WEB_ENTRY = "ort.all.min.mjs"
 TIMEOUT_S = 900.0
 MIME = {
@@ -41,15 +55,22 @@ MIME = {
 }
 # Far more than results take; a page that sends more is not ours.
 LARGEST_POST = 50_000_000
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANY_ADDRESS = "0.0.0.0"
 
 
 @dataclass
 class Served:
-    """A kit at an address; ``messages`` are (what, text) pairs that pages send: progress, results, failed."""
+    """A kit at an address, or at all addresses of this machine; ``messages`` are (what, text) pairs that pages send:
+    progress, results, failed."""
 
-    address: str
+    addresses: list[str]
     token: str
     messages: "Queue[tuple[str, str]]" = field(default_factory=Queue)
+
+    @property
+    def address(self) -> str:
+        return self.addresses[0]
 
 
 @contextmanager
@@ -59,11 +80,11 @@ def serve(kit: Kit, web: Path, host: str = "127.0.0.1", port: int = 0) -> Iterat
     Args:
         web: the ``dist`` folder of onnxruntime-web.
     """
-    served = Served("", secrets.token_urlsafe(16))
+    served = Served([], secrets.token_urlsafe(16))
     page = Path(str(files("prehab_export.targets") / "page"))
     roots = {"kit": kit.folder, "ort": web, "": page}
     server = ThreadingHTTPServer((host, port), lambda *args: _Handler(*args, served=served, roots=roots))
-    served.address = f"http://{'localhost' if host == '127.0.0.1' else host}:{server.server_port}/"
+    served.addresses = [f"http://{name}:{server.server_port}/{served.token}/" for name in _names_of(host)]
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -74,7 +95,30 @@ def serve(kit: Kit, web: Path, host: str = "127.0.0.1", port: int = 0) -> Iterat
         thread.join()
 
 
+def _names_of(host: str) -> list[str]:
+    """What a browser is told to go to."""
+    if host in LOOPBACK:
+        return ["localhost"]
+    if host != ANY_ADDRESS:
+        return [host]
+    known = [entry.address for own in psutil.net_if_addrs().values() for entry in own if entry.family == AF_INET]
+    return [address for address in known if not ip_address(address).is_loopback] or ["localhost"]
+
+
+def _is_ours(host: str, addresses: list[str]) -> bool:
+    """Whether a request's Host names this machine. Any other name is one that somebody has made to lead here, so that
+    a page of theirs counts as ours (DNS rebinding); a bare address cannot be made to."""
+    try:
+        name, own = urlsplit(f"//{host}").hostname or "", gethostname().lower()
+        known = {urlsplit(address).hostname for address in addresses} | {"localhost", own, f"{own}.local"}
+        return name in known or bool(ip_address(name))
+    except ValueError:
+        return False
+
+
 class _Handler(BaseHTTPRequestHandler):
+    timeout = 60.0  # seconds without a byte, after which a connection is given up
+
     def __init__(self, *args: Any, served: Served, roots: dict[str, Path]) -> None:
         self.served, self.roots = served, roots
         super().__init__(*args)
@@ -92,27 +136,42 @@ class _Handler(BaseHTTPRequestHandler):
             shutil.copyfileobj(source, self.wfile)
 
     def do_POST(self) -> None:
-        address, length = urlsplit(self.path), int(self.headers.get("Content-Length", 0))
-        what, given = address.path.strip("/"), parse_qs(address.query).get("token", [""])[0]
-        known = what in ("progress", "results", "failed") and secrets.compare_digest(given, self.served.token)
-        if not known or not 0 <= length <= LARGEST_POST:
+        what, length = self._place(), self.headers.get("Content-Length", "")
+        if what not in ("progress", "results", "failed") or not length.isdecimal() or int(length) > LARGEST_POST:
             self.send_error(403)
             return
-        self.served.messages.put((what, self.rfile.read(length).decode(errors="replace")))
+        self.served.messages.put((what, self.rfile.read(int(length)).decode(errors="replace")))
         self._head(204, "text/plain", 0)
+
+    def _place(self) -> str | None:
+        """What stands behind the token; None where there is no such token, or the request is meant for another host."""
+        try:
+            _, given, place = unquote(urlsplit(self.path).path).split("/", 2)
+        except ValueError:
+            return None
+        known = hmac.compare_digest(given.encode(), self.served.token.encode())
+        return place if known and _is_ours(self.headers.get("Host", ""), self.served.addresses) else None
 
     def _file(self) -> Path | None:
         """The file that an address means, if it lies in one of the folders."""
-        first, _, rest = unquote(urlsplit(self.path).path).strip("/").partition("/")
-        root, name = (self.roots[first], rest) if first in ("kit", "ort") else (self.roots[""], first or "index.html")
-        file = (root / name).resolve()
-        return file if file.is_file() and root.resolve() in file.parents else None
+        place = self._place()
+        if place is None:
+            return None
+        first, _, rest = place.partition("/")
+        root, name = (self.roots[first], rest) if first in ("kit", "ort") else (self.roots[""], place or "index.html")
+        try:
+            file = (root / name).resolve()
+            return file if file.is_file() and root.resolve() in file.parents else None
+        except (OSError, ValueError):  # a name that no file can have
+            return None
 
     def _head(self, status: int, kind: str, length: int) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(length))
         self.send_header("Cache-Control", "no-store")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
@@ -139,11 +198,13 @@ def measure_in_browser(
     """
     say = progress or (lambda _: None)
     command, folder = find_browser(browser), find_web(web)
+    if not _can_sandbox():
+        say("the browser runs without its sandbox, which it refuses to root")
     merged: Json = {}
     with serve(kit, folder) as served:
 
         def visit(question: str) -> Json:
-            address = f"{served.address}?auto={served.token}&provider={provider}&{question}"
+            address = f"{served.address}?auto=1&provider={provider}&{question}"
             results = _visited(command, address, served, say, timeout_s)
             check_results(results, "what the page sent", kit.digest)
             return results
@@ -175,7 +236,10 @@ def _visited(command: str, address: str, served: Served, say: Callable[[str], No
             except Empty:
                 waited += 0.5
                 if process.poll() is not None:
-                    raise TargetError(f"the browser ended with exit code {process.returncode}") from None
+                    raise TargetError(
+                        f"the browser ended with exit code {process.returncode}; where it cannot have its sandbox (in "
+                        "some containers, or with user namespaces off), open the page yourself with --by-hand"
+                    ) from None
                 if waited > timeout_s:
                     raise TargetError(f"the page said nothing for {timeout_s:.0f} s") from None
                 continue
@@ -194,7 +258,7 @@ def _chromium(command: str, address: str) -> Iterator[subprocess.Popen]:
     with tempfile.TemporaryDirectory(prefix="prehab-export-browser-", ignore_cleanup_errors=True) as profile:
         arguments = [
             "--headless=new",
-            "--no-sandbox",
+            *([] if _can_sandbox() else ["--no-sandbox"]),
             "--disable-background-networking",
             "--no-first-run",
             "--enable-blink-features=ForceEagerMeasureMemory",
@@ -206,20 +270,29 @@ def _chromium(command: str, address: str) -> Iterator[subprocess.Popen]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            env=environment(),
             preexec_fn=dies_with_us(),
         )
         try:
             yield process
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_with_all_of_it(process)
+
+
+def _can_sandbox() -> bool:
+    """Chromium on Linux has no sandbox for root, and does not start unless told that it may go without."""
+    return not (sys.platform == "linux" and os.geteuid() == 0)
 
 
 def serve_by_hand(
-    kit: Kit, web: Path | None, host: str, port: int, opened: Callable[[str], None], results: Callable[[Json], None]
+    kit: Kit,
+    web: Path | None,
+    host: str,
+    port: int,
+    opened: Callable[[list[str]], None],
+    results: Callable[[Json], None],
 ) -> None:
-    """Serve the page until interrupted; ``opened`` is given its address, ``results`` what each visit sends.
+    """Serve the page until interrupted; ``opened`` is given its addresses, ``results`` what each visit sends.
 
     Raises:
         InputError: no onnxruntime-web here, or the address is taken.
@@ -227,7 +300,7 @@ def serve_by_hand(
     folder = find_web(web)
     try:
         with serve(kit, folder, host, port) as served, suppress(KeyboardInterrupt):
-            opened(f"{served.address}?token={served.token}")
+            opened(served.addresses)
             while True:
                 what, text = served.messages.get()
                 if what == "results":
@@ -243,7 +316,7 @@ def find_browser(given: str | None) -> str:
     InputError: no Chromium here.
     """
     names = (given,) if given else BROWSERS
-    found = next((path for name in names if (path := shutil.which(name))), None)
+    found = next((path for name in names if (path := find_program(name))), None)
     if found is None:
         raise InputError(
             f"there is no {given or 'Chromium or Chrome'} here; install one, name it with --browser, or open the page "
@@ -256,33 +329,78 @@ def find_web(given: Path | None) -> Path:
     """The ``dist`` folder of onnxruntime-web: the given one, or one that npm puts into the cache once.
 
     Raises:
-        InputError: it is not there, and there is no npm to get it.
+        InputError: it is not there, and npm is not there to get it, or gets something else.
     """
     if given is not None:
         if not (given / WEB_ENTRY).is_file():
             raise InputError(f"{given} holds no {WEB_ENTRY}; give the dist folder of onnxruntime-web")
         return given
-    base = os.environ.get("XDG_CACHE_HOME")
-    place = (Path(base) if base else Path.home() / ".cache") / "prehab-export" / f"onnxruntime-web-{WEB_VERSION}"
-    folder = place / "node_modules" / "onnxruntime-web" / "dist"
-    if (folder / WEB_ENTRY).is_file():
-        return folder
-    if shutil.which("npm") is None:
+    place = cache_folder() / f"onnxruntime-web-{WEB_VERSION}"
+    if (place / WEB_ENTRY).is_file():
+        return place
+    npm = find_program("npm")
+    if npm is None:
         raise InputError(
             "onnxruntime-web is not here, and there is no npm to get it; install npm, or give its dist folder with "
             "--ort-web"
         )
-    place.mkdir(parents=True, exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".npm-") as own:
+        archive = _packed(npm, Path(own))
+        check_integrity(archive, WEB_SHA512)
+        unpacked = Path(own, "dist")
+        unpacked.mkdir()
+        _unpack(archive, unpacked)
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(unpacked, place)
+    return place
+
+
+def _packed(npm: str, folder: Path) -> Path:
+    """The package as the registry has it, unopened: npm runs none of its scripts, and reads no settings but the
+    user's own."""
     package = f"onnxruntime-web@{WEB_VERSION}"
     done = subprocess.run(
-        ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(place), package],
+        [npm, "pack", package, "--ignore-scripts", "--pack-destination", str(folder)],
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
-    if done.returncode != 0 or not (folder / WEB_ENTRY).is_file():
+    archives = list(folder.glob("*.tgz"))
+    if done.returncode != 0 or len(archives) != 1:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise InputError(
-            f"npm could not install {package}: {lines[0] if lines else 'no reason given'}; give its dist folder with "
+            f"npm could not get {package}: {lines[0] if lines else 'no reason given'}; give its dist folder with "
             "--ort-web"
         )
-    return folder
+    return archives[0]
+
+
+def check_integrity(archive: Path, expected: str) -> None:
+    """Raises:
+    InputError: the archive is not the one whose SHA-512 (base64, as npm writes it) this program was made with.
+    """
+    with archive.open("rb") as file:
+        found = b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+    if not hmac.compare_digest(found, expected):
+        raise InputError(
+            f"onnxruntime-web {WEB_VERSION} came as something else than what this program was made with (sha512 "
+            f"{found[:12]}…, not {expected[:12]}…): nothing of it was used; look at npm's registry setting, or give a "
+            "dist folder that you trust with --ort-web"
+        )
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """The files of the package's ``dist``, which has no folders in it."""
+    with tarfile.open(archive) as members:
+        for member in members:
+            where, _, name = member.name.rpartition("/")
+            content = members.extractfile(member) if where == "package/dist" else None
+            if content is not None:
+                with content, (folder / name).open("wb") as file:
+                    shutil.copyfileobj(content, file)
+    if not (folder / WEB_ENTRY).is_file():
+        raise InputError(f"onnxruntime-web {WEB_VERSION} has no {WEB_ENTRY}; give its dist folder with --ort-web")

@@ -89,7 +89,7 @@ def read_kit(folder: Path) -> Kit:
     InputError: no kit there, or one of another format.
     """
     try:
-        facts = json.loads((folder / KIT).read_text())
+        facts = json.loads((folder / KIT).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{folder} is no kit: it has no {KIT}") from error
     except json.JSONDecodeError as error:
@@ -119,12 +119,12 @@ def _written(graphs: Mapping[str, GraphFacts], folder: Path, config: BenchConfig
         },
         "tolerance": {row["slug"]: {"relative": _tolerance(row["kind"])} for row in rows},
     }
-    (folder / "README.md").write_text(render("kit.md.j2", facts))
+    (folder / "README.md").write_text(render("kit.md.j2", facts), encoding="utf-8")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     facts["files"] = {
         name: {"sha256": _digest(folder / name), "bytes": (folder / name).stat().st_size} for name in names
     }
-    (folder / KIT).write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / KIT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
 
 

@@ -42,7 +42,7 @@ except ImportError as error:
 
 def read_kit():
     try:
-        kit = json.loads((HERE / "kit.json").read_text())
+        kit = json.loads((HERE / "kit.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Refused(f"kit.json cannot be read ({error}); copy the kit again") from error
     if kit.get("format") != FORMAT:
@@ -235,10 +235,8 @@ def own_peak(model, cases, threads):
     for case in cases:
         for _ in range(2):
             request(session, arrays(case["inputs"]), case["new_tokens"])
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024 / 1e6
-    return ""
+    peak = kilobytes(first_of("/proc/self/status", ("VmHWM",)))
+    return "" if peak is None else peak
 
 
 # ---- the machine
@@ -263,7 +261,7 @@ def device():
 
 def text_of(path):
     try:
-        return Path(path).read_text().strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except OSError:
         return None
 
@@ -360,7 +358,7 @@ def main():
 def write(path, result):
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
         if part.exists():

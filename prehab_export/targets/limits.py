@@ -6,7 +6,6 @@ allocation beyond it fails (getrlimit(2), Linux 4.7 on). The two do not mean the
 """
 
 import os
-import resource
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import InputError
-from prehab_export.targets.children import dies_with_us
+from prehab_export.children import dies_with_us, environment
+from prehab_export.machine import usable_cores
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -25,7 +30,7 @@ class Limits:
     """cores: those to run on; None for all. memory_mb: 10⁶ bytes; None for no limit.
 
     Raises:
-        InputError: a core that this process may not use, or no memory.
+        InputError: a core that this process may not use, no memory, or a system that has no such limits.
     """
 
     cores: tuple[int, ...] | None = None
@@ -34,10 +39,19 @@ class Limits:
     def __post_init__(self) -> None:
         if self.memory_mb is not None and not self.memory_mb > 0:
             raise InputError(f"a memory limit of {self.memory_mb} MB leaves nothing to run in")
+        if self.memory_mb is not None and resource is None:
+            raise InputError("this system cannot limit the memory of a process; measure without --memory-limit")
         if self.cores is not None:
-            usable = os.sched_getaffinity(0)
+            if not can_pin():
+                raise InputError("this system cannot keep a process to some cores; measure without --pin-cores")
+            usable = usable_cores()
             if wrong := [core for core in self.cores if core not in usable]:
-                raise InputError(f"core {wrong[0]} is not among those of this process: {sorted(usable)}")
+                raise InputError(f"core {wrong[0]} is not among those of this process: {usable}")
+
+
+def can_pin() -> bool:
+    """Whether this system lets a process be kept to some cores."""
+    return hasattr(os, "sched_setaffinity")
 
 
 @dataclass(frozen=True)
@@ -60,14 +74,22 @@ def run_limited(command: Sequence[str], limits: Limits, timeout_s: float | None 
     with _memory_limit(limits.memory_mb) as (kind, enter):
 
         def prepare() -> None:  # in the child, before the command
-            bind()
+            if bind is not None:
+                bind()
             if limits.cores is not None:
                 os.sched_setaffinity(0, limits.cores)
             enter()
 
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL, preexec_fn=prepare
+                command,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=timeout_s,
+                stdin=subprocess.DEVNULL,
+                env=environment(),
+                preexec_fn=prepare if limits != Limits() else bind,  # Windows takes none
             )
         except subprocess.TimeoutExpired as error:
             raise InputError(f"it took longer than {timeout_s:.0f} s within the limits") from error
@@ -88,10 +110,10 @@ def _memory_limit(megabytes: float | None) -> Iterator[tuple]:
         yield "RLIMIT_DATA", lambda: resource.setrlimit(resource.RLIMIT_DATA, (size, size))
         return
     try:
-        yield "cgroup", lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+        yield "cgroup", lambda: (group / "cgroup.procs").write_text(str(os.getpid()), encoding="utf-8")
     finally:
         with suppress(OSError):
-            (group / "cgroup.kill").write_text("1")
+            (group / "cgroup.kill").write_text("1", encoding="utf-8")
         with suppress(OSError):
             group.rmdir()
 
@@ -101,7 +123,7 @@ def _new_cgroup(size: int) -> Path | None:
     try:
         own = next(
             line.partition("::")[2].strip("/")
-            for line in Path("/proc/self/cgroup").read_text().splitlines()
+            for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
             if line.startswith("0::")
         )
         group = Path(tempfile.mkdtemp(dir=CGROUPS / own, prefix="prehab-export-"))
@@ -110,8 +132,8 @@ def _new_cgroup(size: int) -> Path | None:
     try:
         if not (group / "memory.max").is_file():  # no cgroup file system, or one without the memory controller
             raise FileNotFoundError(group)
-        (group / "memory.max").write_text(str(size))
-        (group / "memory.swap.max").write_text("0")
+        (group / "memory.max").write_text(str(size), encoding="utf-8")
+        (group / "memory.swap.max").write_text("0", encoding="utf-8")
     except OSError:
         group.rmdir()
         return None

@@ -1,15 +1,15 @@
 """A kit on this machine: as it is, within limits, and the whole table of threads × memory."""
 
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from prehab_export.children import python_script
 from prehab_export.errors import ParityError, TargetError
+from prehab_export.machine import usable_cores
 from prehab_export.targets.kit import RUNNER, Kit
-from prehab_export.targets.limits import Ended, Limits, run_limited
+from prehab_export.targets.limits import Ended, Limits, can_pin, run_limited
 from prehab_export.targets.results import Json, read_results
 
 # An exit code of the runner.
@@ -55,7 +55,7 @@ def matrix(
     _check(kit)  # from here on, what does not run lacks memory
     cells, least, kind = [], [], None
     for count in threads:
-        cores = tuple(sorted(os.sched_getaffinity(0))[:count])
+        cores = tuple(usable_cores()[:count]) if can_pin() else None
         for model in kit.facts["models"]:
             for size in memory_mb:
                 say(f"{model['name']}, {count} thread(s), {size:g} MB")
@@ -75,12 +75,12 @@ def _cell(kit: Kit, slug: str, threads: int, limits: Limits) -> tuple[Json, str 
         ended = run_limited([*_command(kit), *own], limits)
         if ended.code != 0:
             return {"runs": False, "p50_ms": None, "p95_ms": None}, ended.kind
-        rows = json.loads(out.read_text())["cases"]
+        rows = json.loads(out.read_text(encoding="utf-8"))["cases"]
     slowest = max(rows, key=lambda row: row["p50_ms"])
     return {"runs": True, "p50_ms": slowest["p50_ms"], "p95_ms": slowest["p95_ms"]}, ended.kind
 
 
-def _least(kit: Kit, slug: str, threads: int, cores: tuple[int, ...]) -> float:
+def _least(kit: Kit, slug: str, threads: int, cores: tuple[int, ...] | None) -> float:
     """The least memory in MB in which a model serves every case."""
     command = [*_command(kit), "--memory", slug, "--threads", str(threads)]
 
@@ -100,7 +100,7 @@ def _least(kit: Kit, slug: str, threads: int, cores: tuple[int, ...]) -> float:
 
 
 def _command(kit: Kit) -> list[str]:
-    return [sys.executable, str(kit.folder / RUNNER)]
+    return python_script(kit.folder / RUNNER)
 
 
 def _check(kit: Kit) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from converters.errors import InputError
 from prehab_export.config import RunConfig
+from prehab_export.machine import usable_cores
 from prehab_export.pipeline import bring_up_to_date, opened
 from prehab_export.progress import say
 from prehab_export.quantization import graphs_of
 from prehab_export.session import Session, bench_config
 from prehab_export.stages import STAGES
-from prehab_export.targets.browser import find_browser, find_web, measure_in_browser, serve_by_hand
+from prehab_export.targets.browser import LOOPBACK, find_browser, find_web, measure_in_browser, serve_by_hand
 from prehab_export.targets.kit import Kit, make_kit
 from prehab_export.targets.limits import Limits
 from prehab_export.targets.local import matrix, measure_locally
@@ -66,7 +67,7 @@ class Target:
         self.limits()
 
     def limits(self) -> Limits:
-        usable = sorted(os.sched_getaffinity(0))
+        usable = usable_cores()
         if self.pin is not None and not 1 <= self.pin <= len(usable):
             raise InputError(f"--pin-cores must lie between 1 and {len(usable)}, the cores of this process")
         return Limits(None if self.pin is None else tuple(usable[: self.pin]), self.memory_mb)
@@ -142,8 +143,10 @@ def _by_hand(session: Session, kit: Kit, target: Target) -> Path:
     def keep(results: Json) -> None:
         say(f"results came in; they are in {keep_results(session, results, 'browser-by-hand')}")
 
-    def opened_at(address: str) -> None:
-        say(f"open {address} in a browser and press Start; Ctrl-C ends this")
+    def opened_at(addresses: list[str]) -> None:
+        say(f"open {' or '.join(addresses)} in a browser and press Start; Ctrl-C ends this")
+        if target.host not in LOOPBACK:
+            say("whoever has that address can take the models; hand it on to nobody else")
 
     serve_by_hand(kit, target.web, target.host, target.port, opened_at, keep)
     file = session.workspace.root / FOLDER / "browser-by-hand.json"

@@ -5,7 +5,7 @@ import shlex
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from prehab_export.errors import ParityError, TargetError
 from prehab_export.targets.kit import KIT, RUNNER, Kit
@@ -14,18 +14,24 @@ from prehab_export.targets.shell import Shell
 
 # Prints the hash of every file below a folder; runs there.
 _HASHES = """
-import hashlib, json, os, sys
+import sys
+sys.path = [entry for entry in sys.path if entry]
+import hashlib, json, os
 found = {}
 for folder, _, names in os.walk(sys.argv[1]):
     for name in names:
         path = os.path.join(folder, name)
         if os.path.isfile(path) and not os.path.islink(path):
-            digest = hashlib.sha256(open(path, "rb").read()).hexdigest()
-            found[os.path.relpath(path, sys.argv[1])] = digest
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                for block in iter(lambda: file.read(1 << 20), b""):
+                    digest.update(block)
+            found[os.path.relpath(path, sys.argv[1])] = digest.hexdigest()
 print(json.dumps(found))
 """
 
-_NEEDED = "import numpy, onnxruntime; print(onnxruntime.__version__)"
+# As in the hashes: where the shell happens to stand is no place to import from.
+_NEEDED = "import sys; sys.path = [p for p in sys.path if p]; import numpy, onnxruntime; print(onnxruntime.__version__)"
 
 # An exit code of the runner.
 _OUT_OF_TOLERANCE = 3
@@ -98,7 +104,7 @@ def _copy(kit: Kit, shell: Shell, folder: str, python: str, say: Callable[[str],
     there = json.loads(found)
     wanted = {name: facts["sha256"] for name, facts in kit.facts["files"].items()} | {KIT: kit.digest}
     missing = [name for name, digest in wanted.items() if there.get(name) != digest]
-    folders = sorted({str(Path(folder, name).parent) for name in missing})
+    folders = sorted({str(PurePosixPath(folder, name).parent) for name in missing})
     stale = [name for name in there if name not in wanted]
     line = " && ".join(
         [

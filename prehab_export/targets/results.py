@@ -23,7 +23,7 @@ def read_results(path: Path, digest: str | None = None) -> Json:
         InputError: not such a file, of another format, or of another kit.
     """
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -1,7 +1,7 @@
 """Other machines as a shell that runs a line and moves a file: over ssh as OpenSSH has it, or over adb."""
 
+import os
 import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import IO
 from urllib.parse import urlsplit
 
 from converters.errors import InputError
+from prehab_export.children import environment, find_program
 from prehab_export.errors import TargetError
 
 # What ssh returns for its own failures, whatever the command returned.
@@ -57,7 +59,9 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
             errors="replace",
+            env=environment(),
         )
         errors: list[str] = []
         failures: list[Exception] = []
@@ -98,11 +102,11 @@ class Shell:
         """
         part, place = shlex.quote(f"{target}.part"), shlex.quote(target)
         if self.push is not None:
-            done = subprocess.run(self.push(str(source), f"{target}.part"), capture_output=True, text=True)
+            done = _done(self.push(str(source), f"{target}.part"))
         else:
             with source.open("rb") as file:
                 line = [*self.prefix, f"cat > {part}"]
-                done = subprocess.run(line, stdin=file, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                done = _done(line, stdin=file)
         self._expect(self._judged(done.returncode, "", done.stderr), f"{source.name} could not be copied")
         self._expect(self.run(f"mv {part} {place}"), f"{source.name} could not be copied")
 
@@ -111,12 +115,12 @@ class Shell:
         TargetError: it is not there, or the connection was lost.
         """
         if self.pull is not None:
-            done = subprocess.run(self.pull(source, str(target)), capture_output=True, text=True)
+            done = _done(self.pull(source, str(target)))
             self._expect(self._judged(done.returncode, "", done.stderr), f"{source} could not be fetched")
             return
         code, output, errors = self.run(f"cat {shlex.quote(source)}")
         self._expect((code, output, errors), f"{source} could not be fetched")
-        target.write_text(output)
+        target.write_text(output, encoding="utf-8")
 
     def _judged(self, code: int, output: str, errors: str) -> tuple[int, str, str]:
         unplugged = self.push is not None and code != 0 and any(text in errors.lower() for text in _UNPLUGGED)
@@ -128,6 +132,13 @@ class Shell:
         code, _, errors = answer
         if code != 0:
             raise TargetError(f"{self.name}: {what}: {_last_line(errors) or f'exit code {code}'}")
+
+
+def _done(command: Sequence[str], stdin: IO[bytes] | int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
+    """A command of this machine that has ended, with what it said."""
+    return subprocess.run(
+        command, stdin=stdin, capture_output=True, encoding="utf-8", errors="replace", env=environment()
+    )
 
 
 # What ssh says → what to tell the user to do about it.
@@ -179,16 +190,19 @@ def ssh(url: str, options: Sequence[str] = ()) -> Iterator[Shell]:
     wrong = parts.scheme != "ssh" or not name or parts.path not in ("", "/") or parts.password
     if wrong or name.startswith("-") or user.startswith("-"):  # ssh would take a dash for an option
         raise InputError(f"{url} is no address such as ssh://user@host or ssh://host:2222")
-    if shutil.which("ssh") is None:
+    program = find_program("ssh")
+    if program is None:
         raise InputError("there is no ssh here; install OpenSSH's client")
     host = f"{user}@{name}" if user else name
     with tempfile.TemporaryDirectory(prefix="px-") as folder:
-        own = ["ControlMaster=auto", f"ControlPath={folder}/s", "ControlPersist=30", *_SSH_OPTIONS, *options]
-        base = ["ssh", *(["-p", str(port)] if port else []), *(part for option in own for part in ("-o", option))]
+        shared = ["ControlMaster=auto", f"ControlPath={folder}/s", "ControlPersist=30"]
+        own = [*(shared if os.name == "posix" else []), *_SSH_OPTIONS, *options]  # Windows' ssh has no such socket
+        base = [program, *(["-p", str(port)] if port else []), *(part for option in own for part in ("-o", option))]
         try:
             yield Shell(host, (*base, "--", host), ".cache/prehab-export/kits", lost=_SSH_FAILED)
         finally:
-            subprocess.run([*base, "-O", "exit", "--", host], capture_output=True)
+            if os.name == "posix":
+                _done([*base, "-O", "exit", "--", host])
 
 
 @contextmanager
@@ -199,10 +213,11 @@ def adb(serial: str | None) -> Iterator[Shell]:
         InputError: there is no adb here.
         TargetError: no such device is connected and allowed.
     """
-    if shutil.which("adb") is None:
+    program = find_program("adb")
+    if program is None:
         raise InputError("there is no adb here; install Android's platform tools and allow USB debugging")
-    base = ["adb", *([] if serial is None else ["-s", serial])]
-    state = subprocess.run([*base, "get-state"], capture_output=True, text=True)
+    base = [program, *([] if serial is None else ["-s", serial])]
+    state = _done([*base, "get-state"])
     if state.returncode != 0 or state.stdout.strip() != "device":
         said = _last_line(state.stderr) or state.stdout.strip()
         raise TargetError(f"adb reaches no device: {said}; connect it and allow debugging")

@@ -1,9 +1,10 @@
 // Runs a kit with onnxruntime-web: checks the answers, measures the models in turns, shows and hands back the figures.
-// The address says how: ?threads=2&rounds=10&provider=wasm, and for a run that nobody watches &auto=TOKEN.
-import * as ort from "/ort/ort.all.min.mjs";
+// The address says how: ?threads=2&rounds=10&provider=wasm, and &auto=1 for a run that nobody watches. Its path holds a
+// token, without which nothing is served and nothing taken, so every address here is relative to it.
+import * as ort from "./ort/ort.all.min.mjs";
 
 const query = new URLSearchParams(location.search);
-const token = query.get("auto");
+const auto = query.has("auto");
 const $ = (id) => document.getElementById(id);
 const median = (values) => quantile(values, 0.5);
 
@@ -16,7 +17,7 @@ function quantile(values, share) {
 // ---- the kit
 
 async function bytesOf(path) {
-  const answer = await fetch(`/kit/${path}`);
+  const answer = await fetch(`kit/${path}`);
   if (!answer.ok) throw new Error(`${path} is missing from the kit`);
   return new Uint8Array(await answer.arrayBuffer());
 }
@@ -125,11 +126,11 @@ async function heapMegabytes() {
 }
 
 async function measured(kit, asked) {
-  ort.env.wasm.wasmPaths = "/ort/";
+  ort.env.wasm.wasmPaths = new URL("./ort/", import.meta.url).href;
   ort.env.wasm.numThreads = asked.threads;
   const models = kit.models.filter((model) => !asked.only || model.slug === asked.only);
   const result = {
-    format: 1, kit: asked.digest, place: token ? "browser" : "by hand", device: await device(asked), protocol: { ...kit.protocol, ...asked },
+    format: 1, kit: asked.digest, place: auto ? "browser" : "by hand", device: await device(asked), protocol: { ...kit.protocol, ...asked },
     parity: [], cases: [], drift: [], comparison: [],
   };
   const opened = [];
@@ -211,12 +212,12 @@ async function device(asked) {
 // ---- the page
 
 async function send(what, body) {
-  await fetch(`/${what}?token=${token ?? query.get("token") ?? ""}`, { method: "POST", body });
+  await fetch(what, { method: "POST", body });
 }
 
 async function say(line) {
   $("status").textContent = line;
-  if (token) await send("progress", line);
+  if (auto) await send("progress", line);
   await new Promise((resolve) => setTimeout(resolve)); // let the page draw
 }
 
@@ -251,7 +252,7 @@ async function start(kit, digest) {
   } catch (error) {
     $("status").textContent = error.message ?? String(error);
     $("status").className = "bad";
-    if (token) await send("failed", error.message ?? String(error));
+    if (auto) await send("failed", error.message ?? String(error));
   }
 }
 
@@ -279,9 +280,9 @@ try {
     ran = true;
     start(kit, digest).finally(() => { $("start").disabled = false; });
   });
-  if (token) start(kit, digest);
+  if (auto) start(kit, digest);
 } catch (error) {
   $("status").textContent = error.message ?? String(error);
   $("status").className = "bad";
-  if (token) send("failed", error.message ?? String(error));
+  if (auto) send("failed", error.message ?? String(error));
 }
