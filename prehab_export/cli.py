@@ -102,6 +102,12 @@ RUN_OPTIONS: list[Option] = [
     option("--pair-column", "data.pair_column", "Second text column of a pair task; found when not given."),
     option("--label-column", "data.label_column", "Column of labels; found when not given."),
     option("--sequence-length", "data.sequence_length", "Window of a language model; longest text of a classifier."),
+    option(
+        "--window-start",
+        "data.window_start",
+        "What windows of text start with: as the tokenizer does it, its BOS token, or none.",
+        type=_choice(options.WINDOW_STARTS),
+    ),
     option("--eval-samples", "data.eval_samples", "Report on so many samples only."),
     option("--batch-size", "data.batch_size", "Samples a batch, in calibration and evaluation."),
     option("--adapter", "adapter", "PEFT LoRA adapter of the dense model, merged before anything else."),

@@ -26,6 +26,7 @@ LAYER_WEIGHTS = ("loss", "fisher", "equal")
 SCHEDULES = ("constant", "warmup")
 WHITENINGS = ("activation", "fisher")
 FISHER_LABELS = ("data", "model")
+WINDOW_STARTS = ("auto", "bos", "none")
 AUTO = "auto"
 PARAMETERS = "parameters"
 USUAL_STRENGTH = 100.0
@@ -38,7 +39,8 @@ class DataConfig:
     """Where samples come from and which of them; None means: find it.
 
     data: hub id, folder or file, or ``sklearn-digits``. sequence_length: window of a language model, longest text
-    of a classifier.
+    of a classifier. window_start: what each window of a language model starts with: ``auto`` (what the tokenizer puts
+    before a text), ``bos`` (its BOS token) or ``none``.
     """
 
     data: str
@@ -49,12 +51,14 @@ class DataConfig:
     pair_column: str | None = None
     label_column: str | None = None
     sequence_length: int | None = None
+    window_start: str = AUTO
     eval_samples: int | None = None
     batch_size: int = 32
 
     def __post_init__(self) -> None:
         _at_least("--batch-size", self.batch_size, 1)
         _at_least("--sequence-length", self.sequence_length, 2)
+        _one_of("--window-start", self.window_start, WINDOW_STARTS)
         _at_least("--eval-samples", self.eval_samples, 1)
 
 

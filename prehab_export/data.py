@@ -11,10 +11,11 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
-from prehab_export.config import DataConfig
+from prehab_export.config import AUTO, DataConfig
 from prehab_export.data_batches import Collate, Encoder, encode
 from prehab_export.data_columns import Columns, choose_columns
 from prehab_export.data_source import choose_splits, held_out_count, open_source
+from prehab_export.data_text import start_tokens
 from prehab_export.models import longest_input
 from prehab_export.tasks import Batch, Task
 
@@ -94,7 +95,8 @@ def load_data(
     if task.name != "image-classification":
         most = longest_input(model_config, task, trust_remote_code=trust_remote_code)
     length = _sequence_length(config, task, processor, most)
-    encoder = Encoder(task, processor, model_config, columns, length)
+    start = _window_start(config, task, processor, length)
+    encoder = Encoder(task, processor, model_config, columns, length, start)
     train = _samples(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
     if splits.evaluation is None:
         train, evaluation = _cut(train, task, seed)
@@ -113,6 +115,7 @@ def load_data(
         "train_samples": len(train),
         "eval_samples": len(evaluation),
         "sequence_length": length,
+        "window_start": processor.convert_ids_to_tokens(start) if task.name == "text-generation" else None,
     }
     return TaskData(train, evaluation, _fingerprint(source.fingerprint, config, description), description)
 
@@ -124,7 +127,8 @@ def _samples(rows: Dataset, split: str, encoder: Encoder, most_windows: int | No
 
 def _fingerprint(content: str, config: DataConfig, description: dict[str, Any]) -> str:
     """Of the content and of all that decides what is trained on; how much of it judges is not part of it."""
-    used = {key: description[key] for key in ("config", "columns", "train_split", "eval_split", "sequence_length")}
+    deciding = ("config", "columns", "train_split", "eval_split", "sequence_length", "window_start")
+    used = {key: description[key] for key in deciding}
     return hashlib.sha256(json.dumps([content, used], sort_keys=True).encode()).hexdigest()
 
 
@@ -144,6 +148,27 @@ def _check_same_columns(rows: Dataset, split: str, columns: Columns) -> None:
     for column in asdict(columns).values():
         if column is not None and column not in rows.column_names:
             raise InputError(f"the split {split} has no column {column!r}; it has {', '.join(rows.column_names)}")
+
+
+def _window_start(config: DataConfig, task: Task, processor: Any, length: int | None) -> tuple[int, ...]:
+    """Ids that every window of a language model starts with."""
+    if task.name != "text-generation":
+        if config.window_start != AUTO:
+            raise InputError(f"--window-start is for windows of text; {task.name} has none")
+        return ()
+    if config.window_start == "none":
+        return ()
+    if config.window_start == "bos":
+        if processor.bos_token_id is None:
+            raise InputError("--window-start bos: the tokenizer has no BOS token; take --window-start none")
+        return (processor.bos_token_id,)
+    start = start_tokens(processor)
+    if length is not None and length <= len(start):
+        raise InputError(
+            f"a window of {length} tokens leaves nothing to predict after the {len(start)} that the tokenizer puts "
+            "before a text; give a larger --sequence-length, or --window-start none"
+        )
+    return start
 
 
 def _sequence_length(config: DataConfig, task: Task, processor: Any, most: int | None) -> int | None:

@@ -13,7 +13,7 @@ from converters.errors import InputError
 from prehab_export.data_columns import Columns, read_labels
 from prehab_export.data_text import token_windows
 from prehab_export.models import input_names, padding_id
-from prehab_export.tasks import Batch, Task
+from prehab_export.tasks import IGNORED, Batch, Task
 
 Collate = Callable[[Sequence[int]], Batch]
 
@@ -21,13 +21,14 @@ Collate = Callable[[Sequence[int]], Batch]
 @dataclass(frozen=True)
 class Encoder:
     """What it takes to turn rows into model inputs. ``processor`` is a tokenizer, or an image processor; ``length``
-    is the longest text or the window in tokens."""
+    is the longest text or the window in tokens, ``start`` the ids that a window starts with."""
 
     task: Task
     processor: Any
     model_config: PreTrainedConfig
     columns: Columns
     length: int | None
+    start: tuple[int, ...] = ()
 
 
 def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None = None) -> tuple[int, Collate]:
@@ -41,7 +42,7 @@ def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None
     """
     if encoder.task.name == "text-generation":
         windows = _windows(rows, split, encoder, most_windows)
-        return len(windows), lambda picked: {"input_ids": torch.from_numpy(windows[picked].astype(np.int64))}
+        return len(windows), lambda picked: _window_batch(windows[picked], len(encoder.start))
     assert encoder.columns.label is not None
     labels = torch.from_numpy(read_labels(rows, encoder.columns.label, encoder.model_config, split))
     is_image = encoder.task.name == "image-classification"
@@ -52,7 +53,7 @@ def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None
 def _windows(rows: Dataset, split: str, encoder: Encoder, most: int | None) -> np.ndarray:
     assert encoder.length is not None
     texts = _texts(rows, encoder.columns.input, split)
-    windows = token_windows(texts, encoder.processor, encoder.length, most)
+    windows = token_windows(texts, encoder.processor, encoder.length, most, encoder.start)
     if not len(windows):
         raise InputError(
             f"the split {split} is too short for one window of {encoder.length} tokens; "
@@ -60,6 +61,16 @@ def _windows(rows: Dataset, split: str, encoder: Encoder, most: int | None) -> n
         )
     _check_vocabulary(windows, encoder)
     return windows
+
+
+def _window_batch(windows: np.ndarray, start: int) -> Batch:
+    """``start``: how many tokens at the head are context. The first token is never a target anyway."""
+    ids = torch.from_numpy(windows.astype(np.int64))
+    if start < 2:
+        return {"input_ids": ids}
+    labels = ids.clone()
+    labels[:, :start] = IGNORED
+    return {"input_ids": ids, "labels": labels}
 
 
 def _image_inputs(rows: Dataset, split: str, encoder: Encoder) -> Collate:

@@ -24,7 +24,7 @@ from transformers import (
 from converters.errors import InputError
 from prehab_export.config import DataConfig
 from prehab_export.data import load_data
-from prehab_export.data_text import chunked, token_windows
+from prehab_export.data_text import chunked, start_tokens, token_windows
 from prehab_export.evaluation import evaluate, torch_predictor
 from prehab_export.models import load_config, load_model, load_processor
 from prehab_export.tasks import TASKS
@@ -439,10 +439,11 @@ def test_windows_are_the_whole_text_tokenised_once(tmp_path, byte_tokenizer):
     (tmp_path / "test.txt").write_text(story(200, seed=1))
     data = load(tmp_path, GENERATION, byte_tokenizer, LlamaConfig(**SMALL, vocab_size=500), sequence_length=16)
     ids = byte_tokenizer(text, add_special_tokens=False).input_ids
-    whole = len(ids) // 16
+    whole = len(ids) // 15
     batch = first_batch(data.train)
     assert set(batch) == {"input_ids"}
-    assert batch["input_ids"].tolist() == np.reshape(ids[: whole * 16], (whole, 16)).tolist()
+    assert (batch["input_ids"][:, 0] == byte_tokenizer.bos_token_id).all()
+    assert batch["input_ids"][:, 1:].tolist() == np.reshape(ids[: whole * 15], (whole, 15)).tolist()
 
 
 @pytest.mark.parametrize("size", [40, 300, 10**6])
@@ -467,10 +468,116 @@ def test_rows_are_joined_by_one_line_break(tmp_path, byte_tokenizer):
     windows = token_windows([row["content"] for row in rows * 10], byte_tokenizer, 4)
     assert windows.ravel().tolist() == expected[: windows.size]
     data = load(
-        tmp_path / "a.jsonl", GENERATION, byte_tokenizer, LlamaConfig(**SMALL, vocab_size=500), sequence_length=4
+        tmp_path / "a.jsonl",
+        GENERATION,
+        byte_tokenizer,
+        LlamaConfig(**SMALL, vocab_size=500),
+        sequence_length=4,
+        window_start="none",
     )
     both = torch.cat([first_batch(data.train)["input_ids"], first_batch(data.evaluation)["input_ids"]])
     assert both.tolist() == windows.tolist()
+
+
+TEMPLATES = {
+    "nothing": None,
+    "bos": "<s> $A",
+    "bos and eos": "<s> $A </s>",
+    "eos": "$A </s>",
+    "two": "[gMASK] <s> $A",
+}
+
+
+def story_tokenizer(folder, template, vocabulary=tuple(WORDS), **options):
+    """Words and white space; named special tokens, of which the template says what is put around a text."""
+    special = ["<unk>", "<s>", "</s>", "[gMASK]"]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *vocabulary])}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.add_special_tokens(special)
+    if template is not None:
+        core.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(token, i) for i, token in enumerate(special)]
+        )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | options
+    names = {key: value for key, value in names.items() if value is not None}
+    PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(folder)
+    LlamaConfig(**SMALL, vocab_size=500).save_pretrained(folder)
+    return load_processor(str(folder), GENERATION)
+
+
+def windows_of(folder, tokenizer, text, length=8, **options):
+    (folder / "train.txt").write_text(text)
+    (folder / "test.txt").write_text(text)
+    config = LlamaConfig(**SMALL, vocab_size=500)
+    data = load(folder, GENERATION, tokenizer, config, sequence_length=length, **options)
+    return data, first_batch(data.train)
+
+
+@pytest.mark.parametrize(
+    ("template", "start"), [("nothing", []), ("bos", [1]), ("bos and eos", [1]), ("eos", []), ("two", [3, 1])]
+)
+def test_windows_start_as_the_tokenizer_starts_a_text(tmp_path, template, start):
+    tokenizer = story_tokenizer(tmp_path / "tokenizer", TEMPLATES[template])
+    text = story(100)
+    data, batch = windows_of(tmp_path, tokenizer, text)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    step = 8 - len(start)
+    expected = [start + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
+    assert batch["input_ids"].tolist() == expected
+    assert GENERATION.unit_labels(batch).tolist() == [
+        token for window in expected for token in window[max(1, len(start)) :]
+    ]
+    assert data.description["window_start"] == tokenizer.convert_ids_to_tokens(start)
+
+
+@pytest.mark.parametrize(("template", "adds"), [("nothing", True), ("bos", False), ("nothing", False), ("eos", True)])
+def test_the_tokenizers_own_option_decides_whether_windows_have_a_bos(tmp_path, template, adds):
+    tokenizer = story_tokenizer(tmp_path / "tokenizer", TEMPLATES[template], add_bos_token=adds)
+    _, batch = windows_of(tmp_path, tokenizer, story(100))
+    assert (batch["input_ids"] == 1).sum(1).tolist() == [int(adds)] * len(batch["input_ids"])
+    assert (batch["input_ids"][:, 0] == 1).all() == adds
+    assert not (batch["input_ids"] == 2).any()
+
+
+def test_the_start_of_a_window_can_be_asked_for(tmp_path):
+    plain = story_tokenizer(tmp_path / "plain", None)
+    starts = story_tokenizer(tmp_path / "starts", TEMPLATES["bos"])
+    text = story(100)
+    with_bos, batch = windows_of(tmp_path, plain, text, window_start="bos")
+    assert torch.equal(batch["input_ids"], windows_of(tmp_path, starts, text)[1]["input_ids"])
+    without, bare = windows_of(tmp_path, starts, text, window_start="none")
+    assert torch.equal(bare["input_ids"], windows_of(tmp_path, plain, text)[1]["input_ids"])
+    assert (with_bos.description["window_start"], without.description["window_start"]) == (["<s>"], [])
+    assert with_bos.fingerprint != without.fingerprint
+
+
+def test_a_bos_that_is_not_there_is_refused(tmp_path, word_tokenizer):
+    tokenizer = story_tokenizer(tmp_path / "tokenizer", None, bos_token=None)
+    with pytest.raises(InputError, match="has no BOS token; take --window-start none"):
+        windows_of(tmp_path, tokenizer, story(100), window_start="bos")
+    with pytest.raises(InputError, match="--window-start must be one of auto, bos, none"):
+        DataConfig("a.txt", window_start="always")
+    path = write_csv(tmp_path / "a.csv", {"text": reviews(9)[0], "label": reviews(9)[1]})
+    with pytest.raises(InputError, match="text-classification has none"):
+        load(path, TEXT, word_tokenizer, bert_config(), window_start="bos")
+    with pytest.raises(InputError, match="leaves nothing to predict"):
+        windows_of(tmp_path, story_tokenizer(tmp_path / "two", TEMPLATES["two"]), story(100), length=2)
+
+
+def test_text_that_brings_its_own_bos_does_not_get_it_twice(tmp_path):
+    tokenizer = story_tokenizer(tmp_path / "tokenizer", TEMPLATES["bos"])
+    _, batch = windows_of(tmp_path, tokenizer, "<s> " + "one two three " * 20, length=4)
+    one, two, three = tokenizer("one two three", add_special_tokens=False).input_ids
+    assert batch["input_ids"].tolist() == [[1, one, two, three]] * 20
+
+
+def test_a_vocabulary_without_an_a_has_its_start_found(tmp_path):
+    core = Tokenizer(models.BPE({"<s>": 0, "G": 1, "C": 2}, []))  # letters that are not there leave no token
+    core.add_special_tokens(["<s>"])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = saved_tokenizer(core, tmp_path, bos_token="<s>")
+    assert tokenizer("a").input_ids == [0]
+    assert start_tokens(tokenizer) == (0,)
 
 
 def test_fewer_evaluation_windows_are_the_first_ones(tmp_path, byte_tokenizer):
@@ -596,7 +703,7 @@ def test_the_shared_language_model_is_judged_on_the_first_windows_of_the_text():
     model = load_model(folder, task)
     found = evaluate(torch_predictor(model, task), data.evaluation.batches(2), task)
     text = (SHARED / "data" / "wikitext2" / "test.txt").read_text()[:20000]
-    ids = load_processor(folder, task)(text, add_special_tokens=False).input_ids[: 2 * 256]
+    ids = load_processor(folder, task)(text).input_ids[: 2 * 256]  # this tokenizer puts nothing before a text
     windows = torch.tensor(ids).view(2, 256)
     with torch.inference_mode():
         expected = model(input_ids=windows, labels=windows).loss.item()
