@@ -101,6 +101,12 @@ RUN_OPTIONS: list[Option] = [
     option("--input-column", "data.input_column", "Column of images or texts; found when not given."),
     option("--pair-column", "data.pair_column", "Second text column of a pair task; found when not given."),
     option("--label-column", "data.label_column", "Column of labels; found when not given."),
+    option(
+        "--labels-by-position/--labels-by-name",
+        "data.labels_by_position",
+        "Take the data's class names in the model's order, whatever they are.",
+        is_flag=True,
+    ),
     option("--sequence-length", "data.sequence_length", "Window of a language model; longest text of a classifier."),
     option(
         "--window-start",

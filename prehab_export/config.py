@@ -40,7 +40,8 @@ class DataConfig:
 
     data: hub id, folder or file, or ``sklearn-digits``. sequence_length: window of a language model, longest text
     of a classifier. window_start: what each window of a language model starts with: ``auto`` (what the tokenizer puts
-    before a text), ``bos`` (its BOS token) or ``none``.
+    before a text), ``bos`` (its BOS token) or ``none``. labels_by_position: class names of the data are not looked up
+    among the model's, they stand in the same order.
     """
 
     data: str
@@ -50,6 +51,7 @@ class DataConfig:
     input_column: str | None = None
     pair_column: str | None = None
     label_column: str | None = None
+    labels_by_position: bool = False
     sequence_length: int | None = None
     window_start: str = AUTO
     eval_samples: int | None = None

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from converters.errors import InputError
 from prehab_export.config import AUTO, DataConfig
-from prehab_export.data_batches import Collate, Encoder, encode
+from prehab_export.data_batches import Collate, Encoded, Encoder, encode
 from prehab_export.data_columns import Columns, choose_columns
 from prehab_export.data_source import choose_splits, held_out_count, open_source
 from prehab_export.data_text import start_tokens
@@ -59,7 +59,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class TaskData:
-    """fingerprint: a hash of the content and of what decides which of it is used; description: for the report."""
+    """fingerprint: a hash of the content and of what decides which of it is used; description: for the report, with
+    ``warnings`` of what had to be assumed."""
 
     train: Samples
     evaluation: Samples
@@ -96,13 +97,16 @@ def load_data(
         most = longest_input(model_config, task, trust_remote_code=trust_remote_code)
     length = _sequence_length(config, task, processor, most)
     start = _window_start(config, task, processor, length)
-    encoder = Encoder(task, processor, model_config, columns, length, start)
-    train = _samples(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
+    encoder = Encoder(task, processor, model_config, columns, length, start, config.labels_by_position)
+    encoded = encode(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
+    train, warnings = _samples(encoded), list(encoded.warnings)
     if splits.evaluation is None:
         train, evaluation = _cut(train, task, seed)
     else:
         _check_same_columns(splits.evaluation, splits.evaluation_name, columns)
-        evaluation = _samples(splits.evaluation, splits.evaluation_name, encoder, config.eval_samples)
+        encoded = encode(splits.evaluation, splits.evaluation_name, encoder, config.eval_samples)
+        evaluation = _samples(encoded)
+        warnings += encoded.warnings
     if config.eval_samples is not None:
         is_text = task.name == "text-generation"
         evaluation = evaluation.first(config.eval_samples) if is_text else evaluation.subset(config.eval_samples, seed)
@@ -116,19 +120,20 @@ def load_data(
         "eval_samples": len(evaluation),
         "sequence_length": length,
         "window_start": processor.convert_ids_to_tokens(start) if task.name == "text-generation" else None,
+        "labels_by_position": config.labels_by_position,
+        "warnings": list(dict.fromkeys(warnings)),
     }
     return TaskData(train, evaluation, _fingerprint(source.fingerprint, config, description), description)
 
 
-def _samples(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None) -> Samples:
-    count, collate = encode(rows, split, encoder, most_windows)
-    return Samples(np.arange(count), collate)
+def _samples(encoded: Encoded) -> Samples:
+    return Samples(np.arange(encoded.count), encoded.collate)
 
 
 def _fingerprint(content: str, config: DataConfig, description: dict[str, Any]) -> str:
     """Of the content and of all that decides what is trained on; how much of it judges is not part of it."""
     deciding = ("config", "columns", "train_split", "eval_split", "sequence_length", "window_start")
-    used = {key: description[key] for key in deciding}
+    used = {key: description[key] for key in (*deciding, "labels_by_position")}
     return hashlib.sha256(json.dumps([content, used], sort_keys=True).encode()).hexdigest()
 
 

@@ -10,7 +10,8 @@ from datasets import Dataset, Image
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
-from prehab_export.data_columns import Columns, read_labels
+from prehab_export.data_columns import Columns
+from prehab_export.data_labels import read_labels
 from prehab_export.data_text import token_windows
 from prehab_export.models import input_names, padding_id
 from prehab_export.tasks import IGNORED, Batch, Task
@@ -21,7 +22,8 @@ Collate = Callable[[Sequence[int]], Batch]
 @dataclass(frozen=True)
 class Encoder:
     """What it takes to turn rows into model inputs. ``processor`` is a tokenizer, or an image processor; ``length``
-    is the longest text or the window in tokens, ``start`` the ids that a window starts with."""
+    is the longest text or the window in tokens, ``start`` the ids that a window starts with.
+    ``labels_by_position``: class names of the data stand in the model's order."""
 
     task: Task
     processor: Any
@@ -29,10 +31,20 @@ class Encoder:
     columns: Columns
     length: int | None
     start: tuple[int, ...] = ()
+    labels_by_position: bool = False
 
 
-def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None = None) -> tuple[int, Collate]:
-    """How many samples the rows make, and how to make a batch of some of them.
+@dataclass(frozen=True)
+class Encoded:
+    """How many samples rows make, how to make a batch of some of them, and what had to be assumed of them."""
+
+    count: int
+    collate: Collate
+    warnings: tuple[str, ...] = ()
+
+
+def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None = None) -> Encoded:
+    """Samples of the rows.
 
     Labels are read, and text is checked for holes, here and now; images are decoded and texts tokenised when a
     batch is asked for. A language model's text is tokenised here, up to ``most_windows`` windows.
@@ -42,12 +54,14 @@ def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None
     """
     if encoder.task.name == "text-generation":
         windows = _windows(rows, split, encoder, most_windows)
-        return len(windows), lambda picked: _window_batch(windows[picked], len(encoder.start))
+        return Encoded(len(windows), lambda picked: _window_batch(windows[picked], len(encoder.start)))
     assert encoder.columns.label is not None
-    labels = torch.from_numpy(read_labels(rows, encoder.columns.label, encoder.model_config, split))
+    found = read_labels(rows, encoder.columns.label, encoder.model_config, split, encoder.labels_by_position)
+    labels = torch.from_numpy(found.values)
     is_image = encoder.task.name == "image-classification"
     inputs = _image_inputs(rows, split, encoder) if is_image else _text_inputs(rows, split, encoder)
-    return len(rows), lambda picked: inputs(picked) | {"labels": labels[list(picked)]}
+    warnings = () if found.warning is None else (found.warning,)
+    return Encoded(len(rows), lambda picked: inputs(picked) | {"labels": labels[list(picked)]}, warnings)
 
 
 def _windows(rows: Dataset, split: str, encoder: Encoder, most: int | None) -> np.ndarray:

@@ -292,11 +292,125 @@ def test_labels_follow_the_models_names_whatever_their_order(tmp_path, word_toke
     assert labels_of(load(tmp_path, TEXT, word_tokenizer, bert_config()).train) == [1, 0, 0, 1]
 
 
-def test_class_names_that_say_nothing_of_the_models_go_by_position(tmp_path, word_tokenizer):
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
-    rows = Dataset.from_dict({"text": ["one", "two", "three"], "label": [1, 0, 1]}, features=features)
-    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
-    assert labels_of(load(tmp_path / "saved", TEXT, word_tokenizer, bert_config()).train) == [1, 0, 1]
+def labelled(folder, names, labels, model_names, tokenizer, **options):
+    """Labels that rows of these class names get of a model of those."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(names))})
+    rows = Dataset.from_dict({"text": ["one"] * len(labels), "label": labels}, features=features)
+    DatasetDict(train=rows, test=rows).save_to_disk(folder / "saved")
+    model_names = dict(enumerate(model_names))
+    data = load(folder / "saved", TEXT, tokenizer, bert_config(model_names), **options)
+    return labels_of(data.train), data
+
+
+@pytest.mark.parametrize(
+    ("names", "model_names", "expected"),
+    [
+        (["b", "a"], ["a", "b", "c"], [1, 0]),  # some of the model's, in another order
+        (["Golden_Retriever", "TABBY-cat"], ["tabby cat", "golden retriever"], [1, 0]),
+        (["Cafe\u0301", "th\u00e9"], ["thé", "café"], [1, 0]),  # accents as another system writes them
+        (["Tinca tinca", "goldfish"], ["goldfish, Carassius auratus", "tench, Tinca tinca"], [1, 0]),
+        (["tench, a fish", "goldfish"], ["goldfish, Carassius auratus", "tench, Tinca tinca"], [1, 0]),
+        (["maillot", "crane"], ["maillot, tank suit", "crane", "maillot"], [2, 1]),  # the whole name comes first
+        (["other", "crane", "x"], ["x", "crane", "crane"], [None, 1]),  # of two, the one in its place
+        (["1", "0"], ["cat", "dog"], [1, 0]),  # numbers are the model's classes
+        (["10", "2"], [str(i) for i in range(11)], [10, 2]),
+        (["-1", "1"], ["1", "0", "-1"], [2, 0]),
+        (["LABEL_1", "label_0"], ["LABEL_0", "LABEL_1"], [1, 0]),
+    ],
+)
+def test_class_names_are_found_among_the_models(tmp_path, word_tokenizer, names, model_names, expected):
+    rows = [at for at in (0, 1) if expected[at] is not None]
+    found, data = labelled(tmp_path, names, rows, model_names, word_tokenizer)
+    assert found == [expected[at] for at in rows]
+    assert data.description["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("names", "model_names"),
+    [
+        (["cat", "goldfish"], ["cat", "tench"]),
+        (["bad", "good"], ["negative", "positive"]),
+        (["cat", "dog", "zebra"], ["cat", "dog", "horse"]),
+        (["zebra", "ant"], ["cat", "dog", "horse"]),
+        (["bad", "good"], ["LABEL_0", "LABEL_1", "LABEL_2"]),
+        (["bad", "fair", "good"], ["LABEL_0", "LABEL_1"]),
+    ],
+)
+def test_classes_that_the_model_does_not_know_are_never_guessed(tmp_path, word_tokenizer, names, model_names):
+    with pytest.raises(InputError) as refusal:
+        labelled(tmp_path, names, range(len(names)), model_names, word_tokenizer)
+    message = str(refusal.value)
+    assert all(f"'{name}'" in message for name in set(names) - set(model_names))
+    assert "LABEL_0" in model_names or all(f"'{name}'" in message for name in model_names)
+    assert "number" in message
+
+
+def test_a_name_that_two_classes_share_is_refused(tmp_path, word_tokenizer):
+    with pytest.raises(InputError, match=r"'crane' of the data may be any of the model's classes 1 \('crane'\), 2"):
+        labelled(tmp_path, ["crane", "dog"], [0, 1], ["dog", "crane", "crane"], word_tokenizer)
+
+
+def test_classes_that_no_row_has_need_not_be_known(tmp_path, word_tokenizer):
+    found, _ = labelled(tmp_path, ["unsure", "positive", "negative"], [1, 2], NAMES.values(), word_tokenizer)
+    assert found == [1, 0]
+
+
+@pytest.mark.parametrize("model_names", [["LABEL_0", "LABEL_1"], ["0", "1"]])
+def test_classes_of_a_model_without_names_go_by_position_and_that_is_said(tmp_path, word_tokenizer, model_names):
+    found, data = labelled(tmp_path, ["bad", "good"], [1, 0, 1], model_names, word_tokenizer)
+    assert found == [1, 0, 1]
+    (warning,) = data.description["warnings"]
+    assert "by position" in warning
+    assert "'bad' is 0" in warning
+
+
+def test_positions_can_be_asked_for(tmp_path, word_tokenizer):
+    found, data = labelled(
+        tmp_path, ["bad", "good"], [1, 0, 1], NAMES.values(), word_tokenizer, labels_by_position=True
+    )
+    assert found == [1, 0, 1]
+    assert "'bad' is 0 ('negative')" in data.description["warnings"][0]
+    with pytest.raises(InputError, match="has 3 classes, the model 2"):
+        labelled(tmp_path / "more", ["a", "b", "c"], [0, 1], NAMES.values(), word_tokenizer, labels_by_position=True)
+    path = write_csv(tmp_path / "a.csv", {"text": WORDS[:4], "label": ["bad", "good"] * 2})
+    with pytest.raises(InputError, match="labels without an order"):
+        load(path, TEXT, word_tokenizer, bert_config(), labels_by_position=True)
+
+
+def test_a_long_list_in_the_models_order_may_name_a_few_classes_otherwise(tmp_path, word_tokenizer):
+    model_names = [f"kind {i}" for i in range(100)]
+    names = [*model_names[:50], "something else", *model_names[51:]]
+    found, data = labelled(tmp_path, names, [50, 7], model_names, word_tokenizer)
+    assert found == [50, 7]
+    assert "'something else' is 50 ('kind 50')" in data.description["warnings"][0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "model_names", "expected"),
+    [
+        (["tench", "goldfish"], ["goldfish, Carassius auratus", "tench, Tinca tinca"], [1, 0]),
+        (["1.0", "0"], ["no", "yes"], [1, 0]),
+        ([1.0, 0.0], ["no", "yes"], [1, 0]),
+        ([-1, 1], ["-1", "0", "1"], [0, 2]),
+        ([5, 1], ["1", "2", "3", "4", "5"], [4, 0]),
+        ([0, 4], ["1", "2", "3", "4", "5"], [0, 4]),
+        ([True, False], ["true", "false"], [0, 1]),
+        ([True, False], ["no", "yes"], [1, 0]),
+    ],
+)
+def test_labels_without_a_list_of_classes(tmp_path, word_tokenizer, labels, model_names, expected):
+    table = Dataset.from_dict({"text": ["one", "two"], "label": labels})
+    for split in ("train", "test"):
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    config = bert_config(dict(enumerate(model_names)))
+    assert labels_of(load(tmp_path, TEXT, word_tokenizer, config).train) == expected
+
+
+def test_numbers_that_may_be_names_or_classes_are_refused(tmp_path, word_tokenizer):
+    path = write_csv(tmp_path / "a.csv", {"text": WORDS[:4], "label": [1, 2, 3, 4]})
+    config = bert_config({i: str(i + 1) for i in range(5)})
+    with pytest.raises(InputError, match=r"may be the model's classes \(0 to 4\) or their names"):
+        load(path, TEXT, word_tokenizer, config)
 
 
 def test_class_names_of_which_some_are_unknown_are_refused(tmp_path, word_tokenizer):
@@ -327,6 +441,21 @@ def test_scores_are_not_labels(tmp_path, word_tokenizer):
     path = write_csv(tmp_path / "a.csv", {"text": WORDS[:4], "score": [0.5, 1.5, 2.5, 3.5]})
     with pytest.raises(InputError, match=r"--label-column.*float64.*not one class a row"):
         load(path, TEXT, word_tokenizer, bert_config(), label_column="score")
+
+
+def test_a_column_of_scores_under_a_labels_name_is_refused_for_what_it_is(tmp_path, word_tokenizer):
+    path = write_csv(tmp_path / "a.csv", {"text": WORDS[:4], "label": [0.5, 1, 0, 1]})
+    with pytest.raises(InputError, match=r"'label' of .* holds numbers with fractions, not one class a row"):
+        load(path, TEXT, word_tokenizer, bert_config())
+
+
+def test_whole_labels_stay_whole_beside_a_gap(tmp_path, word_tokenizer):
+    path = write_csv(tmp_path / "a.csv", {"text": WORDS[:4], "label": ["1.0", "0.0", "1", "0"]})
+    data = load(path, TEXT, word_tokenizer, bert_config(), label_column="label")
+    assert sorted(labels_of(data.train) + labels_of(data.evaluation)) == [0, 0, 1, 1]
+    pandas.DataFrame({"text": WORDS[:4], "label": [1, 0, np.nan, 1]}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(InputError, match="row 2 of train has no label in column 'label'"):
+        load(tmp_path / "b.parquet", TEXT, word_tokenizer, bert_config())
 
 
 def test_rows_without_text_are_named(tmp_path, word_tokenizer):
@@ -620,6 +749,25 @@ def vit_config(names, channels=3):
 def picture(seed, mode="RGB"):
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
     return PilImage.fromarray(pixels).convert(mode)
+
+
+def image_folder(root, *names, count=3):
+    for split in ("train", "validation"):
+        for number, name in enumerate(names):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture(10 * number + i).save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_an_image_folder_of_unknown_classes_is_refused(tmp_path):
+    folder = image_folder(tmp_path, "goldfish", "shark")
+    with pytest.raises(
+        InputError, match=r"'goldfish', 'shark'.*unknown to the model, whose classes are 'tench', 'cat'"
+    ):
+        load(folder, IMAGE, processor(), vit_config(["tench", "cat"]))
+    data = load(folder, IMAGE, processor(), vit_config(["shark, great white", "tench", "goldfish, Carassius"]))
+    assert sorted(labels_of(data.train)) == [0] * 3 + [2] * 3
 
 
 def test_an_image_folder_with_class_subfolders(tmp_path):
