@@ -14,7 +14,8 @@ from converters.errors import InputError
 from prehab_export.config import AUTO, DataConfig
 from prehab_export.data_batches import Collate, Encoded, Encoder, encode
 from prehab_export.data_columns import Columns, choose_columns
-from prehab_export.data_source import choose_splits, held_out_count, open_source
+from prehab_export.data_images import check_shape
+from prehab_export.data_source import Splits, choose_splits, held_out_count, open_source
 from prehab_export.data_text import start_tokens
 from prehab_export.models import longest_input
 from prehab_export.tasks import Batch, Task
@@ -99,7 +100,7 @@ def load_data(
     start = _window_start(config, task, processor, length)
     encoder = Encoder(task, processor, model_config, columns, length, start, config.labels_by_position)
     encoded = encode(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
-    train, warnings = _samples(encoded), list(encoded.warnings)
+    train, warnings, shape = _samples(encoded), list(encoded.warnings), encoded.image_shape
     if splits.evaluation is None:
         train, evaluation = _cut(train, task, seed)
     else:
@@ -107,6 +108,9 @@ def load_data(
         encoded = encode(splits.evaluation, splits.evaluation_name, encoder, config.eval_samples)
         evaluation = _samples(encoded)
         warnings += encoded.warnings
+        _check_same_shape(shape, encoded.image_shape, splits)
+    if shape is not None:
+        check_shape(shape, model_config, task, trust_remote_code)
     if config.eval_samples is not None:
         is_text = task.name == "text-generation"
         evaluation = evaluation.first(config.eval_samples) if is_text else evaluation.subset(config.eval_samples, seed)
@@ -153,6 +157,14 @@ def _check_same_columns(rows: Dataset, split: str, columns: Columns) -> None:
     for column in asdict(columns).values():
         if column is not None and column not in rows.column_names:
             raise InputError(f"the split {split} has no column {column!r}; it has {', '.join(rows.column_names)}")
+
+
+def _check_same_shape(train: tuple[int, ...] | None, evaluation: tuple[int, ...] | None, splits: Splits) -> None:
+    if train != evaluation:
+        raise InputError(
+            f"the image processor gives images of {splits.train_name} the shape {train}, of {splits.evaluation_name} "
+            f"{evaluation}; set do_resize and a size in preprocessor_config.json, or resize the images"
+        )
 
 
 def _window_start(config: DataConfig, task: Task, processor: Any, length: int | None) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from PIL import Image as PilImage
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
+    ConvNextConfig,
     DistilBertConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -751,12 +752,12 @@ def picture(seed, mode="RGB"):
     return PilImage.fromarray(pixels).convert(mode)
 
 
-def image_folder(root, *names, count=3):
+def image_folder(root, *names, count=3, kind="png"):
     for split in ("train", "validation"):
         for number, name in enumerate(names):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                picture(10 * number + i).save(root / split / name / f"{i}.png")
+                picture(10 * number + i).save(root / split / name / f"{i}.{kind}")
     return root
 
 
@@ -815,11 +816,109 @@ def test_a_damaged_image_names_its_row(tmp_path):
     pandas.DataFrame({"image": [good, good[:60], b"junk", good], "label": [0, 1, 0, 1]}).to_parquet(
         tmp_path / "a.parquet"
     )
-    data = load(tmp_path / "a.parquet", IMAGE, processor(), vit_config(["a", "b"]), train_split="train")
-    collate = data.train.collate
-    for row in (1, 2):
-        with pytest.raises(InputError, match=f"row {row} of train: cannot read the image"):
-            collate([row])
+    with pytest.raises(InputError, match="row 1 of train: cannot read the image"):
+        load(tmp_path / "a.parquet", IMAGE, processor(), vit_config(["a", "b"]))
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "bmp", "tiff"])
+@pytest.mark.parametrize("damage", ["cut short", "no image", "empty"])
+def test_damaged_images_are_found_at_once_and_named_by_their_file(tmp_path, kind, damage):
+    folder = image_folder(tmp_path, "a", "b", kind=kind)
+    broken = folder / "train" / "b" / f"1.{kind}"
+    PilImage.effect_noise((64, 64), 60).save(broken)
+    whole = broken.read_bytes()
+    broken.write_bytes({"cut short": whole[: len(whole) // 2], "no image": b"junk", "empty": b""}[damage])
+    with pytest.raises(InputError, match=rf"row 4 of train, .*b/1\.{kind}: cannot read the image"):
+        load(folder, IMAGE, processor(), vit_config(["a", "b"]))
+
+
+def test_a_jpeg_with_something_after_its_end_is_sound(tmp_path):
+    folder = image_folder(tmp_path, "a", "b", kind="jpg")
+    file = folder / "train" / "a" / "0.jpg"
+    file.write_bytes(file.read_bytes() + b"\0\0")
+    assert len(load(folder, IMAGE, processor(), vit_config(["a", "b"])).train) == 6
+
+
+RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "pixels"),
+    [
+        ("png", RAMP.astype(np.uint16) * 257),
+        ("tiff", RAMP.astype(np.uint16) * 257),
+        ("tiff", RAMP.astype(">u2") * 257),
+        ("tiff", RAMP.astype(np.int32) * 257),
+        ("tiff", (RAMP / 255).astype(np.float32)),
+        ("tiff", RAMP.astype(np.float32)),
+        ("tiff", RAMP),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_any_depth_keep_their_brightness(tmp_path, kind, pixels, channels):
+    PilImage.fromarray(pixels).save(tmp_path / f"ramp.{kind}")
+    if kind == "tiff":
+        assert np.asarray(PilImage.open(tmp_path / "ramp.tiff")).dtype.itemsize == pixels.dtype.itemsize
+    encoded = (tmp_path / f"ramp.{kind}").read_bytes()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pandas.DataFrame({"image": [encoded] * 4, "label": [0, 1] * 2}).to_parquet(folder / "train.parquet")
+    batch = first_batch(load(folder, IMAGE, processor(8, channels), vit_config(["a", "b"], channels)).train)
+    expected = (RAMP.astype(np.float32) / 255 - 0.5) / 0.5
+    for channel in batch["pixel_values"][0]:
+        np.testing.assert_allclose(channel.numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [300.0, -1.0, np.nan])
+def test_floats_of_no_known_range_are_refused_by_name(tmp_path, factor):
+    folder = image_folder(tmp_path, "a", "b", kind="tiff")
+    PilImage.fromarray((RAMP * factor).astype(np.float32)).save(folder / "validation" / "b" / "2.tiff")
+    with pytest.raises(InputError, match=r"validation/b/2\.tiff.*floats from 0 to 1, or from 0 to 255, are read"):
+        load(folder, IMAGE, processor(), vit_config(["a", "b"]))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_images_of_every_mode_become_what_pillow_shows(tmp_path, mode):
+    image = picture(3, mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(100)
+    if mode == "P":
+        image.info["transparency"] = bytes([100] * 256)
+    image.save(tmp_path / "image.tiff" if mode == "CMYK" else tmp_path / "image.png")
+    (path,) = tmp_path.iterdir()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    pandas.DataFrame({"image": [path.read_bytes()] * 4, "label": [0, 1] * 2}).to_parquet(folder / "train.parquet")
+    data = load(folder, IMAGE, processor(), vit_config(["a", "b"]))
+    alone = image.convert("RGBA").convert("RGB") if mode == "P" else image.convert("RGB")
+    expected = processor()(images=[alone], return_tensors="pt")["pixel_values"]
+    assert torch.equal(first_batch(data.train)["pixel_values"][:1], expected)
+    assert any("transparency" in warning for warning in data.description["warnings"]) == (mode in ("LA", "RGBA", "P"))
+
+
+@pytest.mark.parametrize(
+    ("options", "model_channels", "message"),
+    [
+        ({"size": {"height": 16, "width": 16}}, 3, "gives images of 3×16×16, which the model does not take.*3×8×8"),
+        ({"do_resize": False}, 3, r"does not bring images to one size: row 0 of train \(8×8\).*12×8"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, 3, "cannot take images of 8×8"),
+        ({"size": {"height": 8, "width": 8}}, 1, "the image processor cannot take images|images of 3 channels"),
+        ({"size": {"height": 8, "width": 8}}, 4, "gives images of 3 channels, the model takes 4"),
+    ],
+)
+def test_a_processor_that_does_not_match_the_model_is_refused(tmp_path, options, model_channels, message):
+    folder = image_folder(tmp_path, "a", "b")
+    picture(1).resize((12, 8)).save(folder / "train" / "b" / "1.png")
+    given = ViTImageProcessorPil(**({"size": {"height": 8, "width": 8}} | options))
+    with pytest.raises(InputError, match=message):
+        load(folder, IMAGE, given, vit_config(["a", "b"], model_channels))
+
+
+def test_a_model_that_takes_any_size_is_not_held_to_its_configuration(tmp_path):
+    folder = image_folder(tmp_path, "a", "b")
+    config = ConvNextConfig(image_size=224, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], id2label={0: "a", 1: "b"})
+    data = load(folder, IMAGE, processor(64), config)
+    assert first_batch(data.train)["pixel_values"].shape[1:] == (3, 64, 64)
 
 
 def test_text_is_not_images(three_splits):
