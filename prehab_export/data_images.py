@@ -45,7 +45,7 @@ class ImageSplit:
     def of(cls, rows: Dataset, column: str, model_config: PreTrainedConfig, split: str) -> "ImageSplit":
         # Not in a mode that the data asks for: Pillow would clip what has more than 8 bits.
         images = rows.select_columns([column]).cast_column(column, Image(mode=None))
-        return cls(images, column, "L" if getattr(model_config, "num_channels", 3) == 1 else "RGB", split)
+        return cls(images, column, "L" if _channels(model_config) == 1 else "RGB", split)
 
     def decoded(self, row: int) -> PilImage.Image:
         """Raises:
@@ -212,9 +212,9 @@ def check_shape(shape: tuple[int, ...], model_config: PreTrainedConfig, task: Ta
     Raises:
         InputError: the model does not take images of this shape (C, H, W).
     """
-    channels = getattr(model_config, "num_channels", None)
+    channels = _channels(model_config)
     usual = (channels or 3, *_usual_size(model_config))
-    if isinstance(channels, int) and len(shape) == 3 and shape[0] != channels:
+    if channels is not None and len(shape) == 3 and shape[0] != channels:
         raise InputError(
             f"the image processor gives images of {shape[0]} channels, the model takes {channels}; "
             "its preprocessor_config.json belongs to another model"
@@ -238,8 +238,18 @@ def _forward_error(model: torch.nn.Module, task: Task, shape: Sequence[int]) -> 
     return None
 
 
+def _channels(model_config: PreTrainedConfig) -> int | None:
+    channels = getattr(_vision_part(model_config), "num_channels", None)
+    return channels if isinstance(channels, int) else None
+
+
+def _vision_part(model_config: PreTrainedConfig) -> Any:
+    """Of CLIP and its kin, whose configuration is one of two towers."""
+    return getattr(model_config, "vision_config", None) or model_config
+
+
 def _usual_size(model_config: PreTrainedConfig) -> tuple[int, int]:
-    size = getattr(model_config, "image_size", None)
+    size = getattr(_vision_part(model_config), "image_size", None)
     if isinstance(size, dict):
         size = size.get("height"), size.get("width")
     pair = (size, size) if isinstance(size, int) else size
