@@ -138,6 +138,7 @@ def _fingerprint(content: str, config: DataConfig, description: dict[str, Any]) 
     """Of the content and of all that decides what is trained on; how much of it judges is not part of it."""
     deciding = ("config", "columns", "train_split", "eval_split", "sequence_length", "window_start")
     used = {key: description[key] for key in (*deciding, "labels_by_position")}
+    used |= {"encoding": config.encoding, "delimiter": config.separator, "header": config.header}
     return hashlib.sha256(json.dumps([content, used], sort_keys=True).encode()).hexdigest()
 
 
@@ -192,13 +193,15 @@ def _sequence_length(config: DataConfig, task: Task, processor: Any, most: int |
     """Window of a language model, longest text of a classifier, in tokens; None where there is no bound."""
     if task.name == "image-classification":
         return None
-    bounds = [most]
-    if task.name == "text-classification" and processor.model_max_length < 1e9:  # transformers' "no limit" is 1e30
-        bounds.append(processor.model_max_length)
-    longest = min((bound for bound in bounds if bound is not None), default=None)
+    bounds = {} if most is None else {f"the model's {most} positions": most}
+    limit = processor.model_max_length
+    if task.name == "text-classification" and limit < 1e9:  # transformers' "no limit" is 1e30
+        bounds[f"the {limit} tokens that its tokenizer allows (model_max_length in tokenizer_config.json)"] = limit
+    longest = min(bounds.values(), default=None)
     if config.sequence_length is not None:
-        if longest is not None and config.sequence_length > longest:
-            raise InputError(f"--sequence-length {config.sequence_length} is more than the model's {longest} positions")
+        for bound, tokens in bounds.items():
+            if config.sequence_length > tokens:
+                raise InputError(f"--sequence-length {config.sequence_length} is more than {bound}")
         return config.sequence_length
     if task.name == "text-classification":
         return longest

@@ -10,10 +10,11 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
+from prehab_export.data_chat import chat_columns, chat_texts
 from prehab_export.data_columns import Columns
 from prehab_export.data_images import ImageSplit, processed, processed_shape
 from prehab_export.data_labels import read_labels
-from prehab_export.data_text import token_windows
+from prehab_export.data_text import start_tokens, token_windows
 from prehab_export.models import input_names, padding_id
 from prehab_export.tasks import IGNORED, Batch, Task
 
@@ -81,8 +82,13 @@ def _image_inputs(images: ImageSplit, processor: Any) -> Collate:
 
 def _windows(rows: Dataset, split: str, encoder: Encoder, most: int | None) -> np.ndarray:
     assert encoder.length is not None
-    texts = _texts(rows, encoder.columns.input, split)
-    windows = token_windows(texts, encoder.processor, encoder.length, most, encoder.start)
+    column, tokenizer = encoder.columns.input, encoder.processor
+    if column in chat_columns(rows.features):
+        own_start = "".join(tokenizer.convert_ids_to_tokens(start_tokens(tokenizer)))
+        texts, separator = chat_texts(rows, column, split, tokenizer, own_start), ""
+    else:
+        texts, separator = _texts(rows, column, split), "\n"
+    windows = token_windows(texts, tokenizer, encoder.length, most, encoder.start, separator)
     if not len(windows):
         raise InputError(
             f"the split {split} is too short for one window of {encoder.length} tokens; "

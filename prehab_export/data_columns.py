@@ -8,6 +8,7 @@ from datasets import ClassLabel, Dataset, Image, Value
 
 from converters.errors import InputError
 from prehab_export.config import DataConfig
+from prehab_export.data_chat import chat_columns
 from prehab_export.tasks import Task
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "pixel_values")
@@ -51,7 +52,7 @@ def choose_columns(rows: Dataset, config: DataConfig, task: Task) -> Columns:
         if name is not None and name not in rows.column_names:
             raise InputError(f"{option}: {config.data} has no column {name!r}; it has {listed(rows.column_names)}")
     if task.name == "text-generation":
-        return Columns(_input_column(rows, config, _text_columns(rows), TEXT_NAMES))
+        return Columns(_language_column(rows, config))
     label = _label_column(rows, config, task)
     if task.name == "image-classification":
         return Columns(_input_column(rows, config, _image_columns(rows), IMAGE_NAMES), label=label)
@@ -60,6 +61,18 @@ def choose_columns(rows: Dataset, config: DataConfig, task: Task) -> Columns:
     if first is None:
         first = _input_column(rows, config, [name for name in texts if name != second], TEXT_NAMES)
     return Columns(first, second, label)
+
+
+def _language_column(rows: Dataset, config: DataConfig) -> str:
+    """Text under a common name, else conversations, else whatever text there is."""
+    texts, chats = _text_columns(rows), chat_columns(rows.features)
+    if config.input_column is None and chats and not _by_name(texts, TEXT_NAMES):
+        if len(chats) > 1:
+            raise InputError(
+                f"{config.data} has several columns of conversations, {listed(chats)}: choose with --input-column"
+            )
+        return chats[0]
+    return _input_column(rows, config, [*texts, *(chats if config.input_column is not None else ())], TEXT_NAMES)
 
 
 def _pair_columns(config: DataConfig, texts: Sequence[str]) -> tuple[str | None, str | None]:

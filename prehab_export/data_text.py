@@ -1,9 +1,10 @@
 """Text for language models: one stream of tokens, cut into windows.
 
 The rows of a split are one text: rows that end with a line break are joined as they are, others get one between
-them. The stream gets no special tokens of its own. Each window starts with the tokens that the tokenizer puts before a
-text (``<bos>``, where it puts one): a model that was trained with them does not work without. They are context, never
-a target, and what a tokenizer puts after a text is left out, since a window does not end one.
+them; conversations, which have their own marks, get none. The stream gets no special tokens of its own. Each window
+starts with the tokens that the tokenizer puts before a text (``<bos>``, where it puts one): a model that was trained
+with them does not work without. They are context, never a target, and what a tokenizer puts after a text is left out,
+since a window does not end one.
 
 A long text is tokenised in chunks of about a million characters, in parallel. Chunks end after a letter or digit
 that white space follows: byte-level BPE and WordPiece split there anyway, so the tokens are those of the whole text;
@@ -42,7 +43,12 @@ def start_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 
 def token_windows(
-    texts: Iterable[str], tokenizer: Any, length: int, most: int | None = None, start: Sequence[int] = ()
+    texts: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    most: int | None = None,
+    start: Sequence[int] = (),
+    separator: str = "\n",
 ) -> np.ndarray:
     """Windows of ``length`` tokens (N×length, int32) that do not overlap; the rest at the end is dropped.
 
@@ -50,10 +56,11 @@ def token_windows(
         most: stop reading once there are this many windows.
         start: ids that every window starts with, counted in ``length``. Text that has them by itself just there does
             not get them twice.
+        separator: what stands between rows that do not end with it.
     """
     parts: list[np.ndarray] = []
     wanted, count = None if most is None else most * length, 0
-    chunks = chunked(texts)
+    chunks = chunked(texts, separator=separator)
     while batch := list(islice(chunks, CHUNKS_AT_ONCE)):
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         parts += [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
@@ -77,7 +84,7 @@ def _cut(stream: np.ndarray, length: int, start: np.ndarray, most: int | None) -
     return np.stack(windows) if windows else np.empty((0, length), np.int32)
 
 
-def chunked(texts: Iterable[str], size: int = CHUNK_CHARACTERS) -> Iterator[str]:
+def chunked(texts: Iterable[str], size: int = CHUNK_CHARACTERS, separator: str = "\n") -> Iterator[str]:
     """The joined text in pieces of at least ``size`` characters, cut where a word ends.
 
     >>> list(chunked(["one two", "three\\n", "four"], size=6))
@@ -85,7 +92,7 @@ def chunked(texts: Iterable[str], size: int = CHUNK_CHARACTERS) -> Iterator[str]
     """
     pieces: list[str] = []
     waiting, enough = 0, size
-    for piece in _joined(texts):
+    for piece in _joined(texts, separator):
         pieces.append(piece)
         waiting += len(piece)
         if waiting < enough:
@@ -101,11 +108,11 @@ def chunked(texts: Iterable[str], size: int = CHUNK_CHARACTERS) -> Iterator[str]
         yield "".join(pieces)
 
 
-def _joined(texts: Iterable[str]) -> Iterator[str]:
+def _joined(texts: Iterable[str], separator: str) -> Iterator[str]:
     ended = True
     for text in texts:
-        yield text if ended else "\n" + text
-        ended = text.endswith("\n")
+        yield text if ended else separator + text
+        ended = text.endswith(separator)
 
 
 def _last_word_end(text: str) -> int | None:

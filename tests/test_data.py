@@ -1,7 +1,9 @@
 """Data in the shapes that people keep it in: small files made here, read back by brute force."""
 
+import copy
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +199,146 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, name, content, message,
 def test_an_empty_folder_is_refused(tmp_path, word_tokenizer):
     with pytest.raises(InputError, match="cannot read the data"):
         load(tmp_path, TEXT, word_tokenizer, bert_config())
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json"])
+def test_a_byte_order_mark_is_no_part_of_a_table(tmp_path, word_tokenizer, name):
+    rows = [{"text": "good", "label": 1}, {"text": "bad", "label": 0}] * 3
+    separator = "\t" if name.endswith("tsv") else ","
+    text = {
+        "csv": "\n".join(["text,label", *(f"{row['text']},{row['label']}" for row in rows)]).replace(",", separator),
+        "jsonl": "\n".join(map(json.dumps, rows)),
+        "json": json.dumps(rows),
+    }[name.removeprefix("a.").replace("tsv", "csv")]
+    (tmp_path / name).write_bytes(BOM + text.encode())
+    data = load(tmp_path / name, TEXT, word_tokenizer, bert_config())
+    assert data.description["columns"] == {"input": "text", "label": "label"}
+    assert sorted(labels_of(data.train) + labels_of(data.evaluation)) == [0] * 3 + [1] * 3
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, byte_tokenizer):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_bytes(BOM + story(100).encode())
+    config = LlamaConfig(**SMALL, vocab_size=500)
+    data = load(tmp_path, GENERATION, byte_tokenizer, config, sequence_length=8, window_start="none")
+    expected = byte_tokenizer(story(100), add_special_tokens=False).input_ids[:8]
+    for samples in (data.train, data.evaluation):
+        assert first_batch(samples)["input_ids"][0].tolist() == expected
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("a.csv", "cp1252"), ("a.jsonl", "cp1252"), ("a.csv", "utf-16")])
+def test_other_encodings_are_refused_with_advice_that_works(tmp_path, word_tokenizer, name, encoding):
+    lines = ["text,label", "one café,1", "two,0"]
+    if name == "a.jsonl":
+        lines = [json.dumps({"text": text, "label": 1}, ensure_ascii=False) for text in ("one café", "two")]
+    (tmp_path / name).write_bytes("\n".join(lines).encode(encoding))
+    with pytest.raises(InputError, match=f"not UTF-8.*--encoding {encoding}"):
+        load(tmp_path / name, TEXT, word_tokenizer, bert_config())
+    data = load(tmp_path / name, TEXT, word_tokenizer, bert_config(), encoding=encoding)
+    rows = data.train.rows.tolist() + data.evaluation.rows.tolist()
+    assert sorted(rows) == [0, 1]
+
+
+def test_an_encoding_that_is_none_is_refused(tmp_path, word_tokenizer):
+    with pytest.raises(InputError, match="no text encoding is called 'latin-99'"):
+        DataConfig("a.csv", encoding="latin-99")
+    pandas.DataFrame({"text": ["one"], "label": [1]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"--encoding is for csv and json and text files.*read as parquet"):
+        load(tmp_path / "a.parquet", TEXT, word_tokenizer, bert_config(), encoding="cp1252")
+
+
+@pytest.mark.parametrize(("separator", "option"), [(";", ";"), ("\t", "tab"), ("|", "|")])
+@pytest.mark.parametrize("whole_folder", [False, True])
+def test_another_delimiter_is_refused_with_advice_that_works(tmp_path, word_tokenizer, separator, option, whole_folder):
+    columns = {"text": ["one, two, three", "good", "bad, but fine"] * 4, "label": [0, 1, 0] * 4}
+    for split in ("train", "test"):
+        write_csv(tmp_path / f"{split}.csv", columns, separator)
+    place = tmp_path if whole_folder else tmp_path / "train.csv"
+    with pytest.raises(InputError, match=rf"--delimiter '?{re.escape(option)}'? or ','"):
+        load(place, TEXT, word_tokenizer, bert_config())
+    data = load(place, TEXT, word_tokenizer, bert_config(), delimiter=option)
+    assert data.description["columns"] == {"input": "text", "label": "label"}
+    with pytest.raises(InputError, match="--delimiter must be one character, or tab"):
+        DataConfig("a.csv", delimiter="::")
+
+
+def test_commas_under_the_name_of_another_kind_of_table_can_be_said_too(tmp_path, word_tokenizer):
+    for split in ("train", "test"):
+        write_csv(tmp_path / f"{split}.tsv", {"text": WORDS[:4], "label": [0, 1, 0, 1]})
+    with pytest.raises(InputError, match="--delimiter ',' or tab"):
+        load(tmp_path, TEXT, word_tokenizer, bert_config())
+    assert len(load(tmp_path, TEXT, word_tokenizer, bert_config(), delimiter=",").train) == 4
+
+
+def test_rows_with_more_fields_than_the_header_are_refused(tmp_path, word_tokenizer):
+    (tmp_path / "a.csv").write_text("text,label\none, two,1\nthree, four,0\n")
+    with pytest.raises(InputError, match="more fields than its first row; quote texts"):
+        load(tmp_path / "a.csv", TEXT, word_tokenizer, bert_config())
+    (tmp_path / "b.csv").write_text("text,label\none,1\nthree, four,0\n")
+    with pytest.raises(InputError, match=r"cannot read the data.*quote texts that hold the delimiter"):
+        load(tmp_path / "b.csv", TEXT, word_tokenizer, bert_config())
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [("a good film", 1), ("bad", 0), ("fine", 1)],
+        [("a good film", "positive"), ("bad", "negative"), ("fine", "positive")],
+        [("a good film", "y"), ("bad", "n"), ("fine", "y")],
+        [(1, "a good film"), (0, "bad"), (1, "fine")],
+    ],
+)
+def test_a_csv_without_a_header_does_not_lose_its_first_row(tmp_path, word_tokenizer, rows):
+    for split in ("train", "test"):
+        with (tmp_path / f"{split}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    label = 0 if isinstance(rows[0][0], int) else 1
+    model = bert_config({0: rows[1][label], 1: rows[0][label]})
+    for place in (tmp_path, tmp_path / "train.csv"):
+        with pytest.raises(InputError, match=r"train.csv seems to be data.*--no-header.*column1"):
+            load(place, TEXT, word_tokenizer, model)
+    named = {"label_column": f"column{label + 1}"} if isinstance(rows[0][label], str) else {}
+    data = load(tmp_path, TEXT, word_tokenizer, model, header=False, **named)
+    assert data.description["columns"] == {"input": f"column{2 - label}", "label": f"column{label + 1}"}
+    assert labels_of(data.train) == [1, 0, 1]
+
+
+def test_sentences_without_a_header_do_not_lose_the_first(tmp_path, byte_tokenizer):
+    (tmp_path / "a.csv").write_text("\n".join(["one two three four five", "good, bad and dull".replace(",", "")] * 50))
+    config = LlamaConfig(**SMALL, vocab_size=500)
+    with pytest.raises(InputError, match="seems to be data"):
+        load(tmp_path / "a.csv", GENERATION, byte_tokenizer, config, sequence_length=8)
+    data = load(tmp_path / "a.csv", GENERATION, byte_tokenizer, config, sequence_length=8, header=False)
+    expected = byte_tokenizer("one two three four five", add_special_tokens=False).input_ids
+    assert first_batch(data.train)["input_ids"][0, 1 : 1 + len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("text", "label"),
+        ("What they wrote", "Verdict"),
+        ("Unnamed: 0", "0"),
+        ("0", "1"),
+        ("How did you like the film that you saw?", "label"),
+        ("comment", "2019"),
+    ],
+)
+def test_headers_are_taken_for_headers(tmp_path, word_tokenizer, header):
+    path = write_csv(tmp_path / "a.csv", {header[0]: ["good", "bad"] * 3, header[1]: [1, 0] * 3})
+    data = load(path, TEXT, word_tokenizer, bert_config(), input_column=header[0], label_column=header[1])
+    assert len(data.train) + len(data.evaluation) == 6
+
+
+def test_a_header_that_looks_like_data_can_be_said_to_be_one(tmp_path, word_tokenizer):
+    path = write_csv(tmp_path / "a.csv", {"opinion": ["good", "bad"] * 3, "2019": [1, 0] * 3})
+    with pytest.raises(InputError, match=r"'2019' heads a column of numbers.*or --header"):
+        load(path, TEXT, word_tokenizer, bert_config())
+    data = load(path, TEXT, word_tokenizer, bert_config(), header=True)
+    assert data.description["columns"] == {"input": "opinion", "label": "2019"}
 
 
 # ----------------------------------------------------------------- splits
@@ -492,6 +634,17 @@ def test_texts_are_cut_at_the_models_reach_or_at_the_given_length(tmp_path, word
         load(path, TEXT, word_tokenizer, bert_config(), sequence_length=17)
 
 
+def test_the_tokenizers_limit_is_not_called_the_models(tmp_path, word_tokenizer):
+    path = write_csv(tmp_path / "a.csv", {"text": [" ".join(WORDS * 3)] * 5, "label": [0] * 5})
+    short = copy.deepcopy(word_tokenizer)
+    short.model_max_length = 8
+    assert first_batch(load(path, TEXT, short, bert_config()).train)["input_ids"].shape[1] == 8
+    with pytest.raises(InputError, match=r"12 is more than the 8 tokens that its tokenizer allows .model_max_length"):
+        load(path, TEXT, short, bert_config(), sequence_length=12)
+    with pytest.raises(InputError, match="17 is more than the model's 16 positions"):
+        load(path, TEXT, short, bert_config(), sequence_length=17)
+
+
 def test_inputs_that_a_model_does_not_take_are_left_out(tmp_path, word_tokenizer):
     texts, labels = reviews(10)
     path = write_csv(tmp_path / "a.csv", {"text": texts, "label": labels})
@@ -708,6 +861,77 @@ def test_a_vocabulary_without_an_a_has_its_start_found(tmp_path):
     tokenizer = saved_tokenizer(core, tmp_path, bos_token="<s>")
     assert tokenizer("a").input_ids == [0]
     assert start_tokens(tokenizer) == (0,)
+
+
+TURNS = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }} {{ eos_token }}{% endfor %}"
+TALK = [("user", "one two"), ("assistant", "three"), ("user", "four"), ("assistant", "five one")]
+
+
+def chat_folder(folder, shape):
+    """The same conversation many times, in one of the shapes that such files have."""
+    names = {"user": "human", "assistant": "gpt"}
+    turns = [{"role": role, "content": text} for role, text in TALK]
+    if shape == "sharegpt":
+        turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
+    if shape == "further keys":
+        turns = [{**turns[0], "weight": 1}, *turns[1:]]
+    column = "conversations" if shape == "sharegpt" else "messages"
+    rows = [{"prompt_id": str(i), "prompt": "one two", column: turns} for i in range(20)]
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize("shape", ["messages", "sharegpt", "further keys"])
+@pytest.mark.parametrize("starts_itself", [False, True])
+def test_conversations_are_read_through_the_chat_template(tmp_path, shape, starts_itself):
+    template = ("{{ bos_token }}" if starts_itself else "") + TURNS
+    words = (*WORDS, "[", "]", "user", "assistant")
+    tokenizer = story_tokenizer(tmp_path / "tokenizer", TEMPLATES["bos"], words, chat_template=template)
+    chat_folder(tmp_path, shape)
+    data = load(tmp_path, GENERATION, tokenizer, LlamaConfig(**SMALL, vocab_size=500), sequence_length=8)
+    text = "".join(f"[{role}] {words} </s>" for role, words in TALK) * 20
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.unk_token_id not in ids
+    windows = first_batch(data.train)["input_ids"].tolist()
+    assert windows == [[1, *ids[at : at + 7]] for at in range(0, len(ids) - 6, 7)]
+    assert data.description["columns"] == {"input": "conversations" if shape == "sharegpt" else "messages"}
+
+
+def test_a_bos_that_a_tokenizer_does_not_put_by_itself_stays_in_a_conversation(tmp_path):
+    """Some mark every turn with what they call their BOS."""
+    template = "{% for turn in messages %}{{ bos_token }}{{ turn.role }} {{ turn.content }} {{ eos_token }}{% endfor %}"
+    tokenizer = story_tokenizer(tmp_path / "tokenizer", None, (*WORDS, "user", "assistant"), chat_template=template)
+    chat_folder(tmp_path, "messages")
+    config = LlamaConfig(**SMALL, vocab_size=500)
+    for start in ("auto", "bos"):
+        data = load(tmp_path, GENERATION, tokenizer, config, sequence_length=5, window_start=start)
+        first = first_batch(data.train)["input_ids"][0].tolist()
+        assert first == tokenizer("<s> user one two </s>", add_special_tokens=False).input_ids
+
+
+def test_a_template_that_writes_the_date_gives_the_same_text_every_day(tmp_path):
+    template = "{{ strftime_now('%d %m %Y') }} " + TURNS
+    words = (*WORDS, "01", "2025", "[", "]", "user", "assistant")
+    tokenizer = story_tokenizer(tmp_path / "tokenizer", None, words, chat_template=template)
+    chat_folder(tmp_path, "messages")
+    data = load(tmp_path, GENERATION, tokenizer, LlamaConfig(**SMALL, vocab_size=500), sequence_length=3)
+    assert tokenizer.decode(first_batch(data.train)["input_ids"][0]) == "01 01 2025"
+
+
+def test_conversations_that_cannot_be_written_are_refused(tmp_path):
+    chat_folder(tmp_path, "messages")
+    config = LlamaConfig(**SMALL, vocab_size=500)
+    with pytest.raises(InputError, match="'messages' holds conversations, and the tokenizer has no chat template"):
+        load(tmp_path, GENERATION, story_tokenizer(tmp_path / "none", None), config, sequence_length=8)
+    strict = "{% if messages[0].role == 'user' %}{{ raise_exception('a system message must come first') }}{% endif %}"
+    tokenizer = story_tokenizer(tmp_path / "strict", None, chat_template=strict)
+    with pytest.raises(InputError, match=r"row 0 of train, column 'messages'.*a system message must come first"):
+        load(tmp_path, GENERATION, tokenizer, config, sequence_length=8)
+    tokenizer = story_tokenizer(tmp_path / "fine", None, chat_template=TURNS)
+    rows = [{"messages": [{"from": "human", "value": "one"}]}, {"messages": [{"from": "parrot", "value": "one"}]}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match=r"row 1 of train.*nobody knows who speaks"):
+        load(tmp_path / "train.jsonl", GENERATION, tokenizer, config, sequence_length=8)
 
 
 def test_fewer_evaluation_windows_are_the_first_ones(tmp_path, byte_tokenizer):
