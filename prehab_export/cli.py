@@ -107,7 +107,24 @@ RUN_OPTIONS: list[Option] = [
     option("--input-column", "data.input_column", "Column of images or texts; found when not given."),
     option("--pair-column", "data.pair_column", "Second text column of a pair task; found when not given."),
     option("--label-column", "data.label_column", "Column of labels; found when not given."),
+    option("--encoding", "data.encoding", "Of text, csv and JSON files, e.g. cp1252; UTF-8 when not given.", type=str),
+    option("--delimiter", "data.delimiter", "What separates the columns of a csv file: a character, or tab.", type=str),
+    option(
+        "--header/--no-header", "data.header", "Whether the first row of a csv file names its columns.", is_flag=True
+    ),
+    option(
+        "--labels-by-position/--labels-by-name",
+        "data.labels_by_position",
+        "Take the data's class names in the model's order, whatever they are.",
+        is_flag=True,
+    ),
     option("--sequence-length", "data.sequence_length", "Window of a language model; longest text of a classifier."),
+    option(
+        "--window-start",
+        "data.window_start",
+        "What windows of text start with: as the tokenizer does it, its BOS token, or none.",
+        type=_choice(options.WINDOW_STARTS),
+    ),
     option("--eval-samples", "data.eval_samples", "Report on so many samples only."),
     option("--batch-size", "data.batch_size", "Samples a batch, in calibration and evaluation."),
     option("--adapter", "adapter", "PEFT LoRA adapter of the dense model, merged before anything else."),

@@ -26,6 +26,7 @@ LAYER_WEIGHTS = ("loss", "fisher", "equal")
 SCHEDULES = ("constant", "warmup")
 WHITENINGS = ("activation", "fisher")
 FISHER_LABELS = ("data", "model")
+WINDOW_STARTS = ("auto", "bos", "none")
 AUTO = "auto"
 PARAMETERS = "parameters"
 USUAL_STRENGTH = 100.0
@@ -38,7 +39,10 @@ class DataConfig:
     """Where samples come from and which of them; None means: find it.
 
     data: hub id, folder or file, or ``sklearn-digits``. sequence_length: window of a language model, longest text
-    of a classifier.
+    of a classifier. window_start: what each window of a language model starts with: ``auto`` (what the tokenizer puts
+    before a text), ``bos`` (its BOS token) or ``none``. labels_by_position: class names of the data are not looked up
+    among the model's, they stand in the same order. encoding, delimiter, header: of text, csv and JSON files; columns
+    of a csv without a header are column1, column2 and so on.
     """
 
     data: str
@@ -48,14 +52,28 @@ class DataConfig:
     input_column: str | None = None
     pair_column: str | None = None
     label_column: str | None = None
+    labels_by_position: bool = False
+    encoding: str | None = None
+    delimiter: str | None = None
+    header: bool | None = None
     sequence_length: int | None = None
+    window_start: str = AUTO
     eval_samples: int | None = None
     batch_size: int = 32
 
     def __post_init__(self) -> None:
         _at_least("--batch-size", self.batch_size, 1)
         _at_least("--sequence-length", self.sequence_length, 2)
+        _one_of("--window-start", self.window_start, WINDOW_STARTS)
+        if self.delimiter is not None and len(self.separator or "") != 1:
+            raise InputError(f"--delimiter must be one character, or tab, not {self.delimiter!r}")
+        _check_encoding(self.encoding)
         _at_least("--eval-samples", self.eval_samples, 1)
+
+    @property
+    def separator(self) -> str | None:
+        """The delimiter itself."""
+        return "\t" if self.delimiter in ("tab", "\\t") else self.delimiter
 
 
 @dataclass(frozen=True)
@@ -293,6 +311,13 @@ def check_precision(name: str) -> None:
     InputError: not one of ``PRECISIONS``.
     """
     _one_of("--precision", name, PRECISIONS)
+
+
+def _check_encoding(name: str | None) -> None:
+    try:
+        "".encode(name or "utf-8")
+    except LookupError as error:
+        raise InputError(f"--encoding: no text encoding is called {name!r}; try utf-8, cp1252 or utf-16") from error
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

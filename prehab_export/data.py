@@ -11,10 +11,12 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
-from prehab_export.config import DataConfig
-from prehab_export.data_batches import Collate, Encoder, encode
+from prehab_export.config import AUTO, DataConfig
+from prehab_export.data_batches import Collate, Encoded, Encoder, encode
 from prehab_export.data_columns import Columns, choose_columns
-from prehab_export.data_source import choose_splits, held_out_count, open_source
+from prehab_export.data_images import check_shape
+from prehab_export.data_source import Splits, choose_splits, held_out_count, open_source
+from prehab_export.data_text import start_tokens
 from prehab_export.models import longest_input
 from prehab_export.tasks import Batch, Task
 
@@ -58,7 +60,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class TaskData:
-    """fingerprint: a hash of the content and of what decides which of it is used; description: for the report."""
+    """fingerprint: a hash of the content and of what decides which of it is used; description: for the report, with
+    ``warnings`` of what had to be assumed."""
 
     train: Samples
     evaluation: Samples
@@ -94,13 +97,20 @@ def load_data(
     if task.name != "image-classification":
         most = longest_input(model_config, task, trust_remote_code=trust_remote_code)
     length = _sequence_length(config, task, processor, most)
-    encoder = Encoder(task, processor, model_config, columns, length)
-    train = _samples(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
+    start = _window_start(config, task, processor, length)
+    encoder = Encoder(task, processor, model_config, columns, length, start, config.labels_by_position)
+    encoded = encode(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
+    train, warnings, shape = _samples(encoded), list(encoded.warnings), encoded.image_shape
     if splits.evaluation is None:
         train, evaluation = _cut(train, task, seed)
     else:
         _check_same_columns(splits.evaluation, splits.evaluation_name, columns)
-        evaluation = _samples(splits.evaluation, splits.evaluation_name, encoder, config.eval_samples)
+        encoded = encode(splits.evaluation, splits.evaluation_name, encoder, config.eval_samples)
+        evaluation = _samples(encoded)
+        warnings += encoded.warnings
+        _check_same_shape(shape, encoded.image_shape, splits)
+    if shape is not None:
+        check_shape(shape, model_config, task, trust_remote_code)
     if config.eval_samples is not None:
         is_text = task.name == "text-generation"
         evaluation = evaluation.first(config.eval_samples) if is_text else evaluation.subset(config.eval_samples, seed)
@@ -113,18 +123,22 @@ def load_data(
         "train_samples": len(train),
         "eval_samples": len(evaluation),
         "sequence_length": length,
+        "window_start": processor.convert_ids_to_tokens(start) if task.name == "text-generation" else None,
+        "labels_by_position": config.labels_by_position,
+        "warnings": list(dict.fromkeys(warnings)),
     }
     return TaskData(train, evaluation, _fingerprint(source.fingerprint, config, description), description)
 
 
-def _samples(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None) -> Samples:
-    count, collate = encode(rows, split, encoder, most_windows)
-    return Samples(np.arange(count), collate)
+def _samples(encoded: Encoded) -> Samples:
+    return Samples(np.arange(encoded.count), encoded.collate)
 
 
 def _fingerprint(content: str, config: DataConfig, description: dict[str, Any]) -> str:
     """Of the content and of all that decides what is trained on; how much of it judges is not part of it."""
-    used = {key: description[key] for key in ("config", "columns", "train_split", "eval_split", "sequence_length")}
+    deciding = ("config", "columns", "train_split", "eval_split", "sequence_length", "window_start")
+    used = {key: description[key] for key in (*deciding, "labels_by_position")}
+    used |= {"encoding": config.encoding, "delimiter": config.separator, "header": config.header}
     return hashlib.sha256(json.dumps([content, used], sort_keys=True).encode()).hexdigest()
 
 
@@ -146,17 +160,48 @@ def _check_same_columns(rows: Dataset, split: str, columns: Columns) -> None:
             raise InputError(f"the split {split} has no column {column!r}; it has {', '.join(rows.column_names)}")
 
 
+def _check_same_shape(train: tuple[int, ...] | None, evaluation: tuple[int, ...] | None, splits: Splits) -> None:
+    if train != evaluation:
+        raise InputError(
+            f"the image processor gives images of {splits.train_name} the shape {train}, of {splits.evaluation_name} "
+            f"{evaluation}; set do_resize and a size in preprocessor_config.json, or resize the images"
+        )
+
+
+def _window_start(config: DataConfig, task: Task, processor: Any, length: int | None) -> tuple[int, ...]:
+    """Ids that every window of a language model starts with."""
+    if task.name != "text-generation":
+        if config.window_start != AUTO:
+            raise InputError(f"--window-start is for windows of text; {task.name} has none")
+        return ()
+    if config.window_start == "none":
+        return ()
+    if config.window_start == "bos":
+        if processor.bos_token_id is None:
+            raise InputError("--window-start bos: the tokenizer has no BOS token; take --window-start none")
+        return (processor.bos_token_id,)
+    start = start_tokens(processor)
+    if length is not None and length <= len(start):
+        raise InputError(
+            f"a window of {length} tokens leaves nothing to predict after the {len(start)} that the tokenizer puts "
+            "before a text; give a larger --sequence-length, or --window-start none"
+        )
+    return start
+
+
 def _sequence_length(config: DataConfig, task: Task, processor: Any, most: int | None) -> int | None:
     """Window of a language model, longest text of a classifier, in tokens; None where there is no bound."""
     if task.name == "image-classification":
         return None
-    bounds = [most]
-    if task.name == "text-classification" and processor.model_max_length < 1e9:  # transformers' "no limit" is 1e30
-        bounds.append(processor.model_max_length)
-    longest = min((bound for bound in bounds if bound is not None), default=None)
+    bounds = {} if most is None else {f"the model's {most} positions": most}
+    limit = processor.model_max_length
+    if task.name == "text-classification" and limit < 1e9:  # transformers' "no limit" is 1e30
+        bounds[f"the {limit} tokens that its tokenizer allows (model_max_length in tokenizer_config.json)"] = limit
+    longest = min(bounds.values(), default=None)
     if config.sequence_length is not None:
-        if longest is not None and config.sequence_length > longest:
-            raise InputError(f"--sequence-length {config.sequence_length} is more than the model's {longest} positions")
+        for bound, tokens in bounds.items():
+            if config.sequence_length > tokens:
+                raise InputError(f"--sequence-length {config.sequence_length} is more than {bound}")
         return config.sequence_length
     if task.name == "text-classification":
         return longest

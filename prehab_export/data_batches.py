@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
-from prehab_export.data_columns import Columns, read_labels
-from prehab_export.data_text import token_windows
+from prehab_export.data_chat import chat_columns, chat_texts
+from prehab_export.data_columns import Columns
+from prehab_export.data_images import ImageSplit, processed, processed_shape
+from prehab_export.data_labels import read_labels
+from prehab_export.data_text import start_tokens, token_windows
 from prehab_export.models import input_names, padding_id
-from prehab_export.tasks import Batch, Task
+from prehab_export.tasks import IGNORED, Batch, Task
 
 Collate = Callable[[Sequence[int]], Batch]
 
@@ -21,38 +24,71 @@ Collate = Callable[[Sequence[int]], Batch]
 @dataclass(frozen=True)
 class Encoder:
     """What it takes to turn rows into model inputs. ``processor`` is a tokenizer, or an image processor; ``length``
-    is the longest text or the window in tokens."""
+    is the longest text or the window in tokens, ``start`` the ids that a window starts with.
+    ``labels_by_position``: class names of the data stand in the model's order."""
 
     task: Task
     processor: Any
     model_config: PreTrainedConfig
     columns: Columns
     length: int | None
+    start: tuple[int, ...] = ()
+    labels_by_position: bool = False
 
 
-def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None = None) -> tuple[int, Collate]:
-    """How many samples the rows make, and how to make a batch of some of them.
+@dataclass(frozen=True)
+class Encoded:
+    """How many samples rows make, how to make a batch of some of them, and what had to be assumed of them.
+    ``image_shape``: (C, H, W) of every image."""
 
-    Labels are read, and text is checked for holes, here and now; images are decoded and texts tokenised when a
-    batch is asked for. A language model's text is tokenised here, up to ``most_windows`` windows.
+    count: int
+    collate: Collate
+    warnings: tuple[str, ...] = ()
+    image_shape: tuple[int, ...] | None = None
+
+
+def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None = None) -> Encoded:
+    """Samples of the rows.
+
+    Labels are read, text is checked for holes and images for damage, here and now; images are decoded and texts
+    tokenised when a batch is asked for. A language model's text is tokenised here, up to ``most_windows`` windows.
 
     Raises:
-        InputError: a row that cannot be used; the message names it.
+        InputError: a row that cannot be used; the message names it. An image processor that cannot take the images.
     """
     if encoder.task.name == "text-generation":
         windows = _windows(rows, split, encoder, most_windows)
-        return len(windows), lambda picked: {"input_ids": torch.from_numpy(windows[picked].astype(np.int64))}
+        return Encoded(len(windows), lambda picked: _window_batch(windows[picked], len(encoder.start)))
     assert encoder.columns.label is not None
-    labels = torch.from_numpy(read_labels(rows, encoder.columns.label, encoder.model_config, split))
-    is_image = encoder.task.name == "image-classification"
-    inputs = _image_inputs(rows, split, encoder) if is_image else _text_inputs(rows, split, encoder)
-    return len(rows), lambda picked: inputs(picked) | {"labels": labels[list(picked)]}
+    found = read_labels(rows, encoder.columns.label, encoder.model_config, split, encoder.labels_by_position)
+    warnings = () if found.warning is None else (found.warning,)
+    if encoder.task.name == "image-classification":
+        images = ImageSplit.of(rows, encoder.columns.input, encoder.model_config, split)
+        facts = images.check()
+        shape = processed_shape(images, facts, encoder.processor)
+        collate = _labelled(_image_inputs(images, encoder.processor), found.values)
+        return Encoded(len(rows), collate, (*warnings, *facts.warnings), shape)
+    return Encoded(len(rows), _labelled(_text_inputs(rows, split, encoder), found.values), warnings)
+
+
+def _labelled(inputs: Collate, values: np.ndarray) -> Collate:
+    labels = torch.from_numpy(values)
+    return lambda picked: inputs(picked) | {"labels": labels[list(picked)]}
+
+
+def _image_inputs(images: ImageSplit, processor: Any) -> Collate:
+    return lambda picked: {"pixel_values": processed(processor, [images.decoded(row) for row in picked])}
 
 
 def _windows(rows: Dataset, split: str, encoder: Encoder, most: int | None) -> np.ndarray:
     assert encoder.length is not None
-    texts = _texts(rows, encoder.columns.input, split)
-    windows = token_windows(texts, encoder.processor, encoder.length, most)
+    column, tokenizer = encoder.columns.input, encoder.processor
+    if column in chat_columns(rows.features):
+        own_start = "".join(tokenizer.convert_ids_to_tokens(start_tokens(tokenizer)))
+        texts, separator = chat_texts(rows, column, split, tokenizer, own_start), ""
+    else:
+        texts, separator = _texts(rows, column, split), "\n"
+    windows = token_windows(texts, tokenizer, encoder.length, most, encoder.start, separator)
     if not len(windows):
         raise InputError(
             f"the split {split} is too short for one window of {encoder.length} tokens; "
@@ -62,28 +98,14 @@ def _windows(rows: Dataset, split: str, encoder: Encoder, most: int | None) -> n
     return windows
 
 
-def _image_inputs(rows: Dataset, split: str, encoder: Encoder) -> Collate:
-    column = encoder.columns.input
-    images = rows.select_columns([column])
-    if not isinstance(images.features[column], Image):
-        images = images.cast_column(column, Image())
-    mode = "L" if getattr(encoder.model_config, "num_channels", 3) == 1 else "RGB"
-
-    def inputs(picked: Sequence[int]) -> Batch:
-        decoded = [_decode(images, column, row, mode, split) for row in picked]
-        return {"pixel_values": encoder.processor(images=decoded, return_tensors="pt")["pixel_values"]}
-
-    return inputs
-
-
-def _decode(images: Dataset, column: str, row: int, mode: str, split: str) -> Any:
-    try:
-        image = images[row][column]
-        if image is None:
-            raise OSError("there is none")
-        return image.convert(mode)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for damaged files
-        raise InputError(f"row {row} of {split}: cannot read the image in column {column!r}: {error}") from error
+def _window_batch(windows: np.ndarray, start: int) -> Batch:
+    """``start``: how many tokens at the head are context. The first token is never a target anyway."""
+    ids = torch.from_numpy(windows.astype(np.int64))
+    if start < 2:
+        return {"input_ids": ids}
+    labels = ids.clone()
+    labels[:, :start] = IGNORED
+    return {"input_ids": ids, "labels": labels}
 
 
 def _text_inputs(rows: Dataset, split: str, encoder: Encoder) -> Collate:

@@ -1,14 +1,14 @@
-"""Which columns hold the input and the label, and what a label means to the model."""
+"""Which columns hold the input and the label."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Image, Value
-from transformers import PreTrainedConfig
 
 from converters.errors import InputError
 from prehab_export.config import DataConfig
+from prehab_export.data_chat import chat_columns
 from prehab_export.tasks import Task
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "pixel_values")
@@ -50,9 +50,9 @@ def choose_columns(rows: Dataset, config: DataConfig, task: Task) -> Columns:
         ("--label-column", config.label_column),
     ):
         if name is not None and name not in rows.column_names:
-            raise InputError(f"{option}: {config.data} has no column {name!r}; it has {_listed(rows.column_names)}")
+            raise InputError(f"{option}: {config.data} has no column {name!r}; it has {listed(rows.column_names)}")
     if task.name == "text-generation":
-        return Columns(_input_column(rows, config, _text_columns(rows), TEXT_NAMES))
+        return Columns(_language_column(rows, config))
     label = _label_column(rows, config, task)
     if task.name == "image-classification":
         return Columns(_input_column(rows, config, _image_columns(rows), IMAGE_NAMES), label=label)
@@ -63,12 +63,24 @@ def choose_columns(rows: Dataset, config: DataConfig, task: Task) -> Columns:
     return Columns(first, second, label)
 
 
+def _language_column(rows: Dataset, config: DataConfig) -> str:
+    """Text under a common name, else conversations, else whatever text there is."""
+    texts, chats = _text_columns(rows), chat_columns(rows.features)
+    if config.input_column is None and chats and not _by_name(texts, TEXT_NAMES):
+        if len(chats) > 1:
+            raise InputError(
+                f"{config.data} has several columns of conversations, {listed(chats)}: choose with --input-column"
+            )
+        return chats[0]
+    return _input_column(rows, config, [*texts, *(chats if config.input_column is not None else ())], TEXT_NAMES)
+
+
 def _pair_columns(config: DataConfig, texts: Sequence[str]) -> tuple[str | None, str | None]:
     """A well-known pair, unless a column was named."""
     if config.input_column is not None or config.pair_column is not None:
         if config.pair_column is not None and config.pair_column not in texts:
             raise InputError(
-                f"--pair-column: {config.pair_column!r} does not hold text; columns that do: {_listed(texts)}"
+                f"--pair-column: {config.pair_column!r} does not hold text; columns that do: {listed(texts)}"
             )
         return None, config.pair_column
     by_lower = {name.lower(): name for name in texts}
@@ -84,19 +96,19 @@ def _input_column(rows: Dataset, config: DataConfig, fitting: Sequence[str], nam
         if config.input_column not in fitting:
             raise InputError(
                 f"--input-column: {config.input_column!r} of {config.data} does not hold {kind} "
-                f"({rows.features[config.input_column]}); columns that do: {_listed(fitting)}"
+                f"({rows.features[config.input_column]}); columns that do: {listed(fitting)}"
             )
         return config.input_column
     found = _by_name(fitting, names)
     if len(found) == 1 or len(fitting) == 1:
         return (found or fitting)[0]
     if not fitting:
-        raise InputError(f"{config.data} has no column of {kind}; it has {_listed(rows.column_names)}")
-    raise InputError(f"{config.data} has several columns of {kind}, {_listed(fitting)}: choose with --input-column")
+        raise InputError(f"{config.data} has no column of {kind}; it has {listed(rows.column_names)}")
+    raise InputError(f"{config.data} has several columns of {kind}, {listed(fitting)}: choose with --input-column")
 
 
 def _label_column(rows: Dataset, config: DataConfig, task: Task) -> str:
-    possible = [name for name, feature in rows.features.items() if _can_label(feature)]
+    possible = [name for name in rows.features if _can_label(rows, name)]
     if config.label_column is not None:
         if config.label_column not in possible:
             raise InputError(
@@ -107,8 +119,9 @@ def _label_column(rows: Dataset, config: DataConfig, task: Task) -> str:
     possible = [name for name in possible if name not in (config.input_column, config.pair_column)]
     classes = [name for name in possible if isinstance(rows.features[name], ClassLabel)]
     named = [name for name in possible if name.lower() not in INDEX_NAMES]
-    whole = [name for name in named if not _is_text(rows.features[name])]
-    for found in (_by_name(classes, LABEL_NAMES), classes, _by_name(possible, LABEL_NAMES), whole):
+    numbers = [name for name in named if not is_text(rows.features[name])]
+    whole = [name for name in numbers if not _is_float(rows.features[name])]
+    for found in (_by_name(classes, LABEL_NAMES), classes, _by_name(possible, LABEL_NAMES), whole, numbers):
         if len(found) == 1:
             return found[0]
         if found:
@@ -117,8 +130,14 @@ def _label_column(rows: Dataset, config: DataConfig, task: Task) -> str:
         rest = _spare_texts(rows, config, task, named)
         if len(rest) == 1:
             return rest[0]
+    scores = [name for name in _by_name(rows.column_names, LABEL_NAMES) if _is_float(rows.features[name])]
+    if scores and scores[0] not in possible:
+        raise InputError(
+            f"column {scores[0]!r} of {config.data} holds numbers with fractions, not one class a row (integers or "
+            "names); only classifiers are supported. Another column can be chosen with --label-column"
+        )
     raise InputError(
-        f"cannot tell which column of {config.data} holds the labels: it has {_listed(rows.column_names)}; "
+        f"cannot tell which column of {config.data} holds the labels: it has {listed(rows.column_names)}; "
         "choose with --label-column"
     )
 
@@ -135,7 +154,7 @@ def _by_name(columns: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def _text_columns(rows: Dataset) -> list[str]:
-    return [name for name, feature in rows.features.items() if _is_text(feature)]
+    return [name for name, feature in rows.features.items() if is_text(feature)]
 
 
 def _image_columns(rows: Dataset) -> list[str]:
@@ -149,93 +168,23 @@ def holds_images(feature: object) -> bool:
     return isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
 
 
-def _is_text(feature: object) -> bool:
+def is_text(feature: object) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
-def _can_label(feature: object) -> bool:
+def _can_label(rows: Dataset, name: str) -> bool:
+    feature = rows.features[name]
+    if _is_float(feature):  # a table with a gap in it has 1.0 for 1
+        values = rows.select_columns([name]).with_format("arrow")[:].column(name).drop_null().to_numpy()
+        return bool((np.isnan(values) | (values == np.rint(values))).all())
     whole = isinstance(feature, Value) and (feature.dtype.startswith(("int", "uint")) or feature.dtype == "bool")
-    return whole or _is_text(feature) or isinstance(feature, ClassLabel)
+    return whole or is_text(feature) or isinstance(feature, ClassLabel)
 
 
-def read_labels(rows: Dataset, column: str, model_config: PreTrainedConfig, split: str) -> np.ndarray:
-    """The model's class of every row, int64.
-
-    Class names are matched with the model's ``label2id``, whatever their order or case; numbers are taken as
-    they are.
-
-    Raises:
-        InputError: a label that is missing, unknown to the model, or out of range; the message names the row.
-    """
-    values = rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
-    missing = next((row for row, value in enumerate(values) if value is None), None)
-    if missing is not None:
-        raise InputError(f"row {missing} of {split} has no label in column {column!r}")
-    feature = rows.features[column]
-    if isinstance(feature, ClassLabel):
-        labels = _from_class_names(np.asarray(values, np.int64), feature.names, model_config, column)
-    elif _is_text(feature):
-        labels = _from_strings(values, model_config, column, split)
-    else:
-        labels = np.asarray(values, np.int64)
-    _check_range(labels, model_config.num_labels or 0, column, split)
-    return labels
+def _is_float(feature: object) -> bool:
+    return isinstance(feature, Value) and feature.dtype.startswith("float")
 
 
-def _check_range(labels: np.ndarray, classes: int, column: str, split: str) -> None:
-    if (labels == -1).all():
-        raise InputError(
-            f"every label of {split} is -1: the answers of this split are kept secret; "
-            "name one that has labels with --eval-split or --train-split"
-        )
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if wrong.size:
-        row = wrong[0]
-        raise InputError(
-            f"row {row} of {split} has label {labels[row]} in column {column!r}, "
-            f"but the model has {classes} classes (0 to {classes - 1}); {wrong.size} rows are out of range"
-        )
-
-
-def _from_class_names(
-    values: np.ndarray, names: Sequence[str], model_config: PreTrainedConfig, column: str
-) -> np.ndarray:
-    ids = _ids_by_name(model_config)
-    strange = [name for name in names if _folded(name) not in ids]
-    if all(ids.get(_folded(name), position) == position for position, name in enumerate(names)):
-        return values  # same order, or names that say nothing of each other: positions are all there is
-    if strange:
-        raise InputError(
-            f"classes {_listed(strange)} of column {column!r} are unknown to the model, which has "
-            f"{_listed(list(_ids_by_name(model_config)))}; take them out or use numbers"
-        )
-    table = np.asarray([ids[_folded(name)] for name in names])
-    return np.where(values < 0, values, table[np.clip(values, 0, None)])
-
-
-def _from_strings(values: Sequence[str], model_config: PreTrainedConfig, column: str, split: str) -> np.ndarray:
-    ids = _ids_by_name(model_config)
-    labels = []
-    for row, value in enumerate(values):
-        label = ids.get(_folded(value))
-        if label is None and not value.strip().removeprefix("-").isdecimal():
-            raise InputError(
-                f"row {row} of {split} has label {value!r} in column {column!r}, which the model does not know; "
-                f"its classes are {_listed(list(_ids_by_name(model_config)))}"
-            )
-        labels.append(int(value) if label is None else label)
-    return np.asarray(labels, np.int64)
-
-
-def _ids_by_name(model_config: PreTrainedConfig) -> dict[str, int]:
-    # Some files have the two the wrong way round; the model's outputs are ordered by id2label.
-    return {_folded(str(name)): int(label) for label, name in (model_config.id2label or {}).items()}
-
-
-def _folded(name: str) -> str:
-    return name.strip().casefold()
-
-
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     shown = [repr(str(name)) for name in names[:12]]
     return (", ".join(shown) or "none") + (f" and {len(names) - 12} more" if len(names) > 12 else "")

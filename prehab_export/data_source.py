@@ -12,15 +12,17 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, ReadInstruction
+from pandas.errors import ParserError
 
 from converters.errors import InputError
 from prehab_export.config import DataConfig
+from prehab_export.data_tables import reader_options, table_options
 from prehab_export.files import sha256_of
 
 DIGITS = "sklearn-digits"
 DIGITS_EVALUATION = 360
 
-# Which of `datasets`' readers takes a single file. Separators and the like are in READER_OPTIONS.
+# Which of `datasets`' readers takes a single file.
 FILE_READERS = {
     ".parquet": "parquet",
     ".csv": "csv",
@@ -30,11 +32,6 @@ FILE_READERS = {
     ".ndjson": "json",
     ".txt": "text",
     ".arrow": "arrow",
-}
-# Line breaks belong to a text, and the word "null" in a cell is a word.
-READER_OPTIONS: dict[str, dict[str, Any]] = {
-    "text": {"keep_linebreaks": True},
-    "csv": {"keep_default_na": False},
 }
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
@@ -75,9 +72,9 @@ def open_source(config: DataConfig) -> Source:
     path = Path(config.data)
     try:
         if path.is_file():
-            return Source(_from_file(path), _content_hash(path, [path]))
+            return Source(_from_file(path, config), _content_hash(path, [path]))
         if path.is_dir():
-            splits = _from_folder(path, config.data_config)
+            splits = _from_folder(path, config)
             return Source(splits, _content_hash(path, [file for file in path.rglob("*") if file.is_file()]))
         if config.data.startswith((".", "~", "/")) or config.data.count("/") > 1 or path.suffix in FILE_READERS:
             raise InputError(f"no such file or folder: {config.data}")
@@ -89,7 +86,7 @@ def open_source(config: DataConfig) -> Source:
         if empty is not None:
             raise InputError(f"the split {empty[1]} of {config.data} is empty; give it rows or take it away") from error
         where = "" if path.exists() else " (neither a file nor a folder here, so it was looked for on the hub)"
-        raise InputError(f"cannot read the data {config.data}{where}: {_reason(error)}") from error
+        raise InputError(f"cannot read the data {config.data}{where}: {_reason(error, config)}") from error
 
 
 def choose_splits(source: Source, config: DataConfig) -> Splits:
@@ -168,32 +165,53 @@ def _select(splits: DatasetDict, split: str, sizes: dict[str, int], config: Data
     return rows
 
 
-def _from_file(path: Path) -> DatasetDict:
+def _from_file(path: Path, config: DataConfig) -> DatasetDict:
     reader = FILE_READERS.get(path.suffix.lower())
     if reader is None:
         raise InputError(f"{path} is not a kind of file that is read here; give {', '.join(FILE_READERS)} or a folder")
     if not path.stat().st_size:
         raise InputError(f"{path} is empty")
-    options = dict(READER_OPTIONS.get(reader, {}))
-    if path.suffix.lower() == ".tsv":
-        options["sep"] = "\t"
-    return datasets.load_dataset(reader, data_files={"train": str(path)}, cache_dir=_scratch(), **options)
+    options = reader_options(reader, config)
+    if reader == "csv":
+        options.setdefault("sep", "\t" if path.suffix.lower() == ".tsv" else ",")
+        options |= table_options([path], options["sep"], config)
+    splits = datasets.load_dataset(reader, data_files={"train": str(path)}, cache_dir=_scratch(), **options)
+    return _checked(splits, config)
 
 
-def _from_folder(path: Path, name: str | None) -> DatasetDict:
+def _from_folder(path: Path, config: DataConfig) -> DatasetDict:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        reader_options("arrow", config)
         saved = datasets.load_from_disk(str(path))
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    reader = datasets.load_dataset_builder(str(path), name, cache_dir=_scratch()).name
-    return datasets.load_dataset(str(path), name, cache_dir=_scratch(), **READER_OPTIONS.get(reader, {}))
+    builder = datasets.load_dataset_builder(str(path), config.data_config, cache_dir=_scratch())
+    options = reader_options(builder.name, config)
+    if builder.name == "csv":
+        files = [Path(file) for split in (builder.config.data_files or {}).values() for file in split]
+        options |= table_options(files, options.get("sep", builder.config.sep), config)
+    splits = datasets.load_dataset(str(path), config.data_config, cache_dir=_scratch(), **options)
+    return _checked(splits, config)
 
 
 def _from_hub(config: DataConfig) -> Source:
     builder = datasets.load_dataset_builder(config.data, config.data_config)
-    options = READER_OPTIONS.get(builder.name, {})
+    options = reader_options(builder.name, config)
+    if config.header is False:
+        raise InputError("--no-header is for files that are here; download the data, or give them names there")
     splits = datasets.load_dataset(config.data, config.data_config, **options)
     identity = f"{config.data}\0{config.data_config}\0{builder.hash}"
-    return Source(splits, hashlib.sha256(identity.encode()).hexdigest())
+    return Source(_checked(splits, config), hashlib.sha256(identity.encode()).hexdigest())
+
+
+def _checked(splits: DatasetDict, config: DataConfig) -> DatasetDict:
+    for split in splits.values():
+        # What pandas makes of the fields that are too many: an index out of the first ones, the others move up.
+        if any(name.startswith("__index_level_") for name in split.column_names):
+            raise InputError(
+                f"rows of {config.data} have more fields than its first row; quote texts that hold the delimiter, or "
+                "give the right one with --delimiter"
+            )
+    return splits
 
 
 @functools.cache
@@ -213,11 +231,19 @@ def _content_hash(root: Path, files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, config: DataConfig) -> str:
     """The innermost cause says what was wrong with the file; the wrappers only say that something was."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
+    if isinstance(error, UnicodeDecodeError):
+        likely = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        return (
+            f"its text is not {config.encoding or 'UTF-8'} ({error.reason}, byte {error.object[error.start]:#04x}); "
+            f"say what it is, as in --encoding {likely}"
+        )
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ParserError):
+        text += "; quote texts that hold the delimiter, or give the right one with --delimiter"
     return text if len(text) <= 300 else text[:300] + "…"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.markup import escape
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,7 +30,7 @@ from prehab_export.models import (
     load_processor,
     longest_input,
 )
-from prehab_export.progress import bar
+from prehab_export.progress import bar, say
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import TASKS, Task
 from prehab_export.workspace import Workspace
@@ -245,6 +246,8 @@ def check(session: Session) -> None:
     session.layers(model)  # patterns that match nothing are refused
     if session.config.adapter is not None:
         check_fit(model, Path(session.config.adapter))
+    for warning in session.data.description["warnings"]:
+        say(f"  [yellow]warning: {escape(warning)}")
     if not len(session.data.train) or not len(session.data.evaluation):
         raise InputError(
             f"{session.config.data.data} has an empty split; give --train-split and --eval-split with rows"

@@ -19,6 +19,7 @@ from runs import has_stage, stage_folder
 
 from prehab_export import from_pretrained
 from prehab_export.cli import main
+from prehab_export.rendering import render
 
 QUICK = [
     "--calibration-samples",
@@ -177,6 +178,13 @@ def test_text_generation(llama_folder, prose, tmp_path, capsys):
     assert [part["part"] for part in report["rehab"]["parts"]] == ["truncated", "up", "down"]
     assert report["bench"]["cases"][0]["tokens_per_s"] > 0
     assert_genai_generates(tmp_path / "run" / "artifact")
+    # What windows of text start with is said wherever a figure is.
+    assert report["evaluation"]["window_start"] == []
+    for place in ("report/report.md", "artifact/README.md"):
+        assert "Windows of 24 tokens, without a token at their start." in (tmp_path / "run" / place).read_text()
+    report["evaluation"]["window_start"] = ["<s>"]
+    for template in ("report.md.j2", "card.md.j2"):
+        assert "Windows of 24 tokens, each starting with `<s>`." in render(template, report)
 
 
 def test_a_cache_of_latents(llama_folder, prose, tmp_path, capsys):

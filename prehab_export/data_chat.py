@@ -1,0 +1,108 @@
+"""Conversations as text: what the tokenizer's own chat template makes of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jinja2
+from datasets import Dataset, Features
+
+from converters.errors import InputError
+
+CHAT_NAMES = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue")
+# Roles as ShareGPT and its kin write them.
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+# Some templates write today's date: a run that goes on tomorrow must read the same text. It is 1 January 2025 for all,
+# by a macro in the place of the function that transformers offers to templates.
+_DATE = {"%Y": "2025", "%y": "25", "%B": "January", "%b": "Jan", "%m": "01", "%d": "01", "%A": "Wednesday", "%a": "Wed"}
+_TIME = {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM"}
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(f" | replace('{code}', '{value}')" for code, value in (_DATE | _TIME).items())
+    + " -}}{%- endmacro -%}"
+)
+
+
+def chat_columns(features: Features) -> list[str]:
+    """Columns of conversations: lists of turns with ``role`` and ``content``, or with ``from`` and ``value``."""
+    return [name for name, feature in features.items() if _holds_turns(feature, name)]
+
+
+def _holds_turns(feature: Any, name: str) -> bool:
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+    if isinstance(inner, dict):
+        return {"role", "content"} <= set(inner) or {"from", "value"} <= set(inner)
+    # Turns that do not all have the same keys are kept as JSON.
+    return type(inner).__name__ == "Json" and name.lower() in CHAT_NAMES
+
+
+def chat_texts(rows: Dataset, column: str, split: str, tokenizer: Any, start: str) -> Iterator[str]:
+    """Every conversation as text.
+
+    Args:
+        start: what windows start with; where a template writes it too, it is left out here.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or it does not take a conversation; the message names the row.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"column {column!r} holds conversations, and the tokenizer has no chat template to write them as text; "
+            "give a tokenizer with one (chat_template.jinja), or data with a column of text"
+        )
+    template = _template(tokenizer)
+    row = 0
+    for batch in rows.select_columns([column]).iter(batch_size=100):
+        for conversation in batch[column]:
+            place = f"row {row} of {split}, column {column!r}"
+            yield _rendered(_turns(conversation, place), place, tokenizer, template).removeprefix(start)
+            row += 1
+
+
+def _template(tokenizer: Any) -> str:
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InputError(f"the tokenizer has several chat templates and none called default: {error}") from error
+    return _FIXED_DATE + template if "strftime_now" in template else template
+
+
+def _rendered(turns: list[dict[str, Any]], place: str, tokenizer: Any, template: str) -> str:
+    try:
+        return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{place}: the chat template does not take this conversation: {error}") from error
+
+
+def _turns(conversation: Any, place: str) -> list[dict[str, Any]]:
+    if isinstance(conversation, Mapping):  # a list of each key
+        keys = list(conversation)
+        conversation = [dict(zip(keys, values, strict=True)) for values in zip(*conversation.values(), strict=True)]
+    if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
+        raise InputError(f"{place} has no conversation; take such rows out")
+    return [_turn(turn, place) for turn in conversation]
+
+
+def _turn(turn: Any, place: str) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise InputError(f"{place}: a turn must have a role and a content, not {turn!r}")
+    turn = {key: value for key, value in turn.items() if value is not None}  # tables fill gaps with null
+    if "from" in turn and "role" not in turn:
+        role = _ROLES.get(str(turn.pop("from")).strip().lower())
+        if role is None:
+            raise InputError(f"{place}: nobody knows who speaks in a turn; known are {', '.join(_ROLES)}")
+        turn = {"role": role, "content": turn.pop("value", ""), **turn}
+    if "role" not in turn:
+        raise InputError(f"{place}: a turn has no role")
+    return {"content": ""} | turn
