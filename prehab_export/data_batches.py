@@ -10,6 +10,7 @@ from datasets import Dataset, Image
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
+from converters.model_config import image_channels, vocabulary_size
 from prehab_export.data_columns import Columns, read_labels
 from prehab_export.data_text import token_windows
 from prehab_export.models import input_names, padding_id
@@ -67,7 +68,7 @@ def _image_inputs(rows: Dataset, split: str, encoder: Encoder) -> Collate:
     images = rows.select_columns([column])
     if not isinstance(images.features[column], Image):
         images = images.cast_column(column, Image())
-    mode = "L" if getattr(encoder.model_config, "num_channels", 3) == 1 else "RGB"
+    mode = "L" if image_channels(encoder.model_config) == 1 else "RGB"
 
     def inputs(picked: Sequence[int]) -> Batch:
         decoded = [_decode(images, column, row, mode, split) for row in picked]
@@ -142,7 +143,7 @@ def _check_texts(rows: Dataset, split: str, columns: Columns, tokenizer: Any) ->
 
 
 def _check_vocabulary(ids: np.ndarray, encoder: Encoder) -> None:
-    size = getattr(encoder.model_config.get_text_config(), "vocab_size", None)
+    size = vocabulary_size(encoder.model_config)
     if size is not None and ids.size and ids.max() >= size:
         raise InputError(
             f"the tokenizer gives token {ids.max()}, but the model's vocabulary has {size}; they do not belong together"

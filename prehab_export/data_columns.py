@@ -8,6 +8,7 @@ from datasets import ClassLabel, Dataset, Image, Value
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
+from converters.model_config import class_count, class_names
 from prehab_export.config import DataConfig
 from prehab_export.tasks import Task
 
@@ -178,7 +179,7 @@ def read_labels(rows: Dataset, column: str, model_config: PreTrainedConfig, spli
         labels = _from_strings(values, model_config, column, split)
     else:
         labels = np.asarray(values, np.int64)
-    _check_range(labels, model_config.num_labels or 0, column, split)
+    _check_range(labels, class_count(model_config), column, split)
     return labels
 
 
@@ -229,7 +230,7 @@ def _from_strings(values: Sequence[str], model_config: PreTrainedConfig, column:
 
 def _ids_by_name(model_config: PreTrainedConfig) -> dict[str, int]:
     # Some files have the two the wrong way round; the model's outputs are ordered by id2label.
-    return {_folded(str(name)): int(label) for label, name in (model_config.id2label or {}).items()}
+    return {_folded(name): label for label, name in class_names(model_config).items()}
 
 
 def _folded(name: str) -> str:

@@ -22,6 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MobileBertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     ViTConfig,
@@ -243,6 +244,15 @@ def test_a_classifier_on_a_decoder_gets_a_padding_token(tmp_path):
 )
 def test_padding_falls_back_to_the_end_of_text_and_then_to_zero(pad, eos, expected):
     assert padding_id(LlamaConfig(**SMALL, vocab_size=60, pad_token_id=pad, eos_token_id=eos)) == expected
+
+
+def test_a_family_without_an_end_of_text_is_padded_with_its_own_token():
+    assert padding_id(MobileBertConfig(pad_token_id=3)) == 3
+
+
+def test_token_types_are_inputs_of_models_that_tell_them_apart():
+    assert "token_type_ids" not in input_names(GPT2Config(n_layer=1, num_labels=2), TEXT)
+    assert "token_type_ids" not in input_names(RobertaConfig(**SMALL, type_vocab_size=1), TEXT)
 
 
 def test_the_longest_input_counts_usable_positions():
