@@ -25,7 +25,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from converters.errors import InputError
 from converters.lowrank import LowRankLinear
-from converters.model_config import architecture, code_references, compression
+from converters.model_config import architecture, code_references, compression, forget_kernels
 from converters.registration import (
     GUARD,
     QUANT_METHOD,
@@ -187,6 +187,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     entry = compression(config)
     if entry is not None:
         _check_entry(path, entry)
+    forget_kernels(config)
     return without_guard(config)
 
 

@@ -141,6 +141,25 @@ def attention_of(config: PreTrainedConfig) -> str | None:
     return _read(config, "_attn_implementation")
 
 
+def forget_kernels(config: PreTrainedConfig) -> str | None:
+    """Leave it to transformers how attention and experts are computed where the configuration asks for kernels that not
+    every machine has, here and in all nested configurations, in place.
+
+    Returns:
+        What was asked for, where that is more than a choice of PyTorch's own code.
+    """
+    forgotten = []
+    for part in nested_configs(config):
+        attention, experts = _read(part, "_attn_implementation"), _read(part, "_experts_implementation")
+        if attention not in (None, "eager"):  # a family without it refuses sdpa by that name
+            part._attn_implementation_internal = None
+            forgotten += [attention] if attention != "sdpa" else []
+        if experts not in (None, "eager", "batched_mm", "grouped_mm"):
+            part._experts_implementation_internal = None
+            forgotten.append(experts)
+    return next(iter(forgotten), None)
+
+
 @contextmanager
 def without_cache(config: PreTrainedConfig) -> Iterator[None]:
     """No cache but the one that a call asks for, in no part of the model."""

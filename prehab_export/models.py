@@ -6,12 +6,14 @@ Weights come from safetensors only, and code from a repository never runs unless
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
+from rich.markup import escape
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -22,6 +24,7 @@ from converters.model_config import (
     code_references,
     compression,
     end_tokens,
+    forget_kernels,
     in_vocabulary,
     padding_token,
     positions,
@@ -31,6 +34,7 @@ from converters.model_config import (
 from converters.onnx.inputs import tells_token_types
 from prehab_export.files import sha256_of
 from prehab_export.model_source import check_location, first_line, quiet, readable
+from prehab_export.progress import say
 from prehab_export.tasks import TASKS, Task
 
 _MODEL_FILES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py"})
@@ -42,7 +46,7 @@ _ARCHITECTURES: dict[str, Mapping[str, str | Sequence[str]]] = {
 
 
 def load_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a local folder or a hub id.
+    """The configuration of a local folder or a hub id; kernels of a GPU that it asks for give way to PyTorch's own.
 
     Raises:
         InputError: no such folder, no config.json in it, not on the hub or the hub out of reach, an unknown
@@ -50,7 +54,16 @@ def load_config(model: str, *, revision: str | None = None, trust_remote_code: b
     """
     check_location(model)
     with readable(model, "config.json"), quiet():
-        return transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    if asked := forget_kernels(config):
+        _say_kernels_forgotten(model, asked)
+    return config
+
+
+@cache
+def _say_kernels_forgotten(model: str, asked: str) -> None:
+    """Once for each model, which is read in many places."""
+    say(f"  {escape(model)} asks for {escape(asked)}, which not every machine has: PyTorch's own code is used instead")
 
 
 def check_task(config: PreTrainedConfig, task: Task) -> None:
@@ -122,9 +135,11 @@ def load_model(
     """
     check_location(model)
     _check_weight_files(model)
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     with readable(model, "weights"), quiet():
         loaded, info = _auto_class(task).from_pretrained(
             model,
+            config=config,
             dtype=dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,

@@ -25,6 +25,7 @@ from converters.onnx.latent import latent_layout
 from converters.onnx.modes import FULL, KV_CACHES
 from converters.onnx.names import restore_weight_names, store_by_head, store_transposed, tidy
 from converters.onnx.quiet import quiet
+from converters.onnx.rope import traceable_frequencies
 from converters.onnx.stack import stack_products
 from converters.onnx.write import write_graph
 
@@ -150,7 +151,7 @@ class _Traced(nn.Module):
     def attending(self, base: str) -> Iterator[None]:
         """With ``base`` for attention, as far as the cache allows it."""
         layout = nullcontext(base) if self.layout is None else self.layout.attention(base)
-        with layout as name, attention_implementation(self.model, name):
+        with layout as name, attention_implementation(self.model, name), traceable_frequencies(self.model):
             yield
 
 
