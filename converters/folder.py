@@ -25,6 +25,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from converters.errors import InputError
 from converters.lowrank import LowRankLinear
+from converters.model_config import architecture, code_references, compression, forget_kernels
 from converters.registration import (
     GUARD,
     QUANT_METHOD,
@@ -120,9 +121,9 @@ def _config_to_save(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _check_saveable(model: PreTrainedModel) -> None:
-    entry = getattr(model.config, "quantization_config", None)
-    if entry is not None and dict(entry).get("quant_method") != QUANT_METHOD:
-        raise InputError(f"the model is quantised ({dict(entry).get('quant_method')}): dequantise it first")
+    entry = compression(model.config)
+    if entry is not None and entry.get("quant_method") != QUANT_METHOD:
+        raise InputError(f"the model is quantised ({entry.get('quant_method')}): dequantise it first")
     if getattr(model, "peft_config", None):
         raise InputError("the model carries an adapter: merge it first, see converters.adapters")
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
@@ -183,9 +184,10 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: {error}") from error
-    entry = getattr(config, "quantization_config", None)
+    entry = compression(config)
     if entry is not None:
         _check_entry(path, entry)
+    forget_kernels(config)
     return without_guard(config)
 
 
@@ -202,10 +204,10 @@ def _check_entry(path: Path, entry: dict[str, Any]) -> None:
 
 
 def _model_class(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> type[PreTrainedModel]:
-    if not config.architectures:
+    name = architecture(config)
+    if name is None:
         raise InputError(f"{folder}/config.json names no architectures: cannot tell which class to build")
-    name = config.architectures[0]
-    references = (getattr(config, "auto_map", None) or {}).values()
+    references = code_references(config).values()
     custom = {ref.rpartition(".")[2]: ref for ref in references if isinstance(ref, str)}
     if name in custom and trust_remote_code:
         return get_class_from_dynamic_module(custom[name], folder)

@@ -12,9 +12,9 @@ from torch import nn
 
 from converters.errors import InputError
 from converters.lowrank import DenseLinear
+from converters.model_config import expert_counts
 
 ROUTER_NAMES = frozenset({"gate", "router", "gating"})
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 def target_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, DenseLinear]:
@@ -68,7 +68,7 @@ def _is_router(model: nn.Module, name: str) -> bool:
     if name.rsplit(".", 1)[-1] not in ROUTER_NAMES:
         return False
     config = getattr(model, "config", None)
-    experts = {getattr(config, key, None) for key in EXPERT_COUNTS} - {None}
+    experts = frozenset() if config is None else expert_counts(config)
     layer = model.get_submodule(name)
     return not experts or getattr(layer, "out_features", None) in experts
 

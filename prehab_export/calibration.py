@@ -9,7 +9,7 @@ The model may run in half precision; its activations and gradients are float32 b
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf, log2
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
+from converters.patterns import exclude_options
 from prehab_export.activations import by_sample, frozen, real
 from prehab_export.config import FISHER_LABELS
 from prehab_export.devices import device_of, full_precision, moved
@@ -143,11 +144,17 @@ def shared_inputs(model: nn.Module, batch: Batch, task: Task, layers: Mapping[st
             handle.remove()
     unreached = [name for name, keys in seen.items() if not keys]
     if unreached:
-        raise InputError(
-            f"the model never runs {unreached[0]} on this data; leave it out with --exclude {unreached[0]!r}"
-        )
+        raise InputError(f"the model never runs {_left_out(unreached, seen)}")
     leaders: dict[tuple, str] = {}
     return {name: leaders.setdefault(tuple(keys), name) for name, keys in seen.items()}
+
+
+def _left_out(names: Sequence[str], layers: Iterable[str]) -> str:
+    """The first of these layers, how many more there are, and how to leave them all out and none of the others."""
+    more = f" and {len(names) - 1} more layer{'s' if len(names) > 2 else ''}" if len(names) > 1 else ""
+    them = "them" if more else "it"
+    options = exclude_options(names, [name for name in layers if name not in names])
+    return f"{names[0]}{more} on this data; leave {them} out with {options}"
 
 
 class _Tally:
@@ -235,7 +242,7 @@ class _Tally:
     def result(self) -> Statistics:
         silent = [name for name in self.groups if self.gradients and name not in self.gradients]
         if silent:
-            raise InputError(f"{silent[0]} has no part in the loss; leave it out with --exclude {silent[0]!r}")
+            raise InputError(f"the loss does not depend on {_left_out(silent, self.groups)}")
         return Statistics(
             {group: self._input_moment(group) for group in self.inputs},
             dict(self.groups),

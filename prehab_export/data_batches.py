@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
+from converters.model_config import vocabulary_size
 from prehab_export.data_chat import chat_columns, chat_texts
 from prehab_export.data_columns import Columns
 from prehab_export.data_images import ImageSplit, processed, processed_shape
@@ -164,7 +165,7 @@ def _check_texts(rows: Dataset, split: str, columns: Columns, tokenizer: Any) ->
 
 
 def _check_vocabulary(ids: np.ndarray, encoder: Encoder) -> None:
-    size = getattr(encoder.model_config.get_text_config(), "vocab_size", None)
+    size = vocabulary_size(encoder.model_config)
     if size is not None and ids.size and ids.max() >= size:
         raise InputError(
             f"the tokenizer gives token {ids.max()}, but the model's vocabulary has {size}; they do not belong together"

@@ -18,6 +18,7 @@ from PIL import UnidentifiedImageError
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
+from converters.model_config import USUAL_IMAGE_SIZE, image_channels, image_size
 from prehab_export.model_source import first_line
 from prehab_export.models import empty_model
 from prehab_export.progress import bar
@@ -45,7 +46,7 @@ class ImageSplit:
     def of(cls, rows: Dataset, column: str, model_config: PreTrainedConfig, split: str) -> "ImageSplit":
         # Not in a mode that the data asks for: Pillow would clip what has more than 8 bits.
         images = rows.select_columns([column]).cast_column(column, Image(mode=None))
-        return cls(images, column, "L" if _channels(model_config) == 1 else "RGB", split)
+        return cls(images, column, "L" if image_channels(model_config) == 1 else "RGB", split)
 
     def decoded(self, row: int) -> PilImage.Image:
         """Raises:
@@ -212,8 +213,8 @@ def check_shape(shape: tuple[int, ...], model_config: PreTrainedConfig, task: Ta
     Raises:
         InputError: the model does not take images of this shape (C, H, W).
     """
-    channels = _channels(model_config)
-    usual = (channels or 3, *_usual_size(model_config))
+    channels = image_channels(model_config)
+    usual = (channels or 3, *(image_size(model_config) or USUAL_IMAGE_SIZE))
     if channels is not None and len(shape) == 3 and shape[0] != channels:
         raise InputError(
             f"the image processor gives images of {shape[0]} channels, the model takes {channels}; "
@@ -236,26 +237,6 @@ def _forward_error(model: torch.nn.Module, task: Task, shape: Sequence[int]) -> 
     except Exception as error:  # every architecture has its own way of saying so
         return error
     return None
-
-
-def _channels(model_config: PreTrainedConfig) -> int | None:
-    channels = getattr(_vision_part(model_config), "num_channels", None)
-    return channels if isinstance(channels, int) else None
-
-
-def _vision_part(model_config: PreTrainedConfig) -> Any:
-    """Of CLIP and its kin, whose configuration is one of two towers."""
-    return getattr(model_config, "vision_config", None) or model_config
-
-
-def _usual_size(model_config: PreTrainedConfig) -> tuple[int, int]:
-    size = getattr(_vision_part(model_config), "image_size", None)
-    if isinstance(size, dict):
-        size = size.get("height"), size.get("width")
-    pair = (size, size) if isinstance(size, int) else size
-    if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(side, int) for side in pair):
-        return pair[0], pair[1]
-    return 224, 224
 
 
 def _by(shape: Iterable[int]) -> str:

@@ -17,6 +17,7 @@ from datasets import ClassLabel, Dataset, Value
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
+from converters.model_config import class_count, class_names
 from prehab_export.data_columns import is_text, listed
 
 _WHOLE = re.compile(r"-?\d+(\.0*)?")
@@ -68,9 +69,9 @@ class _ModelClasses:
     """The model's classes, to be found by name."""
 
     def __init__(self, model_config: PreTrainedConfig) -> None:
-        self.count: int = model_config.num_labels or 0
+        self.count = class_count(model_config)
         # Some files have label2id the wrong way round; the model's outputs are ordered by id2label.
-        self.names = {int(label): str(name) for label, name in (model_config.id2label or {}).items()}
+        self.names = class_names(model_config)
         self._by_name = _index((name, label) for label, name in self.names.items())
         parts = ((part, label) for label, name in self.names.items() for part in name.split(","))
         self._by_synonym = _index(parts)

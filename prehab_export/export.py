@@ -17,7 +17,7 @@ from prehab_export.errors import InputError, ParityError
 from prehab_export.parity import Reference, check_graph, reference_batches, reference_of, save_reference
 from prehab_export.progress import say
 from prehab_export.session import Session
-from prehab_export.tasks import Task
+from prehab_export.tasks import Task, sample_count
 from prehab_export.workspace import write_json
 
 # Digests of every tensor of a factored model as it was in memory, beside the folder it was written to.
@@ -90,7 +90,17 @@ def export_exact(
     """
     pixels = reference.batches[0].get("pixel_values")
     size = None if pixels is None else (pixels.shape[-2], pixels.shape[-1])
-    write = partial(export_onnx, model, path, task.name, text_inputs=text_inputs, image_size=size, kv_cache=kv_cache)
+    samples = max(reference.batches, key=sample_count)
+    write = partial(
+        export_onnx,
+        model,
+        path,
+        task.name,
+        text_inputs=text_inputs,
+        samples=samples,
+        image_size=size,
+        kv_cache=kv_cache,
+    )
     try:
         export = write()
         check_graph(reference, task, path, threads)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear, LowRankLinear, dense_weight, low_rank_layers, shared_groups
+from converters.model_config import USUAL_IMAGE_SIZE, compression, image_size
 from converters.onnx.inputs import image_inputs, text_inputs
 from converters.registration import ranks_of
 from converters.targets import target_layers
@@ -46,7 +47,7 @@ def inspect_model(
     folder = Path(path) / "artifact" if (Path(path) / "artifact").is_dir() else Path(path)
     config = load_config(str(folder), revision=revision, trust_remote_code=trust_remote_code)
     task = task_of(config)
-    if getattr(config, "quantization_config", None) is not None:
+    if compression(config) is not None:
         model = from_pretrained(folder, trust_remote_code=trust_remote_code)
     else:
         model = load_model(str(folder), task, revision=revision, trust_remote_code=trust_remote_code)
@@ -74,8 +75,10 @@ def inspect_model(
 
 
 def _example(model: PreTrainedModel, task: Task) -> Batch:
-    inputs = image_inputs(model) if task.name == "image-classification" else text_inputs(model, None)
-    return inputs.tensors
+    if task.name == "image-classification":
+        # Models whose config names no size take any.
+        return image_inputs(model, image_size(model.config) or USUAL_IMAGE_SIZE).tensors
+    return text_inputs(model, None).tensors
 
 
 def _low_rank_facts(name: str, layer: LowRankLinear, group: str, down_of: str | None) -> dict[str, Any]:

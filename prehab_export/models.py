@@ -6,18 +6,35 @@ Weights come from safetensors only, and code from a repository never runs unless
 import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
+from rich.markup import escape
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from converters.errors import InputError
+from converters.model_config import (
+    architecture,
+    class_count,
+    code_references,
+    compression,
+    end_tokens,
+    forget_kernels,
+    in_vocabulary,
+    padding_token,
+    positions,
+    problem_type,
+    text_config,
+)
+from converters.onnx.inputs import tells_token_types
 from prehab_export.files import sha256_of
 from prehab_export.model_source import check_location, first_line, quiet, readable
+from prehab_export.progress import say
 from prehab_export.tasks import TASKS, Task
 
 _MODEL_FILES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py"})
@@ -29,7 +46,7 @@ _ARCHITECTURES: dict[str, Mapping[str, str | Sequence[str]]] = {
 
 
 def load_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a local folder or a hub id.
+    """The configuration of a local folder or a hub id; kernels of a GPU that it asks for give way to PyTorch's own.
 
     Raises:
         InputError: no such folder, no config.json in it, not on the hub or the hub out of reach, an unknown
@@ -37,7 +54,16 @@ def load_config(model: str, *, revision: str | None = None, trust_remote_code: b
     """
     check_location(model)
     with readable(model, "config.json"), quiet():
-        return transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    if asked := forget_kernels(config):
+        _say_kernels_forgotten(model, asked)
+    return config
+
+
+@cache
+def _say_kernels_forgotten(model: str, asked: str) -> None:
+    """Once for each model, which is read in many places."""
+    say(f"  {escape(model)} asks for {escape(asked)}, which not every machine has: PyTorch's own code is used instead")
 
 
 def check_task(config: PreTrainedConfig, task: Task) -> None:
@@ -47,18 +73,17 @@ def check_task(config: PreTrainedConfig, task: Task) -> None:
         InputError: another kind of model (the message names the tasks that fit), a regression or multi-label
             head, or weights that are already quantised or factored.
     """
-    compression = getattr(config, "quantization_config", None)
-    if compression is not None:
-        entries = compression if isinstance(compression, dict) else vars(compression)
+    entries = compression(config)
+    if entries is not None:
         raise InputError(
             f"the model is already compressed ({entries.get('quant_method', 'unknown method')}); "
             "give the original model with float weights"
         )
-    architecture = next(iter(config.architectures or ()), None)
-    if architecture is not None and not _fits(config, architecture, task):
-        others = [name for name, other in TASKS.items() if _fits(config, architecture, other)]
+    name = architecture(config)
+    if name is not None and not _fits(config, name, task):
+        others = [other.name for other in TASKS.values() if _fits(config, name, other)]
         advice = f"it fits {', '.join(others)}" if others else f"it has no head for any of {', '.join(TASKS)}"
-        raise InputError(f"{architecture} is not a model for {task.name}; {advice}")
+        raise InputError(f"{name} is not a model for {task.name}; {advice}")
     if task.metric == "accuracy":
         _check_classes(config)
 
@@ -69,27 +94,27 @@ def task_of(config: PreTrainedConfig) -> Task:
     Raises:
         InputError: it names no head, or one of no task known here.
     """
-    architecture = next(iter(config.architectures or ()), None)
+    name = architecture(config)
     for task in TASKS.values():
-        if architecture is not None and _fits(config, architecture, task):
+        if name is not None and _fits(config, name, task):
             return task
-    raise InputError(f"{architecture or 'the model'} has no head for any of {', '.join(TASKS)}")
+    raise InputError(f"{name or 'the model'} has no head for any of {', '.join(TASKS)}")
 
 
-def _fits(config: PreTrainedConfig, architecture: str, task: Task) -> bool:
+def _fits(config: PreTrainedConfig, name: str, task: Task) -> bool:
     known: set[str] = set()
     for names in _ARCHITECTURES[task.name].values():
         known.update((names,) if isinstance(names, str) else names)
-    return architecture in known or task.auto_class in (getattr(config, "auto_map", None) or {})
+    return name in known or task.auto_class in code_references(config)
 
 
 def _check_classes(config: PreTrainedConfig) -> None:
-    problem = getattr(config, "problem_type", None)
+    problem = problem_type(config)
     if problem not in (None, "single_label_classification"):
         raise InputError(f"the model solves {problem}; only classifiers with one label a sample are supported")
-    if (config.num_labels or 0) < 2:
+    if class_count(config) < 2:
         raise InputError(
-            f"the model has {config.num_labels} output, which makes it a regression; "
+            f"the model has {class_count(config)} output, which makes it a regression; "
             "only classifiers with two classes or more are supported"
         )
 
@@ -110,9 +135,11 @@ def load_model(
     """
     check_location(model)
     _check_weight_files(model)
+    config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     with readable(model, "weights"), quiet():
         loaded, info = _auto_class(task).from_pretrained(
             model,
+            config=config,
             dtype=dtype,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -122,10 +149,9 @@ def load_model(
         )
     _check_loading(model, info)
     _check_finite(model, loaded)
-    text = loaded.config.get_text_config()
-    if task.name == "text-classification" and not _in_vocabulary(text.pad_token_id, text):
+    if task.name == "text-classification" and not in_vocabulary(padding_token(loaded.config), loaded.config):
         # Decoders with a classification head find each row's last token by this id.
-        text.pad_token_id = padding_id(loaded.config)
+        text_config(loaded.config).pad_token_id = padding_id(loaded.config)
     return loaded.eval()
 
 
@@ -143,7 +169,7 @@ def empty_model(config: PreTrainedConfig, task: Task, *, trust_remote_code: bool
 
 
 def input_names(config: PreTrainedConfig, task: Task) -> frozenset[str] | None:
-    """Names that the model's forward pass takes; None for a model that comes as code.
+    """Names that the model's forward pass takes and makes use of; None for a model that comes as code.
 
     Tokenizers offer more than some models take (``token_type_ids``).
     """
@@ -152,7 +178,10 @@ def input_names(config: PreTrainedConfig, task: Task) -> frozenset[str] | None:
     except KeyError:
         return None
     model_class = classes[0] if isinstance(classes, tuple) else classes
-    return frozenset(inspect.signature(model_class.forward).parameters)
+    names = frozenset(inspect.signature(model_class.forward).parameters)
+    if "token_type_ids" in names and not tells_token_types(empty_model(config, task)):
+        names -= {"token_type_ids"}
+    return names
 
 
 def longest_input(config: PreTrainedConfig, task: Task, *, trust_remote_code: bool = False) -> int | None:
@@ -160,8 +189,8 @@ def longest_input(config: PreTrainedConfig, task: Task, *, trust_remote_code: bo
 
     RoBERTa and its kin start counting after the padding index, so that part of their table is never used.
     """
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
+    limit = positions(config)
+    if limit is None:
         return None
     for name, module in empty_model(config, task, trust_remote_code=trust_remote_code).named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
@@ -171,14 +200,8 @@ def longest_input(config: PreTrainedConfig, task: Task, *, trust_remote_code: bo
 
 def padding_id(config: PreTrainedConfig) -> int:
     """The id to pad with: the model's own, else its end-of-text, else 0 (a mask hides it)."""
-    text = config.get_text_config()
-    ends = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
-    return next((token for token in (text.pad_token_id, *ends) if _in_vocabulary(token, text)), 0)
-
-
-def _in_vocabulary(token: int | None, text: PreTrainedConfig) -> bool:
-    """Configurations keep ids of other vocabularies by default (GPT-2: 50256), or −1 for none."""
-    return token is not None and 0 <= token < getattr(text, "vocab_size", token + 1)
+    candidates = (padding_token(config), *end_tokens(config))
+    return next((token for token in candidates if token is not None and in_vocabulary(token, config)), 0)
 
 
 def load_processor(model: str, task: Task, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from converters.errors import InputError
+from converters.model_config import positions
 from converters.onnx.generate import greedy_decode
 from converters.onnx.session import open_session
 from prehab_export.data import Samples
@@ -176,7 +177,7 @@ def load_reference(folder: Path) -> Reference:
 def _greedy(model: PreTrainedModel, prompt: Tensor) -> tuple[Tensor, Tensor]:
     """The most likely token, again and again: not ``generate``, which obeys a model's own penalties and stops."""
     prompt = prompt[:1, : max(1, min(16, prompt.shape[1] // 2))]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    limit = positions(model.config) or 10**9
     step, past, tokens = prompt.to(model.device), None, []
     for _ in range(max(1, min(GREEDY_TOKENS, limit - prompt.shape[1]))):
         output: Any = model(input_ids=step, past_key_values=past, use_cache=True)

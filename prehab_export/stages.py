@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from converters.adapters import merge_dense_adapter
 from converters.folder import save_folder
 from converters.lowrank import DenseLinear, dense_weight
+from converters.model_config import vocabulary_size
 from prehab_export.benchmark import bench
 from prehab_export.calibration import CalibrationWarning, calibrate, few_tokens
 from prehab_export.compression import Compression, Samplesets, compress
@@ -275,7 +276,7 @@ def _rehab(session: Session, folder: Path) -> None:
 
 
 def _bench(session: Session, folder: Path) -> None:
-    vocabulary = getattr(session.model_config.get_text_config(), "vocab_size", None)
+    vocabulary = vocabulary_size(session.model_config)
     write_json(folder / "bench.json", bench(graphs_of(session), bench_config(session), vocabulary))
 
 

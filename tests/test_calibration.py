@@ -35,6 +35,33 @@ def llama():
     return transformers.LlamaForCausalLM(config).eval()
 
 
+class WithUnusedParts(torch.nn.Module):
+    """A BERT beside a tower that never runs and one whose output goes nowhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = bert()
+        self.vision_tower = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(4)])
+        self.idle = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(2)])
+
+    def forward(self, input_ids, attention_mask):
+        for layer in self.idle:
+            layer(torch.ones(len(input_ids), 16))
+        return self.text(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_all_layers_that_never_run_are_left_out_by_one_pattern():
+    model, task = WithUnusedParts(), TASKS["text-classification"]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    with pytest.raises(InputError, match=r"vision_tower\.0 and 3 more layers .* --exclude 'vision_tower\.\*'$"):
+        calibrate(model, batches(), task, layers)
+    layers = {name: layer for name, layer in layers.items() if not name.startswith("vision_tower")}
+    with pytest.raises(InputError, match=r"loss does not depend on idle\.0 and 1 more layer .* 'idle\.\*'$"):
+        calibrate(model, batches(), task, layers)
+    layers = {name: layer for name, layer in layers.items() if not name.startswith("idle")}
+    calibrate(model, batches(), task, layers)
+
+
 def batches(lengths=((5, 3), (7, 7, 2)), seed=0):
     """Batches of token ids with right padding."""
     generator = torch.Generator().manual_seed(seed)

@@ -114,6 +114,70 @@ def test_one_door_for_child_processes():
             assert not starts or "env" in {keyword.arg for keyword in node.keywords}, f"{name}:{node.lineno}"
 
 
+# Fields of a model's configuration that some family lacks, or keeps elsewhere.
+CONFIG_FIELDS = frozenset(
+    [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "n_positions",
+        "type_vocab_size",
+        "image_size",
+        "num_channels",
+        "num_labels",
+        "id2label",
+        "problem_type",
+        "architectures",
+        "auto_map",
+        "quantization_config",
+        "use_cache",
+        "is_encoder_decoder",
+        "is_decoder",
+        "tie_word_embeddings",
+        "num_experts",
+        "num_local_experts",
+        "layer_types",
+        "rope_parameters",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+    ]
+)
+TOKEN_FIELDS = {"pad_token_id", "eos_token_id", "bos_token_id", "sep_token_id"}
+READS_CONFIGS = {"converters.model_config", "converters.genai"}
+
+
+def config_reads(tree: ast.AST) -> list[str]:
+    """Expressions that read a field of a model's configuration, whether or not the family has it."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner, field = ast.unparse(node.value), node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and len(node.args) > 1:
+            owner, field = ast.unparse(node.args[0]), str(getattr(node.args[1], "value", ""))
+        else:
+            continue
+        of_config = field in CONFIG_FIELDS and "config" in owner and owner != "model_config"
+        of_text = field in TOKEN_FIELDS and not {"tokenizer", "processor"} & set(owner.split("."))
+        if of_config or of_text or field == "get_text_config":
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_config_reads_are_seen():
+    tree = ast.parse("text.pad_token_id; m.config.vocab_size; getattr(config, 'num_labels', 2); c.get_text_config()")
+    assert len(config_reads(tree)) == 4
+    tree = ast.parse("text.pad_token_id = 0; tokenizer.pad_token_id; graph.vocab_size; model_config.image_size(config)")
+    assert config_reads(tree) == []
+
+
+def test_one_module_reads_the_configurations_of_models():
+    reads = {name: config_reads(ast.parse(path.read_text())) for name, path in modules().items()}
+    assert {name: found for name, found in reads.items() if found and name not in READS_CONFIGS} == {}
+
+
 def test_no_pickle():
     for name, path in modules().items():
         text = path.read_text()

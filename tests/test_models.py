@@ -17,11 +17,15 @@ from transformers import (
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
     DistilBertConfig,
+    Gemma3Config,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
+    MobileBertConfig,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
     ViTConfig,
@@ -30,6 +34,8 @@ from transformers import (
 )
 
 from converters.errors import InputError
+from converters.folder import from_pretrained, save_folder
+from converters.model_config import forget_kernels
 from prehab_export.models import (
     check_task,
     empty_model,
@@ -123,6 +129,49 @@ def test_a_hub_model_out_of_reach_says_so(monkeypatch, tmp_path):
     for read in (load_config, fingerprint, lambda n: load_model(n, TEXT), lambda n: load_processor(n, TEXT)):
         with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
             read("nobody/has-this-model")
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *("flash_attention_2", "flash_attention_3", "flex_attention", "kernels-community/flash-attn3"),
+        *("paged|flash_attention_2", "paged|eager", "no-such-attention", {"": "flash_attention_2"}),
+    ],
+)
+def test_attention_that_needs_kernels_gives_way_to_that_of_pytorch(bert, tmp_path, capsys, key, asked):
+    edit_config(bert, **{key: asked})
+    model = load_model(str(bert), TEXT)
+    assert model.config._attn_implementation == "sdpa"
+    assert empty_model(load_config(str(bert)), TEXT).config._attn_implementation == "sdpa"
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    said = capsys.readouterr().err
+    name = asked[""] if isinstance(asked, dict) else asked
+    assert " ".join(said.split()).count(f"asks for {name}") == 1
+    save_folder(model, tmp_path / "again")
+    assert "attn_implementation" not in (tmp_path / "again" / "config.json").read_text()
+    edit_config(tmp_path / "again", **{key: asked})
+    assert from_pretrained(tmp_path / "again").config._attn_implementation == "sdpa"
+
+
+def test_a_choice_of_pytorchs_own_attention_is_kept_where_the_family_has_it(bert, tmp_path, capsys):
+    edit_config(bert, attn_implementation="eager")
+    assert load_model(str(bert), TEXT).config._attn_implementation == "eager"
+    config = MPNetConfig(**SMALL, vocab_size=60, num_labels=2)
+    MPNetForSequenceClassification(config).save_pretrained(tmp_path / "mpnet")
+    edit_config(tmp_path / "mpnet", attn_implementation="sdpa")  # which this family has not
+    assert load_model(str(tmp_path / "mpnet"), TEXT).config._attn_implementation == "eager"
+    assert "asks for" not in capsys.readouterr().err
+
+
+def test_kernels_asked_for_by_a_part_of_a_model_are_forgotten_too():
+    config = Gemma3Config()
+    for part in (config.text_config, config.vision_config):
+        part._attn_implementation_internal = "flash_attention_2"
+    config.text_config._experts_implementation_internal = "sonicmoe"
+    assert forget_kernels(config) == "flash_attention_2"
+    assert forget_kernels(config) is None
+    assert config.text_config._experts_implementation is None
 
 
 def test_code_in_a_folder_does_not_run_unasked(bert):
@@ -243,6 +292,15 @@ def test_a_classifier_on_a_decoder_gets_a_padding_token(tmp_path):
 )
 def test_padding_falls_back_to_the_end_of_text_and_then_to_zero(pad, eos, expected):
     assert padding_id(LlamaConfig(**SMALL, vocab_size=60, pad_token_id=pad, eos_token_id=eos)) == expected
+
+
+def test_a_family_without_an_end_of_text_is_padded_with_its_own_token():
+    assert padding_id(MobileBertConfig(pad_token_id=3)) == 3
+
+
+def test_token_types_are_inputs_of_models_that_tell_them_apart():
+    assert "token_type_ids" not in input_names(GPT2Config(n_layer=1, num_labels=2), TEXT)
+    assert "token_type_ids" not in input_names(RobertaConfig(**SMALL, type_vocab_size=1), TEXT)
 
 
 def test_the_longest_input_counts_usable_positions():

@@ -14,8 +14,12 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from small_models import FAMILIES, TEXT, build, truncated
 from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -24,6 +28,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MobileBertConfig,
+    MobileBertForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
     Qwen3Config,
@@ -32,6 +38,8 @@ from transformers import (
     Qwen3NextForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
 )
 
 from converters.errors import InputError
@@ -40,7 +48,7 @@ from converters.onnx.expected import counting, missing
 from converters.onnx.export import export_onnx
 from converters.onnx.fuse import simplify_graph
 from converters.onnx.generate import greedy_decode
-from converters.onnx.inputs import text_inputs
+from converters.onnx.inputs import ordinary_tokens, text_inputs
 from converters.onnx.session import open_session
 from converters.onnx.write import write_graph
 
@@ -361,6 +369,89 @@ def test_text_inputs_are_what_both_tokenizer_and_model_know(family, offered):
     known = ("input_ids", "attention_mask") + ("token_type_ids",) * (family == "bert")
     expected = tuple(name for name in known if offered is None or name in offered)
     assert text_inputs(make(family), offered).names == expected
+
+
+def fresh(model_class, config):
+    torch.manual_seed(0)
+    return model_class._from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (
+            BartForSequenceClassification,
+            BartConfig(
+                vocab_size=50,
+                d_model=32,
+                num_labels=3,
+                max_position_embeddings=32,
+                encoder_layers=1,
+                encoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_layers=1,
+                decoder_attention_heads=4,
+                decoder_ffn_dim=64,
+            ),
+        ),
+        (
+            MobileBertForSequenceClassification,
+            MobileBertConfig(
+                **{**TEXT, "num_hidden_layers": 1}, embedding_size=16, true_hidden_size=16, intra_bottleneck_size=16
+            ),
+        ),
+    ],
+)
+def test_models_that_look_for_the_end_of_a_text_and_models_without_one(tmp_path, model_class, config):
+    model = fresh(model_class, config)
+    export = export_onnx(model, tmp_path / "model.onnx", "text-classification")
+    ids = torch.randint(5, 50, (3, 9))
+    ids[:, -1] = 2
+    feed = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    feed = {name: feed[name] for name in export.inputs}
+    with torch.no_grad():
+        expected = model(**feed).logits
+    actual = open_session(export.path).run(None, {name: value.numpy() for name, value in feed.items()})[0]
+    assert relative(actual, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("end", [2, [3, 2], None, 10**6])
+def test_made_up_tokens_end_as_texts_do(end):
+    config = LlamaConfig(vocab_size=50, eos_token_id=end, pad_token_id=1)
+    ids = ordinary_tokens(config, 2, 4)
+    ends = [token for token in ([end] if isinstance(end, int) else end or []) if token < 50]
+    assert ids.shape == (2, 4)
+    assert ids[:, 4 - len(ends) :].tolist() == [ends, ends]
+    assert not {1, *ends} & set(ids[:, : 4 - len(ends)].flatten().tolist())
+
+
+def test_samples_are_what_the_model_is_traced_with(tmp_path):
+    model = make("bert")
+    samples = {"input_ids": torch.randint(3, 50, (5, 7)), "attention_mask": padded(5, 7, 3)}
+    ran = []
+    model.register_forward_pre_hook(lambda module, args, options: ran.append(options), with_kwargs=True)
+    export = export_onnx(model, tmp_path / "model.onnx", "text-classification", samples=samples)
+    assert torch.equal(ran[0]["input_ids"], samples["input_ids"][:2])
+    assert torch.equal(ran[0]["attention_mask"], samples["attention_mask"][:2])
+    assert open_session(export.path).get_inputs()[0].shape == ["batch_size", "sequence_length"]
+
+
+def test_one_short_sample_does_not_fix_the_size_of_the_graph(tmp_path):
+    model = make("bert")
+    samples = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.tensor([[1]])}
+    export = export_onnx(model, tmp_path / "model.onnx", "text-classification", samples=samples)
+    assert open_session(export.path).get_inputs()[0].shape == ["batch_size", "sequence_length"]
+
+
+def test_a_family_that_would_look_token_types_up_among_its_words_is_not_given_any():
+    gpt2 = GPT2ForSequenceClassification._from_config(
+        GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4, pad_token_id=0)
+    )
+    assert text_inputs(gpt2, ["input_ids", "token_type_ids"]).names == ("input_ids",)
+    xlnet = XLNetForSequenceClassification._from_config(
+        XLNetConfig(vocab_size=50, d_model=32, n_layer=1, n_head=4, d_inner=64)
+    )
+    assert text_inputs(xlnet, ["input_ids", "token_type_ids"]).names == ("input_ids", "token_type_ids")
 
 
 def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from torch import Tensor, nn, onnx
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from converters.model_config import attention_of
+
 ONNX_ATTENTION = "onnx"
 PLAIN_ATTENTION = "eager"
 
@@ -76,7 +78,7 @@ AttentionMaskInterface.register(ONNX_ATTENTION, additive_mask)
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Let the model use the named attention; models that do not use the registry keep their own."""
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-    before = {key: config._attn_implementation_internal for key, config in configs.items()}
+    before = {key: attention_of(config) for key, config in configs.items()}
     try:
         if model._can_set_attn_implementation():
             model.set_attn_implementation(name)

@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from converters.errors import InputError
+from converters.model_config import has_encoder_and_decoder
 
 
 class CacheLayout:
@@ -54,7 +55,7 @@ def cache_layout(model: PreTrainedModel) -> CacheLayout:
         InputError: the model keeps anything but one key and one value tensor per layer.
     """
     kind = type(model).__name__
-    if model.config.is_encoder_decoder or "past_key_values" not in inspect.signature(model.forward).parameters:
+    if has_encoder_and_decoder(model.config) or "past_key_values" not in inspect.signature(model.forward).parameters:
         raise InputError(f"{kind} is not a decoder with a key/value cache; text-generation needs one")
     ids = torch.ones(1, 2, dtype=torch.long, device=model.device)
     try:

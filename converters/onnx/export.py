@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from converters.errors import InputError
+from converters.model_config import without_cache
 from converters.onnx.attention import ONNX_ATTENTION, PLAIN_ATTENTION, attention_implementation
 from converters.onnx.cache import CacheLayout, cache_layout
 from converters.onnx.expected import ATTENTION, counting, missing
@@ -24,6 +25,7 @@ from converters.onnx.latent import latent_layout
 from converters.onnx.modes import FULL, KV_CACHES
 from converters.onnx.names import restore_weight_names, store_by_head, store_transposed, tidy
 from converters.onnx.quiet import quiet
+from converters.onnx.rope import traceable_frequencies
 from converters.onnx.stack import stack_products
 from converters.onnx.write import write_graph
 
@@ -58,6 +60,7 @@ def export_onnx(
     task: str,
     *,
     text_inputs: Sequence[str] | None = None,
+    samples: Mapping[str, Tensor] | None = None,
     image_size: tuple[int, int] | None = None,
     fuse: bool = True,
     kv_cache: str = FULL,
@@ -73,6 +76,9 @@ def export_onnx(
       ``past_key_values.{i}.key/value`` → ``logits`` and ``present.{i}.key/value``, for prompt (past length 0)
       and decoding alike. Padding is the attention mask's matter, on either side. With ``kv_cache`` ``latent-values``
       or ``latent`` the cache holds what is narrower of low-rank layers, under other names (`converters.onnx.latent`).
+
+    The model is traced with the first rows of ``samples`` (inputs by name, rows outermost) where given, and otherwise
+    with inputs made up from its config; the graph is the same for all inputs.
 
     The graph keeps the model's dtype. ONNX Runtime on CPU runs float16 graphs but has few bfloat16 kernels and does
     not open such a graph: cast a bfloat16 model to float32 first. Weights above ``external_data_threshold`` bytes
@@ -90,7 +96,7 @@ def export_onnx(
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
     with _as_found(model), torch.no_grad():
-        traced = _Traced(model, task, text_inputs, image_size, kv_cache)
+        traced = _Traced(model, task, text_inputs, samples, image_size, kv_cache)
         attention, expected, warnings = _attention(traced) if fuse else (PLAIN_ATTENTION, {}, [])
         graph = _trace(traced, attention, FUSED_OPSET if fuse else PLAIN_OPSET)
         _optimise(graph, fuse, _first_names(model))
@@ -116,6 +122,7 @@ class _Traced(nn.Module):
         model: PreTrainedModel,
         task: str,
         offered: Sequence[str] | None,
+        samples: Mapping[str, Tensor] | None,
         image_size: tuple[int, int] | None,
         kv_cache: str,
     ) -> None:
@@ -126,12 +133,12 @@ class _Traced(nn.Module):
         self.warnings: list[str] = []
         if task == "text-generation":
             self.layout, self.warnings = latent_layout(model, cache_layout(model), kv_cache)
-            self.inputs: GraphInputs = decoder_inputs(model, self.layout)
+            self.inputs: GraphInputs = decoder_inputs(model, self.layout, samples)
             self.outputs += self.layout.present_names
         elif task == "text-classification":
-            self.inputs = text_inputs(model, offered)
+            self.inputs = text_inputs(model, offered, samples)
         else:
-            self.inputs = image_inputs(model, image_size)
+            self.inputs = image_inputs(model, image_size, samples)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.inputs.names, tensors, strict=True))
@@ -144,7 +151,7 @@ class _Traced(nn.Module):
     def attending(self, base: str) -> Iterator[None]:
         """With ``base`` for attention, as far as the cache allows it."""
         layout = nullcontext(base) if self.layout is None else self.layout.attention(base)
-        with layout as name, attention_implementation(self.model, name):
+        with layout as name, attention_implementation(self.model, name), traceable_frequencies(self.model):
             yield
 
 
@@ -152,15 +159,11 @@ class _Traced(nn.Module):
 def _as_found(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode and no cache beside the one that is asked for, both undone at the end."""
     training = {name: module.training for name, module in model.named_modules()}
-    use_cache = getattr(model.config, "use_cache", None)
     model.eval()
-    if use_cache is not None:
-        model.config.use_cache = False
     try:
-        yield
+        with without_cache(model.config):
+            yield
     finally:
-        if use_cache is not None:
-            model.config.use_cache = use_cache
         for name, module in model.named_modules():
             module.training = training[name]
 

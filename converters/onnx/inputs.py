@@ -1,13 +1,14 @@
 """What a graph is called with, per task: names, example tensors, and which axes are free."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from converters import model_config
 from converters.errors import InputError
 from converters.onnx.cache import CacheLayout
 
@@ -31,45 +32,66 @@ class GraphInputs:
         return tuple(self.tensors)
 
 
-def image_inputs(model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> GraphInputs:
-    """``pixel_values`` (batch, channels, height, width); only the batch is free.
+def image_inputs(
+    model: PreTrainedModel, image_size: tuple[int, int] | None = None, samples: Mapping[str, Tensor] | None = None
+) -> GraphInputs:
+    """``pixel_values`` (batch, channels, height, width), taken from ``samples`` where given; only the batch is free.
 
     Raises:
-        InputError: the config does not say how large its images are.
+        InputError: the config does not say how large its images are, and there is no sample either.
     """
-    size = image_size or getattr(model.config, "image_size", None)
+    if samples is not None:
+        pixels = _rows(samples["pixel_values"].to(model.device, model.dtype))
+        return GraphInputs({"pixel_values": pixels}, {"pixel_values": {0: "batch_size"}})
+    size = image_size or model_config.image_size(model.config)
     if size is None:
         raise InputError(
             f"the config of {type(model).__name__} has no image_size; set it to the height and width in pixels"
         )
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (BATCH, getattr(model.config, "num_channels", 3), height, width)
+    shape = (BATCH, model_config.image_channels(model.config) or 3, *size)
     pixels = torch.zeros(shape, dtype=model.dtype, device=model.device)
     return GraphInputs({"pixel_values": pixels}, {"pixel_values": {0: "batch_size"}})
 
 
-def text_inputs(model: PreTrainedModel, offered: Sequence[str] | None) -> GraphInputs:
+def text_inputs(
+    model: PreTrainedModel, offered: Sequence[str] | None, samples: Mapping[str, Tensor] | None = None
+) -> GraphInputs:
     """Token inputs (batch, sequence): those of TEXT_INPUTS that are offered and that the model makes use of.
 
+    Tokens are those of ``samples`` (B, T), where given; else ordinary ones with the end of a text behind them, which
+    some models look for.
+
     Raises:
-        InputError: ``offered`` lacks input_ids.
+        InputError: ``offered`` lacks input_ids, or the model does not take them.
     """
     if offered is not None and "input_ids" not in offered:
         raise InputError(f"text_inputs must have input_ids among them, got {list(offered)}")
+    if not _takes(model, "input_ids"):
+        raise InputError(f"{type(model).__name__} does not take input_ids: it is not a model of text")
     names = [name for name in TEXT_INPUTS if _takes(model, name) and (offered is None or name in offered)]
-    values = {
-        "input_ids": _token_ids(model, SEQUENCE),
-        "attention_mask": _ones(model, SEQUENCE),
-        "token_type_ids": torch.zeros_like(_ones(model, SEQUENCE)),
-    }
+    if samples is not None and samples["input_ids"].shape[1] < SEQUENCE:
+        samples = None  # a length of 1 would become a constant of the graph
+    if samples is None:
+        ids = ordinary_tokens(model.config, BATCH, SEQUENCE).to(model.device)
+    else:
+        ids = _rows(samples["input_ids"].to(model.device))
+    values = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    if samples is not None:
+        values |= {name: _rows(samples[name].to(model.device)) for name in names if name in samples}
     axes = {0: "batch_size", 1: "sequence_length"}
     return GraphInputs({name: values[name] for name in names}, dict.fromkeys(names, axes))
 
 
-def decoder_inputs(model: PreTrainedModel, layout: CacheLayout) -> GraphInputs:
+def decoder_inputs(
+    model: PreTrainedModel, layout: CacheLayout, samples: Mapping[str, Tensor] | None = None
+) -> GraphInputs:
     """``input_ids`` (B, S), ``attention_mask`` (B, P+S), ``position_ids`` (B, S) where the model takes them, and
     ``past_key_values.{i}.key/value`` (B, heads, P, width)."""
-    tensors = {"input_ids": _token_ids(model, SEQUENCE), "attention_mask": _ones(model, PAST + SEQUENCE)}
+    ids = ordinary_tokens(model.config, BATCH, SEQUENCE).to(model.device)
+    if samples is not None and samples["input_ids"].shape[1] >= SEQUENCE:
+        ids = _rows(samples["input_ids"][:, :SEQUENCE].to(model.device))
+    mask = torch.ones(BATCH, PAST + SEQUENCE, dtype=torch.long, device=model.device)
+    tensors = {"input_ids": ids, "attention_mask": mask}
     axes = {
         "input_ids": {0: "batch_size", 1: "sequence_length"},
         "attention_mask": {0: "batch_size", 1: "total_sequence_length"},
@@ -84,17 +106,33 @@ def decoder_inputs(model: PreTrainedModel, layout: CacheLayout) -> GraphInputs:
     return GraphInputs(tensors, axes)
 
 
+def ordinary_tokens(config: PreTrainedConfig, rows: int, length: int) -> Tensor:
+    """Ids (rows, length) as a text has them: none that means something special, and at the end of each row, once, those
+    that mark one."""
+    ends = model_config.special_tokens(config)[: length - 1]
+    special = {*ends, model_config.padding_token(config)}
+    size = model_config.vocabulary_size(config) or rows * length + len(special)
+    ordinary = [token for token in range(min(size, 100)) if token not in special] or [0]
+    count = length - len(ends)
+    ids = torch.tensor([ordinary[at % len(ordinary)] for at in range(1, rows * count + 1)])
+    return torch.cat([ids.reshape(rows, count), torch.tensor(ends, dtype=torch.long).expand(rows, -1)], dim=1)
+
+
+def tells_token_types(model: PreTrainedModel) -> bool:
+    """Whether the model learnt different things of ``token_type_ids``. RoBERTa takes them and knows one type only;
+    GPT-2 takes them and would look them up among its words."""
+    types = model_config.token_types(model.config)
+    if types is not None:
+        return types >= 2
+    return any(part in name for name, _ in model.named_parameters() for part in ("token_type", "seg_embed"))
+
+
 def _takes(model: PreTrainedModel, name: str) -> bool:
-    if name == "token_type_ids" and getattr(model.config, "type_vocab_size", 0) < 2:
-        return False  # RoBERTa's forward has the argument, but one type tells nothing
+    if name == "token_type_ids" and not tells_token_types(model):
+        return False
     return name in inspect.signature(model.forward).parameters
 
 
-def _token_ids(model: PreTrainedModel, length: int) -> Tensor:
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(1, BATCH * length + 1, device=model.device) % vocabulary
-    return ids.reshape(BATCH, length)
-
-
-def _ones(model: PreTrainedModel, length: int) -> Tensor:
-    return torch.ones(BATCH, length, dtype=torch.long, device=model.device)
+def _rows(values: Tensor) -> Tensor:
+    """As many rows as an example has, the first ones over and over."""
+    return values[torch.arange(BATCH, device=values.device) % len(values)].contiguous()

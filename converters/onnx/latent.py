@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 
 from converters.lowrank import LowRankLinear, low_rank_layers
+from converters.model_config import vocabulary_size
 from converters.onnx.attention import PLAIN_ATTENTION, additive_mask, attention_implementation, refuse
 from converters.onnx.cache import CacheLayout
 from converters.onnx.modes import FULL, LATENT, LATENT_VALUES
@@ -157,7 +158,7 @@ def latent_layout(model: PreTrainedModel, full: CacheLayout, kind: str) -> tuple
     """
     if kind == FULL:
         return full, []
-    ids = torch.arange(1, 7, device=model.device).reshape(2, 3) % model.config.get_text_config().vocab_size
+    ids = torch.arange(1, 7, device=model.device).reshape(2, 3) % (vocabulary_size(model.config) or 1)
     plans, width = _plans(model, ids, kind)
     warnings = []
     for part in ("value",) if kind == LATENT_VALUES else ("key", "value"):

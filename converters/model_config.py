@@ -1,0 +1,195 @@
+"""What a model's configuration says, whatever its family calls it, and where its family has no such field.
+
+Families differ in their fields: MobileBERT has no end token, convolutional networks have no vocabulary, and the fields
+of a model of several modalities lie in nested configurations. Every other module asks here.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+# What a model of images takes where it takes any size.
+USUAL_IMAGE_SIZE = (224, 224)
+# Fields that tell how many experts a router chooses among.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Where a configuration without an attribute map tells how many positions there are.
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part that describes the text model; the whole, where there is but one."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # one for the encoder and another for the decoder
+        return config.get_text_config(decoder=True)
+
+
+def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part that describes the vision model; the whole, where there is but one."""
+    nested = _read(config, "vision_config")
+    return nested if isinstance(nested, PreTrainedConfig) else config
+
+
+def nested_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """The configuration and all that are nested in it, outermost first."""
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            yield from nested_configs(value)
+
+
+def vocabulary_size(config: PreTrainedConfig) -> int | None:
+    """How many token ids there are; None for a model without an embedding table of tokens."""
+    size = _read(text_config(config), "vocab_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def in_vocabulary(token: int | None, config: PreTrainedConfig) -> bool:
+    """Configurations keep ids of other vocabularies by default (GPT-2: 50256), or −1 for none."""
+    size = vocabulary_size(config)
+    return token is not None and token >= 0 and (size is None or token < size)
+
+
+def padding_token(config: PreTrainedConfig) -> int | None:
+    """The id that the configuration names, whether or not it is in the vocabulary."""
+    return _first_token(config, "pad_token_id")
+
+
+def end_tokens(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Ids that end a text, of which some models have several."""
+    return _tokens(config, "eos_token_id")
+
+
+def special_tokens(config: PreTrainedConfig) -> tuple[int, ...]:
+    """Ids of the vocabulary that mark the end of a text or of a part of one, each once."""
+    named = (*end_tokens(config), *_tokens(config, "sep_token_id"))
+    return tuple(dict.fromkeys(token for token in named if in_vocabulary(token, config)))
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many positions the model was made for; None where its configuration names no bound."""
+    text = text_config(config)
+    limit = next((value for name in _POSITIONS if (value := _read(text, name)) is not None), None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def token_types(config: PreTrainedConfig) -> int | None:
+    """How many kinds of tokens the model tells apart; None where its configuration has no such field."""
+    return _read(text_config(config), "type_vocab_size")
+
+
+def image_size(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Height and width in pixels; None where the model takes any size or its configuration does not say."""
+    size = _read(vision_config(config), "image_size")
+    if isinstance(size, dict):
+        size = size.get("height"), size.get("width")
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        return size[0], size[1]
+    return None
+
+
+def image_channels(config: PreTrainedConfig) -> int | None:
+    """Channels of an image; None where the configuration does not say, which mostly means 3."""
+    channels = _read(vision_config(config), "num_channels")
+    return channels if isinstance(channels, int) and channels > 0 else None
+
+
+def class_count(config: PreTrainedConfig) -> int:
+    """How many classes a classifier tells apart; 0 where the configuration does not say."""
+    return _read(config, "num_labels") or 0
+
+
+def class_names(config: PreTrainedConfig) -> dict[int, str]:
+    """Names of a classifier's classes, in the order of its outputs."""
+    return {int(label): str(name) for label, name in (_read(config, "id2label") or {}).items()}
+
+
+def problem_type(config: PreTrainedConfig) -> str | None:
+    """What a classification head solves, where the configuration says it."""
+    return _read(config, "problem_type")
+
+
+def architecture(config: PreTrainedConfig) -> str | None:
+    """Name of the class that the weights were saved from."""
+    return next(iter(_read(config, "architectures") or ()), None)
+
+
+def code_references(config: PreTrainedConfig) -> Mapping[str, Any]:
+    """Classes that come as code with the model, by the automatic class that stands for them."""
+    return _read(config, "auto_map") or {}
+
+
+def compression(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """How the weights are quantised or factored; None for ordinary ones."""
+    entry = _read(config, "quantization_config")
+    return entry if entry is None or isinstance(entry, dict) else dict(vars(entry))
+
+
+def expert_counts(config: PreTrainedConfig) -> frozenset[int]:
+    """How many experts the routers of a mixture choose among; empty where the configuration does not say."""
+    found = (_read(part, name) for part in (config, text_config(config)) for name in _EXPERT_COUNTS)
+    return frozenset(count for count in found if isinstance(count, int))
+
+
+def has_encoder_and_decoder(config: PreTrainedConfig) -> bool:
+    """Whether a decoder reads what an encoder made."""
+    return bool(_read(config, "is_encoder_decoder"))
+
+
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """The implementation of attention that was asked for, by the configuration's file or by code."""
+    return _read(config, "_attn_implementation")
+
+
+def forget_kernels(config: PreTrainedConfig) -> str | None:
+    """Leave it to transformers how attention and experts are computed where the configuration asks for kernels that not
+    every machine has, here and in all nested configurations, in place.
+
+    Returns:
+        What was asked for, where that is more than a choice of PyTorch's own code.
+    """
+    forgotten = []
+    for part in nested_configs(config):
+        attention, experts = _read(part, "_attn_implementation"), _read(part, "_experts_implementation")
+        if attention not in (None, "eager"):  # a family without it refuses sdpa by that name
+            part._attn_implementation_internal = None
+            forgotten += [attention] if attention != "sdpa" else []
+        if experts not in (None, "eager", "batched_mm", "grouped_mm"):
+            part._experts_implementation_internal = None
+            forgotten.append(experts)
+    return next(iter(forgotten), None)
+
+
+@contextmanager
+def without_cache(config: PreTrainedConfig) -> Iterator[None]:
+    """No cache but the one that a call asks for, in no part of the model."""
+    before = [(part, part.use_cache) for part in nested_configs(config) if _read(part, "use_cache") is not None]
+    for part, _ in before:
+        part.use_cache = False
+    try:
+        yield
+    finally:
+        for part, value in before:
+            part.use_cache = value
+
+
+def _tokens(config: PreTrainedConfig, name: str) -> tuple[int, ...]:
+    value = _read(text_config(config), name)
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return tuple(token for token in values if isinstance(token, int))
+
+
+def _first_token(config: PreTrainedConfig, name: str) -> int | None:
+    return next(iter(_tokens(config, name)), None)
+
+
+def _read(config: PreTrainedConfig | None, name: str) -> Any:
+    """The field; None where the family has none, or has another in every layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # raised by transformers for a field that differs from layer to layer
+        return None
