@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import transformers
+from rich.markup import escape
 from torch import nn
 from transformers import PreTrainedModel
 
 from converters.adapters import check_fit
+from converters.coverage import LEAST_SHARE, Coverage, coverage
 from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear, dense_weight
@@ -30,7 +32,7 @@ from prehab_export.models import (
     load_processor,
     longest_input,
 )
-from prehab_export.progress import bar
+from prehab_export.progress import bar, say
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import TASKS, Task
 from prehab_export.workspace import Workspace, check_disk_space
@@ -134,6 +136,16 @@ class Session:
         wanted = min(self.config.calibrate.samples, len(self.training))
         return self.training.subset(wanted, self.config.seed)
 
+    @cached_property
+    def coverage(self) -> Coverage:
+        """What the targeted layers hold of the dense model."""
+        return coverage(self.empty_model, self.layers(self.empty_model))
+
+    @cached_property
+    def empty_model(self) -> PreTrainedModel:
+        """The dense model without weights."""
+        return empty_model(self.model_config, self.task, trust_remote_code=self.config.trust_remote_code)
+
     def layers(self, model: nn.Module) -> dict[str, DenseLinear]:
         return target_layers(model, self.config.calibrate.include, self.config.calibrate.exclude)
 
@@ -232,8 +244,9 @@ def check(session: Session) -> None:
     """
     choose_device(session.config.device, session.config.precision)
     check_provider(session.config.bench.provider)
-    model = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
+    model = session.empty_model
     layers = session.layers(model)
+    _check_share(session.coverage, session.config)
     if session.config.adapter is not None:
         check_fit(model, Path(session.config.adapter))
     if not len(session.data.train) or not len(session.data.evaluation):
@@ -247,6 +260,22 @@ def check(session: Session) -> None:
         )
     bench_config(session)
     check_disk_space(session.workspace.root, _disk_estimate(model, layers, session.config))
+
+
+def _check_share(found: Coverage, config: RunConfig) -> None:
+    """Say which share of the model's parameters is to be compressed, and warn where it is small.
+
+    Raises:
+        InputError: hardly any, and nobody named these layers.
+    """
+    if found.share < LEAST_SHARE and not config.calibrate.include:
+        raise InputError(
+            f"only {found.sentence()}, so that the model would stay about as large as it is. "
+            f"The rest: {found.where_the_rest_lies()}. Name layers with --include to compress those all the same"
+            + (", or loosen --exclude" if config.calibrate.exclude else "")
+        )
+    warning = found.warning
+    say(f"[yellow]warning: {escape(warning)}" if warning is not None else escape(found.sentence()))
 
 
 def bench_config(session: Session) -> BenchConfig:

@@ -66,6 +66,7 @@ def _table(result: dict[str, Any]) -> Table:
     for key, label in (("targeted", "parameters, targeted layers"), ("total", "parameters, whole model")):
         counts = [f"{truncation[f'{key}_parameters_{side}']:,}" for side in ("before", "after")]
         table.add_row(label, *counts)
+    table.add_row("targeted share of the whole model", f"{truncation['coverage']['targeted_share']:.1%}", "")
     table.add_row("ONNX file, MB", *(f"{result[side]['bytes'] / 1e6:.2f}" for side in ("baseline", "export")))
     return table
 

@@ -55,7 +55,7 @@ def sweep(config: RunConfig, output: Path, methods: Sequence[str], ratios: Seque
         key = stage_key("sweep", {"rows": rows}, [])
         with session.workspace.publish("sweep", key, {"methods": list(methods), "ratios": ratios}) as folder:
             dense, rest = rows[0], rows[1:]
-            write_json(folder / "sweep.json", {"dense": dense, "rows": rest})
+            write_json(folder / "sweep.json", {"dense": dense, "rows": rest, "coverage": session.coverage.facts()})
             (folder / "sweep.md").write_text(_markdown(dense, rest))
             plot_sweep(dense, rest, folder / "sweep.png")
     return session.workspace.folder("sweep")
