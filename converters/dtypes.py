@@ -62,7 +62,7 @@ def check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if largest.isfinite() and largest.to(dtype).isinf():
         raise InputError(
             f"{name} holds {float(largest):.4g}, and {name_of(dtype)} ends at {torch.finfo(dtype).max:.4g}; "
-            "take bfloat16 or float32"
+            "take --dtype bfloat16 or float32"
         )
 
 

@@ -22,7 +22,6 @@ from prehab_export.evaluation import Metrics
 from prehab_export.export import export_model
 from prehab_export.fit_search import FLOAT32, Layers
 from prehab_export.models import empty_model
-from prehab_export.parity import digests_of
 from prehab_export.pipeline import stage_keys
 from prehab_export.progress import bar, say
 from prehab_export.quantization import activation_sample
@@ -115,7 +114,7 @@ class FitModels:
         model = cast(PreTrainedModel, frozen_copy(self.model))
         result.truncation.apply(model)
         model.cpu()
-        export_model(session.on_cpu, model, folder, digests_of(model))
+        export_model(session.on_cpu, model, folder)
         reloaded(session.on_cpu, folder)
 
     def graph(self, plan: Plan, mode: str) -> Path:

@@ -51,7 +51,7 @@ def inspect_model(
     config = load_config(str(folder), revision=revision, trust_remote_code=trust_remote_code)
     task = task_of(config)
     if getattr(config, "quantization_config", None) is not None:
-        model = from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     else:
         model = load_model(str(folder), task, revision=revision, trust_remote_code=trust_remote_code)
     ranks = ranks_of(model)

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from converters.adapters import check_fit
 from converters.coverage import LEAST_SHARE, Coverage, coverage
+from converters.dtypes import DTYPES
 from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear, dense_weight
 from converters.targets import target_layers
 from prehab_export.bench_config import BenchConfig, check_provider
-from prehab_export.config import RunConfig
+from prehab_export.config import AUTO, RunConfig
 from prehab_export.data import Samples, TaskData, load_data
 from prehab_export.devices import choose_device, prepare_determinism, room_for
 from prehab_export.evaluation import Metrics, evaluate, torch_predictor
@@ -35,6 +36,7 @@ from prehab_export.models import (
 from prehab_export.progress import bar, say
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import TASKS, Task
+from prehab_export.weight_files import WeightFiles, check_fit_in, weight_files
 from prehab_export.workspace import Workspace, check_disk_space
 
 # Training text or images put aside, to decide what is kept; never trained on and never reported on.
@@ -135,6 +137,17 @@ class Session:
     def calibration(self) -> Samples:
         wanted = min(self.config.calibrate.samples, len(self.training))
         return self.training.subset(wanted, self.config.seed)
+
+    @cached_property
+    def weights(self) -> WeightFiles:
+        """The files that the given model is loaded from."""
+        named = getattr(self.model_config, "transformers_weights", None)
+        return weight_files(self.config.model, revision=self.config.revision, named=named)
+
+    @property
+    def artifact_dtype(self) -> str:
+        """What the artifact's weights are rounded to."""
+        return self.weights.kept_dtype if self.config.dtype == AUTO else self.config.dtype
 
     @cached_property
     def coverage(self) -> Coverage:
@@ -245,7 +258,6 @@ def check(session: Session) -> None:
     choose_device(session.config.device, session.config.precision)
     check_provider(session.config.bench.provider)
     model = session.empty_model
-    layers = session.layers(model)
     _check_share(session.coverage, session.config)
     if session.config.adapter is not None:
         check_fit(model, Path(session.config.adapter))
@@ -259,7 +271,10 @@ def check(session: Session) -> None:
             "give more data"
         )
     bench_config(session)
-    check_disk_space(session.workspace.root, _disk_estimate(model, layers, session.config))
+    check_fit_in(session.weights, session.artifact_dtype)
+    if session.weights.dtype != session.artifact_dtype:
+        say(f"weights are {session.weights.dtype}; the artifact's will be {session.artifact_dtype}")
+    check_disk_space(session.workspace.root, _disk_estimate(session))
 
 
 def _check_share(found: Coverage, config: RunConfig) -> None:
@@ -302,16 +317,20 @@ def bench_config(session: Session) -> BenchConfig:
     return replace(config, sequence_lengths=(limit - generated,))
 
 
-def _disk_estimate(model: PreTrainedModel, layers: dict, config: RunConfig) -> int:
-    """Bytes on disk for moments, intermediate models, and both ONNX graphs, in float32; a little too much."""
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    shapes = [dense_weight(layer).shape for layer in layers.values()]
+def _disk_estimate(session: Session) -> int:
+    """Bytes on disk for moments, intermediate models and both ONNX graphs, in float32, and the artifact's weights; a
+    little too much."""
+    config, model = session.config, session.empty_model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    shapes = [dense_weight(layer).shape for layer in session.layers(model).values()]
     moments = 4 * sum(n * n + (m * m if config.needs_gradients else 0) for m, n in shapes)
+    weights, written = 4 * count, DTYPES[session.artifact_dtype].itemsize * count
     prehabbed = weights + moments if config.prehab.train.steps else 0
     merged = weights if config.adapter else 0
     refitted = 2 * weights if config.quantize and config.quantize_refit else 0  # in float32 and quantised, for a while
-    # Factored model after truncation and rehab, artifact and its graph, dense graph, and the folder being replaced.
-    return moments + prehabbed + merged + refitted + (6 + len(config.quantize)) * weights
+    # Factored model after truncation and rehab, the artifact's graph, the dense graph, and the graph being replaced;
+    # the artifact, and the one being replaced.
+    return moments + prehabbed + merged + refitted + (5 + len(config.quantize)) * weights + 2 * written
 
 
 def _folder_hash(folder: Path) -> dict[str, str]:

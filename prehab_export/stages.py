@@ -330,7 +330,7 @@ STAGES = {
         Stage(
             "export",
             lambda session, folder: export_artifact(session.on_cpu, folder),
-            lambda c: {"kv_cache": c.kv_cache},
+            lambda c: {"kv_cache": c.kv_cache, "dtype": c.dtype},
             ("truncate", "refine", "rehab"),
         ),
         Stage(
