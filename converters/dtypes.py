@@ -50,6 +50,12 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+def holds_exactly(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether rounding the model's weights to ``dtype`` would change none of them."""
+    due = loaded_dtypes(model, dtype)
+    return all(torch.equal(tensor.to(due[name]).to(tensor.dtype), tensor) for name, tensor in _stored(model).items())
+
+
 def check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     """Refuse a tensor with values that would become infinite.
 

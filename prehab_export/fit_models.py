@@ -12,6 +12,7 @@ from typing import Any, cast
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from converters.dtypes import DTYPES, cast_weights, holds_exactly
 from converters.folder import save_folder
 from converters.lowrank import dense_weight
 from converters.onnx.modes import FILE_NAMES
@@ -157,7 +158,10 @@ class FitModels:
         """The deployable folder of a plan: ``onnx/`` holds the graph that was measured."""
         session = self.session.on_cpu
         if slug_of(plan) == "dense":
-            save_folder(session.load_dense(), folder, session.fresh_processor())
+            model, dtype = session.load_dense(), DTYPES[session.artifact_dtype]
+            if holds_exactly(model, dtype):  # not after a merge, say: the graph is not of rounded weights
+                cast_weights(model, dtype)
+            save_folder(model, folder, session.fresh_processor())
             shutil.copytree(self.graph(plan, FLOAT32).parent, folder / "onnx", copy_function=link)
         else:
             shutil.copytree(self._made(plan) / "model", folder, copy_function=link)

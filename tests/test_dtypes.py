@@ -323,6 +323,39 @@ def test_merging_keeps_the_dtype(bf16_llama, bf16_run, tmp_path):
     assert next(node.type for node in graph.get_outputs() if node.name == "logits") == "tensor(float)"
 
 
+def test_a_fit_that_recommends_the_dense_model_keeps_its_dtype(vit_folder, tmp_path):
+    """Where that changes no weight: the graph in the folder was not made of rounded ones."""
+    from prehab_export.config import DataConfig, RunConfig
+    from prehab_export.fit_models import FitModels
+    from prehab_export.session import Session
+    from prehab_export.truncation import Plan
+    from prehab_export.workspace import Workspace
+
+    half = tmp_path / "half"
+    shutil.copytree(vit_folder, half)
+    save_in(half, torch.bfloat16)
+    for source, dtype, expected in ((half, "auto", "BF16"), (vit_folder, "bfloat16", "F32"), (half, "float32", "F32")):
+        config = RunConfig(str(source), "image-classification", DataConfig("sklearn-digits"), dtype=dtype)
+        workspace = Workspace(tmp_path / f"{source.name}-{dtype}")
+        graph = workspace.folder("baseline") / "onnx" / "model.onnx"
+        graph.parent.mkdir(parents=True)
+        graph.write_bytes(b"the dense graph")
+        models = FitModels(Session(config, workspace))
+        nothing_cut = Plan({})
+        models.write_folder(nothing_cut, "float32", workspace.root / "fit")
+        assert set(stored_dtypes(workspace.root / "fit").values()) == {expected}
+        given, written = (load_file(folder / "model.safetensors") for folder in (source, workspace.root / "fit"))
+        assert all(torch.equal(written[name].double(), tensor.double()) for name, tensor in given.items())
+
+
+def save_in(folder, dtype):
+    """The folder's weights cast, and nothing else of it changed."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+
+
 def test_weights_that_do_not_fit_are_refused_before_any_work(bert_folder, reviews, tmp_path, capsys):
     folder = tmp_path / "bert"
     shutil.copytree(bert_folder, folder)
@@ -344,8 +377,7 @@ def test_what_no_artifact_keeps_is_said(vit_folder, tmp_path, capsys):
     """float64 becomes float32."""
     folder = tmp_path / "vit"
     shutil.copytree(vit_folder, folder)
-    tensors = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_in(folder, torch.float64)
     options = ["--task", "image-classification", "--data", "sklearn-digits", *QUICK]
     assert invoke("calibrate", folder, *options, "-o", tmp_path / "run") == 0
     assert "weights are float64; the artifact's will be float32" in capsys.readouterr().err
