@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from converters.dtypes import loaded_dtypes, main_dtype, name_of
 from converters.errors import InputError
 from converters.lowrank import LowRankLinear
 from converters.model_config import architecture, code_references, compression, forget_kernels
@@ -44,11 +45,11 @@ def save_folder(model: PreTrainedModel, folder: Path, processor: Any = None, max
 
     The folder appears complete or not at all, its bytes depend on the model only, and the model is left as
     it was. Weights are written as they are, in safetensors, tied weights once, in shards of at most
-    ``max_shard_size``.
+    ``max_shard_size``; `converters.dtypes.cast_weights` rounds them to a smaller dtype before.
 
     Raises:
         InputError: the folder exists and is not empty, or the model has an unmerged adapter, a foreign
-            quantisation, or parameters of several dtypes.
+            quantisation, or parameters of several dtypes that loading would not keep apart.
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -57,7 +58,7 @@ def save_folder(model: PreTrainedModel, folder: Path, processor: Any = None, max
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _published(folder) as partial, _swapped_config(model, config):
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        _finish_config(partial / "config.json", guarded=bool(ranks_of(model)))
+        _finish_config(partial / "config.json", name_of(main_dtype(model)), guarded=bool(ranks_of(model)))
         if processor is not None:
             processor.save_pretrained(partial)
 
@@ -127,13 +128,15 @@ def _check_saveable(model: PreTrainedModel) -> None:
     if getattr(model, "peft_config", None):
         raise InputError("the model carries an adapter: merge it first, see converters.adapters")
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    # Loading casts every parameter to one dtype, but for those that the architecture keeps in float32.
-    keeps_float32 = model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict
-    if len(dtypes - {torch.float32} if keeps_float32 else dtypes) > 1:
-        raise InputError(
-            f"the model has parameters in {', '.join(sorted(map(str, dtypes)))}, and loading would cast them "
-            f"to {model.dtype}: do so first with model.to(dtype)"
-        )
+    if len(dtypes) > 1:
+        main, state = main_dtype(model), model.state_dict()
+        # Loading casts every tensor to one dtype, but for those that the architecture keeps in float32.
+        wrong = [name for name, due in loaded_dtypes(model, main).items() if state[name].dtype != due]
+        if wrong:
+            raise InputError(
+                f"the model has parameters in {', '.join(sorted(map(str, dtypes)))}, and loading would cast {wrong[0]} "
+                f"to another dtype: do so first with converters.dtypes.cast_weights(model, {main})"
+            )
 
 
 @contextmanager
@@ -162,8 +165,11 @@ def _published(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _finish_config(path: Path, guarded: bool) -> None:
+def _finish_config(path: Path, dtype: str, guarded: bool) -> None:
     config = _without_paths(json.loads(path.read_text(encoding="utf-8")))
+    # transformers writes the dtype of the first parameter, which may be one of the few that stay in float32.
+    for part in (config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)):
+        part["dtype"] = dtype
     if guarded:
         config["transformers_weights"] = GUARD
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

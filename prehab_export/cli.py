@@ -138,6 +138,7 @@ RUN_OPTIONS: list[Option] = [
     option("--seed", "seed", "Seed of everything drawn at random."),
     option("--device", "device", "Where to calibrate and train: auto, cpu, cuda or cuda:N."),
     option("--precision", "precision", "Number format of forward passes.", type=_choice(options.PRECISIONS)),
+    option("--dtype", "dtype", "Number format of the artifact's weights.", type=_choice(options.DTYPES)),
     option("--include", "calibrate.include", "Pattern of layers to compress instead of the default.", multiple=True),
     option("--exclude", "calibrate.exclude", "Pattern of layers to leave dense.", multiple=True),
     option("--calibration-samples", "calibrate.samples", "Samples to gather moments from."),

@@ -31,6 +31,7 @@ AUTO = "auto"
 PARAMETERS = "parameters"
 USUAL_STRENGTH = 100.0
 REHAB_METHODS = ("factors", "all", "lora")
+DTYPES = (AUTO, "float32", "bfloat16", "float16")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -348,6 +349,9 @@ class RunConfig:
     quantize_refit: fit the factors to each quantised graph's grid, and keep that where held-out samples gain.
     min_speedup: a run fails, once all is measured, if a compressed graph is less times as fast as the dense one.
     precision: of forward passes there; weights, moments and decompositions stay float32 and float64.
+    dtype: of the artifact's weights: ``auto`` (that of most of the source's weights), ``float32``, ``bfloat16``,
+        ``float16``. All is computed in float32 and rounded once, when the artifact is written; ONNX graphs are of the
+        rounded weights, in float32.
     """
 
     model: str
@@ -359,6 +363,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     precision: str = "float32"
+    dtype: str = AUTO
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     prehab: PrehabConfig = field(default_factory=PrehabConfig)
     truncate: TruncateConfig = field(default_factory=TruncateConfig)
@@ -384,6 +389,7 @@ class RunConfig:
             _one_of("--quantize", mode, MODES)
         check_device_name(self.device)
         check_precision(self.precision)
+        _one_of("--dtype", self.dtype, DTYPES)
 
     @property
     def cut(self) -> TruncateConfig:

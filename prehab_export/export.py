@@ -5,19 +5,31 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.markup import escape
 from transformers import PreTrainedModel
 
+from converters.dtypes import DTYPES, cast_weights
 from converters.folder import from_pretrained, save_folder
 from converters.genai import write_genai_config
 from converters.onnx.export import OnnxExport, export_onnx
 from converters.onnx.modes import FULL
 from prehab_export.errors import InputError, ParityError
-from prehab_export.parity import Reference, check_graph, reference_batches, reference_of, save_reference
+from prehab_export.parity import (
+    Reference,
+    check_digests,
+    check_graph,
+    digests_of,
+    reference_batches,
+    reference_of,
+    save_reference,
+)
 from prehab_export.progress import say
 from prehab_export.session import Session
 from prehab_export.tasks import Task, sample_count
+from prehab_export.weight_files import WIDTHS, WeightFiles, weight_files
 from prehab_export.workspace import write_json
 
 # Digests of every tensor of a factored model as it was in memory, beside the folder it was written to.
@@ -25,26 +37,56 @@ DIGESTS = "digests.json"
 
 
 def export_artifact(session: Session, folder: Path) -> None:
-    """``model/`` (Hugging Face folder with ``onnx/model.onnx`` inside) and the reference of the model in memory."""
+    """``model/`` (Hugging Face folder with ``onnx/model.onnx`` inside) and the reference of the model in memory.
+
+    Raises:
+        ParityError: the model on disk is not the one that truncation or training held.
+    """
     model = from_pretrained(session.factored_folder(), trust_remote_code=session.config.trust_remote_code)
-    # What the reloaded artifact must equal is the model that truncation or rehab held, not a copy read back from disk.
-    digests = json.loads((session.factored_folder().parent / DIGESTS).read_text(encoding="utf-8"))
-    export_model(session, model, folder, digests)
+    held = json.loads((session.factored_folder().parent / DIGESTS).read_text(encoding="utf-8"))
+    check_digests(held, digests_of(model))
+    export_model(session, model, folder)
 
 
-def export_model(session: Session, model: PreTrainedModel, folder: Path, digests: dict[str, str]) -> None:
-    """`export_artifact` of a model at hand, whose tensors are to have these digests."""
+def export_model(session: Session, model: PreTrainedModel, folder: Path) -> None:
+    """`export_artifact` of a model at hand, in float32; its weights are rounded to the artifact's dtype, in place.
+
+    All that comes after is of the rounded weights, so that the folder, its graph and graphs made from that compute the
+    same.
+    """
+    dtype = DTYPES[session.artifact_dtype]
+    cast_weights(model, dtype)
+    digests = digests_of(model)
     save_folder(model, folder / "model", session.fresh_processor())
+    cast_weights(model, torch.float32)
+    written = weight_files(str(folder / "model"))
+    facts = {"dtype": session.artifact_dtype, "weight_bytes": written.bytes}
     graph = Path("onnx", "model.onnx")
-    export = _export_graph(session, model, folder, folder / "model" / graph, digests, session.config.kv_cache)
+    warnings = [] if (warning := _not_smaller(written, session.weights)) is None else [warning]
+    export = _export_graph(
+        session, model, folder, folder / "model" / graph, facts, warnings, digests, session.config.kv_cache
+    )
     if session.task.name == "text-generation" and not write_genai_config(model, folder / "model", graph, export.inputs):
         say("  [yellow]warning: no genai_config.json, since onnxruntime-genai knows no such cache")
+
+
+def _not_smaller(written: WeightFiles, source: WeightFiles) -> str | None:
+    """A warning where compression has saved no bytes."""
+    if written.bytes < source.bytes:
+        return None
+    wider = WIDTHS[written.dtype] > WIDTHS[source.dtype]
+    return (
+        f"the compressed weights ({written.bytes / 1e6:.1f} MB of {written.dtype}) are not smaller than the source's "
+        f"({source.bytes / 1e6:.1f} MB of {source.dtype})"
+        + ("; --dtype auto keeps the source's number format" if wider else "; remove more, with a higher --ratio")
+    )
 
 
 def export_baseline(session: Session, folder: Path) -> None:
     """``onnx/model.onnx`` of the dense model, made in just the same way, and the dense model's metric."""
     model = session.load_dense()
-    _export_graph(session, model, folder, folder / "onnx" / "model.onnx")
+    facts = {"dtype": session.weights.dtype, "weight_bytes": session.weights.bytes}
+    _export_graph(session, model, folder, folder / "onnx" / "model.onnx", facts)
     metrics = session.metrics(model, session.data.evaluation, "dense model, PyTorch")
     write_json(folder / "metrics.json", asdict(metrics))
 
@@ -54,6 +96,8 @@ def _export_graph(
     model: PreTrainedModel,
     folder: Path,
     path: Path,
+    facts: dict[str, Any],
+    warnings: Sequence[str] = (),
     digests: dict[str, str] | None = None,
     kv_cache: str = FULL,
 ) -> OnnxExport:
@@ -66,9 +110,10 @@ def _export_graph(
     is_text = session.task.name != "image-classification"
     names = session.processor.model_input_names if is_text else None
     export = export_exact(model, path, session.task, reference, names, session.threads, kv_cache)
-    for warning in export.warnings:
+    told = asdict(export) | facts | {"warnings": [*warnings, *export.warnings]}
+    for warning in told["warnings"]:
         say(f"  [yellow]warning: {escape(warning)}")
-    write_json(folder / "export.json", {key: value for key, value in asdict(export).items() if key != "path"})
+    write_json(folder / "export.json", {key: value for key, value in told.items() if key != "path"})
     return export
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from converters.dtypes import DTYPES, cast_weights, holds_exactly
 from converters.folder import save_folder
 from converters.lowrank import dense_weight
 from converters.onnx.modes import FILE_NAMES
@@ -22,7 +23,6 @@ from prehab_export.evaluation import Metrics
 from prehab_export.export import export_model
 from prehab_export.fit_search import FLOAT32, Layers
 from prehab_export.models import empty_model
-from prehab_export.parity import digests_of
 from prehab_export.progress import bar, say
 from prehab_export.quantization import activation_sample
 from prehab_export.session import Session
@@ -127,7 +127,7 @@ class FitModels:
         model = cast(PreTrainedModel, frozen_copy(self.model))
         result.truncation.apply(model)
         model.cpu()
-        export_model(session.on_cpu, model, folder, digests_of(model))
+        export_model(session.on_cpu, model, folder)
         reloaded(session.on_cpu, folder)
 
     def graph(self, plan: Plan, mode: str) -> Path:
@@ -180,7 +180,10 @@ class FitModels:
         """The deployable folder of a plan: ``onnx/`` holds the graph that was measured."""
         session = self.session.on_cpu
         if slug_of(plan) == "dense":
-            save_folder(session.load_dense(), folder, session.fresh_processor())
+            model, dtype = session.load_dense(), DTYPES[session.artifact_dtype]
+            if holds_exactly(model, dtype):  # not after a merge, say: the graph is not of rounded weights
+                cast_weights(model, dtype)
+            save_folder(model, folder, session.fresh_processor())
             shutil.copytree(self.graph(plan, FLOAT32).parent, folder / "onnx", copy_function=link)
         else:
             shutil.copytree(self._made(plan) / "model", folder, copy_function=link)

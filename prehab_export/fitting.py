@@ -200,6 +200,7 @@ class _Fit:
             "device": final["device"],
             "budget": asdict(budget),
             "metric": asdict(dense),
+            "coverage": self.session.coverage.facts(),
             "verdict": verdict,
             "warning": unsteady(probed, final["rows"]),
             "candidates": rows,

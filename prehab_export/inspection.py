@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from converters.coverage import coverage
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear, LowRankLinear, dense_weight, low_rank_layers, shared_groups
 from converters.model_config import USUAL_IMAGE_SIZE, compression, image_size
@@ -36,9 +38,11 @@ def inspect_model(
     """Facts of a dense model, a compressed folder, or the folder of a run (its artifact).
 
     Returns:
-        ``model`` with totals, and ``layers``: name, shape, rank (two-factor layers), ``down_of`` (the layer whose
-        ``down`` it holds, and which counts it), parameters, whether it is targeted; of those that are, the input
-        group, the stable rank ‖W‖_F²/‖W‖₂², and how many singular values hold 99% of ‖W‖_F².
+        ``model`` with totals; ``targeted_share`` of all parameters, ``rest`` (the largest groups of the others) and
+        ``warning`` where that share is small (`converters.coverage`); and ``layers``: name, shape, rank (two-factor
+        layers), ``down_of`` (the layer whose ``down`` it holds, and which counts it), parameters, whether it is
+        targeted; of those that are, the input group, the stable rank ‖W‖_F²/‖W‖₂², and how many singular values hold
+        99% of ‖W‖_F².
 
     Raises:
         InputError: no such model, or a pattern that matches nothing.
@@ -48,7 +52,7 @@ def inspect_model(
     config = load_config(str(folder), revision=revision, trust_remote_code=trust_remote_code)
     task = task_of(config)
     if compression(config) is not None:
-        model = from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     else:
         model = load_model(str(folder), task, revision=revision, trust_remote_code=trust_remote_code)
     ranks = ranks_of(model)
@@ -61,13 +65,14 @@ def inspect_model(
     for name, module in model.named_modules():
         if isinstance(module, DenseLinear) and name not in factor_names:
             layers.append(_dense_facts(name, dense_weight(module), name in targets, groups.get(name)))
-    total = sum(parameter.numel() for parameter in model.parameters())
+    covered = coverage(model, targets or factored)
     return {
         "model": Path(path).name if Path(path).exists() else path,
         "architecture": type(model).__name__,
         "task": task.name,
-        "parameters": total,
-        "targeted_parameters": sum(row["parameters"] for row in layers if row["targeted"]),
+        "parameters": covered.total,
+        **{key: value for key, value in covered.facts().items() if key != "total_parameters"},
+        "warning": covered.warning,
         "layers_factored": len(ranks),
         "input_groups": len(set(groups.values())),
         "layers": layers,
@@ -121,9 +126,12 @@ def print_inspection(facts: dict[str, Any]) -> None:
     console = result_console()
     console.print(f"{facts['model']}: {facts['architecture']}, {facts['task']}")
     console.print(
-        f"{facts['parameters']:,} parameters, {facts['targeted_parameters']:,} of them in "
+        f"{facts['parameters']:,} parameters, {facts['targeted_parameters']:,} of them "
+        f"({100 * facts['targeted_share']:.1f}%) in "
         + (f"{facts['layers_factored']} two-factor layers" if facts["layers_factored"] else "layers to compress")
     )
+    if facts["warning"] is not None and not facts["layers_factored"]:
+        console.print(f"[yellow]warning: {escape(facts['warning'])}")
     headings = ("layer", "out×in", "parameters", "rank", "kept", "shares input with", "stable rank", "99% in")
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in headings:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from converters.adapters import merge_into_factors
+from converters.dtypes import DTYPES, cast_weights
 from converters.errors import InputError
 from converters.folder import from_pretrained, save_folder
 from converters.genai import write_genai_config
@@ -28,6 +29,7 @@ from prehab_export.session import STATISTICS, quiet_libraries
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import Batch, Task
 from prehab_export.truncation import layer_metric
+from prehab_export.weight_files import weight_files
 from prehab_export.workspace import Workspace
 
 
@@ -57,7 +59,7 @@ def merge_lora(
     artifact = artifact / "artifact" if (artifact / "artifact").is_dir() else artifact
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is not empty; give a new folder with -o")
-    model = from_pretrained(artifact, trust_remote_code=trust_remote_code)
+    model = from_pretrained(artifact, dtype=torch.float32, trust_remote_code=trust_remote_code)
     if not low_rank_layers(model):
         raise InputError(f"{artifact} holds no two-factor layers; merge into a dense model with `run --adapter`")
     task = task_of(model.config)
@@ -65,6 +67,8 @@ def merge_lora(
     found = statistics or _statistics_of(artifact)
     moments = None if found is None else load_statistics(found)
     merged = merge_into_factors(model, adapter, None if moments is None else _metric(model, moments))
+    # Merged in float32 and rounded once, as an artifact is; the graph is of the rounded weights.
+    dtype = DTYPES[weight_files(str(artifact)).kept_dtype]
     facts: dict[str, Any] = {
         "artifact": artifact.resolve().name,
         "adapter": adapter.resolve().name,
@@ -75,7 +79,9 @@ def merge_lora(
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
+        cast_weights(model, dtype)
         save_folder(model, partial, processor)
+        cast_weights(model, torch.float32)
         if (artifact / "onnx" / "model.onnx").is_file():
             names = getattr(processor, "model_input_names", None) if task.name != "image-classification" else None
             reference = reference_of(model, task, [_example(model, task)])

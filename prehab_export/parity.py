@@ -88,6 +88,17 @@ def digests_of(model: nn.Module) -> dict[str, str]:
     return {name: digest(tensor) for name, tensor in model.state_dict().items()}
 
 
+def check_digests(expected: dict[str, str], found: dict[str, str]) -> None:
+    """Raises:
+    ParityError: a tensor on disk is not the one that was in memory.
+    """
+    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if wrong:
+        raise ParityError(
+            f"{len(wrong)} tensors differ after reloading the safetensors folder, the first is {wrong[0]}"
+        )
+
+
 def compare(reference: Reference, task: Task, session: onnxruntime.InferenceSession) -> list[Comparison]:
     """The ONNX graph against the reference, batch by batch; positions that are padding do not count."""
     predict = onnx_predictor(session, task)

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from converters.folder import from_pretrained
 from converters.lowrank import low_rank_layers
 from converters.onnx.modes import FILE_NAMES
@@ -97,7 +99,7 @@ def _with_refit(
 def _refitted(session: Session, source: Path, target: Path, mode: str) -> list[GridFit]:
     """The graph in float32, its factors on the mode's grid."""
     folder = session.workspace.folder("export") / "model"
-    model = from_pretrained(folder, trust_remote_code=session.config.trust_remote_code)
+    model = from_pretrained(folder, dtype=torch.float32, trust_remote_code=session.config.trust_remote_code)
     with bar(f"fit to {mode}", len(low_rank_layers(model))) as advance:
         fits = refit_to_grid(
             model,

@@ -12,12 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from converters.adapters import check_fit
+from converters.coverage import LEAST_SHARE, Coverage, coverage
+from converters.dtypes import DTYPES
 from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear, dense_weight
 from converters.targets import target_layers
 from prehab_export.bench_config import BenchConfig, check_provider
-from prehab_export.config import RunConfig
+from prehab_export.config import AUTO, RunConfig
 from prehab_export.data import Samples, TaskData, load_data
 from prehab_export.devices import choose_device, prepare_determinism, room_for
 from prehab_export.evaluation import Metrics, evaluate, torch_predictor
@@ -33,6 +35,7 @@ from prehab_export.models import (
 from prehab_export.progress import bar, say
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import TASKS, Task
+from prehab_export.weight_files import WeightFiles, check_fit_in, weight_files
 from prehab_export.workspace import Workspace
 
 # Training text or images put aside, to decide what is kept; never trained on and never reported on.
@@ -144,6 +147,27 @@ class Session:
         wanted = min(self.config.calibrate.samples, len(self.training))
         return self.training.subset(wanted, self.config.seed)
 
+    @cached_property
+    def weights(self) -> WeightFiles:
+        """The files that the given model is loaded from."""
+        named = getattr(self.model_config, "transformers_weights", None)
+        return weight_files(self.config.model, revision=self.config.revision, named=named)
+
+    @property
+    def artifact_dtype(self) -> str:
+        """What the artifact's weights are rounded to."""
+        return self.weights.kept_dtype if self.config.dtype == AUTO else self.config.dtype
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """What the targeted layers hold of the dense model."""
+        return coverage(self.empty_model, self.layers(self.empty_model))
+
+    @cached_property
+    def empty_model(self) -> PreTrainedModel:
+        """The dense model without weights."""
+        return empty_model(self.model_config, self.task, trust_remote_code=self.config.trust_remote_code)
+
     def layers(self, model: nn.Module) -> dict[str, DenseLinear]:
         return target_layers(model, self.config.calibrate.include, self.config.calibrate.exclude)
 
@@ -242,8 +266,9 @@ def check(session: Session) -> None:
     """
     choose_device(session.config.device, session.config.precision)
     check_provider(session.config.bench.provider)
-    model = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
+    model = session.empty_model
     session.layers(model)  # patterns that match nothing are refused
+    _check_share(session.coverage, session.config)
     if session.config.adapter is not None:
         check_fit(model, Path(session.config.adapter))
     for warning in session.data.description["warnings"]:
@@ -258,6 +283,25 @@ def check(session: Session) -> None:
             "give more data"
         )
     bench_config(session)
+    check_fit_in(session.weights, session.artifact_dtype)
+    if session.weights.dtype != session.artifact_dtype:
+        say(f"weights are {session.weights.dtype}; the artifact's will be {session.artifact_dtype}")
+
+
+def _check_share(found: Coverage, config: RunConfig) -> None:
+    """Say which share of the model's parameters is to be compressed, and warn where it is small.
+
+    Raises:
+        InputError: hardly any, and nobody named these layers.
+    """
+    if found.share < LEAST_SHARE and not config.calibrate.include:
+        raise InputError(
+            f"only {found.sentence()}, so that the model would stay about as large as it is. "
+            f"The rest: {found.where_the_rest_lies()}. Name layers with --include to compress those all the same"
+            + (", or loosen --exclude" if config.calibrate.exclude else "")
+        )
+    warning = found.warning
+    say(f"[yellow]warning: {escape(warning)}" if warning is not None else escape(found.sentence()))
 
 
 def bench_config(session: Session) -> BenchConfig:
@@ -285,15 +329,16 @@ def bench_config(session: Session) -> BenchConfig:
 
 
 def disk_estimate(session: Session) -> int:
-    """Bytes on disk for moments, intermediate models, and both ONNX graphs, in float32; a little too much."""
-    config = session.config
-    model = empty_model(session.model_config, session.task, trust_remote_code=config.trust_remote_code)
-    layers = session.layers(model)
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    shapes = [dense_weight(layer).shape for layer in layers.values()]
+    """Bytes on disk for moments, intermediate models and both ONNX graphs, in float32, and the artifact's weights; a
+    little too much."""
+    config, model = session.config, session.empty_model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    shapes = [dense_weight(layer).shape for layer in session.layers(model).values()]
     moments = 4 * sum(n * n + (m * m if config.needs_gradients else 0) for m, n in shapes)
+    weights, written = 4 * count, DTYPES[session.artifact_dtype].itemsize * count
     prehabbed = weights + moments if config.prehab.train.steps else 0
     merged = weights if config.adapter else 0
     refitted = 2 * weights if config.quantize and config.quantize_refit else 0  # in float32 and quantised, for a while
-    # Factored model after truncation and rehab, artifact and its graph, dense graph, and the folder being replaced.
-    return moments + prehabbed + merged + refitted + (6 + len(config.quantize)) * weights
+    # Factored model after truncation and rehab, the artifact's graph, the dense graph, and the graph being replaced;
+    # the artifact, and the one being replaced.
+    return moments + prehabbed + merged + refitted + (5 + len(config.quantize)) * weights + 2 * written

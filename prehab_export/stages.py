@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from converters.adapters import merge_dense_adapter
+from converters.coverage import coverage
 from converters.folder import save_folder
 from converters.lowrank import DenseLinear, dense_weight
 from converters.model_config import vocabulary_size
@@ -194,22 +195,22 @@ def _compressed(session: Session, model: nn.Module, statistics: Statistics) -> C
 
 def _truncate(session: Session, folder: Path) -> None:
     model, statistics = session.load_prepared()
-    total = sum(parameter.numel() for parameter in model.parameters())
+    covered = coverage(model, session.layers(model))
     compression = _compressed(session, model, statistics)
     for warning in compression.warnings:
         say(f"  [yellow]warning: {warning}")
     latency = predicted_latency(session, compression.truncation)
     _say_what_was_removed(session, compression.truncation, latency)
     compression.truncation.apply(model)
-    after = sum(parameter.numel() for parameter in model.parameters())
-    width = next(model.parameters()).element_size()
-    sizes = {
-        "total_parameters_before": total,
-        "total_parameters_after": after,
-        "weight_bytes_before": total * width,
-        "weight_bytes_after": after * width,
+    facts = compression.summary() | {
+        "total_parameters_before": covered.total,
+        "total_parameters_after": sum(parameter.numel() for parameter in model.parameters()),
+        "coverage": covered.facts(),
+        "predicted_latency": latency,
     }
-    write_json(folder / "truncate.json", compression.summary() | sizes | {"predicted_latency": latency})
+    if covered.warning is not None:  # said at the start
+        facts["warnings"] = [covered.warning, *facts["warnings"]]
+    write_json(folder / "truncate.json", facts)
     _save_factored(session, model, folder)
 
 
@@ -357,7 +358,7 @@ STAGES = {
         Stage(
             "export",
             lambda session, folder: export_artifact(session.on_cpu, folder),
-            lambda c: {"kv_cache": c.kv_cache},
+            lambda c: {"kv_cache": c.kv_cache, "dtype": c.dtype},
             ("truncate", "refine", "rehab"),
         ),
         Stage(

@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from prehab_export.errors import BudgetError
@@ -31,6 +32,8 @@ def print_summary(workspace: Workspace, verb: str) -> None:
     result = result_of(workspace, verb)
     if verb in WHOLE_RUNS:
         console.print(_table(result))
+        for warning in result["size_warnings"]:
+            console.print(f"[yellow]warning: {escape(warning)}")
         _print_speed(console, result)
         _print_places(console, workspace)
     elif result.get("skipped"):
@@ -68,6 +71,9 @@ def _table(result: dict[str, Any]) -> Table:
     for key, label in (("targeted", "parameters, targeted layers"), ("total", "parameters, whole model")):
         counts = [f"{truncation[f'{key}_parameters_{side}']:,}" for side in ("before", "after")]
         table.add_row(label, *counts)
+    table.add_row("targeted share of the whole model", f"{truncation['coverage']['targeted_share']:.1%}", "")
+    weights = (f"{result[side]['weight_bytes'] / 1e6:.2f} {result[side]['dtype']}" for side in ("baseline", "export"))
+    table.add_row("weight files, MB", *weights)
     table.add_row("ONNX file, MB", *(f"{result[side]['bytes'] / 1e6:.2f}" for side in ("baseline", "export")))
     return table
 

@@ -56,7 +56,7 @@ def sweep(config: RunConfig, output: Path, methods: Sequence[str], ratios: Seque
         rows = _Rows(session).all(chosen, ratios)
         with session.workspace.show("sweep") as folder:
             dense, rest = rows[0], rows[1:]
-            write_json(folder / "sweep.json", {"dense": dense, "rows": rest})
+            write_json(folder / "sweep.json", {"dense": dense, "rows": rest, "coverage": session.coverage.facts()})
             (folder / "sweep.md").write_text(_markdown(dense, rest), encoding="utf-8")
             plot_sweep(dense, rest, folder / "sweep.png")
     return session.workspace.root / "sweep"
