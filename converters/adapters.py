@@ -179,8 +179,7 @@ def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftMo
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{adapter}: PEFT {version('peft')} cannot read this adapter's config: {error}") from error
     config.base_model_name_or_path = None  # PEFT warns about any change of name
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    vocabulary = [name for name, module in model.named_modules() if any(module is table for table in tables)]
+    vocabulary = _tables(model)
     try:
         loaded = get_peft_model(model, config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=assign)
         device = str(model.device)
@@ -193,6 +192,15 @@ def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftMo
     if missing := _missing(loaded, result.missing_keys):
         raise InputError(f"{adapter} is for another base: it has no {plain_name(missing[0])}")
     return loaded
+
+
+def _tables(model: PreTrainedModel) -> list[str]:
+    """The names of the modules that have a row for each token."""
+    try:
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    except NotImplementedError:  # models of images may have none
+        return []
+    return [name for name, module in model.named_modules() if any(module is table for table in tables)]
 
 
 def _missing(loaded: PeftModel, keys: Sequence[str]) -> list[str]:
@@ -306,7 +314,8 @@ def _answers(model: PreTrainedModel) -> Tensor:
         pixels = image_inputs(model, None if size else (_IMAGE_SIDE, _IMAGE_SIDE)).tensors["pixel_values"]
         noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
         return model(pixel_values=noise.to(pixels)).logits.float()
-    rows = model.get_input_embeddings().weight.shape[0]
+    table: Any = model.get_input_embeddings()
+    rows = table.weight.shape[0]
     ids = (torch.arange(1, 7, device=model.device) % rows)[None]
     end = getattr(model.config.get_text_config(), "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < rows:
