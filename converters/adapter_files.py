@@ -16,11 +16,24 @@ from converters.errors import InputError
 ADAPTER_NAME = "default"  # under which PEFT is asked to load
 
 _PREFIX = "base_model.model."
-# What a LoRA config may ask for that a product of two factors added to a weight cannot hold.
-_UNSUPPORTED = {
+# Methods of PEFT that no change of weights can stand for, and why.
+_INPUTS, _MIXTURE = "it works by what it adds to the model's inputs", "it mixes adapters by the input"
+_NOT_WEIGHTS = {
+    "PROMPT_TUNING": _INPUTS,
+    "MULTITASK_PROMPT_TUNING": _INPUTS,
+    "P_TUNING": _INPUTS,
+    "PREFIX_TUNING": _INPUTS,
+    "CARTRIDGE": _INPUTS,
+    "CPT": _INPUTS,
+    "ADAPTION_PROMPT": _INPUTS,
+    "XLORA": _MIXTURE,
+    "POLY": _MIXTURE,
+}
+# What a LoRA config may ask for that no merged model of the same shape holds.
+_NEVER_MERGED = {"alora_invocation_tokens": "activated LoRA", "layer_replication": "layer replication"}
+# What it may ask for that a product of two factors added to a weight cannot hold.
+_NOT_PLAIN = {
     "use_dora": "DoRA",
-    "alora_invocation_tokens": "activated LoRA",
-    "layer_replication": "layer replication",
     "target_parameters": "LoRA on bare parameters",
     "trainable_token_indices": "trainable tokens",
 }
@@ -35,12 +48,16 @@ class AdapterInfo:
     Attributes:
         path: the adapter's folder.
         base_model: what it was trained on, as its config names it, or None.
-        ranks: LoRA rank by layer name.
-        replaced: full tensors beside the LoRA pairs (biases, a classifier head), by name.
+        method: PEFT's name of it, such as LORA.
+        not_plain: what makes it something else than plain LoRA, in words; None for plain LoRA.
+        ranks: LoRA rank by layer name; empty for other methods.
+        replaced: full tensors beside the LoRA pairs (biases, a classifier head), by name; of another method all.
     """
 
     path: Path
     base_model: str | None
+    method: str
+    not_plain: str | None
     ranks: Mapping[str, int]
     replaced: tuple[str, ...]
 
@@ -49,10 +66,14 @@ def check_adapter(adapter: Path) -> AdapterInfo:
     """Read an adapter's config and tensor names; no weights are loaded.
 
     Raises:
-        InputError: not a PEFT folder, not plain LoRA, weights in pickle, or a LoRA pair that is not one.
+        InputError: not a PEFT folder, a method that cannot be merged into weights, weights in pickle, or a LoRA pair
+            that is not one.
     """
     adapter = Path(adapter)
     config, shapes = _read_config(adapter), _tensor_shapes(adapter)
+    base, method, not_plain = config.get("base_model_name_or_path"), config["peft_type"], _not_plain(config)
+    if method != "LORA":
+        return AdapterInfo(adapter, base, method, not_plain, {}, tuple(plain_name(name) for name in shapes))
     ranks: dict[str, dict[str, int]] = {}
     replaced = []
     for name, shape in shapes.items():
@@ -62,13 +83,19 @@ def check_adapter(adapter: Path) -> AdapterInfo:
             ranks.setdefault(layer, {})[side] = shape[0 if side == "A" else 1]
         elif kind != "B.bias" and not is_duplicate(name):
             replaced.append(plain_name(name))
-    if not ranks:
+    if not ranks and not_plain is None:
         raise InputError(f"{adapter}: the weights hold no LoRA pair (lora_A, lora_B)")
     for layer, pair in ranks.items():
         if pair.get("A") != pair.get("B"):
             raise InputError(f"{adapter}: lora_A and lora_B of {layer} do not match")
-    base = config.get("base_model_name_or_path")
-    return AdapterInfo(adapter, base, {layer: pair["A"] for layer, pair in ranks.items()}, tuple(replaced))
+    of_layers = {layer: pair["A"] for layer, pair in ranks.items()}
+    return AdapterInfo(adapter, base, method, not_plain, of_layers, tuple(replaced))
+
+
+def _not_plain(config: Mapping[str, Any]) -> str | None:
+    if config["peft_type"] != "LORA":
+        return str(config["peft_type"])
+    return next((f"{title} ({option})" for option, title in _NOT_PLAIN.items() if config.get(option)), None)
 
 
 def is_duplicate(key: str) -> bool:
@@ -89,11 +116,16 @@ def _read_config(adapter: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{path}: the adapter's type is {config.get('peft_type')}; only LORA can be merged")
-    for option, title in _UNSUPPORTED.items():
+    method = config.get("peft_type") if isinstance(config, dict) else None
+    if not isinstance(method, str):
+        raise InputError(f"{path} names no peft_type: it is not the config of a PEFT adapter")
+    if reason := _NOT_WEIGHTS.get(method):
+        raise InputError(f"{path}: {method} cannot be merged into weights, since {reason}")
+    for option, title in _NEVER_MERGED.items():
         if config.get(option):
-            raise InputError(f"{path}: {title} ({option}) cannot be merged into factors; only plain LoRA can")
+            raise InputError(f"{path}: {title} ({option}) cannot be merged into the weights of the same model")
+    if method != "LORA":
+        return config
     start = config.get("init_lora_weights")
     if start not in _PLAIN_STARTS:
         raise InputError(

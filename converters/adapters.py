@@ -1,9 +1,13 @@
-"""PEFT LoRA adapters merged into a model: exactly where they fit, re-truncated where they do not.
+"""PEFT adapters merged into a model: exactly where they fit, LoRA re-truncated where it does not.
 
-An adapter trained on the factors themselves, or on a dense model, is merged by PEFT. One that was trained on
-the dense model and meets a two-factor layer makes ``[up, s·B] @ [down; A]`` of it, of rank r + k, which is
-cut back to rank r in the layer's metric. PEFT reads the adapter and decides every scale in all cases; the
-adapter is first loaded onto a skeleton without weights, so that a misfit shows before the model is touched.
+An adapter trained on the factors themselves, or on a dense model, is merged by PEFT, whatever its method, if the model
+answers the same before and after. LoRA that was trained on the dense model and meets a two-factor layer makes
+``[up, s·B] @ [down; A]`` of it, of rank r + k, which is cut back to rank r in the layer's metric. PEFT reads the
+adapter and decides every scale in all cases; the adapter is first loaded onto a skeleton without weights, so that a
+misfit shows before the model is touched.
+
+Tied weights of which an adapter changes one part from then on, or changes the parts differently, are untied, in the
+model and in its config.
 
 Layers that share ``down`` are one such product: their outputs are stacked, every A is added to ``down``, the B stand
 side by side, and the sum of the metrics decides what is kept.
@@ -11,15 +15,17 @@ side by side, and the sum of the metrics decides what is kept.
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,6 +33,7 @@ from transformers import PreTrainedModel
 from converters.adapter_files import ADAPTER_NAME, AdapterInfo, check_adapter, is_duplicate, plain_name
 from converters.errors import InputError
 from converters.lowrank import Factors, LowRankLinear, low_rank_layers, shared_groups
+from converters.onnx.inputs import image_inputs
 from converters.retruncation import relative_error, retruncate
 
 __all__ = [
@@ -41,6 +48,10 @@ __all__ = [
 ]
 
 Metric = Callable[[str], tuple[Tensor | None, Tensor | None]]
+
+# Largest |Δ| of the logits by merging, relative to the largest logit; rounding accounts for a hundredth of it.
+_MERGE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+_IMAGE_SIDE = 224  # of a model that takes any
 
 
 @dataclass(frozen=True)
@@ -65,22 +76,32 @@ def check_fit(model: PreTrainedModel, adapter: Path) -> None:
     """Refuse an adapter that ``merge_dense_adapter`` would refuse; works on a model without weights (meta) too.
 
     Raises:
-        InputError: the adapter is not plain LoRA, was trained for another base, or changes a ``down`` that layers
-            share.
+        InputError: the adapter's method cannot be merged, it was trained for another base, or changes a ``down`` that
+            layers share.
     """
     _check_shared(adapter, check_adapter(adapter), shared_groups(model))
     _check_fit(_skeleton(model), adapter)
 
 
 def merge_dense_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """Merge an adapter into the linears that it was trained on, through PEFT, in place; returns the model.
+    """Merge an adapter into the modules that it was trained on, through PEFT, in place; returns the model.
 
     Raises:
-        InputError: the adapter is not plain LoRA or was trained for another base; the model is unchanged.
+        InputError: the adapter's method cannot be merged, or it was trained for another base; the model is unchanged.
+            Or the merged model does not answer as the adapter does; the model is then of no use.
     """
     check_fit(model, adapter)
     with _kept_flags(model):
-        return _load(model, adapter).merge_and_unload()
+        loaded = _load(model, adapter).eval()
+        wanted = _answers(model)
+        _merge_loaded(loaded, model)
+        error = float((_answers(model) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+    if not error <= _MERGE_TOLERANCE[model.dtype]:
+        raise InputError(
+            f"{adapter}: PEFT does not merge this adapter exactly; the merged model's logits are off by {error:.1e} of "
+            "their scale"
+        )
+    return model
 
 
 def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | None = None) -> MergeReport:
@@ -98,6 +119,11 @@ def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | N
             share; the model is unchanged.
     """
     info = check_adapter(adapter)
+    if info.not_plain is not None:
+        raise InputError(
+            f"{adapter}: {info.not_plain} cannot be merged into factors, only plain LoRA can; merge it into the dense "
+            "model instead, with `run --adapter`"
+        )
     factored = low_rank_layers(model)
     if any(name.rpartition(".")[0] in factored for name in info.ranks):
         merge_dense_adapter(model, adapter)
@@ -119,7 +145,7 @@ def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | N
         loaded = _load(model, adapter)
         for name, layer in factored.items():
             model.set_submodule(name, layer)
-        loaded.merge_and_unload()
+        _merge_loaded(loaded, model)
     for name, factors in merged.items():
         _set_factors(factored[name], factors)
     return MergeReport(layers, info.replaced)
@@ -131,7 +157,8 @@ def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _weightless(shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
-    one = torch.zeros((), dtype=like.dtype, device=like.device)
+    # Not on meta: some methods look at the weights that they start from.
+    one = torch.zeros((), dtype=like.dtype, device="cpu" if like.device.type == "meta" else like.device)
     return nn.Parameter(one.expand(shape), requires_grad=False)
 
 
@@ -148,35 +175,58 @@ def _hide_factors(model: nn.Module, factored: Mapping[str, LowRankLinear]) -> No
 def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftModel:
     """Raises InputError naming the first thing in the adapter, or in the model, without a counterpart."""
     try:
-        config = LoraConfig.from_pretrained(str(adapter))
-        config.base_model_name_or_path = None  # PEFT warns about any change of name
+        config = PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{adapter}: PEFT {version('peft')} cannot read this adapter's config: {error}") from error
+    config.base_model_name_or_path = None  # PEFT warns about any change of name
+    vocabulary = _tables(model)
+    try:
         loaded = get_peft_model(model, config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=assign)
-        device = "cpu" if model.device.type == "meta" else str(model.device)  # safetensors cannot read onto meta
+        device = str(model.device)
         result = loaded.load_adapter(str(adapter), ADAPTER_NAME, torch_device=device, low_cpu_mem_usage=assign)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{adapter} does not fit the model: {_first_mismatch(error)}") from error
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
+        raise InputError(f"{adapter} does not fit the model: {_first_mismatch(error, vocabulary)}") from error
     unexpected = [key for key in result.unexpected_keys if not is_duplicate(key)]
     if unexpected:
         raise InputError(f"{adapter} is for another base: the model has no {plain_name(unexpected[0])}")
-    if result.missing_keys:
-        raise InputError(f"{adapter} is for another base: it has no {plain_name(result.missing_keys[0])}")
+    if missing := _missing(loaded, result.missing_keys):
+        raise InputError(f"{adapter} is for another base: it has no {plain_name(missing[0])}")
     return loaded
 
 
-def _first_mismatch(error: Exception) -> str:
+def _tables(model: PreTrainedModel) -> list[str]:
+    """The names of the modules that have a row for each token."""
+    try:
+        tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    except NotImplementedError:  # models of images may have none
+        return []
+    return [name for name, module in model.named_modules() if any(module is table for table in tables)]
+
+
+def _missing(loaded: PeftModel, keys: Sequence[str]) -> list[str]:
+    """Those of the keys that are no second name of a tensor which was read (a bank that all layers share)."""
+    named = dict(loaded.named_parameters(remove_duplicate=False))
+    read = {id(parameter) for name, parameter in named.items() if name not in keys}
+    return [key for key in keys if key not in named or id(named[key]) not in read]
+
+
+def _first_mismatch(error: Exception, vocabulary: Sequence[str]) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
-    return plain_name(next((line for line in lines if "size mismatch" in line), lines[0]))
+    first = plain_name(next((line for line in lines if "size mismatch" in line), lines[0]))
+    if "size mismatch" in first and any(f" {name}." in first for name in vocabulary):
+        first += (
+            " The adapter was trained with another vocabulary: give the model with its embeddings resized "
+            "(resize_token_embeddings) and the adapter's tokenizer beside it"
+        )
+    return first
 
 
 def _check_fit(skeleton: PreTrainedModel, adapter: Path, factored: Mapping[str, LowRankLinear] | None = None) -> None:
     """Load the adapter onto a skeleton, and look for what merging would get wrong."""
-    named = list(skeleton.named_parameters(remove_duplicate=False))
-    uses = Counter(id(parameter) for _, parameter in named)
-    tied = {name for name, parameter in named if uses[id(parameter)] > 1}
     _load(skeleton, adapter, assign=True)
     for name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer):
-            _check_lora_layer(adapter, name, module, tied)
+            _check_lora_layer(adapter, name, module)
         elif isinstance(module, ModulesToSaveWrapper):
             inside = [layer for layer in factored or () if f"{layer}.".startswith(f"{name}.")]
             if inside:
@@ -197,16 +247,80 @@ def _check_shared(adapter: Path, info: AdapterInfo, groups: Sequence[Sequence[st
                 )
 
 
-def _check_lora_layer(adapter: Path, name: str, lora: LoraLayer, tied: Set[str]) -> None:
-    if variant := lora.lora_variant.get(ADAPTER_NAME):
-        raise InputError(f"{adapter}: {name} is not plain LoRA ({type(variant).__name__})")
-    if f"{name}.weight" in tied:
-        raise InputError(
-            f"{adapter}: the weight of {name} is tied to another layer, which merging would change too: "
-            "untie the model first (tie_word_embeddings=False and a copy of the weight)"
-        )
+def _check_lora_layer(adapter: Path, name: str, lora: LoraLayer) -> None:
     if lora.lora_bias.get(ADAPTER_NAME) and lora.get_base_layer().bias is None:
         raise InputError(f"{adapter} carries a LoRA bias for {name}, which has no bias to add it to")
+
+
+def _merge_loaded(loaded: PeftModel, model: PreTrainedModel) -> None:
+    """Merge what is on the model, in place; what was tied and is equal afterwards is tied again, the rest untied."""
+    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
+    flags = [getattr(config, "tie_word_embeddings", None) for config in configs]
+    _untie_adapted(model)
+    loaded.merge_and_unload()
+    for config, flag in zip(configs, flags, strict=True):
+        if flag is not None:
+            config.tie_word_embeddings = flag  # PEFT clears it of every adapter that touches what is tied
+    _settle_ties(model)
+
+
+def _untie_adapted(model: PreTrainedModel) -> None:
+    """Give every adapted layer its own weight: PEFT merges in place, and what else has the weight is to keep it."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            layer = module.get_base_layer()
+            for name, parameter in list(layer.named_parameters(recurse=False)):
+                if uses[id(parameter)] > 1:
+                    setattr(layer, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+
+
+@torch.no_grad()
+def _settle_ties(model: PreTrainedModel) -> None:
+    """One flag of the config says of all tied weights that they are: either all are equal, or none is tied."""
+    ties = {
+        target: source
+        for target, source in model.all_tied_weights_keys.items()
+        if _owner(model, target) is not _owner(model, source)  # a whole module with two names is another matter
+    }
+    pairs = {target: (model.get_parameter(target), model.get_parameter(source)) for target, source in ties.items()}
+    equal = all(one is other or _equal_but_for_rounding(one, other) for one, other in pairs.values())
+    for target, (one, other) in pairs.items():
+        if equal or one is other:
+            parameter = other if equal else nn.Parameter(one.detach().clone(), one.requires_grad)
+            setattr(_owner(model, target), target.rpartition(".")[2], parameter)
+    if not equal:
+        kept = model.all_tied_weights_keys.keys() - ties.keys()
+        model.all_tied_weights_keys = {name: model.all_tied_weights_keys[name] for name in sorted(kept)}
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def _owner(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
+def _equal_but_for_rounding(weight: Tensor, other: Tensor) -> bool:
+    if weight.shape != other.shape:
+        return False
+    return bool((weight - other).abs().max() <= 4 * torch.finfo(weight.dtype).eps * other.abs().max())
+
+
+@torch.no_grad()
+def _answers(model: PreTrainedModel) -> Tensor:
+    """The logits on a small input of no meaning."""
+    if "pixel_values" in model.main_input_name:
+        size = getattr(model.config, "image_size", None)
+        pixels = image_inputs(model, None if size else (_IMAGE_SIDE, _IMAGE_SIDE)).tensors["pixel_values"]
+        noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+        return model(pixel_values=noise.to(pixels)).logits.float()
+    table: Any = model.get_input_embeddings()
+    rows = table.weight.shape[0]
+    ids = (torch.arange(1, 7, device=model.device) % rows)[None]
+    end = getattr(model.config.get_text_config(), "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < rows:
+        ids[:, -1] = end  # some classifiers look for it
+    return model(input_ids=ids).logits.float()
 
 
 def _groups(model: nn.Module) -> list[tuple[str, ...]]:
@@ -270,8 +384,9 @@ def _set_factors(layer: LowRankLinear, factors: Factors) -> None:
 @contextmanager
 def _kept_flags(model: PreTrainedModel) -> Iterator[None]:
     """PEFT freezes the base model and switches it to eval mode; restore both."""
-    training, trainable = model.training, {name: p.requires_grad for name, p in model.named_parameters()}
+    training = model.training
+    trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     yield
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(trainable[name])
     model.train(training)

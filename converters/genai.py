@@ -1,17 +1,39 @@
 """``genai_config.json``: what onnxruntime-genai must know to generate from a folder as it stands.
 
 https://onnxruntime.ai/docs/genai/reference/config.html
+
+Its reader refuses a folder over one value of the wrong type, or one id outside the vocabulary; a config of transformers
+may leave out, list or misname any of them. So sizes are those that the model shows when it runs, ids are those that its
+vocabulary has, and of the generation config all is taken over that both sides understand.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 from converters.onnx.cache import cache_layout
 
 FILE_NAME = "genai_config.json"
+
+# Where nothing tells how many tokens a model takes.
+_USUAL_CONTEXT = 2048
+_CONTEXT_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+)
+# What transformers draws from where a generation config samples and does not say: the 50 likeliest tokens.
+_USUAL_TOP_K = 50
+# ``max_length`` in the files of older releases, which wrote their default; nobody's choice.
+_UNCHOSEN_LENGTH = 20
+_LARGEST_INT = 2**31 - 1
 
 
 def write_genai_config(model: PreTrainedModel, folder: Path, graph: Path, inputs: tuple[str, ...]) -> bool:
@@ -27,44 +49,114 @@ def write_genai_config(model: PreTrainedModel, folder: Path, graph: Path, inputs
     if len(shapes) != 1 or not set(layout.past) <= set(inputs):
         return False
     ((heads, width),) = shapes
-    (folder / FILE_NAME).write_text(
-        json.dumps(_config(model, graph, inputs, heads, width), indent=2) + "\n", encoding="utf-8"
-    )
+    config = _config(model, graph, inputs, len(layout.past) // 2, heads, width)
+    (folder / FILE_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return True
 
 
-def _config(model: PreTrainedModel, graph: Path, inputs: tuple[str, ...], heads: int, width: int) -> dict[str, Any]:
-    config, generation = model.config.get_text_config(), model.generation_config
-    end = _first(getattr(generation, "eos_token_id", None), config.eos_token_id)
+def _config(
+    model: PreTrainedModel, graph: Path, inputs: tuple[str, ...], layers: int, heads: int, width: int
+) -> dict[str, Any]:
+    text = model.config.get_text_config()
+    vocabulary, length = _vocabulary_size(model), _context_length(text)
+    ends = _ids(model, "eos_token_id", vocabulary)
+    end = ends[0] if ends else 0
     names: dict[str, str] = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     names |= {f"past_{part}_names": f"past_key_values.%d.{part}" for part in ("key", "value")}
     outputs = {"logits": "logits"} | {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")}
-    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048
     return {
         "model": {
             "type": "decoder",
-            "vocab_size": config.vocab_size,
+            "vocab_size": vocabulary,
             "context_length": length,
-            "bos_token_id": _first(config.bos_token_id, end),
-            "eos_token_id": end,
-            "pad_token_id": _first(config.pad_token_id, end),
+            "bos_token_id": _one(_ids(model, "bos_token_id", vocabulary), end),
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,  # an empty list ends nowhere
+            "pad_token_id": _one(_ids(model, "pad_token_id", vocabulary), end),
             "decoder": {
                 "session_options": {"provider_options": []},
                 "filename": graph.as_posix(),
-                "hidden_size": config.hidden_size,
-                "num_attention_heads": config.num_attention_heads,
+                "hidden_size": _count(text, "hidden_size", "n_embd", "d_model") or heads * width,
+                "num_attention_heads": _count(text, "num_attention_heads", "n_head", "num_heads") or heads,
                 "num_key_value_heads": heads,
                 "head_size": width,
-                "num_hidden_layers": config.num_hidden_layers,
+                "num_hidden_layers": layers,
                 "inputs": names,
                 "outputs": outputs,
             },
         },
-        # The graph returns a longer cache than it was given; it does not write into the one it has.
-        "search": {"max_length": length, "do_sample": False, "past_present_share_buffer": False},
+        "search": _search(model.generation_config, vocabulary, length),
     }
 
 
-def _first(*candidates: Any) -> Any:
-    """The first that is given; of several end tokens all of them, as a list."""
-    return next((candidate for candidate in candidates if candidate is not None), 0)
+def _search(generation: GenerationConfig | None, vocabulary: int, length: int) -> dict[str, Any]:
+    """How to pick tokens: what the generation config says, within what the runtime takes."""
+
+    def given(name: str) -> Any:
+        value = getattr(generation, name, None)
+        return value if isinstance(value, int | float) else None
+
+    # The graph returns a longer cache than it was given; it does not write into the one it has.
+    search: dict[str, Any] = {"max_length": length, "do_sample": bool(given("do_sample"))}
+    search["past_present_share_buffer"] = False
+    if (longest := given("max_length")) is not None and longest > _UNCHOSEN_LENGTH:
+        search["max_length"] = min(int(longest), length)
+    if (least := given("min_length")) is not None and least > 0:
+        search["min_length"] = min(int(least), search["max_length"])
+    temperature = given("temperature")
+    if temperature is not None and temperature > 0:
+        search["temperature"] = temperature
+    elif temperature is not None:
+        search["do_sample"] = False  # the limit of ever lower temperatures
+    kept = given("top_k")
+    if kept is not None or search["do_sample"]:
+        search["top_k"] = min(max(0, int(_USUAL_TOP_K if kept is None else kept)), vocabulary)  # 0: all of them
+    share = given("top_p")
+    if share is not None and 0 < share <= 1:
+        search["top_p"] = share
+    penalty = given("repetition_penalty")
+    if penalty is not None and penalty > 0:
+        search["repetition_penalty"] = penalty
+    if (size := given("no_repeat_ngram_size")) is not None and size > 0:
+        search["no_repeat_ngram_size"] = int(size)
+    if (beams := given("num_beams")) is not None and beams > 1 and not search["do_sample"]:
+        search["num_beams"] = int(beams)
+        search["early_stopping"] = bool(getattr(generation, "early_stopping", None))
+        if (exponent := given("length_penalty")) is not None:
+            search["length_penalty"] = exponent
+    return search
+
+
+def _vocabulary_size(model: PreTrainedModel) -> int:
+    """The width of the logits: tables are padded, and configs do not always know it."""
+    with torch.no_grad():
+        return int(model(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device)).logits.shape[-1])
+
+
+def _context_length(text: Any) -> int:
+    return min(_count(text, *_CONTEXT_NAMES) or _USUAL_CONTEXT, _LARGEST_INT)
+
+
+def _count(config: Any, *names: str) -> int | None:
+    """The first of a config's fields that is a positive number."""
+    values = (getattr(config, name, None) for name in names)
+    return next((int(value) for value in values if isinstance(value, int | float) and value >= 1), None)
+
+
+def _ids(model: PreTrainedModel, name: str, vocabulary: int) -> list[int]:
+    """The tokens that the generation config, else the config of the text model, else the whole one's has under this
+    name and the vocabulary knows; −1 and ids of other vocabularies stand for none."""
+    for source in (model.generation_config, model.config.get_text_config(), model.config):
+        known = [token for token in _listed(getattr(source, name, None)) if 0 <= token < vocabulary]
+        if known:
+            return list(dict.fromkeys(known))
+    return []
+
+
+def _listed(value: Any) -> Iterator[int]:
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            yield int(item)
+
+
+def _one(tokens: list[int], otherwise: int) -> int:
+    return tokens[0] if tokens else otherwise

@@ -125,8 +125,9 @@ def export_exact(
     text_inputs: Sequence[str] | None,
     threads: int,
     kv_cache: str = FULL,
+    fuse: bool = True,
 ) -> OnnxExport:
-    """The ONNX graph, fused where that is exact; plain, and said so, where it is not.
+    """The ONNX graph, fused where that is asked for and exact; plain, and said so, where it is not.
 
     A fusion that does not fit an architecture must cost speed, never correctness.
 
@@ -147,11 +148,13 @@ def export_exact(
         kv_cache=kv_cache,
     )
     try:
-        export = write()
+        export = write(fuse=fuse)
         check_graph(reference, task, path, threads)
     except InputError:
         raise
     except (ParityError, RuntimeError) as error:
+        if not fuse:
+            raise
         say(f"  [yellow]warning: exporting without fusion, since the fused graph does not serve: {escape(str(error))}")
         export = write(fuse=False)
         check_graph(reference, task, path, threads)

@@ -1,11 +1,12 @@
 """``merge-lora``: an adapter into the factors of a finished artifact, giving another artifact of the same ranks."""
 
-import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,15 +16,22 @@ from converters.errors import InputError
 from converters.folder import from_pretrained, save_folder
 from converters.genai import write_genai_config
 from converters.lowrank import low_rank_layers
-from converters.onnx.inputs import image_inputs, text_inputs
-from converters.onnx.latent import kind_of_cache
+from converters.onnx.inputs import BATCH, text_inputs
+from converters.onnx.modes import FILE_NAMES, INT8_STATIC
+from converters.onnx.options import ExportOptions, modes_beside, options_of
+from converters.onnx.ort_format import write_ort
+from converters.onnx.quantize import quantize_graph
 from converters.onnx.session import open_session
 from prehab_export.bench_config import BenchConfig
 from prehab_export.config import TruncateConfig
+from prehab_export.errors import ParityError
+from prehab_export.evaluation import onnx_predictor
 from prehab_export.export import export_exact
 from prehab_export.models import load_processor, task_of
+from prehab_export.ort_files import TOLERANCE as ORT_TOLERANCE
+from prehab_export.ort_files import largest_difference
 from prehab_export.parity import reference_of
-from prehab_export.progress import result_console
+from prehab_export.progress import result_console, say
 from prehab_export.report import render
 from prehab_export.session import STATISTICS, quiet_libraries
 from prehab_export.statistics import Statistics, load_statistics
@@ -31,6 +39,8 @@ from prehab_export.tasks import Batch, Task
 from prehab_export.truncation import layer_metric
 from prehab_export.weight_files import weight_files
 from prehab_export.workspace import Workspace
+
+GRAPH = Path("onnx", "model.onnx")
 
 
 def merge_lora(
@@ -41,7 +51,10 @@ def merge_lora(
     threads: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Merge a PEFT LoRA adapter into an artifact's factors and write the result, with its ONNX graph if it had one.
+    """Merge a PEFT LoRA adapter into an artifact's factors and write the result, with the ONNX graphs that it had.
+
+    They are made as the artifact's own were: images of the same size, the same inputs and cache, the same kinds of
+    quantisation, ``.ort`` files where there were any. What cannot be made again is said, and listed under ``left_out``.
 
     An adapter trained on the factors merges exactly. One trained on the dense model is cut back to each layer's
     rank, in the whitened metric when calibration statistics are at hand.
@@ -76,28 +89,74 @@ def merge_lora(
         "layers": {name: asdict(layer) for name, layer in merged.layers.items()},
         "replaced": list(merged.replaced),
     }
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as beside:
+        made = Path(beside) / "artifact"
         cast_weights(model, dtype)
-        save_folder(model, partial, processor)
+        save_folder(model, made, processor)
         cast_weights(model, torch.float32)
-        if (artifact / "onnx" / "model.onnx").is_file():
-            names = getattr(processor, "model_input_names", None) if task.name != "image-classification" else None
-            reference = reference_of(model, task, [_example(model, task)])
-            threads = threads or BenchConfig().threads
-            graph = Path("onnx", "model.onnx")
-            kind = kind_of_cache(node.name for node in open_session(artifact / graph).get_inputs())
-            export = export_exact(model, partial / graph, task, reference, names, threads, kind)
-            if task.name == "text-generation":
-                write_genai_config(model, partial, graph, export.inputs)
-        (partial / "README.md").write_text(render("merged.md.j2", facts), encoding="utf-8")
+        facts["graphs"], facts["left_out"] = [], []
+        if (artifact / GRAPH).is_file():
+            _write_graphs(model, artifact, made, processor, threads or BenchConfig().threads, facts)
+        (made / "README.md").write_text(render("merged.md.j2", facts), encoding="utf-8")
         if output.exists():
             output.rmdir()
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        made.rename(output)
     return facts
+
+
+def _write_graphs(
+    model: PreTrainedModel, artifact: Path, made: Path, processor: Any, threads: int, facts: dict[str, Any]
+) -> None:
+    """The graphs of the artifact again, of the merged model; ``facts`` gets ``graphs`` and ``left_out``, by file name.
+
+    Raises:
+        ParityError: a graph does not compute what the merged model computes.
+    """
+    task, options = task_of(model.config), options_of(artifact / GRAPH)
+    model = model.to(options.dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
+    example = _example(model, task, options)
+    reference = reference_of(model, task, [example])
+    export = export_exact(
+        model, made / GRAPH, task, reference, options.inputs, threads, options.kv_cache, fuse=options.fuse
+    )
+    if task.name == "text-generation":
+        write_genai_config(model, made, GRAPH, export.inputs)
+    graphs = [made / GRAPH]
+    for mode in modes_beside(artifact / GRAPH):
+        target = (made / GRAPH).with_name(FILE_NAMES[mode])
+        if mode == INT8_STATIC:
+            _leave_out(facts, target.name, "its ranges are found on data; run `prehab-export quantize` on a run for it")
+            continue
+        quantize_graph(made / GRAPH, target, mode)
+        if not onnx_predictor(open_session(target, threads), task)(example).isfinite().all():
+            raise ParityError(f"{target.name} of the merged model does not answer in numbers")
+        graphs.append(target)
+    facts["graphs"] += [graph.name for graph in graphs]
+    for graph in graphs:
+        if (artifact / GRAPH).with_name(f"{graph.stem}.ort").is_file():
+            _write_ort(graph, example, threads, facts)
+    found, written = ({file.name for file in (folder / "onnx").iterdir()} for folder in (artifact, made))
+    said = {row["file"] for row in facts["left_out"]}
+    for name in sorted(found - written - said):
+        _leave_out(facts, name, "merge-lora did not make it")
+
+
+def _write_ort(graph: Path, example: Batch, threads: int, facts: dict[str, Any]) -> None:
+    try:
+        files = write_ort(graph, graph.parent)
+    except InputError as reason:
+        _leave_out(facts, f"{graph.stem}.ort", str(reason))
+        return
+    apart = largest_difference(graph, files.model, [example], threads)
+    if not apart <= ORT_TOLERANCE:
+        raise ParityError(f"{files.model.name} is off by {apart:.1e} from {graph.name}, {ORT_TOLERANCE:.0e} is allowed")
+    facts["graphs"].append(files.model.name)
+
+
+def _leave_out(facts: dict[str, Any], name: str, reason: str) -> None:
+    facts["left_out"].append({"file": name, "reason": reason})
+    say(f"  [yellow]warning: no {escape(name)} in the merged artifact: {escape(reason)}")
 
 
 def _statistics_of(artifact: Path) -> Path | None:
@@ -121,12 +180,11 @@ def _metric(model: PreTrainedModel, statistics: Statistics) -> Any:
     return metric
 
 
-def _example(model: PreTrainedModel, task: Task) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    if task.name == "image-classification":
-        pixels = image_inputs(model).tensors["pixel_values"]
-        return {"pixel_values": torch.randn(pixels.shape, generator=generator)}
-    return text_inputs(model, None).tensors
+def _example(model: PreTrainedModel, task: Task, options: ExportOptions) -> Batch:
+    if options.image_size is None:
+        return text_inputs(model, None).tensors
+    shape = (BATCH, options.channels or 3, *options.image_size)
+    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(options.dtype)}
 
 
 def print_merge(facts: dict[str, Any]) -> None:
@@ -140,3 +198,7 @@ def print_merge(facts: dict[str, Any]) -> None:
             f"{len(inexact)} were cut back to their rank ({facts['metric']} metric); "
             f"largest relative error {inexact[worst]:.3f}, at {worst}"
         )
+    if facts["graphs"]:
+        console.print(f"graphs: {', '.join(facts['graphs'])}")
+    for row in facts["left_out"]:
+        console.print(f"left out: {row['file']} ({row['reason']})", markup=False)

@@ -1,5 +1,6 @@
 """``--ort``: the compressed graphs of a run in ONNX Runtime's own format, checked against what they were made from."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from prehab_export.evaluation import feeds_of
 from prehab_export.progress import say
 from prehab_export.quantization import quantized_graphs
 from prehab_export.session import Session
+from prehab_export.tasks import Batch
 from prehab_export.workspace import write_json
 
 # The same kernels on the same machine; optimising beforehand may change the order of a sum.
@@ -40,7 +42,8 @@ def write_ort_files(session: Session, folder: Path) -> None:
             say(f"  [yellow]warning: {reason}")
             left_out.append({"graph": name, "reason": str(reason)})
             continue
-        apart = _apart(session, graph, files.model)
+        samples = session.data.evaluation.subset(min(SAMPLES, len(session.data.evaluation)), 0)
+        apart = largest_difference(graph, files.model, samples.batches(4), session.threads)
         if apart > TOLERANCE:
             raise ParityError(f"{files.model.name} is off by {apart:.1e} from {graph.name}, {TOLERANCE:.0e} is allowed")
         rows.append(
@@ -50,12 +53,12 @@ def write_ort_files(session: Session, folder: Path) -> None:
     write_json(folder / "ort.json", facts)
 
 
-def _apart(session: Session, graph: Path, ort: Path) -> float:
-    """The largest difference of the logits, relative to their scale, on evaluation samples."""
-    ours, theirs = (open_session(path, session.threads) for path in (graph, ort))
+def largest_difference(graph: Path, ort: Path, batches: Iterable[Batch], threads: int) -> float:
+    """The largest difference of the logits of two files of one graph, relative to their scale."""
+    ours, theirs = (open_session(path, threads) for path in (graph, ort))
     inputs: list[Any] = ours.get_inputs()
     worst = 0.0
-    for batch in session.data.evaluation.subset(min(SAMPLES, len(session.data.evaluation)), 0).batches(4):
+    for batch in batches:
         feeds = feeds_of(inputs, batch)
         expected, found = (np.asarray(one.run(["logits"], feeds)[0], np.float64) for one in (ours, theirs))
         worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))

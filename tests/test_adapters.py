@@ -1,13 +1,14 @@
 import copy
 import json
 
+import peft
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from small_models import build, inputs, linears, logits, truncated
 
-from converters.adapters import check_adapter, merge_dense_adapter, merge_into_factors
+from converters.adapters import check_adapter, check_fit, merge_dense_adapter, merge_into_factors
 from converters.errors import InputError
 from converters.folder import from_pretrained, save_folder
 from converters.lowrank import dense_weight, densify, factors_of, low_rank_layers
@@ -49,6 +50,121 @@ ADAPTERS = {
     "gpt2: Conv1D": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "gpt2: embedding": ("gpt2", {"r": 4, "target_modules": ["wpe", "c_fc"], "fan_in_fan_out": True}),
 }
+
+
+LLAMA, BERT, GPT2 = (["q_proj", "down_proj"], ["query", "intermediate.dense"], ["c_attn", "c_fc"])
+# All but plain LoRA: PEFT merges it into dense weights, two factors have no room for it.
+METHODS = {
+    "DoRA": ("llama", LoraConfig, {"r": 4, "use_dora": True, "target_modules": LLAMA}),
+    "DoRA, Conv1D": ("gpt2", LoraConfig, {"r": 4, "use_dora": True, "target_modules": GPT2, "fan_in_fan_out": True}),
+    "VeRA": ("bert", peft.VeraConfig, {"r": 4, "target_modules": BERT}),
+    "VeRA without its projection": (
+        "llama",
+        peft.VeraConfig,
+        {"r": 4, "target_modules": ["q_proj"], "save_projection": False},
+    ),
+    "IA3": ("llama", IA3Config, {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "IA3, Conv1D": (
+        "gpt2",
+        IA3Config,
+        {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]},
+    ),
+    "LoHa": ("bert", peft.LoHaConfig, {"r": 4, "target_modules": BERT}),
+    "LoHa, images": ("vit", peft.LoHaConfig, {"r": 4, "target_modules": "|".join(linears(build("vit")))}),
+    "LoKr, a head": ("bert", peft.LoKrConfig, {"r": 4, "target_modules": BERT, "modules_to_save": ["classifier"]}),
+    "OFT": ("llama", peft.OFTConfig, {"r": 0, "oft_block_size": 8, "target_modules": LLAMA}),
+    "BOFT": ("llama", peft.BOFTConfig, {"boft_block_size": 4, "target_modules": LLAMA}),
+    "FourierFT": ("llama", peft.FourierFTConfig, {"n_frequency": 40, "target_modules": LLAMA}),
+    "AdaLoRA": ("llama", peft.AdaLoraConfig, {"init_r": 4, "total_step": 10, "target_modules": LLAMA}),
+    "HRA": ("llama", peft.HRAConfig, {"r": 4, "target_modules": LLAMA}),
+    "VB-LoRA": ("llama", peft.VBLoRAConfig, {"num_vectors": 16, "vector_length": 8, "target_modules": LLAMA}),
+    "SHiRA": ("llama", peft.ShiraConfig, {"r": 2, "target_modules": ["q_proj"]}),
+    "norms": ("llama-tied", peft.LNTuningConfig, {"target_modules": ["input_layernorm", "norm"]}),
+    "tokens": ("llama", peft.TrainableTokensConfig, {"token_indices": [3, 9], "target_modules": ["embed_tokens"]}),
+    "tokens, tied": (
+        "llama-tied",
+        LoraConfig,
+        {"r": 4, "trainable_token_indices": [3, 9], "target_modules": ["q_proj"]},
+    ),
+    "bare parameters": (
+        "llama",
+        LoraConfig,
+        {"r": 4, "target_modules": [], "target_parameters": ["mlp.gate_proj.weight"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_peft_merges_exactly_is_merged_into_the_dense_model(method, tmp_path):
+    family, config, options = METHODS[method]
+    model = build(family)
+    want = train(model, tmp_path, config, **options)
+    assert (want - logits(model)).abs().max() > 1e-3
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    check_fit(skeleton, tmp_path)
+    tied = getattr(model.config, "tie_word_embeddings", None)
+    merge_dense_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=2e-5)
+    assert getattr(model.config, "tie_word_embeddings", None) is tied
+    with pytest.raises(InputError, match=r"only plain LoRA can; merge it into the dense model"):
+        merge_into_factors(truncated(build(family)), tmp_path)
+
+
+# What an adapter may do to tied weights → whether they are still tied when it is merged.
+TIED = {
+    "both replaced": ({"modules_to_save": ["embed_tokens", "lm_head"], "target_modules": ["q_proj"]}, False),
+    "the embedding replaced": ({"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}, False),
+    "the head replaced": ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, False),
+    "both replaced and kept tied": (
+        {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"], "ensure_weight_tying": True},
+        True,
+    ),
+    "a pair on the embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, False),
+    "a pair on the head": ({"target_modules": ["lm_head"]}, False),
+    "a pair each": ({"target_modules": ["embed_tokens", "lm_head"]}, False),
+    "one pair for both": ({"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}, True),
+    "a pair on one, the other replaced": ({"modules_to_save": ["lm_head"], "target_modules": ["embed_tokens"]}, False),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+@pytest.mark.parametrize("factored", [False, True])
+def test_tied_weights_are_untied_where_an_adapter_tells_them_apart(case, factored, tmp_path):
+    options, tied = TIED[case]
+    model = build("llama-tied")
+    want = train(model, tmp_path / "adapter", r=4, **options)
+    assert (want - logits(model)).abs().max() > 1e-3
+    if factored:
+        merge_into_factors(truncated(model, rank=32), tmp_path / "adapter")
+    else:
+        with torch.device("meta"):
+            check_fit(type(model)(model.config), tmp_path / "adapter")
+        merge_dense_adapter(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+    assert model.config.tie_word_embeddings is tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    save_folder(model, tmp_path / "model")
+    assert torch.equal(logits(from_pretrained(tmp_path / "model")), logits(model))
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert ("lm_head.weight" in stored) is not tied
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_other_ties_go_with_those_that_are_undone(tmp_path):
+    """A BERT ties two tensors of its head, by one flag."""
+    model = build("bert-mlm", tie_word_embeddings=True)
+    want = train(model, tmp_path / "adapter", r=4, target_modules=["word_embeddings"])
+    merge_dense_adapter(model, tmp_path / "adapter")
+    save_folder(model, tmp_path / "model")
+    torch.testing.assert_close(logits(from_pretrained(tmp_path / "model")), want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_peft_does_not_merge_exactly_is_refused(tmp_path, monkeypatch):
+    train(build("bert"), tmp_path, r=4, target_modules=["query"])
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    with pytest.raises(InputError, match="does not merge this adapter exactly"):
+        merge_dense_adapter(build("bert"), tmp_path)
 
 
 @pytest.fixture(params=ADAPTERS)
@@ -208,38 +324,48 @@ def test_a_factored_layer_cannot_be_replaced_whole(tmp_path):
         merge_into_factors(truncated(dense), tmp_path)
 
 
-def test_a_tied_weight_is_refused(tmp_path):
+@pytest.mark.parametrize("replaced", [["embed_tokens", "lm_head"], ["embed_tokens"], []])
+def test_another_vocabulary_is_refused_with_advice(replaced, tmp_path):
     model = build("llama-tied")
-    train(model, tmp_path, r=4, target_modules=["lm_head"])
-    assert_refused(model, tmp_path, "lm_head is tied")
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(60)
+    options = {"modules_to_save": replaced} if replaced else {"trainable_token_indices": [55]}
+    train(larger, tmp_path, r=4, target_modules=["q_proj"], **options)
+    message = "another vocabulary: give the model with its embeddings resized" if replaced else "does not fit"
+    with pytest.raises(InputError, match=message):
+        merge_dense_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer replication"),
         ({"alora_invocation_tokens": [1, 2]}, "activated LoRA"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING cannot be merged into weights"),
+        ({"peft_type": "XLORA"}, "mixes adapters"),
+        ({"peft_type": None}, "no peft_type"),
     ],
 )
-def test_what_is_not_plain_lora_is_refused(options, message, tmp_path):
+def test_what_no_weights_can_hold_is_refused(options, message, tmp_path):
     train(build("llama"), tmp_path, r=4, target_modules=["q_proj"])
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
     assert_refused(build("llama"), tmp_path, message)
 
 
-def test_dora_as_peft_writes_it_is_refused(tmp_path):
-    train(build("llama"), tmp_path, r=4, target_modules=["q_proj"], use_dora=True)
-    with pytest.raises(InputError, match="DoRA"):
-        check_adapter(tmp_path)
+def test_a_method_that_peft_does_not_know_is_named(tmp_path):
+    train(build("bert"), tmp_path, r=4, target_modules=["query"])
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "TOMORROW"}))
+    with pytest.raises(InputError, match="TOMORROW"):
+        merge_dense_adapter(build("bert"), tmp_path)
 
 
-def test_other_methods_are_refused(tmp_path):
-    train(build("bert"), tmp_path, IA3Config, target_modules=["query"], feedforward_modules=[])
-    with pytest.raises(InputError, match="IA3"):
-        check_adapter(tmp_path)
+def test_prompts_as_peft_writes_them_are_refused(tmp_path):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(build("llama"), config).save_pretrained(tmp_path)
+    assert_refused(build("llama"), tmp_path, "PROMPT_TUNING cannot be merged into weights")
 
 
 def test_folders_that_hold_no_adapter(tmp_path):

@@ -1,4 +1,4 @@
-"""Greedy decoding with an exported decoder: numpy and ONNX Runtime, nothing else."""
+"""Decoding with an exported decoder and its own cache: numpy and ONNX Runtime, nothing else."""
 
 import numpy as np
 import onnxruntime
@@ -18,17 +18,44 @@ def greedy_decode(
     Raises:
         InputError: the graph has no cache inputs, or the prompt is not a matrix with at least one token.
     """
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise InputError(f"input_ids must be (batch, sequence) with a token or more, got shape {input_ids.shape}")
-    cache = empty_cache(session, input_ids.shape[0])
-    present = [name.replace("past_key_values", "present", 1) for name in cache]
-    tokens, step = input_ids.astype(np.int64), input_ids.astype(np.int64)
+    decoding = _Decoding(session, input_ids)
+    tokens = step = input_ids.astype(np.int64)
     for _ in range(new_tokens):
-        logits, *updated = session.run(["logits", *present], step_inputs(session, step, tokens.shape[1]) | cache)
-        cache = dict(zip(cache, updated, strict=True))
-        step = logits[:, -1:].argmax(axis=-1)
+        step = decoding.feed(step).argmax(axis=-1)[:, None]
         tokens = np.concatenate([tokens, step], axis=1)
     return tokens
+
+
+def decode_along(
+    session: onnxruntime.InferenceSession, input_ids: NDArray[np.int64], tokens: NDArray[np.int64]
+) -> NDArray[np.floating]:
+    """The logits (batch, K, vocabulary) from which each of ``tokens`` (batch, K) would be picked, if those before it
+    had been.
+
+    Raises:
+        InputError: as `greedy_decode`.
+    """
+    decoding = _Decoding(session, input_ids)
+    steps = [input_ids.astype(np.int64), *(tokens[:, at : at + 1] for at in range(tokens.shape[1] - 1))]
+    return np.stack([decoding.feed(step) for step in steps], axis=1)
+
+
+class _Decoding:
+    """A session with the cache of what it was fed."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, prompt: NDArray[np.int64]) -> None:
+        if prompt.ndim != 2 or prompt.shape[1] == 0:
+            raise InputError(f"input_ids must be (batch, sequence) with a token or more, got shape {prompt.shape}")
+        self._session, self._cache, self._length = session, empty_cache(session, prompt.shape[0]), 0
+
+    def feed(self, step: NDArray[np.int64]) -> NDArray[np.floating]:
+        """The logits (batch, vocabulary) after the tokens (batch, sequence)."""
+        self._length += step.shape[1]
+        present = [name.replace("past_key_values", "present", 1) for name in self._cache]
+        inputs = step_inputs(self._session, step, self._length)
+        logits, *updated = self._session.run(["logits", *present], inputs | self._cache)
+        self._cache = dict(zip(self._cache, updated, strict=True))
+        return logits[:, -1]
 
 
 def empty_cache(session: onnxruntime.InferenceSession, batch: int) -> dict[str, NDArray[np.floating]]:

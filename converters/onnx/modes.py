@@ -10,6 +10,7 @@ FILE_NAMES = {
     "float16": "model_fp16.onnx",
 }
 MODES = tuple(FILE_NAMES)
+INT8_STATIC = "int8-static"  # the one that needs data, to find ranges on
 # Those that have a scale for every block of so many inputs of one output.
 BLOCK_MODES = ("int8-blocks", "int4")
 BLOCK = 32

@@ -1,0 +1,67 @@
+"""What a graph was exported with, read from the graph itself: it is the record that cannot be lost or go stale."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+
+from converters.errors import InputError
+from converters.onnx.export import FUSED_OPSET
+from converters.onnx.latent import kind_of_cache
+from converters.onnx.modes import FILE_NAMES
+
+_DTYPES = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+    onnx.TensorProto.DOUBLE: torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export a model as another was: see `converters.onnx.export.export_onnx`.
+
+    inputs: the graph's own, in their order. image_size: height and width, channels: of images; None for text.
+    dtype: of the logits.
+    """
+
+    inputs: tuple[str, ...]
+    image_size: tuple[int, int] | None
+    channels: int | None
+    kv_cache: str
+    fuse: bool
+    dtype: torch.dtype
+
+
+def options_of(graph: Path) -> ExportOptions:
+    """What `export_onnx` made this graph with.
+
+    Raises:
+        InputError: the graph's images have no fixed size.
+    """
+    model = onnx.load(graph, load_external_data=False)
+    inputs = {value.name: value for value in model.graph.input}
+    channels, image_size = None, None
+    if "pixel_values" in inputs:
+        _, channels, height, width = (axis.dim_value for axis in inputs["pixel_values"].type.tensor_type.shape.dim)
+        if not (channels and height and width):
+            raise InputError(f"the images of {graph} have no fixed size; export it with one")
+        image_size = (height, width)
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    (logits,) = (value for value in model.graph.output if value.name == "logits")
+    return ExportOptions(
+        inputs=tuple(inputs),
+        image_size=image_size,
+        channels=channels,
+        kv_cache=kind_of_cache(inputs),
+        fuse=opset >= FUSED_OPSET,
+        dtype=_DTYPES[logits.type.tensor_type.elem_type],
+    )
+
+
+def modes_beside(graph: Path) -> Sequence[str]:
+    """The kinds of quantisation that lie beside a graph."""
+    return [mode for mode, name in FILE_NAMES.items() if graph.with_name(name).is_file()]
