@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from converters.folder import save_folder
 from converters.lowrank import dense_weight
+from converters.onnx.coverage import coverage
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import quantize_graph
 from prehab_export.budget import drop_of
@@ -25,7 +26,7 @@ from prehab_export.models import empty_model
 from prehab_export.parity import digests_of
 from prehab_export.pipeline import stage_keys
 from prehab_export.progress import bar, say
-from prehab_export.quantization import activation_sample
+from prehab_export.quantization import activation_sample, tell_coverage
 from prehab_export.session import Session
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Decompositions, Plan, decompose_layers
@@ -132,7 +133,9 @@ class FitModels:
 
     def _quantize(self, plan: Plan, mode: str, folder: Path) -> None:
         source = self.graph(plan, FLOAT32)
-        quantize_graph(source, folder / FILE_NAMES[mode], mode, partial(activation_sample, self.session.on_cpu, source))
+        graph = folder / FILE_NAMES[mode]
+        quantize_graph(source, graph, mode, partial(activation_sample, self.session.on_cpu, source))
+        tell_coverage(f"{slug_of(plan)} {mode}", coverage(source, graph))
 
     def metrics(self, plan: Plan, mode: str, split: str = "evaluation") -> Metrics:
         """Of the graph, on ONNX Runtime."""
