@@ -14,8 +14,8 @@ mode              products with a weight             activations
 Embedding tables are in blocks in every integer mode, of 4 bits in ``int8-tables4`` and ``int4``, of 8 bits elsewhere;
 an output layer that is tied to a table is a product on the same bytes (`converters.onnx.blocks`). Products of
 activations stay as they are, and so do convolutions: with int8 weights, ONNX Runtime's takes three times as long as in
-float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``). What stayed is told by
-`converters.onnx.coverage`. A block of a product is 32 inputs of one output: ranks in multiples of it waste nothing. Weights that are multiplied
+float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``). `converters.onnx.coverage` tells what stays.
+A block of a product is 32 inputs of one output: ranks in multiples of it waste nothing. Weights that are multiplied
 head by head have three axes, and there the kernels know one scale a weight only.
 """
 
@@ -61,11 +61,11 @@ def quantize_graph(
 
     Args:
         sample: for ``int8-static``, what to run the graph on; called once.
-        may_grow: take a graph that came out larger than ``source`` too, as a single small product may.
+        may_grow: take weights that came out larger too, as those of a single small product may.
 
     Raises:
-        InputError: an unknown mode, no such graph, not a graph, no sample where one is needed, or a graph that came
-            out larger than ``source``.
+        InputError: an unknown mode, no such graph, not a graph, no sample where one is needed, or weights that
+            came out larger.
     """
     if mode not in MODES:
         raise InputError(f"unknown quantisation {mode!r}; expected one of {', '.join(MODES)}")
@@ -77,12 +77,12 @@ def quantize_graph(
     try:
         with quiet():
             model = ir.load(source)
-            before = _bytes_of(source, model)
+            before = _weight_bytes(model)
             threshold = 0 if has_external_data(model) else None
             finished = _quantized(model, mode, sample, folder)
+            if not may_grow:
+                _refuse_larger(source, before, _weight_bytes(finished), mode)
             publish_graph(finished, folder / "finished" / target.name, threshold, check=False)
-        if not may_grow:
-            _refuse_larger(source, before, folder / "finished" / target.name, mode)
         data_file(target).unlink(missing_ok=True)  # of an earlier graph
         for file in sorted((folder / "finished").iterdir(), reverse=True):  # the graph last
             os.replace(file, target.with_name(file.name))
@@ -100,20 +100,17 @@ def _check(source: Path) -> None:
         raise InputError(f"{source} is not an ONNX file: {error}") from error
 
 
-def _refuse_larger(source: Path, before: int, target: Path, mode: str) -> None:
-    after = sum(file.stat().st_size for file in target.parent.iterdir())
+def _refuse_larger(source: Path, before: int, after: int, mode: str) -> None:
+    # Weights are compared, not files: the operators around a few kB of weights can weigh more than is saved there.
     if after > before:
         raise InputError(
-            f"{mode} makes {source} larger, {after:,} bytes instead of {before:,}: its weights are too small or too "
-            f"narrow for it; leave this mode out"
+            f"{mode} makes the weights of {source} larger, {after:,} bytes instead of {before:,}: they are too small or "
+            "too narrow for it; leave this mode out"
         )
 
 
-def _bytes_of(source: Path, model: ir.Model) -> int:
-    """Of the graph's file and of those that hold its weights."""
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    files = {source, *(Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor))}
-    return sum(file.stat().st_size for file in files)
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
 
 
 def _quantized(model: ir.Model, mode: str, sample: Callable[[], Iterable[Feeds]] | None, folder: Path) -> ir.Model:

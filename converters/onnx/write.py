@@ -94,7 +94,11 @@ def write_graph(model: ir.Model, path: Path, *, check: bool = True) -> None:
 
 
 def _is_large(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.nbytes >= _LEAST_BYTES
+    tensor = value.const_value
+    if tensor is None:
+        return False
+    # What lies in another file must not be a mere reference to it here.
+    return tensor.nbytes >= _LEAST_BYTES or isinstance(tensor, ir.ExternalTensor)
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:
