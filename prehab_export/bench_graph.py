@@ -13,8 +13,8 @@ from converters.errors import InputError
 
 # Operators that change the type or the shape of token ids, or the form of a table, but not what they stand for.
 _CARRY = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "DequantizeLinear"}
-# Embedding look-ups → the place of the table among their inputs.
-_LOOKUP = {"Gather": 0, "GatherBlockQuantized": 0, "EmbedLayerNormalization": 2}
+# Embedding look-ups → the place of the table among their inputs, and of its steps.
+_LOOKUP = {"Gather": (0,), "GatherBlockQuantized": (0, 2), "EmbedLayerNormalization": (2,)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _weight_bytes(graph: onnx.GraphProto) -> int:
         for node in graph.node
         if node.op_type not in _CARRY
         for place, name in enumerate(node.input)
-        if _LOOKUP.get(node.op_type) != place
+        if place not in _LOOKUP.get(node.op_type, ())
     }
     return sum(_tensor_bytes(tensor) for tensor in graph.initializer if tensor.name in read)
 
@@ -95,6 +95,11 @@ def _vocab_size(graph: onnx.GraphProto) -> int | None:
     """The least number of rows among the tables that input_ids are looked up in."""
     rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
     sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type in _CARRY}
+    # Ids that are looked up among the numbers of a table's rows, which refuses those beyond it, stay what they are.
+    numbers = {node.output[0] for node in graph.node if node.op_type == "Range"}
+    sources |= {
+        node.output[0]: node.input[1] for node in graph.node if node.op_type == "Gather" and node.input[0] in numbers
+    }
     sizes = [rows[table] for table in (_origin(t, sources) for t in _tables(graph, sources)) if table in rows]
     return min(sizes, default=None)
 
@@ -105,7 +110,7 @@ def _tables(graph: onnx.GraphProto, sources: dict[str, str]) -> Iterator[str]:
             continue
         ids = node.input[0 if node.op_type == "EmbedLayerNormalization" else 1]
         if _origin(ids, sources) == "input_ids":
-            yield node.input[_LOOKUP[node.op_type]]
+            yield node.input[_LOOKUP[node.op_type][0]]
 
 
 def _origin(name: str, sources: dict[str, str]) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from converters.dtypes import DTYPES, cast_weights, holds_exactly
 from converters.folder import save_folder
 from converters.lowrank import dense_weight
+from converters.onnx.coverage import coverage
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import quantize_graph
 from prehab_export.budget import drop_of
@@ -24,7 +25,7 @@ from prehab_export.export import export_model
 from prehab_export.fit_search import FLOAT32, Layers
 from prehab_export.models import empty_model
 from prehab_export.progress import bar, say
-from prehab_export.quantization import activation_sample
+from prehab_export.quantization import activation_sample, tell_coverage
 from prehab_export.session import Session
 from prehab_export.stages import STAGES
 from prehab_export.training import frozen_copy
@@ -151,7 +152,9 @@ class FitModels:
 
     def _quantize(self, plan: Plan, mode: str, folder: Path) -> None:
         source = self.graph(plan, FLOAT32)
-        quantize_graph(source, folder / FILE_NAMES[mode], mode, partial(activation_sample, self.session.on_cpu, source))
+        graph = folder / FILE_NAMES[mode]
+        quantize_graph(source, graph, mode, partial(activation_sample, self.session.on_cpu, source))
+        tell_coverage(f"{slug_of(plan)} {mode}", coverage(source, graph))
 
     def metrics(self, plan: Plan, mode: str, split: str = "evaluation") -> Metrics:
         """Of the graph, on ONNX Runtime."""

@@ -99,7 +99,7 @@ def layer_probes(
             for mode in modes:
                 graph = folder / f"{name}-{mode}.onnx"
                 if mode != FLOAT32:
-                    quantize_graph(source, graph, mode, partial(_sample, (m, n), tokens))
+                    quantize_graph(source, graph, mode, partial(_sample, (m, n), tokens), may_grow=True)
                 yield LayerProbe(f"{name}-{mode}", mode, (m, n), rank, copies, graph)
         progress(1)
 

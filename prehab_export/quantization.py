@@ -11,6 +11,7 @@ import torch
 
 from converters.folder import from_pretrained
 from converters.lowrank import low_rank_layers
+from converters.onnx.coverage import Coverage, coverage
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import Feeds, quantize_graph
 from converters.onnx.session import open_session
@@ -26,6 +27,9 @@ from prehab_export.workspace import write_json
 
 # Ranges of activations need far fewer samples than moments.
 SAMPLE = 128
+# A share of the weights in floating point that is worth a warning, and the least that one of its lines is about.
+CONSIDERABLE = 0.1
+LEAST_TOLD = 0.01
 
 
 def quantize(session: Session, folder: Path) -> None:
@@ -47,8 +51,23 @@ def quantize(session: Session, folder: Path) -> None:
             if side == "compressed" and session.config.quantize_refit and mode in GRIDS:
                 metrics, refit = _with_refit(session, source, graph, mode, metrics)
             facts = {"model": side, "mode": mode, "bytes": read_graph(graph).file_bytes, **asdict(metrics)}
-            rows.append(facts | {"refit": refit})
+            covered = coverage(source, graph)
+            tell_coverage(f"{side} {mode}", covered)
+            rows.append(facts | {"refit": refit, "weights_quantised": covered.share, "coverage": asdict(covered)})
     write_json(folder / "quantize.json", {"graphs": rows})
+
+
+def tell_coverage(name: str, covered: Coverage) -> None:
+    """Say how much of a graph was quantised; where much was not, what."""
+    say(f"  {name}: {covered.share:.1%} of {covered.weights:,} weights quantised")
+    if covered.share < 1 - CONSIDERABLE:
+        for left in covered.left:
+            if left.weights >= LEAST_TOLD * covered.weights:
+                share = left.weights / covered.weights
+                say(
+                    f"  [yellow]warning: {share:.1%} of the weights of {name} stay in floating point, in "
+                    f"{left.tensors} tensors of {left.operator}: {left.reason}"
+                )
 
 
 def graphs_of(session: Session) -> dict[str, Path]:

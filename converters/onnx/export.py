@@ -1,14 +1,10 @@
 """torch → ONNX for image classification, text classification and text generation."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -27,15 +23,12 @@ from converters.onnx.names import restore_weight_names, store_by_head, store_tra
 from converters.onnx.quiet import quiet
 from converters.onnx.rope import traceable_frequencies
 from converters.onnx.stack import stack_products
-from converters.onnx.write import write_graph
+from converters.onnx.write import publish_graph
 
 TASKS = ("image-classification", "text-classification", "text-generation")
 
 # Fused graphs use the Attention, RotaryEmbedding and RMSNormalization that opset 23 brought; plain ones do without.
 FUSED_OPSET, PLAIN_OPSET = 23, 20
-
-# A protobuf file ends at 2 GiB.
-EXTERNAL_DATA_THRESHOLD = 1_900_000_000
 
 
 @dataclass(frozen=True)
@@ -64,7 +57,7 @@ def export_onnx(
     image_size: tuple[int, int] | None = None,
     fuse: bool = True,
     kv_cache: str = FULL,
-    external_data_threshold: int = EXTERNAL_DATA_THRESHOLD,
+    external_data_threshold: int | None = None,
 ) -> OnnxExport:
     """Write the model, dense or factored, as one ONNX graph; the model is handed back as it was.
 
@@ -82,8 +75,8 @@ def export_onnx(
 
     The graph keeps the model's dtype. ONNX Runtime on CPU runs float16 graphs but has few bfloat16 kernels and does
     not open such a graph: cast a bfloat16 model to float32 first. Weights above ``external_data_threshold`` bytes
-    go to ``<name>.onnx_data`` beside the graph. ``fuse=False`` writes standard operators of an older opset only, to
-    compare with or for other runtimes.
+    (without it, those that one file cannot hold) go to ``<name>.onnx_data`` beside the graph. ``fuse=False`` writes
+    standard operators of an older opset only, to compare with or for other runtimes.
 
     Raises:
         InputError: an unknown task, or a model that does not fit it.
@@ -101,7 +94,7 @@ def export_onnx(
         graph = _trace(traced, attention, FUSED_OPSET if fuse else PLAIN_OPSET)
         _optimise(graph, fuse, _first_names(model))
         fusions = count_fusions(graph)
-        size = _publish(graph, path, external_data_threshold)
+        size = publish_graph(graph, path, external_data_threshold)
     return OnnxExport(
         path=path,
         inputs=traced.inputs.names,
@@ -233,25 +226,3 @@ def _optimise(graph: ir.Model, fused: bool, first_names: Mapping[str, str]) -> N
         else:
             simplify_graph(graph)
         tidy(graph, names)
-
-
-def _publish(graph: ir.Model, path: Path, threshold: int) -> int:
-    """Write beside the destination, check, move into place; returns the bytes written."""
-    data = path.with_name(f"{path.name}_data")
-    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        written = folder / path.name
-        if weights > threshold:
-            ir.save(graph, written, external_data=data.name)
-            onnx.checker.check_model(str(written))  # reads the graph, not its data
-        else:
-            write_graph(graph, written)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        data.unlink(missing_ok=True)  # of an earlier export; the graph that belongs to it goes next
-        for file in sorted(folder.iterdir(), reverse=True):  # the graph last: it is what makes the export complete
-            os.replace(file, path.with_name(file.name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return size

@@ -1,21 +1,22 @@
-"""Smaller weights for a graph that is there already: int8, int4 and float16, with ONNX Runtime's own quantisers.
+"""Smaller weights for a graph that is there already: int8, int4 and float16.
 
-================  ==========================  ==========================================================
-mode              weights                     products
-================  ==========================  ==========================================================
-``int8``          int8, one scale a column    in int8; activations scaled as they come (dynamic)
-``int8-tables4``  as ``int8``, but embedding  as ``int8``
-                  tables in blocks of int4
-``int8-static``   int8, one scale a column    in int8; activations by ranges found on a sample (QDQ)
-``int8-blocks``   int8, one scale a block     in int8 or float32, as the machine's kernels have it
-``int4``          int4, one scale a block     in int8 or float32, as the machine's kernels have it
-``float16``       float16                     in float32: half the file, the same speed
-================  ==========================  ==========================================================
+================  =================================  ==========================================================
+mode              products with a weight             activations
+================  =================================  ==========================================================
+``int8``          int8, one scale a column           scaled as they come (dynamic); products in int8
+``int8-tables4``  as ``int8``                        as ``int8``
+``int8-static``   int8, one scale a column           by ranges found on a sample (QDQ); products in int8
+``int8-blocks``   int8, one scale a block            products in int8 or float32, as the machine's kernels have it
+``int4``          int4, one scale a block            products in int8 or float32, as the machine's kernels have it
+``float16``       float16                            float32: half the file, the same speed
+================  =================================  ==========================================================
 
-Products with a weight are quantised, and embedding tables; products of activations stay as they are, and so do
-convolutions: with int8 weights, ONNX Runtime's takes three times as long as in float32 on the patches of a ViT-B/16
-(``benchmarks/encoder_operators.py``). A block is 32 inputs of one output: ranks in multiples of it waste nothing.
-Weights that are multiplied head by head have three axes, and there the kernels know one scale a weight only.
+Embedding tables are in blocks in every integer mode, of 4 bits in ``int8-tables4`` and ``int4``, of 8 bits elsewhere;
+an output layer that is tied to a table is a product on the same bytes (`converters.onnx.blocks`). Products of
+activations stay as they are, and so do convolutions: with int8 weights, ONNX Runtime's takes three times as long as in
+float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``). `converters.onnx.coverage` tells what stays.
+A block of a product is 32 inputs of one output: ranks in multiples of it waste nothing. Weights that are multiplied
+head by head have three axes, and there the kernels know one scale a weight only.
 """
 
 import os
@@ -32,26 +33,39 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from converters.errors import InputError
-from converters.onnx.modes import BLOCK, MODES
+from converters.onnx.blocks import plain_products, products_in_blocks, tables_in_blocks
+from converters.onnx.modes import MODES
 from converters.onnx.quiet import quiet
+from converters.onnx.write import data_file, has_external_data, publish_graph
 
-# What int8 quantises; products of which neither side is a weight are left out by an option.
-INT8_OPERATORS = ["MatMul", "Gemm", "Gather"]
-
-# Smaller tensors gain nothing.
+# Weights that are smaller gain nothing.
 LEAST_ELEMENTS = 1024
+
+# Mode → bits of embedding tables; and of products, of those modes that have blocks there too.
+TABLE_BITS = {"int8": 8, "int8-tables4": 4, "int8-static": 8, "int8-blocks": 8, "int4": 4}
+PRODUCT_BITS = {"int8-blocks": 8, "int4": 4}
 
 Feeds = Mapping[str, np.ndarray]
 
 
-def quantize_graph(source: Path, target: Path, mode: str, sample: Callable[[], Iterable[Feeds]] | None = None) -> Path:
-    """Write ``source`` again with smaller weights; returns ``target``, which appears only when it is complete.
+def quantize_graph(
+    source: Path,
+    target: Path,
+    mode: str,
+    sample: Callable[[], Iterable[Feeds]] | None = None,
+    *,
+    may_grow: bool = False,
+) -> Path:
+    """Write ``source`` again with smaller weights; returns ``target``, which appears only when it is complete. A graph
+    whose weights lie in a file of their own gets one too, ``<name>.onnx_data``.
 
     Args:
         sample: for ``int8-static``, what to run the graph on; called once.
+        may_grow: take weights that came out larger too, as those of a single small product may.
 
     Raises:
-        InputError: an unknown mode, no such graph, not a graph, or no sample where one is needed.
+        InputError: an unknown mode, no such graph, not a graph, no sample where one is needed, or weights that
+            came out larger.
     """
     if mode not in MODES:
         raise InputError(f"unknown quantisation {mode!r}; expected one of {', '.join(MODES)}")
@@ -62,8 +76,15 @@ def quantize_graph(source: Path, target: Path, mode: str, sample: Callable[[], I
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
         with quiet():
-            _quantize(source, folder / target.name, mode, sample)
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):  # the graph last
+            model = ir.load(source)
+            before = _weight_bytes(model)
+            threshold = 0 if has_external_data(model) else None
+            finished = _quantized(model, mode, sample, folder)
+            if not may_grow:
+                _refuse_larger(source, before, _weight_bytes(finished), mode)
+            publish_graph(finished, folder / "finished" / target.name, threshold, check=False)
+        data_file(target).unlink(missing_ok=True)  # of an earlier graph
+        for file in sorted((folder / "finished").iterdir(), reverse=True):  # the graph last
             os.replace(file, target.with_name(file.name))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -79,48 +100,93 @@ def _check(source: Path) -> None:
         raise InputError(f"{source} is not an ONNX file: {error}") from error
 
 
-def _quantize(source: Path, target: Path, mode: str, sample: Callable[[], Iterable[Feeds]] | None) -> None:
+def _refuse_larger(source: Path, before: int, after: int, mode: str) -> None:
+    # Weights are compared, not files: the operators around a few kB of weights can weigh more than is saved there.
+    if after > before:
+        raise InputError(
+            f"{mode} makes the weights of {source} larger, {after:,} bytes instead of {before:,}: they are too small or "
+            "too narrow for it; leave this mode out"
+        )
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+
+
+def _quantized(model: ir.Model, mode: str, sample: Callable[[], Iterable[Feeds]] | None, folder: Path) -> ir.Model:
+    """The model with smaller weights; ``folder`` is for files on the way, which it may read its weights from."""
+    if mode == "float16":
+        _store_in_float16(model)
+        return model
+    by_head = _products_by_head(model)
+    tables_in_blocks(model, TABLE_BITS[mode])
+    if mode in PRODUCT_BITS:
+        products_in_blocks(model, PRODUCT_BITS[mode])
+    else:
+        model = _in_int8(model, sample if mode == "int8-static" else None, by_head, folder)
+    return _by_head_in_int8(model, by_head, folder) if by_head else model
+
+
+def _in_int8(
+    model: ir.Model, sample: Callable[[], Iterable[Feeds]] | None, excluded: list[str], folder: Path
+) -> ir.Model:
+    """Products in int8, by ranges found on the sample or, without one, scaled as they come."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-    external = source.with_name(f"{source.name}_data").is_file()
-    by_head = [] if mode == "float16" else _products_by_head(source)
+    if sample is None:
+        plain_products(model)
+    before, after = folder / "before.onnx", folder / "after.onnx"
+    publish_graph(model, before, check=False)
     shared: dict[str, Any] = {
         "per_channel": True,
         "weight_type": QuantType.QInt8,
-        "use_external_data_format": external,
-        "op_types_to_quantize": INT8_OPERATORS,
-        "nodes_to_exclude": by_head,
+        "use_external_data_format": data_file(before).is_file(),
+        "nodes_to_exclude": excluded,
+        "extra_options": {"MatMulConstBOnly": True},
     }
-    if mode == "int8":
-        quantize_dynamic(source, target, extra_options={"MatMulConstBOnly": True}, **shared)
-    elif mode == "int8-tables4":
-        tables = _in_blocks(source, 4, ("Gather",))
-        quantize_dynamic(tables, target, extra_options={"MatMulConstBOnly": True}, **shared)
-    elif mode == "int8-static":
-        assert sample is not None
+    if sample is None:
+        quantize_dynamic(before, after, op_types_to_quantize=["MatMul"], **shared)
+    else:
         quantize_static(
-            source,
-            target,
+            before,
+            after,
             _Reader(sample()),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
-            extra_options={"MatMulConstBOnly": True},
+            op_types_to_quantize=["MatMul", "Gemm"],
             **shared,
         )
-    elif mode == "float16":
-        _store_in_float16(source, target, external)
-    else:
-        _quantize_blocks(source, target, mode, external)
-    if by_head:
-        shared |= {"per_channel": False, "nodes_to_exclude": None, "nodes_to_quantize": by_head}
-        quantize_dynamic(target, target, extra_options={"MatMulConstBOnly": True}, **shared)
+    return ir.load(after)
 
 
-def _products_by_head(source: Path) -> list[str]:
+def _by_head_in_int8(model: ir.Model, names: list[str], folder: Path) -> ir.Model:
+    """Products with a weight of three axes in int8, one scale a weight."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    before, after = folder / "before-heads.onnx", folder / "after-heads.onnx"
+    publish_graph(model, before, check=False)
+    quantize_dynamic(
+        before,
+        after,
+        op_types_to_quantize=["MatMul"],
+        weight_type=QuantType.QInt8,
+        use_external_data_format=data_file(before).is_file(),
+        nodes_to_quantize=names,
+        extra_options={"MatMulConstBOnly": True},
+    )
+    return ir.load(after)
+
+
+def _products_by_head(model: ir.Model) -> list[str]:
     """Names of the products with a weight of three axes."""
-    graph = onnx.load(source, load_external_data=False).graph
-    weights = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 3}
-    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    products = (node for node in model.graph.all_nodes() if node.op_type == "MatMul")
+    return [
+        str(node.name)
+        for node in products
+        if (weight := node.inputs[1]) is not None
+        and weight.const_value is not None
+        and len(weight.const_value.shape) == 3
+    ]
 
 
 class _Reader:
@@ -133,35 +199,8 @@ class _Reader:
         return next(self._feeds, None)
 
 
-def _quantize_blocks(source: Path, target: Path, mode: str, external: bool) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.onnx_model import ONNXModel
-
-    if mode == "int4":
-        ONNXModel(_in_blocks(source, 4, ("MatMul", "Gather"))).save_model_to_file(str(target), external)
-    else:  # for tables there are blocks of 4 bits only
-        quantize_dynamic(
-            _in_blocks(source, 8, ("MatMul",)), target, op_types_to_quantize=["Gather"], weight_type=QuantType.QInt8,
-            use_external_data_format=external,
-        )  # fmt: skip
-
-
-def _in_blocks(source: Path, bits: int, kinds: tuple[str, ...]) -> onnx.ModelProto:
-    """The graph with the weights of these kinds of operators in blocks."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    # Accuracy level 4 lets the kernels multiply in int8, which is what makes them fast.
-    quantizer = MatMulNBitsQuantizer(
-        onnx.load(source), bits, BLOCK, is_symmetric=True, accuracy_level=4,
-        op_types_to_quantize=kinds, quant_axes=(("MatMul", 0), ("Gather", 1)),
-    )  # fmt: skip
-    quantizer.process()
-    return quantizer.model.model
-
-
-def _store_in_float16(source: Path, target: Path, external: bool) -> None:
+def _store_in_float16(model: ir.Model) -> None:
     """Weights in float16, each cast to float32 as a session opens; values beyond float16's range stay as they are."""
-    model = ir.load(source)
     graph = model.graph
     for value in list(graph.initializers.values()):
         tensor = value.const_value
@@ -183,4 +222,3 @@ def _store_in_float16(source: Path, target: Path, external: bool) -> None:
         value.replace_all_uses_with(cast.outputs[0])
         del graph.initializers[str(value.name)]
     RemoveUnusedNodesPass()(model)
-    ir.save(model, target, external_data=f"{target.name}_data" if external else None)

@@ -4,8 +4,6 @@ A graph whose shapes stay need not be exported again: the rest of it is the same
 """
 
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from converters.onnx.names import HEADS, TRANSPOSED, parameter_name
+from converters.onnx.write import has_external_data, publish_graph
 
 
 def weight_names(source: Path) -> set[str]:
@@ -29,6 +28,7 @@ def replace_weights(source: Path, target: Path, values: Mapping[str, Tensor]) ->
         ValueError: a value has another shape than the weight, or one part of a stack is given and another is not.
     """
     model = ir.load(source)
+    external = has_external_data(model)
     for value in model.graph.initializers.values():
         name, old = str(value.name), value.const_value
         parts = [part for part in _parts(name) if part in values]
@@ -44,15 +44,7 @@ def replace_weights(source: Path, target: Path, values: Mapping[str, Tensor]) ->
         if new.shape != tuple(old.shape.numpy()):
             raise ValueError(f"{name}: {new.shape} cannot take the place of {tuple(old.shape.numpy())}")
         value.const_value = ir.tensor(new, name=name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    external = source.with_name(f"{source.name}_data").is_file()
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        ir.save(model, folder / target.name, external_data=f"{target.name}_data" if external else None)
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):  # the graph last
-            file.replace(target.with_name(file.name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    publish_graph(model, target, 0 if external else None, check=False)
     return target
 
 

@@ -6,6 +6,9 @@ lengths are known from shapes. So everything but the weights is serialised as us
 time: a model of S bytes takes one tensor's worth of memory to write, not 2·S.
 """
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +23,53 @@ _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = (field << 3 | 2 for field i
 # Smaller tensors stay in the message.
 _LEAST_BYTES = 1024
 
+# A protobuf file ends at 2 GiB.
+EXTERNAL_DATA_THRESHOLD = 1_900_000_000
 
-def write_graph(model: ir.Model, path: Path) -> None:
-    """Write the model as one ONNX file with its weights inside.
+
+def data_file(graph: Path) -> Path:
+    """Where a graph's weights lie if they are not in it: the name that the ecosystem looks for."""
+    return graph.with_name(f"{graph.name}_data")
+
+
+def has_external_data(model: ir.Model) -> bool:
+    """Whether a graph that was read keeps weights in a file of their own."""
+    return any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
+
+
+def publish_graph(model: ir.Model, path: Path, threshold: int | None = None, *, check: bool = True) -> int:
+    """Write beside the destination, check, move into place; returns the bytes written.
+
+    Args:
+        threshold: weights of more bytes go to ``data_file(path)``; by default ``EXTERNAL_DATA_THRESHOLD``.
+        check: that it is a valid graph; one made from a graph that came from elsewhere is as valid as that.
+
+    Raises:
+        onnx.checker.ValidationError: it is not a valid graph.
+    """
+    threshold = EXTERNAL_DATA_THRESHOLD if threshold is None else threshold
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        written = folder / path.name
+        if weights > threshold:
+            ir.save(model, written, external_data=data_file(path).name)
+            if check:
+                onnx.checker.check_model(str(written))  # reads the graph, not its data
+        else:
+            write_graph(model, written, check=check)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        data_file(path).unlink(missing_ok=True)  # of an earlier graph; the graph that belongs to it goes next
+        for file in sorted(folder.iterdir(), reverse=True):  # the graph last: it is what makes it complete
+            os.replace(file, path.with_name(file.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return size
+
+
+def write_graph(model: ir.Model, path: Path, *, check: bool = True) -> None:
+    """Write the model as one ONNX file with its weights inside; ``check``: that it is a valid graph.
 
     Raises:
         onnx.checker.ValidationError: it is not a valid graph.
@@ -30,7 +77,8 @@ def write_graph(model: ir.Model, path: Path) -> None:
     weights = [value for value in model.graph.initializers.values() if _is_large(value)]
     with _without(model.graph, weights):
         rest = ir.serde.serialize_model(model)
-    _check(rest, weights)
+    if check:
+        _check(rest, weights)
     graph = rest.graph.SerializeToString()
     rest.ClearField("graph")
     records = [(_record_head(value), value) for value in weights]
@@ -46,7 +94,11 @@ def write_graph(model: ir.Model, path: Path) -> None:
 
 
 def _is_large(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.nbytes >= _LEAST_BYTES
+    tensor = value.const_value
+    if tensor is None:
+        return False
+    # What lies in another file must not be a mere reference to it here.
+    return tensor.nbytes >= _LEAST_BYTES or isinstance(tensor, ir.ExternalTensor)
 
 
 def _tensor(value: ir.Value) -> ir.TensorProtocol:
