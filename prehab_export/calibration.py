@@ -99,18 +99,20 @@ def calibrate(
 
 def few_tokens(statistics: Statistics) -> str | None:
     """What to tell the user when a layer has more inputs than calibration is worth independent tokens; else None."""
+    known = {group: moment.sampling.effective_tokens for group, moment in statistics.inputs.items()}
     short = {
-        group: moment
-        for group, moment in statistics.inputs.items()
-        if moment.sampling.effective_tokens < moment.mean.numel()
+        group: effective
+        for group, effective in known.items()
+        if effective is not None and effective < statistics.inputs[group].mean.numel()
     }
     if not short:
         return None
     # The widest gap first.
-    group, moment = min(short.items(), key=lambda item: item[1].sampling.effective_tokens / item[1].mean.numel())
+    group, effective = min(short.items(), key=lambda item: item[1] / statistics.inputs[item[0]].mean.numel())
+    moment = statistics.inputs[group]
     return (
         f"calibration ({moment.sampling.samples} samples, {moment.tokens} tokens) is worth "
-        f"{moment.sampling.effective_tokens:.0f} independent tokens for the {moment.mean.numel()} inputs of {group}"
+        f"{effective:.0f} independent tokens for the {moment.mean.numel()} inputs of {group}"
         + (f" (and too few for {len(short) - 1} more)" if len(short) > 1 else "")
         + "; the result is valid, give more samples for a better one"
     )
