@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from small_models import FAMILIES as FAMILY_CONFIGS
 from small_models import build, logits
 from torch import nn
 
 from converters.lowrank import dense_weight
 from converters.targets import target_layers
-from prehab_export.block_walk import BlockWalk, NotAChain, find_blocks
+from prehab_export import tasks
+from prehab_export.block_walk import BlockWalk, ModelWalk, NotAChain, find_blocks
 from prehab_export.calibration import calibrate
 from prehab_export.config import TruncateConfig
-from prehab_export.drift import RIDGE, truncate_along
+from prehab_export.drift import RIDGE, _by_input, _fitted, _gather, truncate_along
 from prehab_export.tasks import TASKS
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Plan, decompose_layers, plan_ranks, truncate
@@ -80,7 +83,7 @@ def test_the_walk_meets_the_model_itself(family):
         for block in blocks:
             assert sorted(walk.order[block.name]) == sorted(block.layers)
             for name in block.layers:
-                *_, (dense, student, _mask, _positions) = walk.observe(block, [name])
+                *_, ((dense,), (student,), _mask, _positions) = walk.observe(block, [name])
                 torch.testing.assert_close(dense.inputs[name], expected[name])
                 torch.testing.assert_close(student.inputs[name], expected[name])
             walk.advance(block)
@@ -96,7 +99,7 @@ def test_the_residual_stream_is_found_without_names(family):
         walk = BlockWalk(model, frozen_copy(model), task, batches, blocks)
         block, writers = blocks[0], []
         for name in walk.order[block.name]:
-            *_, (dense, *_rest) = walk.observe(block, [name])
+            *_, ((dense,), *_rest) = walk.observe(block, [name])
             if name in dense.residuals:
                 writers.append(name)
                 last = dense.residuals[name] + model.get_submodule(name)(dense.inputs[name])
@@ -170,6 +173,65 @@ def test_the_compressed_model_comes_closer_to_the_dense_one(family):
     assert result.ranks == plan.ranks
     plain, corrected = plan.apply(frozen_copy(model)), result.apply(frozen_copy(model))
     assert divergence(model, corrected, task, batches) < divergence(model, plain, task, batches)
+
+
+CLASSIFIERS = {
+    "llama": transformers.LlamaForSequenceClassification,
+    "qwen2": transformers.Qwen2ForSequenceClassification,
+    "gpt2": transformers.GPT2ForSequenceClassification,
+}
+
+
+def classifier(family, **changes):
+    """A classifier on a decoder, whose token 1 is padding."""
+    model_class, config = CLASSIFIERS[family], FAMILY_CONFIGS[family][1]
+    torch.manual_seed(0)
+    changes = {"pad_token_id": 1, "num_labels": 2, **changes}
+    return model_class._from_config(type(config)(**{**config.to_dict(), **changes})).eval()
+
+
+def by_whole_passes(model, task, batches, layers, statistics, plan):
+    """The slow way round: both models are run from end to end for every input of layers; nothing is run by itself."""
+    student, walk = frozen_copy(model), ModelWalk(model, task, batches, list(layers))
+    factors = {}
+    with torch.no_grad():
+        for members in _by_input(walk.order, statistics):
+            moments = _gather(walk.observe(student, members), members)
+            part = _fitted(members, layers, moments, statistics, plan, STRONG.gradient_shrinkage)
+            part.apply(student)
+            factors |= part.factors
+    return factors
+
+
+def assert_same_products(found, expected):
+    assert found.keys() == expected.keys()
+    for name, pair in expected.items():
+        product = pair.up.double() @ pair.down.double()
+        own = found[name].up.double() @ found[name].down.double()
+        assert (own - product).norm() < 1e-3 * product.norm(), name
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_classifiers_on_decoders_get_the_factors_of_whole_passes(family, padded, cached, monkeypatch):
+    """Whether their forward pass can be kept from filling a cache or not: blocks are run again, caches are not."""
+    if cached:
+        monkeypatch.setattr(tasks, "_without_cache", lambda _model: {})
+    model, batches = classifier(family), batches_for(CLASSIFY, count=3, padded=padded)
+    layers = target_layers(model)
+    statistics = calibrate(model, batches, CLASSIFY, layers)
+    plan = truncate(layers, statistics, STRONG)
+    result = along(model, CLASSIFY, batches, layers, statistics, plan)
+    assert not result.notes
+    assert_same_products(result.factors, by_whole_passes(model, CLASSIFY, batches, layers, statistics, plan))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_models_get_the_factors_of_whole_passes_too(family):
+    model, task, batches, layers, statistics, plan = prepared(family, padded=True)
+    result = along(model, task, batches, layers, statistics, plan)
+    assert_same_products(result.factors, by_whole_passes(model, task, batches, layers, statistics, plan))
 
 
 def test_layers_that_share_their_down_go_on_sharing_it():
