@@ -9,7 +9,7 @@ The model may run in half precision; its activations and gradients are float32 b
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import inf, log2
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
+from converters.roots import weighs
 from prehab_export.activations import by_sample, frozen, real
 from prehab_export.config import FISHER_LABELS
 from prehab_export.devices import device_of, full_precision, moved
@@ -92,9 +93,31 @@ def calibrate(
                 progress(sample_count(batch))
     statistics = tally.result()
     statistics.check_finite()
-    if (message := few_tokens(statistics)) is not None:
+    for message in doubts(statistics):
         warnings.warn(message, CalibrationWarning, stacklevel=2)
     return statistics
+
+
+def doubts(statistics: Statistics) -> list[str]:
+    """What to tell the user of moments that are right but could say more: sentences."""
+    found = [few_tokens(statistics)]
+    gradients = statistics.gradients
+    silent = [name for name in statistics.groups if name in gradients and not weighs(gradients[name])]
+    if silent and len(silent) == len(gradients):
+        found.append(
+            "no layer has a part in the loss on this sample (is the head all zeros?): layers are cut as by "
+            "`--objective activation --allocation uniform`"
+        )
+    elif silent:
+        found.append(f"{_and_more(silent)} no part in the loss on this sample, so it counts for nothing what they lose")
+    still = [group for group, moment in statistics.inputs.items() if not weighs(moment.centred())]
+    if still:
+        found.append(f"{_and_more(still)} the same input for every token of this sample")
+    return [message for message in found if message is not None]
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f"{names[0]} has" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more have"
 
 
 def few_tokens(statistics: Statistics) -> str | None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from converters.lowrank import dense_weight
 from converters.targets import target_layers
-from prehab_export import tasks
+from prehab_export import drift, tasks
 from prehab_export.block_walk import BlockWalk, ModelWalk, NotAChain, find_blocks
 from prehab_export.calibration import calibrate
 from prehab_export.config import TruncateConfig
@@ -36,7 +36,9 @@ def batches_for(task, count=6, size=8, padded=False):
         batch = {"input_ids": torch.randint(2, 50, (size, 12), generator=generator)}
         if task is CLASSIFY:
             lengths = torch.randint(4, 12, (size, 1), generator=generator) if padded else torch.full((size, 1), 12)
-            batch |= {"attention_mask": (torch.arange(12) < lengths).long(), "labels": labels}
+            mask = (torch.arange(12) < lengths).long()
+            batch |= {"input_ids": batch["input_ids"].masked_fill(mask == 0, 1), "attention_mask": mask}
+            batch |= {"labels": labels}
         result.append(batch)
     return result
 
@@ -278,6 +280,95 @@ def test_the_dense_model_is_left_alone():
     along(model, task, batches, layers, statistics, plan)
     assert torch.equal(before, logits(model))
     assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def albert(**changes):
+    """One block, run four times; its sizes are those of the other families."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.AlbertConfig(
+        **{**sizes, "vocab_size": 50, "embedding_size": 16, "initializer_range": 0.2, **changes}
+    )
+    return transformers.AlbertForSequenceClassification(config).eval()
+
+
+class Twice(nn.Module):
+    """Blocks in no list, one of which is run twice, and a linear that is run twice inside it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 2)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids, attention_mask, **_others):
+        x = self.embed(input_ids)
+        for _ in range(2):
+            x = x + self.second(torch.tanh(self.first(x)))
+        x = x + self.first(x)
+        pooled = (x * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.head(pooled))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (albert, "1 blocks were run 4 times"),
+        (lambda: albert(num_hidden_groups=2, inner_group_num=2), "2 blocks were run 4 times"),
+        (Twice, "no list of blocks"),
+    ],
+)
+def test_layers_that_run_many_times_are_fitted_to_all_their_runs(make, why):
+    """And the model comes closer to the dense one for it, on the sample, in the divergence that it is judged by."""
+    model, batches = make(), batches_for(CLASSIFY, padded=True)
+    layers = target_layers(model, include=["first", "second"] if make is Twice else ())
+    statistics = calibrate(model, batches, CLASSIFY, layers)
+    plan = truncate(layers, statistics, STRONG)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result, again = (along(model, CLASSIFY, batches, layers, statistics, plan) for _ in range(2))
+    plain, corrected = plan.apply(frozen_copy(model)), result.apply(frozen_copy(model))
+    assert divergence(model, corrected, CLASSIFY, batches) < 0.9 * divergence(model, plain, CLASSIFY, batches)
+    assert result.ranks == plan.ranks
+    assert why in result.notes[0]
+    assert all(torch.equal(pair.up, again.factors[name].up) for name, pair in result.factors.items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_moments_of_a_layer_that_runs_many_times_are_those_of_all_its_runs():
+    model, batches = albert(), batches_for(CLASSIFY, count=2, padded=True)
+    layers = target_layers(model)
+    name = next(name for name in layers if name.endswith("ffn"))
+    rows, layer = [], model.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _m, args: rows.append(args[0].double()))
+    with torch.no_grad():
+        for batch in batches:
+            CLASSIFY.logits(model, batch)
+        masks = [batch["attention_mask"].bool() for batch in batches for _ in range(4)]
+        together = torch.cat([x[mask] for x, mask in zip(rows, masks, strict=True)])
+        handle.remove()
+        walk = ModelWalk(model, CLASSIFY, batches, list(layers))
+        sums = _gather(walk.observe(frozen_copy(model), [name]), [name])
+    assert sums.tokens == len(together)
+    torch.testing.assert_close(sums.outer, together.T @ together, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(sums.cross, sums.outer)
+
+
+def test_too_many_whole_passes_are_not_made(monkeypatch):
+    monkeypatch.setattr(drift, "MOST_INPUTS", 3)
+    model, batches = albert(), batches_for(CLASSIFY, count=2)
+    layers = target_layers(model)
+    statistics = calibrate(model, batches, CLASSIFY, layers)
+    plan = truncate(layers, statistics, STRONG)
+    with pytest.raises(NotAChain, match=r"1 blocks were run 4 times .* 4 inputs"):
+        along(model, CLASSIFY, batches, layers, statistics, plan)
+
+
+def test_what_is_left_as_planned_is_told():
+    model, task, batches, *_ = prepared("bert")
+    layers = target_layers(model, include=["bert.encoder.*.query", "bert.pooler.dense"])
+    statistics = calibrate(model, batches, task, layers)
+    result = along(model, task, batches, layers, statistics, truncate(layers, statistics, STRONG))
+    assert result.notes == ("drift is not corrected for bert.pooler.dense, outside the repeated blocks",)
 
 
 def test_layers_outside_every_block_are_cut_as_planned():
