@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from converters.lowrank import Factors, balance
+from converters.roots import root_of, weighs
 
 OutputMetric = Tensor | Sequence[Tensor] | None
 
@@ -22,7 +23,8 @@ def retruncate(factors: Factors, rank: int, C: Tensor | None = None, G: OutputMe
     """The best product of the given rank, balanced, in the factors' dtype; the bias is passed on.
 
     Ŵ is a projection of W from the left, so neither metric is inverted: singular ones are welcome, and
-    inputs that C has not seen keep what the kept output directions make of them.
+    inputs that C has not seen keep what the kept output directions make of them. A metric of zero counts as
+    the identity (see ``converters.roots``).
 
     Args:
         factors: up (m×R), down (R×n).
@@ -33,6 +35,7 @@ def retruncate(factors: Factors, rank: int, C: Tensor | None = None, G: OutputMe
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     up, down = factors.up.double(), factors.down.double()
+    C, G = _or_identity(C, G)
     left, right = _whiten(up, down, C, G)
     q, r_left = torch.linalg.qr(left)
     r_right = torch.linalg.qr(right.T).R
@@ -47,6 +50,7 @@ def retruncate(factors: Factors, rank: int, C: Tensor | None = None, G: OutputMe
 def relative_error(before: Factors, after: Factors, C: Tensor | None = None, G: OutputMetric = None) -> float:
     """‖W − Ŵ‖ / ‖W‖ in the metric of `retruncate`, W from ``before`` and Ŵ from ``after``; 0 for W = 0."""
     up, down = before.up.double(), before.down.double()
+    C, G = _or_identity(C, G)
     left, right = _whiten(torch.cat([up, -after.up.double()], dim=1), torch.cat([down, after.down.double()]), C, G)
     total = _product_norm(left[:, : before.rank], right[: before.rank])
     return _product_norm(left, right) / total if total > 0 else 0.0
@@ -57,19 +61,15 @@ def _whiten(up: Tensor, down: Tensor, C: Tensor | None, G: OutputMetric) -> tupl
     if G is not None:
         blocks = [G] if isinstance(G, Tensor) else G
         parts = up.split([block.shape[0] for block in blocks])
-        left = torch.cat([_root(block).to(up.device).T @ part for block, part in zip(blocks, parts, strict=True)])
-    right = down if C is None else down @ _root(C).to(down.device)
+        left = torch.cat([root_of(block).to(up.device).T @ part for block, part in zip(blocks, parts, strict=True)])
+    right = down if C is None else down @ root_of(C).to(down.device)
     return left, right
 
 
-def _root(metric: Tensor) -> Tensor:
-    """Some L with metric = L Lᵀ: Cholesky where the metric is definite, else from its eigenvectors."""
-    metric = metric.double()
-    factor, failed = torch.linalg.cholesky_ex(metric)
-    if not failed:
-        return factor
-    eigenvalues, vectors = torch.linalg.eigh(metric)
-    return vectors * eigenvalues.clamp_min(0).sqrt()
+def _or_identity(C: Tensor | None, G: OutputMetric) -> tuple[Tensor | None, OutputMetric]:
+    """The metric, with the identity on a side that weighs nothing."""
+    blocks = [G] if isinstance(G, Tensor) else G or []
+    return C if C is not None and weighs(C) else None, G if any(weighs(block) for block in blocks) else None
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 
-def valid_rows(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Tokens × features in float32, without padding; the shapes are those of ``by_sample``."""
-    return real(*by_sample(values, mask, 1))
+def valid_rows(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Rows × features in float32: those that ``valid`` marks, which has the shape of values without the last; None
+    marks all."""
+    rows = values.float().reshape(-1, values.shape[-1])
+    return rows if valid is None or bool(valid.all()) else rows[valid.flatten()]
 
 
 def real(values: Tensor, valid: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from converters.errors import InputError
 from converters.patterns import exclude_options
+from converters.roots import weighs
 from prehab_export.activations import by_sample, frozen, real
 from prehab_export.config import FISHER_LABELS
 from prehab_export.devices import device_of, full_precision, moved
@@ -93,25 +94,49 @@ def calibrate(
                 progress(sample_count(batch))
     statistics = tally.result()
     statistics.check_finite()
-    if (message := few_tokens(statistics)) is not None:
+    for message in doubts(statistics):
         warnings.warn(message, CalibrationWarning, stacklevel=2)
     return statistics
 
 
+def doubts(statistics: Statistics) -> list[str]:
+    """What to tell the user of moments that are right but could say more: sentences."""
+    found = [few_tokens(statistics)]
+    gradients = statistics.gradients
+    silent = [name for name in statistics.groups if name in gradients and not weighs(gradients[name])]
+    if silent and len(silent) == len(gradients):
+        found.append(
+            "no layer has a part in the loss on this sample (is the head all zeros?): layers are cut as by "
+            "`--objective activation --allocation uniform`"
+        )
+    elif silent:
+        found.append(f"{_and_more(silent)} no part in the loss on this sample, so it counts for nothing what they lose")
+    still = [group for group, moment in statistics.inputs.items() if not weighs(moment.centred())]
+    if still:
+        found.append(f"{_and_more(still)} the same input for every token of this sample")
+    return [message for message in found if message is not None]
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f"{names[0]} has" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more have"
+
+
 def few_tokens(statistics: Statistics) -> str | None:
     """What to tell the user when a layer has more inputs than calibration is worth independent tokens; else None."""
+    known = {group: moment.sampling.effective_tokens for group, moment in statistics.inputs.items()}
     short = {
-        group: moment
-        for group, moment in statistics.inputs.items()
-        if moment.sampling.effective_tokens < moment.mean.numel()
+        group: effective
+        for group, effective in known.items()
+        if effective is not None and effective < statistics.inputs[group].mean.numel()
     }
     if not short:
         return None
     # The widest gap first.
-    group, moment = min(short.items(), key=lambda item: item[1].sampling.effective_tokens / item[1].mean.numel())
+    group, effective = min(short.items(), key=lambda item: item[1] / statistics.inputs[item[0]].mean.numel())
+    moment = statistics.inputs[group]
     return (
         f"calibration ({moment.sampling.samples} samples, {moment.tokens} tokens) is worth "
-        f"{moment.sampling.effective_tokens:.0f} independent tokens for the {moment.mean.numel()} inputs of {group}"
+        f"{effective:.0f} independent tokens for the {moment.mean.numel()} inputs of {group}"
         + (f" (and too few for {len(short) - 1} more)" if len(short) > 1 else "")
         + "; the result is valid, give more samples for a better one"
     )

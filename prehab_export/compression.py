@@ -118,4 +118,4 @@ def compress(
             )
     except NotAChain as reason:
         return Compression(cut, trials, [f"drift is not corrected: {reason}"])
-    return Compression(along, trials)
+    return Compression(along, trials, list(along.notes))

@@ -15,7 +15,9 @@ the root is left for moments that are singular to rounding. The published SVD-LL
 factor of C; here the smaller Gram matrix of M is diagonalised instead (Swift-SVD, arXiv 2604.01609, does so for
 ``activation``), and one factor follows from the other by least squares. Nothing is ever inverted but the eigenvalues
 themselves, so a singular C or G needs no special case, and the discarded eigenvalues are the exact value of the
-objective. Where few ranks of a large weight are wanted, a Krylov space gives them sooner (see ``krylov``).
+objective. A C or G of zero is taken for the identity when it comes to factors, and for zero when it comes to their
+cost (see ``converters.roots``). Where few ranks of a large weight are wanted, a Krylov space gives them sooner (see
+``krylov``).
 
 Layers with one input (q, k and v; gate and up) may also share one ``down``. Stacked, they are one weight with a
 block-diagonal G, and their whitened Gram matrix is ``C^½ (Σ WᵢᵀGᵢWᵢ) C^½``: that of any P with ``PᵀP = Σ WᵢᵀGᵢWᵢ``.
@@ -26,12 +28,13 @@ float32 it loses most of its accuracy once C is ill-conditioned.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
 from torch import Tensor
 
+from converters.roots import cholesky, root_of, symmetric, weighs
 from prehab_export import krylov
 from prehab_export.gram import gram
 
@@ -81,8 +84,14 @@ def decompose(
     >>> torch.round(up @ down, decimals=6).tolist()
     [[3.0, 0.0], [0.0, 0.0]]
     """
-    c = None if second_moment is None else symmetric(second_moment)
-    g = None if gradient_moment is None else symmetric(gradient_moment)
+    moments = [None if moment is None else symmetric(moment) for moment in (second_moment, gradient_moment)]
+    c, g = (None if moment is None or not weighs(moment) else moment for moment in moments)
+    found = _decomposed(weight, c, g, most)
+    free = any(moment is not None and not weighs(moment) for moment in moments)
+    return replace(found, spectrum=torch.zeros_like(found.spectrum), beyond=0.0) if free else found
+
+
+def _decomposed(weight: Tensor, c: Tensor | None, g: Tensor | None, most: int | None) -> Decomposition:
     if most is not None and c is not None and krylov.worthwhile(min(weight.shape), most):
         found = _leading(weight.detach(), c, g, most)
         if found is not None:
@@ -115,7 +124,7 @@ def _leading(w: Tensor, c: Tensor, g: Tensor | None, most: int) -> Decomposition
     """The first ranks by a Krylov space; None where it does not settle them, or a moment is singular."""
     single = w.float()
     if w.shape[0] <= w.shape[1]:
-        right, left = _cholesky(c), None if g is None else _cholesky(g)
+        right, left = cholesky(c), None if g is None else cholesky(g)
         if right is None or (g is not None and left is None):
             return None
         half = single @ right.float()
@@ -128,7 +137,7 @@ def _leading(w: Tensor, c: Tensor, g: Tensor | None, most: int) -> Decomposition
         down = ((u if left is None else left @ u).float().T @ single).double()
     else:
         # The Gram matrix of W alone is well scaled, so float32 serves; the grading is all in the factor of C.
-        right = _cholesky(c)
+        right = cholesky(c)
         if right is None:
             return None
         middle = gram(single) if g is None else single.T @ (g.float() @ single)
@@ -200,14 +209,19 @@ def decompose_jointly(
     [[6.0, 0.0], [0.0, 0.0]]
     """
     stacked = [weight.detach().double() for weight in weights]
-    grams = gradient_moments if gradient_moments is not None else [None] * len(stacked)
-    energies = (w.T @ (w if g is None else symmetric(g) @ w) for w, g in zip(stacked, grams, strict=True))
-    single = decompose(root_of(reduce(torch.add, energies)).T, second_moment, most=most)
+    moments = None if gradient_moments is None else [symmetric(moment) for moment in gradient_moments]
+    silent = moments is not None and not any(weighs(moment) for moment in moments)
+    c = None if second_moment is None or not weighs(second_moment) else symmetric(second_moment)
+    grams = moments if moments is not None and not silent else [None] * len(stacked)
+    energies = (w.T @ (w if g is None else g @ w) for w, g in zip(stacked, grams, strict=True))
+    single = _decomposed(root_of(reduce(torch.add, energies)).T, c, None, most)
     k = sum(w.shape[0] for w in stacked)
     down, spectrum = single.down[:k], single.spectrum[:k]
     # Given down, each best up is the least squares in C alone, whatever G: W C downᵀ over the diagonal down C downᵀ.
-    seen = (down if second_moment is None else down @ symmetric(second_moment)).T * _reciprocal(spectrum)[: len(down)]
-    return JointDecomposition(tuple(w @ seen for w in stacked), down, spectrum, single.beyond)
+    seen = (down if c is None else down @ c).T * _reciprocal(spectrum)[: len(down)]
+    found = JointDecomposition(tuple(w @ seen for w in stacked), down, spectrum, single.beyond)
+    free = silent or (second_moment is not None and c is None)
+    return replace(found, spectrum=torch.zeros_like(spectrum), beyond=0.0) if free else found
 
 
 def predicted_joint_loss(
@@ -227,40 +241,8 @@ def objective_value(delta: Tensor, second_moment: Tensor | None = None, gradient
     return float((left * right).sum())
 
 
-def symmetric(matrix: Tensor) -> Tensor:
-    """The symmetric part in float64: accumulated moments are symmetric only up to rounding."""
-    a = matrix.detach().double()
-    return 0.5 * (a + a.T)
-
-
-def square_root(matrix: Tensor) -> Tensor:
-    """Symmetric square root of a positive semidefinite matrix, float64; negative rounding noise counts as zero."""
-    values, vectors = torch.linalg.eigh(symmetric(matrix))
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-
-
-def root_of(matrix: Tensor) -> Tensor:
-    """R with R Rᵀ = A for a positive semidefinite A, float64: its Cholesky factor, or where A is singular to rounding
-    its symmetric square root."""
-    factor = _cholesky(symmetric(matrix))
-    return square_root(matrix) if factor is None else factor
-
-
-def damped(matrix: Tensor, share: float) -> Tensor:
-    """``A + share · mean(diag A) · I``, float64: gives directions never seen a small weight instead of none."""
-    a = symmetric(matrix)
-    a.diagonal().add_(share * a.diagonal().mean())
-    return a
-
-
 def _sandwich(root: Tensor | None, inner: Tensor) -> Tensor:
     return inner if root is None else root.T @ inner @ root
-
-
-def _cholesky(matrix: Tensor) -> Tensor | None:
-    """The lower factor, or None where there is none to rounding."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    return None if int(info) else factor
 
 
 def tails(values: Tensor) -> Tensor:

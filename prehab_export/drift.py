@@ -15,27 +15,46 @@ the sample hardly shows.
 
 Ranks and objectives come from the truncation of the dense model (``truncation.truncate``), and so do the factors of
 layers that this cannot reach: those outside the blocks, and those that see other tokens in the two models (experts).
+Which ones and why is said in the result's notes.
+
+Where the same block is run many times (ALBERT), a layer's input depends on its own factors, and there is no order in
+which each layer comes after all that it depends on. There, and where blocks are no chain, the whole models are run
+instead of one block, and a layer is fitted to the inputs of all its runs together:
+
+    minimise Σ_k E‖G^½ (y_k − Ŵ x'_k)‖²,   x'_k the input of run k in a student that has factors everywhere
+
+which is the same regression with E[x' x'ᵀ], E[y x'ᵀ] and the means taken over all runs. The student starts with the
+plan's factors. Layers are fitted one input after the other in the order in which they first run, each to a student
+with the latest factors of all others, in ``SWEEPS`` rounds. Nothing promises that a round is for the better; so the
+model's output is compared with the dense one's on the sample (KL divergence per unit) after every round, and the best
+of all rounds and of the plan itself is kept.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from math import inf, isfinite
 
 import torch
 from torch import Tensor, nn
 
 from converters.lowrank import DenseLinear, Factors, dense_weight, factorize, factors_of
+from converters.roots import damped, scale_of
 from prehab_export.activations import frozen, valid_rows
 from prehab_export.allocation import Group
-from prehab_export.block_walk import Block, BlockWalk, find_blocks
-from prehab_export.decomposition import damped, decompose, decompose_jointly, objective_value
-from prehab_export.statistics import Statistics
+from prehab_export.block_walk import Block, BlockWalk, ModelWalk, NotAChain, Seen, find_blocks
+from prehab_export.decomposition import decompose, decompose_jointly, objective_value
+from prehab_export.statistics import Statistics, centred
 from prehab_export.tasks import Batch, Task
-from prehab_export.training import frozen_copy
-from prehab_export.truncation import INPUT_DAMPING, Refit, Truncation, gradient_metric, stored_factors
+from prehab_export.training import divergence, frozen_copy
+from prehab_export.truncation import Refit, Truncation, gradient_metric, input_metric, stored_factors
 
 # ε as a share of the mean diagonal of C'.
 RIDGE = 1e-2
+# Rounds over the layers of a model that is run as a whole, and the most inputs for which that is worth its time: each
+# costs a forward pass of both models over the whole sample.
+SWEEPS = 2
+MOST_INPUTS = 24
 
 
 @dataclass
@@ -103,25 +122,37 @@ def truncate_along(
         after_block: called when a block of the student has its factors, before the walk goes on.
         progress: called with the number of layers done, after each group of layers.
 
+    Returns:
+        The truncation; its notes say what was left as planned, and why.
+
     Raises:
-        NotAChain: the model's blocks cannot be run one by one.
+        NotAChain: the model's blocks cannot be run one by one, and there are too many layers for whole passes.
     """
+    kept = list(batches)
     blocks = find_blocks(model, layers)
-    if not blocks:
-        return plan  # nothing comes after anything
     results = {result.name: result for result in plan.layers}
     inside = {name for block in blocks for name in block.layers}
     refits: dict[str, Refit] = {}
     student = frozen_copy(model)
     factorize(student, {name: pair for name, pair in plan.factors.items() if name not in inside})
     with frozen(model):
-        walk = BlockWalk(model, student, task, batches, blocks)
+        try:
+            if not blocks:
+                raise NotAChain("the model has no list of blocks (nn.ModuleList) with these layers in it")
+            walk = BlockWalk(model, student, task, kept, blocks)
+        except NotAChain as reason:
+            return _along_whole_passes(
+                model, kept, task, layers, statistics, plan, gradient_shrinkage, reason, after_block, progress
+            )
+        apart: list[str] = []
         for block in blocks:
             for members in _by_input(walk.order[block.name], statistics):
-                moments = _gather(walk, block, members)
+                moments = _gather(walk.observe(block, members), members)
                 part = _planned(members, plan)
                 if moments is not None:
                     part = _fitted(members, layers, moments, statistics, plan, gradient_shrinkage)
+                else:
+                    apart += members
                 part.apply(student)
                 refits |= part.refits
                 results |= {result.name: result for result in part.layers}
@@ -130,7 +161,82 @@ def truncate_along(
             if after_block is not None:
                 after_block(walk, block)
             walk.advance(block)
-    return Truncation(factors_of(student), list(results.values()), refits, plan.shared)
+    notes = [
+        *_note("which may see other tokens in the compressed model", apart),
+        *_note("outside the repeated blocks", [name for name in layers if name not in inside]),
+    ]
+    return Truncation(factors_of(student), list(results.values()), refits, plan.shared, tuple(notes))
+
+
+def _note(why: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"drift is not corrected for {names[0]}{more}, {why}"]
+
+
+def _along_whole_passes(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    task: Task,
+    layers: Mapping[str, DenseLinear],
+    statistics: Statistics,
+    plan: Truncation,
+    gradient_shrinkage: float,
+    reason: NotAChain,
+    after_block: object,
+    progress: Callable[[int], None] | None,
+) -> Truncation:
+    """`truncate_along` where blocks cannot be run one by one, for the given reason."""
+    walk = ModelWalk(model, task, batches, list(layers))
+    inputs = _by_input(walk.order, statistics)
+    if len(inputs) > MOST_INPUTS:
+        raise NotAChain(
+            f"{reason}, and with {len(inputs)} inputs of layers it would take as many passes of the whole model"
+        )
+    best = current = plan
+    least = _distance(model, plan, task, walk.batches)
+    apart: dict[str, None] = {}
+    for sweep in range(SWEEPS):
+        for members in inputs:
+            student = current.apply(frozen_copy(model))
+            moments = _gather(walk.observe(student, members), members)
+            if moments is None:
+                apart |= dict.fromkeys(members)
+            else:
+                part = _fitted(members, layers, moments, statistics, plan, gradient_shrinkage)
+                results = {result.name: result for result in current.layers}
+                results |= {result.name: result for result in part.layers}
+                current = replace(
+                    current,
+                    factors=current.factors | part.factors,
+                    refits=current.refits | part.refits,
+                    layers=list(results.values()),
+                )
+            if progress is not None and sweep == 0:
+                progress(len(members))
+        distance = _distance(model, current, task, walk.batches)
+        if distance < least:
+            best, least = current, distance
+    notes = [f"drift is corrected by passes of the whole model: {reason}"]
+    if best is plan:
+        notes = [f"drift is not corrected: {reason}, and no correction by passes of the whole model came closer to it"]
+    if after_block is not None:
+        notes.append(f"nothing is refined block by block: {reason}")
+    return replace(best, notes=(*notes, *_note("which may see other tokens in the compressed model", list(apart))))
+
+
+def _distance(model: nn.Module, truncation: Truncation, task: Task, batches: Sequence[Batch]) -> float:
+    """KL divergence of the truncated model's output from the dense one's, mean over units, in nats; infinite where it
+    is no number."""
+    student = truncation.apply(frozen_copy(model))
+    total = units = 0.0
+    for batch in batches:
+        wanted, found = (task.unit_logits(task.logits(each, batch), batch) for each in (model, student))
+        total += float(divergence(found, wanted)) * len(found)
+        units += len(found)
+    value = total / max(units, 1)
+    return value if isfinite(value) else inf
 
 
 def _planned(members: Sequence[str], plan: Truncation) -> Truncation:
@@ -171,29 +277,47 @@ def _by_input(names: Sequence[str], statistics: Statistics) -> list[list[str]]:
     return list(groups.values())
 
 
-def _gather(walk: BlockWalk, block: Block, members: Sequence[str]) -> _Moments | None:
-    """Moments of the members' common input in both models; None where the two may see different tokens."""
+def _gather(
+    looks: Iterable[tuple[list[Seen], list[Seen], Tensor | None, int]], members: Sequence[str]
+) -> _Moments | None:
+    """Moments of the members' common input in both models, over all times that they run; None where the two may see
+    different tokens, or run a different number of times."""
     sums: _Moments | None = None
     leader = members[0]
-    for dense, student, mask, tokens in walk.observe(block, members):
-        if leader not in dense.inputs or leader not in student.inputs:
+    for dense_runs, student_runs, mask, positions in looks:
+        if not dense_runs or len(dense_runs) != len(student_runs):
             return None
-        x, own = dense.inputs[leader], student.inputs[leader]
-        # An expert sees the tokens that were sent to it, which need not be the same ones in the two models.
-        if x.shape != own.shape or x[..., 0].numel() != tokens:
-            return None
-        rows, own_rows = valid_rows(x, mask), valid_rows(own, mask)
-        sums = sums or _Moments.zero(x.shape[-1], x.device)
-        sums.outer += own_rows.T @ own_rows
-        sums.cross += rows.T @ own_rows
-        sums.dense += rows.sum(0)
-        sums.student += own_rows.sum(0)
-        sums.tokens += rows.shape[0]
-        for name in members:
-            if name in dense.residuals and name in student.residuals:
-                lost = valid_rows(dense.residuals[name].float() - student.residuals[name].float(), mask)
-                sums.add_drift(name, lost.T @ own_rows, lost.sum(0))
-    return sums
+        for dense, student in zip(dense_runs, student_runs, strict=True):
+            if not _same_tokens(dense, student, leader, positions):
+                return None
+            x, own = dense.inputs[leader], student.inputs[leader]
+            valid = dense.valid(mask)
+            rows, own_rows = valid_rows(x, valid), valid_rows(own, valid)
+            sums = sums or _Moments.zero(x.shape[-1], x.device)
+            sums.outer += own_rows.T @ own_rows
+            sums.cross += rows.T @ own_rows
+            sums.dense += rows.sum(0)
+            sums.student += own_rows.sum(0)
+            sums.tokens += rows.shape[0]
+            for name in members:
+                if name in dense.residuals and name in student.residuals:
+                    lost = valid_rows(dense.residuals[name].float() - student.residuals[name].float(), valid)
+                    sums.add_drift(name, lost.T @ own_rows, lost.sum(0))
+    return sums if sums is not None and sums.tokens else None
+
+
+def _same_tokens(dense: Seen, student: Seen, leader: str, positions: int) -> bool:
+    """Whether the rows of both inputs are the same tokens. An expert sees those that were sent to it, which need not be
+    the same ones in the two models."""
+    if leader not in dense.inputs or leader not in student.inputs:
+        return False
+    x, own = dense.inputs[leader], student.inputs[leader]
+    if x.shape != own.shape:
+        return False
+    if dense.numbers is not None and student.numbers is not None:
+        return torch.equal(dense.numbers, student.numbers)
+    # What was not made from tokens (a table of relative positions) is the same in both.
+    return not dense.of_tokens or not positions or x[..., 0].numel() == positions
 
 
 def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Fit:
@@ -206,12 +330,13 @@ def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Fit:
         target = target + sums.drift_cross[name] / count
         output_mean = output_mean + sums.drift[name] / count
     if layer.bias is not None:
-        c = c - torch.outer(own, own)
-        target = target - torch.outer(output_mean, own)
-    ridge = RIDGE * c.diagonal().mean()
+        c = centred(c, own)
+        # Of a constant input the bias takes all.
+        target = (target - torch.outer(output_mean, own)) * (c.diagonal() > 0)
+    ridge = RIDGE * scale_of(c)
     regular = damped(c, RIDGE)
     fitted = torch.linalg.solve(regular, target + ridge * w, left=False)
-    return _Fit(fitted, damped(c, INPUT_DAMPING), output_mean, None if layer.bias is None else own)
+    return _Fit(fitted, input_metric(c), output_mean, None if layer.bias is None else own)
 
 
 def _refit(layer: DenseLinear, fit: _Fit) -> Refit:

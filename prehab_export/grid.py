@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from converters.onnx.modes import BLOCK
-from prehab_export.decomposition import damped, objective_value, root_of
+from converters.roots import damped, root_of
+from prehab_export.decomposition import objective_value
 
 # Share of the mean diagonal that keeps a Hessian invertible; the value that GPTQ's authors use.
 FEEDBACK_DAMPING = 1e-2

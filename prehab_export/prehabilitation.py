@@ -175,7 +175,11 @@ class Regulariser:
         plan = ranks_by(self.layers, predicted, self.truncation, self.cost)
         units = [*plan.shared, *((name,) for name in self.layers if not any(name in group for group in plan.shared))]
         self.ranks = {unit: rank for unit in units if (rank := plan.ranks[unit[0]]) is not None}
-        self.terms = {unit: self._term(seen.unit(unit, whitening), rank) for unit, rank in self.ranks.items()}
+        whitened = {unit: seen.unit(unit, whitening) for unit in self.ranks}
+        # What is 0 in the metric has nothing to prepare, nor a size to measure its surrogate by.
+        self.terms = {
+            unit: self._term(whitened[unit], rank) for unit, rank in self.ranks.items() if whitened[unit].energy > 0
+        }
         self._held = {unit: gradient for unit, gradient in self._held.items() if unit in self.terms}
         sizes = {unit: self._size(unit, seen, predicted) for unit in self.terms if unit not in self._weights}
         if sizes and not self._mean_size:

@@ -38,11 +38,9 @@ def block_refiner(
         if not parameters or not config.block_steps:
             return
         targets = walk.targets(block)
-        calls, states = walk.calls[block.name], walk.student_states
 
         def error(number: int) -> Tensor:
-            output = walk.run(inner, states[number], calls[number])
-            return relative_error(output, targets[number], walk.masks[number])
+            return relative_error(walk.output(block, number), targets[number], walk.masks[number])
 
         def whole() -> float:
             with torch.no_grad():

@@ -17,7 +17,7 @@ The *effective* number of tokens is how many independent tokens would have the s
 """
 
 from dataclasses import dataclass
-from math import nan
+from math import isnan, nan
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Sampling:
     """How well a second moment is known from its sample; both errors are squared and relative to ‖Ĉ‖²_F.
 
     samples: independent samples behind the moment.
-    error: E‖Ĉ − C‖² / ‖Ĉ‖²; NaN where it was not asked for, like the next.
+    error: E‖Ĉ − C‖² / ‖Ĉ‖²; NaN where it was not asked for, like the next (see ``known``).
     token_error: the same for a moment estimated from one independent token.
     """
 
@@ -44,12 +44,24 @@ class Sampling:
     token_error: float
 
     @property
-    def effective_tokens(self) -> float:
-        """The number of independent tokens that would estimate the moment as well; inf when nothing varies."""
+    def known(self) -> bool:
+        """Whether the errors were asked for. Where they were not, nothing is concluded from them: no warning of a small
+        sample is given, and no more is shrunk than was configured."""
+        return not isnan(self.error)
+
+    @property
+    def effective_tokens(self) -> float | None:
+        """The number of independent tokens that would estimate the moment as well; inf when nothing varies, None when
+        the errors are not known."""
+        if not self.known:
+            return None
         return self.token_error / self.error if self.error > 0 else float("inf")
 
     def intensity(self, moment: Tensor) -> float:
-        """Ledoit and Wolf's ρ* in [0, 1] for this n×n moment: sampling error over distance from its own μI."""
+        """Ledoit and Wolf's ρ* in [0, 1] for this n×n moment: sampling error over distance from its own μI. 0 when the
+        sampling error is not known."""
+        if not self.known:
+            return 0.0
         energy, trace = _energy(moment), float(moment.detach().double().trace())
         distance = energy - trace**2 / moment.shape[0]
         # A moment that is its own target (to rounding) is left alone either way.

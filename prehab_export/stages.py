@@ -20,7 +20,7 @@ from converters.folder import save_folder
 from converters.lowrank import DenseLinear, dense_weight
 from converters.model_config import vocabulary_size
 from prehab_export.benchmark import bench
-from prehab_export.calibration import CalibrationWarning, calibrate, few_tokens
+from prehab_export.calibration import CalibrationWarning, calibrate, doubts
 from prehab_export.compression import Compression, Samplesets, compress
 from prehab_export.config import AUTO, USUAL_STRENGTH, PrehabConfig, RunConfig
 from prehab_export.devices import device_of, room_for
@@ -69,7 +69,8 @@ def _calibrate(session: Session, folder: Path) -> None:
     layers = session.layers(model)
     statistics = _statistics(session, model, layers)
     save_statistics(statistics, folder / STATISTICS)
-    if (warning := few_tokens(statistics)) is not None:
+    warned = doubts(statistics)
+    for warning in warned:
         say(f"  [yellow]warning: {warning}")
     facts = {
         "samples": len(session.calibration),
@@ -78,7 +79,7 @@ def _calibrate(session: Session, folder: Path) -> None:
         "input_groups": len(statistics.inputs),
         "groups": statistics.groups,
         "gradient_units": statistics.units,
-        "warnings": [] if warning is None else [warning],
+        "warnings": warned,
     }
     write_json(folder / "calibrate.json", facts)
 

@@ -13,6 +13,17 @@ from torch import Tensor
 from converters.errors import InputError
 from prehab_export.shrinkage import Sampling
 
+# A variance below this share of the mean square is what float32 leaves of a constant: rounding, of either sign.
+CONSTANT = 4 * torch.finfo(torch.float32).eps
+
+
+def centred(second_moment: Tensor, mean: Tensor) -> Tensor:
+    """E[x xᵀ] − μ μᵀ (n×n) in float64; 0 in rows and columns of features that are constant to float32's rounding."""
+    second, mean = second_moment.double(), mean.double()
+    covariance = second - torch.outer(mean, mean)
+    varies = covariance.diagonal() > CONSTANT * second.diagonal()
+    return covariance * varies * varies[:, None]
+
 
 @dataclass(frozen=True)
 class InputMoment:
@@ -31,8 +42,7 @@ class InputMoment:
 
     def centred(self) -> Tensor:
         """Covariance E[x xᵀ] − μ μᵀ in float64: the metric when the mean error can be folded into a bias."""
-        mean = self.mean.double()
-        return self.second_moment.double() - torch.outer(mean, mean)
+        return centred(self.second_moment, self.mean)
 
 
 @dataclass(frozen=True)

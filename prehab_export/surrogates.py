@@ -32,7 +32,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prehab_export.decomposition import damped
+from converters.roots import triangular_root, weighs
 
 # Energies below this share of the largest are rounding noise of float32: they pull with the force of this one.
 NOISE = 1e-7
@@ -72,7 +72,7 @@ class Frame:
                 stacked in W. The near side is the shorter one; of stacked weights, that of their input.
 
         Raises:
-            ValueError: the near metric holds NaN or is not positive semidefinite.
+            ValueError: the near metric holds NaN or Inf.
         """
         second_moments = None if second_moment is None else (second_moment,)
         stacked = gradient_moments is not None and len(gradient_moments) > 1
@@ -80,9 +80,13 @@ class Frame:
         near, far = (gradient_moments, second_moments) if wide else (second_moments, gradient_moments)
         size = weight.shape[0] if wide else weight.shape[1]
         identity = torch.eye(size, dtype=torch.float64, device=weight.device)
-        factor = identity if near is None else _cholesky(near[0])
+        factor = identity if near is None else triangular_root(near[0])
         primal = torch.linalg.solve_triangular(factor.T, identity, upper=True)
         blocks = None if far is None else tuple(block.detach().float() for block in far)
+        if near is not None and not weighs(near[0]):
+            # Coordinates have to be some; that they cost nothing is then said on the other side.
+            sizes = [weight.shape[1] if wide else weight.shape[0]] if far is None else [len(block) for block in far]
+            blocks = tuple(torch.zeros(size, size, device=weight.device) for size in sizes)
         return cls(wide, factor.float(), primal.float(), blocks)
 
     def rotated(self, vectors: Tensor) -> "Frame":
@@ -125,6 +129,12 @@ class Whitened:
 
     frame: Frame
     weight: Tensor
+
+    @property
+    def energy(self) -> float:
+        """``‖M‖_F²``."""
+        rows, moved = self.frame.rows(self.weight)
+        return float((rows * moved).sum())
 
     @cached_property
     def _gram(self) -> Tensor:
@@ -332,12 +342,3 @@ def _probes(n: int) -> Tensor:
         return torch.eye(n)
     signs = torch.randint(0, 2, (n, TAIL_PROBES), generator=torch.Generator().manual_seed(n))
     return (2.0 * signs - 1) / TAIL_PROBES**0.5
-
-
-def _cholesky(metric: Tensor) -> Tensor:
-    """L with L Lᵀ = metric, float64. A moment that is singular to rounding gets the least damping that mends it."""
-    for share in (0.0, 1e-8, 1e-6, 1e-4):
-        factor, info = torch.linalg.cholesky_ex(damped(metric, share))
-        if int(info) == 0 and bool(factor.isfinite().all()):
-            return factor
-    raise ValueError("a moment is not positive semidefinite, even with damping")

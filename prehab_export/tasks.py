@@ -4,6 +4,7 @@ A *unit* is what cross-entropy is taken over: a sample of a classifier, a predic
 Calibration, training and evaluation are written once, in terms of units, and know nothing else of a task.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -86,7 +87,14 @@ def model_inputs(batch: Batch) -> Batch:
 
 
 def _classifier_logits(model: nn.Module, batch: Batch) -> Tensor:
-    return model(**model_inputs(batch)).logits
+    return model(**model_inputs(batch), **_without_cache(model)).logits
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """What keeps a model from filling a cache that nobody reads: a classifier on a decoder does by default, and so does
+    each block of it, every time it is run."""
+    known = inspect.signature(model.forward).parameters
+    return {name: False for name in ("use_cache", "use_mems") if name in known}
 
 
 def _decoder_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from converters.errors import InputError
 from converters.lowrank import DenseLinear, Factors, LowRankLinear, balance, dense_weight, factorize
+from converters.roots import damped, symmetric, weighs
 from prehab_export import allocation
 from prehab_export.allocation import Cost, Group
 from prehab_export.config import TruncateConfig
 from prehab_export.decomposition import (
     Decomposition,
     JointDecomposition,
-    damped,
     decompose,
     decompose_jointly,
     objective_value,
@@ -65,13 +65,14 @@ class Refit:
 class Truncation:
     """New weights of the targeted layers: factors, or for some that stay dense a refit; and what each layer cost.
 
-    Members of a ``shared`` group have the same ``down``.
+    Members of a ``shared`` group have the same ``down``. ``notes``: what the user should know.
     """
 
     factors: dict[str, Factors]
     layers: list[LayerResult]
     refits: dict[str, Refit] = field(default_factory=dict)
     shared: tuple[Group, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> nn.Module:
@@ -199,10 +200,15 @@ def layer_metric(
     folds = fold_mean and objective != "weight" and layer.bias is not None
     return Metric(
         objective,
-        damped(moment.centred() if folds else moment.second_moment, INPUT_DAMPING),
+        input_metric(moment.centred() if folds else moment.second_moment),
         gradient_metric(name, layer, statistics, gradient_shrinkage),
         moment.mean.double() if folds else None,
     )
+
+
+def input_metric(moment: Tensor) -> Tensor:
+    """C as truncation weighs with it, float64: damped, but zero where nothing ever comes in."""
+    return damped(moment, INPUT_DAMPING) if weighs(moment) else torch.zeros_like(symmetric(moment))
 
 
 def gradient_metric(
@@ -297,7 +303,8 @@ def ranks_by(
     budget = config.keep * sum(cost(m, n, None) for m, n in shapes.values())
     multiple = config.multiple
     while True:
-        if config.allocation == "uniform":
+        if config.allocation == "uniform" or not any(bool((losses > 0).any()) for losses in predicted[0].values()):
+            # Where no layer is predicted to lose anything, there is nothing to choose by.
             plan = Plan(allocation.uniform(shapes, config.keep, multiple))
             spent = sum(cost(*shape, plan.ranks[name]) for name, shape in shapes.items())
         else:

@@ -10,8 +10,11 @@ import transformers
 from converters.errors import InputError
 from converters.targets import target_layers
 from prehab_export.calibration import CalibrationWarning, calibrate, few_tokens, shared_inputs
+from prehab_export.config import TruncateConfig
+from prehab_export.shrinkage import Sampling, shrunk
 from prehab_export.statistics import load_statistics, save_statistics
 from prehab_export.tasks import TASKS
+from prehab_export.truncation import gradient_metric, truncate
 
 
 def bert(**changes):
@@ -303,6 +306,28 @@ def test_moments_without_their_sampling_are_the_same():
         assert math.isnan(plain.inputs[group].sampling.error)
     for name, gradient in known.gradients.items():
         assert torch.allclose(plain.gradients[name], gradient, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::prehab_export.calibration.CalibrationWarning")
+@pytest.mark.parametrize("floor", [0.0, 0.25])
+def test_moments_without_their_sampling_are_shrunk_as_configured_and_no_further(floor, tmp_path):
+    """What is not known is no reason to give up G: factors are those of G at the configured share, saved or not."""
+    model, task = bert(), TASKS["text-classification"]
+    layers, config = target_layers(model), TruncateConfig(ratio=0.6, gradient_shrinkage=floor)
+    plain = calibrate(model, batches(), task, layers, sampling=False)
+    save_statistics(plain, tmp_path / "s.safetensors")
+    exact = {name: Sampling(5, 0.0, 1.0) for name in layers}
+    expected = truncate(layers, replace(plain, gradient_sampling=exact), config)
+    for statistics in (plain, load_statistics(tmp_path / "s.safetensors")):
+        found = truncate(layers, statistics, config)
+        assert found.ranks == expected.ranks
+        for name, pair in found.factors.items():
+            assert torch.equal(pair.up, expected.factors[name].up)
+            metric = gradient_metric(name, layers[name], statistics, floor)
+            assert metric is not None
+            assert torch.allclose(metric, shrunk(plain.gradients[name], floor))
+    assert few_tokens(plain) is None
+    assert all(moment.sampling.effective_tokens is None for moment in plain.inputs.values())
 
 
 def test_bad_input():

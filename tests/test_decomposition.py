@@ -6,15 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.lowrank import balance
+from converters.roots import damped, square_root
 from prehab_export import krylov
 from prehab_export.decomposition import (
-    damped,
     decompose,
     decompose_jointly,
     objective_value,
     predicted_joint_loss,
     predicted_loss,
-    square_root,
 )
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]

@@ -4,15 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
+from small_models import FAMILIES as FAMILY_CONFIGS
 from small_models import build, logits
 from torch import nn
 
 from converters.lowrank import dense_weight
 from converters.targets import target_layers
-from prehab_export.block_walk import BlockWalk, NotAChain, find_blocks
+from prehab_export import drift, tasks
+from prehab_export.block_walk import BlockWalk, ModelWalk, NotAChain, find_blocks
 from prehab_export.calibration import calibrate
 from prehab_export.config import TruncateConfig
-from prehab_export.drift import RIDGE, truncate_along
+from prehab_export.drift import RIDGE, _by_input, _fitted, _gather, truncate_along
 from prehab_export.tasks import TASKS
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Plan, decompose_layers, plan_ranks, truncate
@@ -33,7 +36,9 @@ def batches_for(task, count=6, size=8, padded=False):
         batch = {"input_ids": torch.randint(2, 50, (size, 12), generator=generator)}
         if task is CLASSIFY:
             lengths = torch.randint(4, 12, (size, 1), generator=generator) if padded else torch.full((size, 1), 12)
-            batch |= {"attention_mask": (torch.arange(12) < lengths).long(), "labels": labels}
+            mask = (torch.arange(12) < lengths).long()
+            batch |= {"input_ids": batch["input_ids"].masked_fill(mask == 0, 1), "attention_mask": mask}
+            batch |= {"labels": labels}
         result.append(batch)
     return result
 
@@ -80,7 +85,7 @@ def test_the_walk_meets_the_model_itself(family):
         for block in blocks:
             assert sorted(walk.order[block.name]) == sorted(block.layers)
             for name in block.layers:
-                *_, (dense, student, _mask, _positions) = walk.observe(block, [name])
+                *_, ((dense,), (student,), _mask, _positions) = walk.observe(block, [name])
                 torch.testing.assert_close(dense.inputs[name], expected[name])
                 torch.testing.assert_close(student.inputs[name], expected[name])
             walk.advance(block)
@@ -96,7 +101,7 @@ def test_the_residual_stream_is_found_without_names(family):
         walk = BlockWalk(model, frozen_copy(model), task, batches, blocks)
         block, writers = blocks[0], []
         for name in walk.order[block.name]:
-            *_, (dense, *_rest) = walk.observe(block, [name])
+            *_, ((dense,), *_rest) = walk.observe(block, [name])
             if name in dense.residuals:
                 writers.append(name)
                 last = dense.residuals[name] + model.get_submodule(name)(dense.inputs[name])
@@ -172,6 +177,65 @@ def test_the_compressed_model_comes_closer_to_the_dense_one(family):
     assert divergence(model, corrected, task, batches) < divergence(model, plain, task, batches)
 
 
+CLASSIFIERS = {
+    "llama": transformers.LlamaForSequenceClassification,
+    "qwen2": transformers.Qwen2ForSequenceClassification,
+    "gpt2": transformers.GPT2ForSequenceClassification,
+}
+
+
+def classifier(family, **changes):
+    """A classifier on a decoder, whose token 1 is padding."""
+    model_class, config = CLASSIFIERS[family], FAMILY_CONFIGS[family][1]
+    torch.manual_seed(0)
+    changes = {"pad_token_id": 1, "num_labels": 2, **changes}
+    return model_class._from_config(type(config)(**{**config.to_dict(), **changes})).eval()
+
+
+def by_whole_passes(model, task, batches, layers, statistics, plan):
+    """The slow way round: both models are run from end to end for every input of layers; nothing is run by itself."""
+    student, walk = frozen_copy(model), ModelWalk(model, task, batches, list(layers))
+    factors = {}
+    with torch.no_grad():
+        for members in _by_input(walk.order, statistics):
+            moments = _gather(walk.observe(student, members), members)
+            part = _fitted(members, layers, moments, statistics, plan, STRONG.gradient_shrinkage)
+            part.apply(student)
+            factors |= part.factors
+    return factors
+
+
+def assert_same_products(found, expected):
+    assert found.keys() == expected.keys()
+    for name, pair in expected.items():
+        product = pair.up.double() @ pair.down.double()
+        own = found[name].up.double() @ found[name].down.double()
+        assert (own - product).norm() < 1e-3 * product.norm(), name
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_classifiers_on_decoders_get_the_factors_of_whole_passes(family, padded, cached, monkeypatch):
+    """Whether their forward pass can be kept from filling a cache or not: blocks are run again, caches are not."""
+    if cached:
+        monkeypatch.setattr(tasks, "_without_cache", lambda _model: {})
+    model, batches = classifier(family), batches_for(CLASSIFY, count=3, padded=padded)
+    layers = target_layers(model)
+    statistics = calibrate(model, batches, CLASSIFY, layers)
+    plan = truncate(layers, statistics, STRONG)
+    result = along(model, CLASSIFY, batches, layers, statistics, plan)
+    assert not result.notes
+    assert_same_products(result.factors, by_whole_passes(model, CLASSIFY, batches, layers, statistics, plan))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_models_get_the_factors_of_whole_passes_too(family):
+    model, task, batches, layers, statistics, plan = prepared(family, padded=True)
+    result = along(model, task, batches, layers, statistics, plan)
+    assert_same_products(result.factors, by_whole_passes(model, task, batches, layers, statistics, plan))
+
+
 def test_layers_that_share_their_down_go_on_sharing_it():
     """And fit at least as well as any other choice at that rank: the objective is that of the joint decomposition."""
     model, task, batches, layers, statistics, _ = prepared("llama")
@@ -216,6 +280,95 @@ def test_the_dense_model_is_left_alone():
     along(model, task, batches, layers, statistics, plan)
     assert torch.equal(before, logits(model))
     assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def albert(**changes):
+    """One block, run four times; its sizes are those of the other families."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.AlbertConfig(
+        **{**sizes, "vocab_size": 50, "embedding_size": 16, "initializer_range": 0.2, **changes}
+    )
+    return transformers.AlbertForSequenceClassification(config).eval()
+
+
+class Twice(nn.Module):
+    """Blocks in no list, one of which is run twice, and a linear that is run twice inside it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 2)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, input_ids, attention_mask, **_others):
+        x = self.embed(input_ids)
+        for _ in range(2):
+            x = x + self.second(torch.tanh(self.first(x)))
+        x = x + self.first(x)
+        pooled = (x * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.head(pooled))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (albert, "1 blocks were run 4 times"),
+        (lambda: albert(num_hidden_groups=2, inner_group_num=2), "2 blocks were run 4 times"),
+        (Twice, "no list of blocks"),
+    ],
+)
+def test_layers_that_run_many_times_are_fitted_to_all_their_runs(make, why):
+    """And the model comes closer to the dense one for it, on the sample, in the divergence that it is judged by."""
+    model, batches = make(), batches_for(CLASSIFY, padded=True)
+    layers = target_layers(model, include=["first", "second"] if make is Twice else ())
+    statistics = calibrate(model, batches, CLASSIFY, layers)
+    plan = truncate(layers, statistics, STRONG)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result, again = (along(model, CLASSIFY, batches, layers, statistics, plan) for _ in range(2))
+    plain, corrected = plan.apply(frozen_copy(model)), result.apply(frozen_copy(model))
+    assert divergence(model, corrected, CLASSIFY, batches) < 0.9 * divergence(model, plain, CLASSIFY, batches)
+    assert result.ranks == plan.ranks
+    assert why in result.notes[0]
+    assert all(torch.equal(pair.up, again.factors[name].up) for name, pair in result.factors.items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_moments_of_a_layer_that_runs_many_times_are_those_of_all_its_runs():
+    model, batches = albert(), batches_for(CLASSIFY, count=2, padded=True)
+    layers = target_layers(model)
+    name = next(name for name in layers if name.endswith("ffn"))
+    rows, layer = [], model.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _m, args: rows.append(args[0].double()))
+    with torch.no_grad():
+        for batch in batches:
+            CLASSIFY.logits(model, batch)
+        masks = [batch["attention_mask"].bool() for batch in batches for _ in range(4)]
+        together = torch.cat([x[mask] for x, mask in zip(rows, masks, strict=True)])
+        handle.remove()
+        walk = ModelWalk(model, CLASSIFY, batches, list(layers))
+        sums = _gather(walk.observe(frozen_copy(model), [name]), [name])
+    assert sums.tokens == len(together)
+    torch.testing.assert_close(sums.outer, together.T @ together, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(sums.cross, sums.outer)
+
+
+def test_too_many_whole_passes_are_not_made(monkeypatch):
+    monkeypatch.setattr(drift, "MOST_INPUTS", 3)
+    model, batches = albert(), batches_for(CLASSIFY, count=2)
+    layers = target_layers(model)
+    statistics = calibrate(model, batches, CLASSIFY, layers)
+    plan = truncate(layers, statistics, STRONG)
+    with pytest.raises(NotAChain, match=r"1 blocks were run 4 times .* 4 inputs"):
+        along(model, CLASSIFY, batches, layers, statistics, plan)
+
+
+def test_what_is_left_as_planned_is_told():
+    model, task, batches, *_ = prepared("bert")
+    layers = target_layers(model, include=["bert.encoder.*.query", "bert.pooler.dense"])
+    statistics = calibrate(model, batches, task, layers)
+    result = along(model, task, batches, layers, statistics, truncate(layers, statistics, STRONG))
+    assert result.notes == ("drift is not corrected for bert.pooler.dense, outside the repeated blocks",)
 
 
 def test_layers_outside_every_block_are_cut_as_planned():

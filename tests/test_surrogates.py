@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters.roots import square_root
 from prehab_export import surrogates
-from prehab_export.decomposition import square_root
 from prehab_export.surrogates import Frame, Nuclear, Spectral, StochasticStableRank, Tail, Whitened
 
 SHAPES = [(8, 12), (12, 8), (10, 10)]

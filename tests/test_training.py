@@ -10,6 +10,7 @@ import transformers
 
 from converters.errors import InputError
 from converters.lowrank import dense_weight, factorize, low_rank_layers
+from converters.roots import square_root
 from converters.targets import target_layers
 from prehab_export import calibrate, load_data, prehab, rehab, surrogates, truncate
 from prehab_export.config import (
@@ -26,7 +27,6 @@ from prehab_export.config import (
     TrainConfig,
     TruncateConfig,
 )
-from prehab_export.decomposition import square_root
 from prehab_export.evaluation import evaluate, torch_predictor
 from prehab_export.prehabilitation import Regulariser
 from prehab_export.tasks import TASKS

@@ -1,0 +1,252 @@
+"""Where a tensor comes from: whether it was made from given ones, and which of its rows belong to which token.
+
+Counting rows does not tell tokens apart. An expert sees a handful of them, in an order of its own; a table of relative
+positions may happen to have as many rows as the batch has tokens; some models keep tokens before samples. So the
+operations themselves are watched while the model runs.
+
+*Made from* is a property of memory: whatever is computed from a marked tensor, or written from one, is marked. *Token
+numbers* go along with the data: an operation that moves rows (views, indexing, concatenation) moves their numbers in
+the same way, and one that works row by row (linears, norms, softmax, attention's queries) hands them on. What comes of
+any other operation has none, until it meets in a sum something of the same shape that has.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+# The tensor at this place of the arguments gives the rows of a product.
+_LEFT_OPERAND = {aten.mm: 0, aten.bmm: 0, aten.linear: 0, aten.addmm: 1, aten.baddbmm: 1, aten.mv: 0}
+_RESHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias}
+# What moves the entries of its first argument and changes none.
+_MOVES = {
+    aten.alias,
+    aten.chunk,
+    aten.diagonal,
+    aten.expand,
+    aten.flip,
+    aten.gather,
+    aten.index,
+    aten.index_select,
+    aten.masked_select,
+    aten.narrow,
+    aten.permute,
+    aten.repeat,
+    aten.roll,
+    aten.select,
+    aten.slice,
+    aten.split,
+    aten.split_with_sizes,
+    aten.squeeze,
+    aten.t,
+    aten.transpose,
+    aten.unbind,
+    aten.unsqueeze,
+}
+_REDUCTIONS = {aten.sum, aten.mean, aten.amax, aten.amin}
+_JOINS = {aten.cat, aten.stack}
+_ADDS_AT = {aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_}
+_PUTS_AT = {aten.index_put, aten.index_put_, aten._index_put_impl_}
+_WRITES = _ADDS_AT | _PUTS_AT | {aten.copy_, aten.scatter_, aten.scatter_add_, aten.masked_scatter_}
+# Rows in another order, that of what stands in them: their numbers are lost.
+_REORDERS = {aten.sort, aten.argsort, aten.scatter, aten.scatter_add, aten.masked_scatter}
+
+
+class MadeFrom(TorchDispatchMode):
+    """Within it, whatever is made from marked tensors is marked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By address of the storage, which is not used again as long as there is a reference to it, if a weak one.
+        self._marked: dict[int, StorageWeakRef] = {}
+
+    def mark(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            reference = StorageWeakRef(tensor.untyped_storage())
+            self._marked.setdefault(reference.cdata, reference)
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether the tensor is one of the marked, or made from them."""
+        return tensor.untyped_storage()._cdata in self._marked
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        sources = [leaf for leaf in tensors_in((args, kwargs)) if self.knows(leaf)]
+        result = func(*args, **kwargs)
+        if sources:
+            made = list(tensors_in(result))
+            self.mark(*made)
+            self._follow(func.overloadpacket, func, args, kwargs, sources, made)
+        return result
+
+    def _follow(
+        self, packet: Any, func: Any, args: Any, kwargs: Mapping[str, Any], sources: list[Tensor], made: list[Tensor]
+    ) -> None:
+        """Called with what was made, from what."""
+
+
+class TokenRows(MadeFrom):
+    """Within it, rows of what a model makes of its tokens keep their numbers: b·T + t for token t of sample b.
+
+    shape: (B, T).
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self._numbers: dict[tuple, Tensor] = {}
+
+    def start(self, *tensors: Tensor) -> None:
+        """These hold tokens, B×T×…."""
+        for tensor in tensors:
+            self.mark(tensor)
+            if tensor.shape[:2] == self.shape:
+                count = self.shape[0] * self.shape[1]
+                numbers = torch.arange(count, dtype=torch.int32, device=tensor.device).reshape(self.shape)
+                self._keep(tensor, numbers.reshape(*self.shape, *[1] * (tensor.dim() - 2)).expand(tensor.shape))
+
+    def number(self, tensor: Tensor, numbers: Tensor) -> None:
+        """The rows of this tensor (…×n) have these numbers, of its shape without the last."""
+        self.mark(tensor)
+        self._keep(tensor, numbers[..., None].expand(tensor.shape))
+
+    def rows(self, x: Tensor) -> Tensor | None:
+        """The token number of every row of x (…×n), of x's shape without its last; −1 for a row that is none. None
+        where that is not known."""
+        numbers = self._numbers_of(x)
+        return None if numbers is None or x.dim() < 2 else _of_rows(numbers)
+
+    def _follow(
+        self, packet: Any, func: Any, args: Any, kwargs: Mapping[str, Any], sources: list[Tensor], made: list[Tensor]
+    ) -> None:
+        rule = self._rule(packet)
+        for tensor, numbers in zip(made, rule(func, args, kwargs, sources, made), strict=False):
+            if numbers is not None and numbers.shape == tensor.shape:
+                self._keep(tensor, numbers)
+            elif func._schema.is_mutable:
+                self._numbers.pop(_key(tensor), None)
+
+    def _rule(self, packet: Any) -> Callable[..., Sequence[Tensor | None]]:
+        if packet in _RESHAPES:
+            return self._reshaped
+        if packet in _MOVES:
+            return self._moved
+        if packet in _JOINS:
+            return self._joined
+        if packet in _REDUCTIONS:
+            return self._reduced
+        if packet in _LEFT_OPERAND:
+            return lambda func, args, kwargs, sources, made: [
+                self._like([args[_LEFT_OPERAND[packet]]], tensor) for tensor in made
+            ]
+        if packet is aten.embedding:
+            return self._embedded
+        if packet is aten.constant_pad_nd:
+            return self._padded
+        if packet in _WRITES:
+            return self._written
+        if packet in _REORDERS:
+            return lambda func, args, kwargs, sources, made: [None]
+        return lambda func, args, kwargs, sources, made: [self._like(sources, tensor) for tensor in made]
+
+    def _reshaped(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
+        numbers = self._numbers_of(args[0])
+        fits = numbers is not None and numbers.numel() == made[0].numel()
+        return [numbers.reshape(made[0].shape) if numbers is not None and fits else None]
+
+    def _moved(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> Sequence[Tensor | None]:
+        numbers = self._numbers_of(args[0])
+        if numbers is None:
+            return [None]
+        result = func(numbers, *args[1:], **kwargs)
+        return [result] if isinstance(result, Tensor) else list(result)
+
+    def _joined(self, func: Any, args: Any, kwargs: Any, sources: Any, made: Any) -> list[Tensor | None]:
+        parts = [self._numbers_of(part) for part in args[0]]
+        if all(numbers is None for numbers in parts):
+            return [None]
+        filled = [
+            torch.full(part.shape, -1, dtype=torch.int32, device=part.device) if numbers is None else numbers
+            for part, numbers in zip(args[0], parts, strict=True)
+        ]
+        return [func(filled, *args[1:], **kwargs)]
+
+    def _reduced(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
+        """What belongs to one token and is summed is still that token's."""
+        numbers, dims = self._numbers_of(args[0]), args[1] if len(args) > 1 else kwargs.get("dim")
+        rows = None if numbers is None or not dims or numbers.dim() < 2 else _of_rows(numbers)
+        if rows is None or rows.numel() == 0:
+            return [None]
+        reduced = sorted({dim % args[0].dim() for dim in ([dims] if isinstance(dims, int) else dims)})
+        if reduced == [args[0].dim() - 1]:
+            return [rows.reshape(made[0].shape)]
+        if reduced[-1] == args[0].dim() - 1:
+            return [None]
+        low, high = rows.amin(reduced), rows.amax(reduced)
+        if not torch.equal(low, high):
+            return [None]
+        return [low.reshape(*made[0].shape[:-1], 1).expand(made[0].shape)]
+
+    def _written(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
+        """Rows put into another tensor: what was written has its own numbers, the rest what it had."""
+        target, values = args[0], [arg for arg in args[1:] if isinstance(arg, Tensor) and arg.dtype == args[0].dtype]
+        numbers, source = self._numbers_of(target), self._numbers_of(values[-1]) if values else None
+        if source is None:
+            return [numbers]
+        if numbers is None:
+            numbers = torch.full(target.shape, -1, dtype=torch.int32, device=target.device)
+        packet = func.overloadpacket
+        if packet in _ADDS_AT:
+            return [numbers.index_copy(args[1], args[2], source)]
+        if packet in _PUTS_AT:
+            return [aten.index_put(numbers, args[1], source)]
+        return [source.expand(target.shape)] if packet is aten.copy_ else [None]
+
+    def _embedded(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
+        numbers = self._numbers_of(args[1])
+        return [None if numbers is None else numbers[..., None].expand(made[0].shape)]
+
+    def _padded(self, func: Any, args: Any, kwargs: Any, sources: Any, made: Any) -> list[Tensor | None]:
+        numbers = self._numbers_of(args[0])
+        return [None if numbers is None else func(numbers, args[1], -1)]
+
+    def _like(self, sources: Sequence[Tensor], made: Tensor) -> Tensor | None:
+        """Numbers of the first source of the same shape, else of the first with the same rows."""
+        known = [(source, self._numbers_of(source)) for source in sources if isinstance(source, Tensor)]
+        for source, numbers in known:
+            if numbers is not None and source.shape == made.shape:
+                return numbers
+        for source, numbers in known:
+            if numbers is not None and source.dim() == made.dim() > 1 and source.shape[:-1] == made.shape[:-1]:
+                rows = _of_rows(numbers)
+                return None if rows is None else rows[..., None].expand(made.shape)
+        return None
+
+    def _numbers_of(self, tensor: Tensor) -> Tensor | None:
+        return self._numbers.get(_key(tensor)) if self.knows(tensor) else None
+
+    def _keep(self, tensor: Tensor, numbers: Tensor) -> None:
+        self._numbers[_key(tensor)] = numbers
+
+
+def _of_rows(numbers: Tensor) -> Tensor | None:
+    """One number a row, where all its entries have the same."""
+    if numbers.shape[-1] == 0:
+        return None
+    first = numbers[..., 0]
+    same = numbers.stride(-1) == 0 or numbers.shape[-1] == 1 or bool((numbers == first[..., None]).all())
+    return first if same else None
+
+
+def _key(tensor: Tensor) -> tuple:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
