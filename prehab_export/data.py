@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from prehab_export.data_columns import Columns, choose_columns
 from prehab_export.data_images import check_shape
 from prehab_export.data_source import Splits, choose_splits, held_out_count, open_source
 from prehab_export.data_text import start_tokens
+from prehab_export.files import sha256_of
 from prehab_export.models import longest_input
 from prehab_export.tasks import Batch, Task
 
@@ -60,12 +62,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class TaskData:
-    """fingerprint: a hash of the content and of what decides which of it is used; description: for the report, with
-    ``warnings`` of what had to be assumed."""
+    """fingerprint: a hash of the content and of what decides which of it is trained on; evaluation_fingerprint: of
+    that, and of what decides which of it judges; description: for the report, with ``warnings`` of what had to be
+    assumed."""
 
     train: Samples
     evaluation: Samples
     fingerprint: str
+    evaluation_fingerprint: str
     description: dict[str, Any]
 
 
@@ -77,6 +81,7 @@ def load_data(
     seed: int,
     *,
     trust_remote_code: bool = False,
+    sha256_of: Callable[[Path], str] = sha256_of,
 ) -> TaskData:
     """Samples to train on and samples to judge by.
 
@@ -86,11 +91,12 @@ def load_data(
     Args:
         processor: tokenizer or image processor, from `prehab_export.models.load_processor`.
         trust_remote_code: build a model that comes as code, to see how long its input may be.
+        sha256_of: a file's hash; one that remembers saves reading large files again.
 
     Raises:
         InputError: data that is not there, has no rows, or does not fit the task or the model.
     """
-    source = open_source(config)
+    source = open_source(config, sha256_of)
     splits = choose_splits(source, config)
     columns = choose_columns(splits.train, config, task)
     most = None
@@ -127,17 +133,21 @@ def load_data(
         "labels_by_position": config.labels_by_position,
         "warnings": list(dict.fromkeys(warnings)),
     }
-    return TaskData(train, evaluation, _fingerprint(source.fingerprint, config, description), description)
+    fingerprint = _fingerprint(source.fingerprint, config, description, splits.evaluation is None)
+    judging = json.dumps([fingerprint, splits.evaluation_name, config.eval_samples])
+    evaluation_fingerprint = hashlib.sha256(judging.encode()).hexdigest()
+    return TaskData(train, evaluation, fingerprint, evaluation_fingerprint, description)
 
 
 def _samples(encoded: Encoded) -> Samples:
     return Samples(np.arange(encoded.count), encoded.collate)
 
 
-def _fingerprint(content: str, config: DataConfig, description: dict[str, Any]) -> str:
-    """Of the content and of all that decides what is trained on; how much of it judges is not part of it."""
-    deciding = ("config", "columns", "train_split", "eval_split", "sequence_length", "window_start")
-    used = {key: description[key] for key in (*deciding, "labels_by_position")}
+def _fingerprint(content: str, config: DataConfig, description: dict[str, Any], cut: bool) -> str:
+    """Of the content and of all that decides what is trained on; what judges is not part of it, but for whether it is
+    cut from the same split."""
+    deciding = ("config", "columns", "train_split", "sequence_length", "window_start", "labels_by_position")
+    used = {key: description[key] for key in deciding} | {"cut": cut}
     used |= {"encoding": config.encoding, "delimiter": config.separator, "header": config.header}
     return hashlib.sha256(json.dumps([content, used], sort_keys=True).encode()).hexdigest()
 

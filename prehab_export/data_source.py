@@ -4,7 +4,7 @@ import functools
 import hashlib
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,11 @@ class Splits:
     evaluation_name: str
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, sha256_of: Callable[[Path], str] = sha256_of) -> Source:
     """Every split of the data.
+
+    Args:
+        sha256_of: a file's hash; one that remembers saves reading large files again.
 
     Raises:
         InputError: nothing there, a kind of file that is not read, or the hub out of reach.
@@ -72,10 +75,10 @@ def open_source(config: DataConfig) -> Source:
     path = Path(config.data)
     try:
         if path.is_file():
-            return Source(_from_file(path, config), _content_hash(path, [path]))
+            return Source(_from_file(path, config), _content_hash(path, [path], sha256_of))
         if path.is_dir():
             splits = _from_folder(path, config)
-            return Source(splits, _content_hash(path, [file for file in path.rglob("*") if file.is_file()]))
+            return Source(splits, _content_hash(path, [file for file in path.rglob("*") if file.is_file()], sha256_of))
         if config.data.startswith((".", "~", "/")) or config.data.count("/") > 1 or path.suffix in FILE_READERS:
             raise InputError(f"no such file or folder: {config.data}")
         return _from_hub(config)
@@ -224,7 +227,7 @@ def _scratch() -> str:
     return _scratch_folder().name
 
 
-def _content_hash(root: Path, files: list[Path]) -> str:
+def _content_hash(root: Path, files: list[Path], sha256_of: Callable[[Path], str]) -> str:
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.relative_to(root.parent)}\0{sha256_of(file)}\n".encode())

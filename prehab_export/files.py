@@ -49,6 +49,7 @@ class DigestCache:
 
     path: Path
     _known: dict[str, FileDigest] = field(init=False)
+    _asked: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         try:
@@ -63,12 +64,14 @@ class DigestCache:
         known, facts = self._known.get(name), path.stat()
         if known is None or (known.size, known.mtime_ns) != (facts.st_size, facts.st_mtime_ns):
             known = self._known[name] = FileDigest.of(path)
-            self._save()
+        self._asked.add(name)
         return known.sha256
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Remember what was asked for; files that nobody asks for any more are forgotten."""
+        self._known = {name: digest for name, digest in self._known.items() if name in self._asked}
         rows = {name: [digest.size, digest.mtime_ns, digest.sha256] for name, digest in self._known.items()}
-        write_text_atomically(self.path, json.dumps(rows, indent=1) + "\n")
+        write_text_atomically(self.path, json.dumps(rows, indent=0) + "\n")
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -159,8 +159,8 @@ class FitModels:
     def metrics(self, plan: Plan, mode: str, split: str = "evaluation") -> Metrics:
         """Of the graph, on ONNX Runtime."""
         name = f"fit-{split}-{slug_of(plan)}-{mode}"
-        samples = {"eval_samples": self.session.config.data.eval_samples} if split == "evaluation" else {}
-        options = {"split": split, **samples}
+        judging = {"evaluation": self.session.data.evaluation_fingerprint} if split == "evaluation" else {}
+        options = {"split": split, **judging}
         folder = self.stage(
             name, options, [self.graph_identity(plan, mode)], partial(self._evaluate, plan, mode, split)
         )

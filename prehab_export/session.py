@@ -23,6 +23,7 @@ from prehab_export.config import AUTO, RunConfig
 from prehab_export.data import Samples, TaskData, load_data
 from prehab_export.devices import choose_device, prepare_determinism, room_for
 from prehab_export.evaluation import Metrics, evaluate, torch_predictor
+from prehab_export.files import DigestCache
 from prehab_export.models import (
     check_task,
     empty_model,
@@ -105,26 +106,31 @@ class Session:
             self.model_config,
             seed=self.config.seed,
             trust_remote_code=self.config.trust_remote_code,
+            sha256_of=self.digests.sha256_of,
         )
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """What the run starts from, by content: model, adapter, data, task and seed."""
+        """What the run starts from, by content: model, adapter, training data, task and seed."""
         adapter = self.config.adapter
-        return {
-            "model": fingerprint(
-                self.config.model, revision=self.config.revision, sha256_of=self.workspace.digests.sha256_of
-            ),
+        source = {
+            "model": fingerprint(self.config.model, revision=self.config.revision, sha256_of=self.digests.sha256_of),
             "adapter": None if adapter is None else self._folder_hash(Path(adapter)),
             "data": self.data.fingerprint,
             "task": self.config.task,
             "seed": self.config.seed,
             "batch_size": self.config.data.batch_size,
         }
+        self.digests.save()
+        return source
+
+    @cached_property
+    def digests(self) -> DigestCache:
+        """Hashes of the files that the run reads, remembered from one command to the next."""
+        return DigestCache(self.workspace.root / "manifests" / "digests.json")
 
     def _folder_hash(self, folder: Path) -> dict[str, str]:
-        digests = self.workspace.digests
-        return {path.name: digests.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        return {path.name: self.digests.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
     def identity(self, stage: str) -> str:
         """What was asked of a stage and what it made, for the keys of what reads its current result."""

@@ -319,6 +319,11 @@ def _times_options(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _judging(session: Session) -> dict[str, Any]:
+    """What the task's metric is taken over. The few samples that a graph is checked on may be any."""
+    return {"evaluation": session.data.evaluation_fingerprint}
+
+
 def _card_options(config: RunConfig) -> dict[str, Any]:
     """What the model card quotes that is in no other stage's key: names, which a moved folder changes."""
     public = public_names(config)
@@ -365,14 +370,16 @@ STAGES = {
         Stage(
             "baseline",
             lambda session, folder: export_baseline(session.on_cpu, folder),
-            lambda c: {"eval_samples": c.data.eval_samples},
+            lambda c: {},
             ("merge",),
+            outside=_judging,
         ),
         Stage(
             "verify",
             lambda session, folder: verify_in_fresh_process(session.on_cpu, folder),
-            lambda c: {"eval_samples": c.data.eval_samples},
+            lambda c: {},
             ("export", "baseline"),
+            outside=_judging,
         ),
         Stage(
             "quantize",
@@ -381,10 +388,10 @@ STAGES = {
                 "modes": c.quantize,
                 "refit": c.quantize_refit,
                 "shrinkage": c.cut.gradient_shrinkage,
-                "eval_samples": c.data.eval_samples,
             },
             ("merge", "calibrate", "prehab", "export", "baseline", "verify"),
             lambda c: bool(c.quantize),
+            _judging,
         ),
         Stage(
             "ort",

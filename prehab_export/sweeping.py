@@ -73,7 +73,7 @@ class _Rows:
 
     def all(self, methods: Sequence[Method], ratios: Sequence[float]) -> list[Row]:
         """The dense model's row, then one a method and ratio."""
-        evaluation = {"eval_samples": self.session.config.data.eval_samples}
+        evaluation = {"evaluation": self.session.data.evaluation_fingerprint}
         rows = [self._row("sweep-dense", evaluation, lambda: {"method": "dense", "ratio": 0.0} | self._dense())]
         for objective in dict.fromkeys(method.objective for method in methods):
             self.decomposed = None  # of one objective at a time: they are as large as the model

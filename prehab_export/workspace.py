@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from converters.errors import InputError
 from prehab_export.errors import StorageError, out_of_space
-from prehab_export.files import DigestCache, FileDigest, write_text_atomically
+from prehab_export.files import FileDigest, write_text_atomically
 
 OPTIONS_FILE = "run.yaml"
 # What makes a folder ours: only then is anything in it replaced or removed.
@@ -130,11 +130,6 @@ class Workspace:
                 yield
         except Timeout as error:
             raise InputError(f"another run is working in {self.root}; wait for it or take another folder") from error
-
-    @property
-    def digests(self) -> DigestCache:
-        """Hashes of what the run reads from elsewhere."""
-        return DigestCache(self.root / "manifests" / "digests.json")
 
     # Results, by key.
 
