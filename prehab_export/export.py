@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from rich.markup import escape
 from transformers import PreTrainedModel
 
 from converters.folder import from_pretrained, save_folder
@@ -15,7 +14,7 @@ from converters.onnx.export import OnnxExport, export_onnx
 from converters.onnx.modes import FULL
 from prehab_export.errors import InputError, ParityError
 from prehab_export.parity import Reference, check_graph, reference_batches, reference_of, save_reference
-from prehab_export.progress import say
+from prehab_export.progress import warn
 from prehab_export.session import Session
 from prehab_export.tasks import Task
 from prehab_export.workspace import write_json
@@ -38,7 +37,7 @@ def export_model(session: Session, model: PreTrainedModel, folder: Path, digests
     graph = Path("onnx", "model.onnx")
     export = _export_graph(session, model, folder, folder / "model" / graph, digests, session.config.kv_cache)
     if session.task.name == "text-generation" and not write_genai_config(model, folder / "model", graph, export.inputs):
-        say("  [yellow]warning: no genai_config.json, since onnxruntime-genai knows no such cache")
+        warn("no genai_config.json, since onnxruntime-genai knows no such cache")
 
 
 def export_baseline(session: Session, folder: Path) -> None:
@@ -67,7 +66,7 @@ def _export_graph(
     names = session.processor.model_input_names if is_text else None
     export = export_exact(model, path, session.task, reference, names, session.threads, kv_cache)
     for warning in export.warnings:
-        say(f"  [yellow]warning: {escape(warning)}")
+        warn(warning)
     write_json(folder / "export.json", {key: value for key, value in asdict(export).items() if key != "path"})
     return export
 
@@ -97,7 +96,7 @@ def export_exact(
     except InputError:
         raise
     except (ParityError, RuntimeError) as error:
-        say(f"  [yellow]warning: exporting without fusion, since the fused graph does not serve: {escape(str(error))}")
+        warn(f"exporting without fusion, since the fused graph does not serve: {error}")
         export = write(fuse=False)
         check_graph(reference, task, path, threads)
     return export

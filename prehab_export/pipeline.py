@@ -80,12 +80,12 @@ def bring_up(session: Session, names: Sequence[str], redo: Collection[str] = ())
         if name in stale:
             _do(session, STAGES[name], keys[name])
         elif name in keys:
-            say(f"[dim]{name}: up to date")
+            say(f"{name}: up to date", style="dim")
 
 
 def _do(session: Session, stage: Stage, key: str) -> None:
     started = time.monotonic()
-    say(f"[bold]{stage.name}")
+    say(stage.name, style="bold")
     torch.manual_seed(session.config.seed)
     with session.workspace.publish(stage.name, key, stage.options(session.config)) as folder:
         stage.work(session, folder)

@@ -76,7 +76,7 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
     console.print(format_bench(result["bench"]))
     for row in result["bench"]["comparison"]:
         if row["model"].startswith("compressed") and row["speedup"] < 1:
-            console.print(f"[yellow]{row['model']} is slower than dense {_sizes(row)}: {row['speedup']:.2f}×")
+            console.print(f"{row['model']} is slower than dense {_sizes(row)}: {row['speedup']:.2f}×", style="yellow")
 
 
 def _print_places(console: Console, root: Path) -> None:

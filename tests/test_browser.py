@@ -339,7 +339,9 @@ def test_nothing_is_left_by_an_interrupt(kits, tmp_path, number):
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    assert parent.stdout.readline()
+    while "sandbox" in (line := parent.stdout.readline()):  # said to root before a browser is there
+        pass
+    assert line
     children = psutil.Process(parent.pid).children(recursive=True)
     assert children
     parent.send_signal(number)
