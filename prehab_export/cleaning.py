@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from converters.errors import InputError
@@ -38,7 +37,7 @@ def print_cleaning(removed: list[Leftover], dry_run: bool) -> None:
     table.add_column("result")
     table.add_column("MB", justify="right")
     for leftover in removed:
-        table.add_row(escape(f"{leftover.stage}/{leftover.key}"), f"{leftover.bytes / 1e6:,.1f}")
+        table.add_row(f"{leftover.stage}/{leftover.key}", f"{leftover.bytes / 1e6:,.1f}")
     console.print(table)
     total = sum(leftover.bytes for leftover in removed)
     console.print(f"{'would free' if dry_run else 'freed'} {total / 1e6:,.1f} MB")

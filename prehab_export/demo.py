@@ -50,7 +50,7 @@ def run_demo(output: Path, threads: int | None = None) -> Workspace:
     key = stage_key("dense", {"vit": VIT, "training": vars(TRAINING), "threads": bench.threads})
     with workspace.locked():
         if workspace.find("dense", key) is None:
-            say("[bold]a small ViT on digits")
+            say("a small ViT on digits", style="bold")
             with workspace.publish("dense", key, VIT) as folder:
                 _train_vit(folder / NAME)
         workspace.select("dense", key)

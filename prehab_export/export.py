@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from transformers import PreTrainedModel
 
 from converters.dtypes import DTYPES, cast_weights
@@ -26,7 +25,7 @@ from prehab_export.parity import (
     reference_of,
     save_reference,
 )
-from prehab_export.progress import say
+from prehab_export.progress import warn
 from prehab_export.session import Session
 from prehab_export.tasks import Task, sample_count
 from prehab_export.weight_files import WIDTHS, WeightFiles, weight_files
@@ -67,7 +66,7 @@ def export_model(session: Session, model: PreTrainedModel, folder: Path) -> None
         session, model, folder, folder / "model" / graph, facts, warnings, digests, session.config.kv_cache
     )
     if session.task.name == "text-generation" and not write_genai_config(model, folder / "model", graph, export.inputs):
-        say("  [yellow]warning: no genai_config.json, since onnxruntime-genai knows no such cache")
+        warn("no genai_config.json, since onnxruntime-genai knows no such cache")
 
 
 def _not_smaller(written: WeightFiles, source: WeightFiles) -> str | None:
@@ -112,7 +111,7 @@ def _export_graph(
     export = export_exact(model, path, session.task, reference, names, session.threads, kv_cache)
     told = asdict(export) | facts | {"warnings": [*warnings, *export.warnings]}
     for warning in told["warnings"]:
-        say(f"  [yellow]warning: {escape(warning)}")
+        warn(warning)
     write_json(folder / "export.json", {key: value for key, value in told.items() if key != "path"})
     return export
 
@@ -155,7 +154,7 @@ def export_exact(
     except (ParityError, RuntimeError) as error:
         if not fuse:
             raise
-        say(f"  [yellow]warning: exporting without fusion, since the fused graph does not serve: {escape(str(error))}")
+        warn(f"exporting without fusion, since the fused graph does not serve: {error}")
         export = write(fuse=False)
         check_graph(reference, task, path, threads)
     return export

@@ -112,7 +112,7 @@ class FitModels:
 
     def _make(self, plan: Plan, folder: Path) -> None:
         session, config = self.session, self.session.config
-        say(f"[bold]make a model of {len(plan_facts(plan)['ranks'])} cut layers")
+        say(f"make a model of {len(plan_facts(plan)['ranks'])} cut layers", style="bold")
         result = compress(
             self.model,
             session.task,

@@ -72,5 +72,5 @@ def print_fit(result: Row, folder: Path) -> None:
     console.print(table)
     console.print(result["verdict"])
     if result["warning"] is not None:
-        console.print(f"[yellow]warning: {result['warning']}")
+        console.print(f"warning: {result['warning']}", style="yellow")
     console.print(f"table, plot and model  {folder}")

@@ -135,7 +135,7 @@ class _Fit:
         return Anchor(f"{slug_of(plan)}-{mode}", mode, units, read_graph(graph).file_bytes / 1e6, graph)
 
     def _probe(self, anchors: Sequence[Anchor], tokens: int, folder: Path) -> None:
-        say(f"[bold]probe {self.request.target.name}")
+        say(f"probe {self.request.target.name}", style="bold")
         shapes = layer_shapes(self.session)
         with bar("write layer graphs", len(set(shapes))) as advance:
             probes = list(layer_probes(shapes, tokens, self.modes, folder / "layers", advance))
@@ -223,7 +223,7 @@ class _Fit:
         options = {**self._place(), "threads": threads, "models": list(models)}
 
         def work(folder: Path) -> None:
-            say(f"[bold]measure {len(candidates)} finalists on {self.request.target.name}")
+            say(f"measure {len(candidates)} finalists on {self.request.target.name}", style="bold")
             write_json(folder / "results.json", self._measure(models, threads, folder))
 
         return json.loads(

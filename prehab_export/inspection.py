@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -131,7 +130,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         + (f"{facts['layers_factored']} two-factor layers" if facts["layers_factored"] else "layers to compress")
     )
     if facts["warning"] is not None and not facts["layers_factored"]:
-        console.print(f"[yellow]warning: {escape(facts['warning'])}")
+        console.print(f"warning: {facts['warning']}", style="yellow")
     headings = ("layer", "out×in", "parameters", "rank", "kept", "shares input with", "stable rank", "99% in")
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in headings:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,7 +30,7 @@ from prehab_export.models import load_processor, task_of
 from prehab_export.ort_files import TOLERANCE as ORT_TOLERANCE
 from prehab_export.ort_files import largest_difference
 from prehab_export.parity import reference_of
-from prehab_export.progress import result_console, say
+from prehab_export.progress import result_console, warn
 from prehab_export.report import render
 from prehab_export.session import STATISTICS, quiet_libraries
 from prehab_export.statistics import Statistics, load_statistics
@@ -156,7 +155,7 @@ def _write_ort(graph: Path, example: Batch, threads: int, facts: dict[str, Any])
 
 def _leave_out(facts: dict[str, Any], name: str, reason: str) -> None:
     facts["left_out"].append({"file": name, "reason": reason})
-    say(f"  [yellow]warning: no {escape(name)} in the merged artifact: {escape(reason)}")
+    warn(f"no {name} in the merged artifact: {reason}")
 
 
 def _statistics_of(artifact: Path) -> Path | None:

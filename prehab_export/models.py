@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from rich.markup import escape
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -63,7 +62,7 @@ def load_config(model: str, *, revision: str | None = None, trust_remote_code: b
 @cache
 def _say_kernels_forgotten(model: str, asked: str) -> None:
     """Once for each model, which is read in many places."""
-    say(f"  {escape(model)} asks for {escape(asked)}, which not every machine has: PyTorch's own code is used instead")
+    say(f"  {model} asks for {asked}, which not every machine has: PyTorch's own code is used instead")
 
 
 def check_task(config: PreTrainedConfig, task: Task) -> None:

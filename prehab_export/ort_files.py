@@ -11,7 +11,7 @@ from converters.onnx.ort_format import mobile_verdict, write_ort
 from converters.onnx.session import open_session
 from prehab_export.errors import InputError, ParityError
 from prehab_export.evaluation import feeds_of
-from prehab_export.progress import say
+from prehab_export.progress import say, warn
 from prehab_export.quantization import quantized_graphs
 from prehab_export.session import Session
 from prehab_export.tasks import Batch
@@ -39,7 +39,7 @@ def write_ort_files(session: Session, folder: Path) -> None:
         except InputError as reason:
             if graph == plain:
                 raise
-            say(f"  [yellow]warning: {reason}")
+            warn(str(reason))
             left_out.append({"graph": name, "reason": str(reason)})
             continue
         samples = session.data.evaluation.subset(min(SAMPLES, len(session.data.evaluation)), 0)

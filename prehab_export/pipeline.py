@@ -116,7 +116,7 @@ def bring_up(session: Session, names: Sequence[str], redo: Collection[str] = ())
         if key is None:
             continue
         if stage.name not in redo and workspace.find(stage.name, key) is not None:
-            say(f"[dim]{stage.name}: up to date")
+            say(f"{stage.name}: up to date", style="dim")
         else:
             _do(session, stage, key)
         workspace.select(stage.name, key)
@@ -125,7 +125,7 @@ def bring_up(session: Session, names: Sequence[str], redo: Collection[str] = ())
 
 def _do(session: Session, stage: Stage, key: str) -> None:
     started = time.monotonic()
-    say(f"[bold]{stage.name}")
+    say(stage.name, style="bold")
     torch.manual_seed(session.config.seed)
     with session.workspace.publish(stage.name, key, stage.options(session.config)) as folder:
         stage.work(session, folder)

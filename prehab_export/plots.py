@@ -5,10 +5,14 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+# Pictures look the same everywhere: a ``matplotlibrc`` in the current folder, or a user's own, has no say in them.
+_own_style = mpl.rc_context(mpl.rcParamsDefault)
 
+
+@_own_style
 def plot_ranks(layers: list[dict], path: Path) -> None:
     """Share of its parameters that each layer keeps, one row a layer, coloured by the layer's role."""
-    names = [layer["name"] for layer in layers]
+    names = [layer["name"].replace("$", r"\$") for layer in layers]  # a dollar would begin a formula
     kept = [layer["parameters_after"] / layer["parameters_before"] for layer in layers]
     roles = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     colours = {role: mpl.colormaps["tab10"](at % 10) for at, role in enumerate(roles)}
@@ -26,6 +30,7 @@ def plot_ranks(layers: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@_own_style
 def plot_prehab(history: list[dict], metric: str, path: Path) -> None:
     """Task loss, surrogate and the dense model's metric over the steps, one panel each."""
     steps = [row["step"] for row in history]
@@ -50,6 +55,7 @@ def plot_prehab(history: list[dict], metric: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@_own_style
 def plot_sweep(dense: dict, rows: list[dict], path: Path) -> None:
     """The metric against the share removed, a line a method, the dense model's value as a level."""
     figure = Figure(figsize=(6.5, 4), layout="constrained")
@@ -67,6 +73,7 @@ def plot_sweep(dense: dict, rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@_own_style
 def plot_fit(result: dict, path: Path) -> None:
     """What is lost against p95, marker areas by file size: filled and ringed where measured, faint where predicted."""
     scale = 100 / max(row["predicted"]["size_mb"] for row in result["candidates"])
@@ -106,6 +113,7 @@ def plot_fit(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+@_own_style
 def plot_roofline(bench: dict, path: Path) -> None:
     """Operations a second against operations a byte of weights, a panel for each number of threads, under the measured
     ceilings."""

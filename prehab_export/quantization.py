@@ -20,7 +20,7 @@ from prehab_export.bench_graph import read_graph
 from prehab_export.evaluation import Metrics, feeds_of
 from prehab_export.grid import GRIDS
 from prehab_export.grid_refit import GridFit, refit_to_grid
-from prehab_export.progress import bar, say
+from prehab_export.progress import bar, say, warn
 from prehab_export.session import Session
 from prehab_export.verification import graph_metrics
 from prehab_export.workspace import write_json
@@ -64,8 +64,8 @@ def tell_coverage(name: str, covered: Coverage) -> None:
         for left in covered.left:
             if left.weights >= LEAST_TOLD * covered.weights:
                 share = left.weights / covered.weights
-                say(
-                    f"  [yellow]warning: {share:.1%} of the weights of {name} stay in floating point, in "
+                warn(
+                    f"{share:.1%} of the weights of {name} stay in floating point, in "
                     f"{left.tensors} tensors of {left.operator}: {left.reason}"
                 )
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.markup import escape
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,7 +32,7 @@ from prehab_export.models import (
     load_processor,
     longest_input,
 )
-from prehab_export.progress import bar, say
+from prehab_export.progress import bar, say, warn
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import TASKS, Task
 from prehab_export.weight_files import WeightFiles, check_fit_in, weight_files
@@ -278,7 +277,7 @@ def check(session: Session) -> None:
     if session.config.adapter is not None:
         check_fit(model, Path(session.config.adapter))
     for warning in session.data.description["warnings"]:
-        say(f"  [yellow]warning: {escape(warning)}")
+        warn(warning)
     if not len(session.data.train) or not len(session.data.evaluation):
         raise InputError(
             f"{session.config.data.data} has an empty split; give --train-split and --eval-split with rows"
@@ -306,8 +305,10 @@ def _check_share(found: Coverage, config: RunConfig) -> None:
             f"The rest: {found.where_the_rest_lies()}. Name layers with --include to compress those all the same"
             + (", or loosen --exclude" if config.calibrate.exclude else "")
         )
-    warning = found.warning
-    say(f"[yellow]warning: {escape(warning)}" if warning is not None else escape(found.sentence()))
+    if found.warning is not None:
+        warn(found.warning)
+    else:
+        say(found.sentence())
 
 
 def bench_config(session: Session) -> BenchConfig:

@@ -30,7 +30,7 @@ from prehab_export.latency_budget import cost_of, predicted_latency, time_ranks
 from prehab_export.ort_files import write_ort_files
 from prehab_export.parity import digests_of
 from prehab_export.prehabilitation import prehab
-from prehab_export.progress import bar, say
+from prehab_export.progress import bar, say, warn
 from prehab_export.quantization import graphs_of, quantize
 from prehab_export.refinement import refine
 from prehab_export.rehabilitation import rehab
@@ -71,7 +71,7 @@ def _calibrate(session: Session, folder: Path) -> None:
     save_statistics(statistics, folder / STATISTICS)
     warned = doubts(statistics)
     for warning in warned:
-        say(f"  [yellow]warning: {warning}")
+        warn(warning)
     facts = {
         "samples": len(session.calibration),
         "tokens": {group: moment.tokens for group, moment in statistics.inputs.items()},
@@ -199,7 +199,7 @@ def _truncate(session: Session, folder: Path) -> None:
     covered = coverage(model, session.layers(model))
     compression = _compressed(session, model, statistics)
     for warning in compression.warnings:
-        say(f"  [yellow]warning: {warning}")
+        warn(warning)
     latency = predicted_latency(session, compression.truncation)
     _say_what_was_removed(session, compression.truncation, latency)
     compression.truncation.apply(model)
@@ -252,7 +252,7 @@ def _say_what_was_removed(session: Session, truncation: Truncation, latency: flo
         asked, found = options.latency, latency
         say(f"  {removed:.0%} of the parameters removed; the layers should take {latency:.0%} of their dense time")
     if abs(found - asked) > 0.03:
-        say(f"  [yellow]warning: {found:.0%} where {asked:.0%} was asked: ranks are whole and have a floor")
+        warn(f"{found:.0%} where {asked:.0%} was asked: ranks are whole and have a floor")
 
 
 def _rehab(session: Session, folder: Path) -> None:

@@ -4,7 +4,6 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from prehab_export.errors import BudgetError
@@ -33,7 +32,7 @@ def print_summary(workspace: Workspace, verb: str) -> None:
     if verb in WHOLE_RUNS:
         console.print(_table(result))
         for warning in result["size_warnings"]:
-            console.print(f"[yellow]warning: {escape(warning)}")
+            console.print(f"warning: {warning}", style="yellow")
         _print_speed(console, result)
         _print_places(console, workspace)
     elif result.get("skipped"):
@@ -84,7 +83,7 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
     console.print(format_bench(result["bench"]))
     for row in result["bench"]["comparison"]:
         if row["model"].startswith("compressed") and row["speedup"] < 1:
-            console.print(f"[yellow]{row['model']} is slower than dense {_sizes(row)}: {row['speedup']:.2f}×")
+            console.print(f"{row['model']} is slower than dense {_sizes(row)}: {row['speedup']:.2f}×", style="yellow")
 
 
 def _print_places(console: Console, workspace: Workspace) -> None:
@@ -93,4 +92,5 @@ def _print_places(console: Console, workspace: Workspace) -> None:
     console.print(f"report    {root / 'report' / 'report.md'}")
     if leftovers := workspace.leftovers():
         size = sum(leftover.bytes for leftover in leftovers)
-        console.print(f"[dim]kept for options used before: {size / 1e6:,.0f} MB; prehab-export clean {root} frees them")
+        told = f"kept for options used before: {size / 1e6:,.0f} MB; prehab-export clean {root} frees them"
+        console.print(told, style="dim")

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+from types import SimpleNamespace
 from urllib.parse import quote, urlsplit
 
 import psutil
@@ -25,8 +26,8 @@ from converters.onnx.quantize import quantize_graph
 from prehab_export.bench_config import BenchConfig
 from prehab_export.errors import ParityError, TargetError
 from prehab_export.files import cache_folder
-from prehab_export.targets import browser
-from prehab_export.targets.browser import WEB_ENTRY, find_browser, find_web, measure_in_browser, serve
+from prehab_export.targets import browser, measuring
+from prehab_export.targets.browser import WEB_ENTRY, find_browser, find_web, measure_in_browser, serve, serve_by_hand
 from prehab_export.targets.kit import KIT, make_kit, read_kit
 
 QUICK = BenchConfig(threads=1, sequence_lengths=(6,), warmup=0, rounds=2, min_seconds=0.0, new_tokens=4)
@@ -227,6 +228,30 @@ def test_what_is_missing_here(tmp_path, monkeypatch):
         find_browser(None)
 
 
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_by_hand_the_whole_address_is_said(kits, web, tmp_path, monkeypatch, capsys, host, warned):
+    """And whom it is good for, where another machine can reach it."""
+    seen = []
+
+    def until_opened(kit, web, host, port, opened, results):
+        def interrupted(addresses):
+            seen.extend(addresses)
+            opened(addresses)
+            raise KeyboardInterrupt
+
+        serve_by_hand(kit, web, host, port, interrupted, results)
+
+    monkeypatch.setattr(measuring, "serve_by_hand", until_opened)
+    session = SimpleNamespace(workspace=SimpleNamespace(root=tmp_path))
+    target = measuring.Target("browser", web=web, by_hand=True, host=host)
+    with pytest.raises(InputError, match="nobody measured"):
+        measuring._by_hand(session, kits("vit"), target)
+    told = capsys.readouterr().err
+    assert seen
+    assert all(address in told for address in seen)
+    assert ("can take the models" in told) == warned
+
+
 @pytest.mark.parametrize("user", [0, 1000])
 def test_only_root_goes_without_the_sandbox(kits, web, tmp_path, monkeypatch, user):
     monkeypatch.setattr(os, "geteuid", lambda: user)
@@ -339,7 +364,9 @@ def test_nothing_is_left_by_an_interrupt(kits, tmp_path, number):
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    assert parent.stdout.readline()
+    while "sandbox" in (line := parent.stdout.readline()):  # said to root before a browser is there
+        pass
+    assert line
     children = psutil.Process(parent.pid).children(recursive=True)
     assert children
     parent.send_signal(number)

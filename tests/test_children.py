@@ -10,6 +10,7 @@ from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
+import psutil
 import pytest
 from test_bench import QUICK as QUICK_BENCH
 from test_bench import vision
@@ -18,7 +19,7 @@ from test_pipeline import vit_options
 import prehab_export
 from prehab_export.bench_config import BenchConfig
 from prehab_export.benchmark import bench
-from prehab_export.children import find_program, python_module
+from prehab_export.children import end_with_all_of_it, find_program, python_module
 from prehab_export.config import DataConfig
 from prehab_export.current_folder import leave_current_folder, without_current_folder
 from prehab_export.data_source import open_source
@@ -80,6 +81,18 @@ def test_the_program_itself(trapped):
     command = [sys.executable, "-m", "prehab_export.bench_worker"]  # asked nothing, it ends
     subprocess.run(command, env={**os.environ, "PYTHONPATH": python_path()}, stdin=subprocess.DEVNULL, check=True)
     assert said(trapped) == ""
+
+
+def test_the_script_under_an_empty_entry_of_the_path(trapped, tmp_path):
+    """What Python itself loads as it starts is loaded before any code of ours; what we load, and ours load, is not."""
+    for trap in Path.cwd().glob("*.py"):
+        if trap.stem not in ("random", "json", "click", "yaml", "numpy", "torch", "transformers", "datasets", "psutil"):
+            trap.unlink()
+    script = tmp_path / "prehab-export"
+    script.write_text("from prehab_export.cli import main\nmain()\n", encoding="utf-8")
+    command = [sys.executable, script, "run", "nowhere", "-o", "out", "--task", "text-generation", "--data", "nowhere"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": python_path("")}, capture_output=True, text=True)
+    assert (done.returncode, said(trapped)) == (2, ""), done.stderr
 
 
 @pytest.mark.parametrize("entries", ["", ".", f".{os.pathsep}", "lib"], ids=["empty", "dot", "both", "relative"])
@@ -315,6 +328,22 @@ def test_nothing_is_called_in_a_child_but_on_linux(monkeypatch):
     ended = subprocess.CompletedProcess([], 0, "", "")
     run_limited(["anything"], Limits())
     assert given == [None]
+
+
+@pytest.mark.parametrize("groups", [True, False], ids=["process groups", "none"])
+def test_a_child_ends_with_all_that_it_started(monkeypatch, groups):
+    if not groups:
+        monkeypatch.delattr(os, "killpg")
+    inner = "import time; time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {inner!r}]); print(1, flush=True); {inner}"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline()
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) == 1
+    end_with_all_of_it(process)
+    process.stdout.close()
+    assert process.poll() is not None
+    assert not psutil.wait_procs(started, timeout=30)[1]
 
 
 def test_the_kit_runner_is_of_python_3_8():

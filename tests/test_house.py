@@ -178,6 +178,16 @@ def test_one_module_reads_the_configurations_of_models():
     assert {name: found for name, found in reads.items() if found and name not in READS_CONFIGS} == {}
 
 
+def test_terminal_text_is_literal():
+    """Names stand in nearly every line that is printed: looks are given as a style, never as markup in the text."""
+    for name, path in modules().items():
+        text = path.read_text(encoding="utf-8")
+        if name != "prehab_export.progress":
+            assert not re.search(r"\bConsole\((?!\))", text), name
+        assert "rich.markup" not in text, name
+        assert not re.search(r"[\"'] *\[/?(bold|dim|red|yellow|green)\]", text), name
+
+
 def test_no_pickle():
     for name, path in modules().items():
         text = path.read_text()

@@ -1,6 +1,7 @@
 """Kits on other machines: a real sshd on the loopback, and an adb that stands in for a phone."""
 
 import getpass
+import hashlib
 import json
 import os
 import shutil
@@ -23,8 +24,9 @@ from converters.onnx.export import export_onnx
 from prehab_export.bench_config import BenchConfig
 from prehab_export.errors import ParityError, TargetError
 from prehab_export.targets.kit import make_kit
+from prehab_export.targets.limits import Limits, run_limited
 from prehab_export.targets.measuring import Target
-from prehab_export.targets.remote import measure_remotely
+from prehab_export.targets.remote import _HASHES, measure_remotely
 from prehab_export.targets.shell import adb, ssh
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
@@ -266,6 +268,20 @@ def test_no_ssh_here(monkeypatch):
 
 
 # ---- adb: a script in its place, which keeps a phone's files in a folder
+
+
+def test_hashes_take_a_block_of_memory_not_a_file(tmp_path):
+    """A board has less memory than its models are large."""
+    big = tmp_path / "models" / "big.bin"
+    big.parent.mkdir()
+    with big.open("wb") as file:
+        file.truncate(400_000_000)
+    bare = run_limited([sys.executable, "-c", "import hashlib, json, os"], Limits(memory_mb=100))
+    assert bare.code == 0, bare.errors
+    done = run_limited([sys.executable, "-c", _HASHES, str(tmp_path)], Limits(memory_mb=100))
+    assert done.code == 0, done.errors
+    with big.open("rb") as file:
+        assert json.loads(done.output) == {"models/big.bin": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 FAKE_ADB = """
