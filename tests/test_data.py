@@ -3,7 +3,10 @@
 import copy
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -339,6 +342,51 @@ def test_a_header_that_looks_like_data_can_be_said_to_be_one(tmp_path, word_toke
         load(path, TEXT, word_tokenizer, bert_config())
     data = load(path, TEXT, word_tokenizer, bert_config(), header=True)
     assert data.description["columns"] == {"input": "opinion", "label": "2019"}
+
+
+READS = """
+from prehab_export.config import DataConfig
+from prehab_export.data_source import open_source
+open_source(DataConfig({path!r}))
+"""
+OWNER = """
+import time
+from prehab_export.data_scratch import scratch_folder
+print(scratch_folder(), flush=True)
+time.sleep({seconds})
+"""
+
+
+def test_what_a_killed_process_leaves_goes_with_the_next_one_and_what_a_living_one_has_stays(tmp_path):
+    path = write_csv(tmp_path / "a.csv", {"text": WORDS[:4], "label": [0, 1] * 2})
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    stranger = temporary / "prehab-export-data-notes"  # no lock in it: not known to be anybody's copy
+    stranger.mkdir()
+
+    def start(code):
+        environment = {**os.environ, "TMPDIR": str(temporary)}
+        return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+
+    killed = start(READS.format(path=str(path)) + OWNER.format(seconds=600))
+    living = start(OWNER.format(seconds=600))
+    try:
+        folders = {process: Path(process.stdout.readline().strip()) for process in (killed, living)}
+        assert all(folder.parent == temporary for folder in folders.values())
+        assert any(folders[killed].rglob("*.arrow"))
+        killed.kill()
+        killed.wait()
+        assert folders[killed].is_dir()
+        next_one = start(OWNER.format(seconds=0))
+        own = Path(next_one.stdout.read().strip())
+        assert next_one.wait() == 0
+        assert own not in folders.values()
+        assert sorted(temporary.iterdir()) == sorted([folders[living], stranger])
+    finally:
+        for process in (killed, living):
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
 
 # ----------------------------------------------------------------- splits
