@@ -13,6 +13,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PilImage
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -28,7 +29,8 @@ from transformers import (
 )
 
 from converters.errors import InputError
-from prehab_export.config import DataConfig
+from prehab_export.cli import _parsed, cli
+from prehab_export.config import DataConfig, RunConfig, from_dict, to_yaml
 from prehab_export.data import load_data
 from prehab_export.data_text import chunked, start_tokens, token_windows
 from prehab_export.evaluation import evaluate, torch_predictor
@@ -202,6 +204,17 @@ def test_files_that_cannot_be_read_are_refused(tmp_path, name, content, message,
 def test_an_empty_folder_is_refused(tmp_path, word_tokenizer):
     with pytest.raises(InputError, match="cannot read the data"):
         load(tmp_path, TEXT, word_tokenizer, bert_config())
+
+
+def test_the_command_line_has_all_of_it(tmp_path):
+    given = ["--encoding", "cp1252", "--delimiter", "tab", "--no-header", "--labels-by-position"]
+    arguments = ["model", "-o", str(tmp_path), "--task", "text-generation", "--data", "a.csv", *given]
+    flags = cli.commands["run"].make_context("run", [*arguments, "--window-start", "none"]).params
+    flags = {name: value for name, value in flags.items() if name not in ("force", "as_json")}
+    config, _ = _parsed(flags.pop("model"), flags, inherit=False)
+    expected = {"encoding": "cp1252", "delimiter": "tab", "header": False, "labels_by_position": True}
+    assert config.data == DataConfig("a.csv", window_start="none", **expected)
+    assert from_dict(RunConfig, yaml.safe_load(to_yaml(config))) == config
 
 
 BOM = b"\xef\xbb\xbf"
@@ -1139,6 +1152,19 @@ def test_images_of_any_depth_keep_their_brightness(tmp_path, kind, pixels, chann
     expected = (RAMP.astype(np.float32) / 255 - 0.5) / 0.5
     for channel in batch["pixel_values"][0]:
         np.testing.assert_allclose(channel.numpy(), expected, atol=1e-6)
+
+
+def test_a_mode_that_the_data_declares_is_kept_and_clips_nothing(tmp_path):
+    PilImage.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / "ramp.png")
+    features = Features({"image": Image(mode="L"), "label": Value("int64")})
+    files = [str(tmp_path / "ramp.png"), str(tmp_path / "colours.png")]
+    picture(0).save(files[1])
+    rows = Dataset.from_dict({"image": files, "label": [0, 1]}, features=features)
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
+    batch = first_batch(load(tmp_path / "saved", IMAGE, processor(), vit_config(["a", "b"])).train)
+    grey = [PilImage.fromarray(RAMP), picture(0).convert("L")]
+    expected = processor()(images=[image.convert("RGB") for image in grey], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], expected)
 
 
 @pytest.mark.parametrize("factor", [300.0, -1.0, np.nan])
