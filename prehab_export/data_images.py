@@ -238,9 +238,10 @@ def check_shape(shape: tuple[int, ...], model_config: PreTrainedConfig, task: Ta
 
 
 def _forward_error(model: torch.nn.Module, task: Task, shape: Sequence[int]) -> Exception | None:
+    dtype = next(model.parameters()).dtype
     try:
         with torch.inference_mode():
-            task.forward(model, {"pixel_values": torch.empty((1, *shape), device="meta")})
+            task.forward(model, {"pixel_values": torch.empty((1, *shape), dtype=dtype, device="meta")})
     except Exception as error:  # every architecture has its own way of saying so
         return error
     return None

@@ -1212,6 +1212,13 @@ def test_a_processor_that_does_not_match_the_model_is_refused(tmp_path, options,
         load(folder, IMAGE, given, vit_config(["a", "b"], model_channels))
 
 
+def test_a_model_in_half_precision_is_held_to_its_size_too(tmp_path):
+    config = vit_config(["a", "b"])
+    config.dtype = torch.bfloat16
+    with pytest.raises(InputError, match=r"gives images of 3×16×16.*3×8×8"):
+        load(image_folder(tmp_path, "a", "b"), IMAGE, processor(16), config)
+
+
 def test_a_model_that_takes_any_size_is_not_held_to_its_configuration(tmp_path):
     folder = image_folder(tmp_path, "a", "b")
     config = ConvNextConfig(image_size=224, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], id2label={0: "a", 1: "b"})
