@@ -35,18 +35,22 @@ _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, PilImage.DecompressionBo
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """The images of a split's rows. mode: ``L`` for a model of one channel, else ``RGB``."""
+    """The images of a split's rows. mode: ``L`` for a model of one channel, else ``RGB``. declared: the mode that the
+    data says its images are to be read in, if it says so."""
 
     rows: Dataset
     column: str
     mode: str
+    declared: str | None
     name: str
 
     @classmethod
     def of(cls, rows: Dataset, column: str, model_config: PreTrainedConfig, split: str) -> "ImageSplit":
-        # Not in a mode that the data asks for: Pillow would clip what has more than 8 bits.
+        feature = rows.features[column]
+        declared = feature.mode if isinstance(feature, Image) else None
+        # Decoded as they are: Pillow would clip what has more than 8 bits.
         images = rows.select_columns([column]).cast_column(column, Image(mode=None))
-        return cls(images, column, "L" if image_channels(model_config) == 1 else "RGB", split)
+        return cls(images, column, "L" if image_channels(model_config) == 1 else "RGB", declared, split)
 
     def decoded(self, row: int) -> PilImage.Image:
         """Raises:
@@ -56,7 +60,7 @@ class ImageSplit:
             image = self.rows[row][self.column]
             if image is None:
                 raise OSError("there is none")
-            return in_eight_bits(image).convert(self.mode)
+            return self._converted(image)
         except _DAMAGED as error:
             raise self._unreadable(row, error) from error
 
@@ -93,12 +97,16 @@ class ImageSplit:
         with PilImage.open(source) as image:
             size, has_alpha = image.size, "A" in image.mode or "a" in image.mode or "transparency" in image.info
             if image.mode not in _PLAIN_MODES:
-                in_eight_bits(image).convert(self.mode)
+                self._converted(image)
             elif image.format == "PNG":
                 image.verify()  # the checksums of all chunks
             elif image.format != "JPEG" or not _ends_as_jpeg(source):
                 image.load()
         return size, has_alpha
+
+    def _converted(self, image: PilImage.Image) -> PilImage.Image:
+        image = in_eight_bits(image)
+        return (image if self.declared is None else image.convert(self.declared)).convert(self.mode)
 
     def _unreadable(self, row: int, error: Exception) -> InputError:
         file = self.rows.cast_column(self.column, Image(decode=False))[row][self.column]
@@ -231,9 +239,10 @@ def check_shape(shape: tuple[int, ...], model_config: PreTrainedConfig, task: Ta
 
 
 def _forward_error(model: torch.nn.Module, task: Task, shape: Sequence[int]) -> Exception | None:
+    dtype = next(model.parameters()).dtype
     try:
         with torch.inference_mode():
-            task.forward(model, {"pixel_values": torch.empty((1, *shape), device="meta")})
+            task.forward(model, {"pixel_values": torch.empty((1, *shape), dtype=dtype, device="meta")})
     except Exception as error:  # every architecture has its own way of saying so
         return error
     return None

@@ -1,9 +1,7 @@
 """Datasets as they lie on disk or on the hub: which splits there are, and which rows train and which judge."""
 
-import functools
 import hashlib
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, ReadInstruction
-from pandas.errors import ParserError
 
 from converters.errors import InputError
 from prehab_export.config import DataConfig
+from prehab_export.data_scratch import scratch_folder
 from prehab_export.data_tables import reader_options, table_options
 from prehab_export.files import sha256_of
 
@@ -217,14 +215,9 @@ def _checked(splits: DatasetDict, config: DataConfig) -> DatasetDict:
     return splits
 
 
-@functools.cache
-def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="prehab-export-data-")
-
-
 def _scratch() -> str:
-    """Where `datasets` puts its Arrow copy of local files: gone when the process ends, not kept in the user's cache."""
-    return _scratch_folder().name
+    """Where `datasets` puts its Arrow copy of local files: not in the user's cache, where it would stay."""
+    return str(scratch_folder())
 
 
 def _content_hash(root: Path, files: list[Path], sha256_of: Callable[[Path], str]) -> str:
@@ -245,7 +238,7 @@ def _reason(error: Exception, config: DataConfig) -> str:
             f"say what it is, as in --encoding {likely}"
         )
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ParserError):
+    if text.startswith("Error tokenizing data"):  # pandas, of a table with ragged rows
         text += "; quote texts that hold the delimiter, or give the right one with --delimiter"
     return text if len(text) <= 300 else text[:300] + "…"
 

@@ -3,13 +3,17 @@
 import copy
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PilImage
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -25,7 +29,8 @@ from transformers import (
 )
 
 from converters.errors import InputError
-from prehab_export.config import DataConfig
+from prehab_export.cli import _parsed, cli
+from prehab_export.config import DataConfig, RunConfig, from_dict, to_yaml
 from prehab_export.data import load_data
 from prehab_export.data_text import chunked, start_tokens, token_windows
 from prehab_export.evaluation import evaluate, torch_predictor
@@ -201,6 +206,17 @@ def test_an_empty_folder_is_refused(tmp_path, word_tokenizer):
         load(tmp_path, TEXT, word_tokenizer, bert_config())
 
 
+def test_the_command_line_has_all_of_it(tmp_path):
+    given = ["--encoding", "cp1252", "--delimiter", "tab", "--no-header", "--labels-by-position"]
+    arguments = ["model", "-o", str(tmp_path), "--task", "text-generation", "--data", "a.csv", *given]
+    flags = cli.commands["run"].make_context("run", [*arguments, "--window-start", "none"]).params
+    flags = {name: value for name, value in flags.items() if name not in ("force", "as_json")}
+    config, _ = _parsed(flags.pop("model"), flags, inherit=False)
+    expected = {"encoding": "cp1252", "delimiter": "tab", "header": False, "labels_by_position": True}
+    assert config.data == DataConfig("a.csv", window_start="none", **expected)
+    assert from_dict(RunConfig, yaml.safe_load(to_yaml(config))) == config
+
+
 BOM = b"\xef\xbb\xbf"
 
 
@@ -339,6 +355,51 @@ def test_a_header_that_looks_like_data_can_be_said_to_be_one(tmp_path, word_toke
         load(path, TEXT, word_tokenizer, bert_config())
     data = load(path, TEXT, word_tokenizer, bert_config(), header=True)
     assert data.description["columns"] == {"input": "opinion", "label": "2019"}
+
+
+READS = """
+from prehab_export.config import DataConfig
+from prehab_export.data_source import open_source
+open_source(DataConfig({path!r}))
+"""
+OWNER = """
+import time
+from prehab_export.data_scratch import scratch_folder
+print(scratch_folder(), flush=True)
+time.sleep({seconds})
+"""
+
+
+def test_what_a_killed_process_leaves_goes_with_the_next_one_and_what_a_living_one_has_stays(tmp_path):
+    path = write_csv(tmp_path / "a.csv", {"text": WORDS[:4], "label": [0, 1] * 2})
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    stranger = temporary / "prehab-export-data-notes"  # no lock in it: not known to be anybody's copy
+    stranger.mkdir()
+
+    def start(code):
+        environment = {**os.environ, "TMPDIR": str(temporary)}
+        return subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+
+    killed = start(READS.format(path=str(path)) + OWNER.format(seconds=600))
+    living = start(OWNER.format(seconds=600))
+    try:
+        folders = {process: Path(process.stdout.readline().strip()) for process in (killed, living)}
+        assert all(folder.parent == temporary for folder in folders.values())
+        assert any(folders[killed].rglob("*.arrow"))
+        killed.kill()
+        killed.wait()
+        assert folders[killed].is_dir()
+        next_one = start(OWNER.format(seconds=0))
+        own = Path(next_one.stdout.read().strip())
+        assert next_one.wait() == 0
+        assert own not in folders.values()
+        assert sorted(temporary.iterdir()) == sorted([folders[living], stranger])
+    finally:
+        for process in (killed, living):
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
 
 # ----------------------------------------------------------------- splits
@@ -1093,6 +1154,19 @@ def test_images_of_any_depth_keep_their_brightness(tmp_path, kind, pixels, chann
         np.testing.assert_allclose(channel.numpy(), expected, atol=1e-6)
 
 
+def test_a_mode_that_the_data_declares_is_kept_and_clips_nothing(tmp_path):
+    PilImage.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / "ramp.png")
+    features = Features({"image": Image(mode="L"), "label": Value("int64")})
+    files = [str(tmp_path / "ramp.png"), str(tmp_path / "colours.png")]
+    picture(0).save(files[1])
+    rows = Dataset.from_dict({"image": files, "label": [0, 1]}, features=features)
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "saved")
+    batch = first_batch(load(tmp_path / "saved", IMAGE, processor(), vit_config(["a", "b"])).train)
+    grey = [PilImage.fromarray(RAMP), picture(0).convert("L")]
+    expected = processor()(images=[image.convert("RGB") for image in grey], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], expected)
+
+
 @pytest.mark.parametrize("factor", [300.0, -1.0, np.nan])
 def test_floats_of_no_known_range_are_refused_by_name(tmp_path, factor):
     folder = image_folder(tmp_path, "a", "b", kind="tiff")
@@ -1136,6 +1210,13 @@ def test_a_processor_that_does_not_match_the_model_is_refused(tmp_path, options,
     given = ViTImageProcessorPil(**({"size": {"height": 8, "width": 8}} | options))
     with pytest.raises(InputError, match=message):
         load(folder, IMAGE, given, vit_config(["a", "b"], model_channels))
+
+
+def test_a_model_in_half_precision_is_held_to_its_size_too(tmp_path):
+    config = vit_config(["a", "b"])
+    config.dtype = torch.bfloat16
+    with pytest.raises(InputError, match=r"gives images of 3×16×16.*3×8×8"):
+        load(image_folder(tmp_path, "a", "b"), IMAGE, processor(16), config)
 
 
 def test_a_model_that_takes_any_size_is_not_held_to_its_configuration(tmp_path):
