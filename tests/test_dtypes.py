@@ -292,6 +292,16 @@ def test_the_report_says_which_share_was_targeted(bf16_run):
     assert "model.embed_tokens.weight (embedding)" in markdown.partition("## Warnings")[2]
 
 
+def test_a_graph_that_is_larger_than_the_source_is_a_warning(bf16_llama, bf16_run):
+    """It is in float32, and a source of half the width is not."""
+    source = sum(path.stat().st_size for path in bf16_llama.glob("*.safetensors"))
+    graph = (bf16_run / "artifact/onnx/model.onnx").stat().st_size
+    assert graph > source
+    warnings = (bf16_run / "report/report.md").read_text().partition("## Warnings")[2]
+    assert f"the graph ({graph / 1e6:.1f} MB of float32) is not smaller than the source's weights" in warnings
+    assert "the compressed weights" not in warnings
+
+
 def test_another_dtype_redoes_the_export_alone_and_warns_where_nothing_is_saved(bf16_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(bf16_run, run)
@@ -303,7 +313,9 @@ def test_another_dtype_redoes_the_export_alone_and_warns_where_nothing_is_saved(
     assert "not smaller than the source's" in error
     assert "--dtype auto keeps the source's number format" in error
     assert set(stored_dtypes(run / "stages/export/model").values()) == {"F32"}
-    assert "not smaller" in json.loads((run / "stages/export/export.json").read_text())["warnings"][0]
+    facts = json.loads((run / "stages/export/export.json").read_text())
+    assert facts["warnings"][0].startswith("the compressed weights")
+    assert facts["weight_bytes"] == (run / "stages/export/model/model.safetensors").stat().st_size
 
 
 def test_merging_keeps_the_dtype(bf16_llama, bf16_run, tmp_path):
