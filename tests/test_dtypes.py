@@ -385,6 +385,24 @@ def test_weights_that_do_not_fit_are_refused_before_any_work(bert_folder, review
     assert invoke("run", *arguments, *more[:2], "--dtype", "int8") == 2
 
 
+def test_weights_that_grew_too_large_on_the_way_end_the_export_alone(vit_folder, tmp_path, capsys):
+    """A bias that an adapter brings, beyond float16: nothing is half written, and another dtype goes on from there."""
+    from peft import LoraConfig, get_peft_model
+
+    dense = transformers.AutoModelForImageClassification.from_pretrained(vit_folder)
+    adapted = get_peft_model(dense, LoraConfig(r=2, target_modules=["fc1"], bias="lora_only"))
+    dense.vit.layers[1].mlp.fc1.bias.data[0] = 1e5
+    adapted.save_pretrained(tmp_path / "lora")
+    output = tmp_path / "run"
+    options = ["--task", "image-classification", "--data", "sklearn-digits", *QUICK, "--adapter", tmp_path / "lora"]
+    assert invoke("export", vit_folder, *options, "-o", output, "--dtype", "float16") == 2
+    error = capsys.readouterr().err
+    assert "vit.layers.1.mlp.fc1.up.bias holds 1e+05" in error
+    assert "--dtype bfloat16" in error
+    assert (output / "manifests/truncate.json").is_file()
+    assert not list(output.glob("**/export*"))
+
+
 def test_what_no_artifact_keeps_is_said(vit_folder, tmp_path, capsys):
     """float64 becomes float32."""
     folder = tmp_path / "vit"
