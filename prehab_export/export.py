@@ -61,24 +61,27 @@ def export_model(session: Session, model: PreTrainedModel, folder: Path) -> None
     written = weight_files(str(folder / "model"))
     facts = {"dtype": session.artifact_dtype, "weight_bytes": written.bytes}
     graph = Path("onnx", "model.onnx")
-    warnings = [] if (warning := _not_smaller(written, session.weights)) is None else [warning]
-    export = _export_graph(
-        session, model, folder, folder / "model" / graph, facts, warnings, digests, session.config.kv_cache
-    )
+    kv_cache = session.config.kv_cache
+    export = _export_graph(session, model, folder, folder / "model" / graph, facts, digests, written, kv_cache)
     if session.task.name == "text-generation" and not write_genai_config(model, folder / "model", graph, export.inputs):
         warn("no genai_config.json, since onnxruntime-genai knows no such cache")
 
 
-def _not_smaller(written: WeightFiles, source: WeightFiles) -> str | None:
-    """A warning where compression has saved no bytes."""
-    if written.bytes < source.bytes:
-        return None
-    wider = WIDTHS[written.dtype] > WIDTHS[source.dtype]
-    return (
-        f"the compressed weights ({written.bytes / 1e6:.1f} MB of {written.dtype}) are not smaller than the source's "
-        f"({source.bytes / 1e6:.1f} MB of {source.dtype})"
-        + ("; --dtype auto keeps the source's number format" if wider else "; remove more, with a higher --ratio")
-    )
+def _saves_nothing(written: WeightFiles, graph_bytes: int, source: WeightFiles) -> list[str]:
+    """Warnings where what was written is no smaller than what it was made from."""
+    of_source = f"the source's weights ({source.bytes / 1e6:.1f} MB of {source.dtype})"
+    warnings = []
+    if written.bytes >= source.bytes:
+        wider = WIDTHS[written.dtype] > WIDTHS[source.dtype]
+        advice = "--dtype auto keeps the source's number format" if wider else "remove more, with a higher --ratio"
+        of_written = f"the compressed weights ({written.bytes / 1e6:.1f} MB of {written.dtype})"
+        warnings.append(f"{of_written} are not smaller than {of_source}; {advice}")
+    if graph_bytes >= source.bytes:
+        warnings.append(
+            f"the graph ({graph_bytes / 1e6:.1f} MB of float32) is not smaller than {of_source}; "
+            "--quantize float16, int8 or int4 makes smaller ones"
+        )
+    return warnings
 
 
 def export_baseline(session: Session, folder: Path) -> None:
@@ -96,8 +99,8 @@ def _export_graph(
     folder: Path,
     path: Path,
     facts: dict[str, Any],
-    warnings: Sequence[str] = (),
     digests: dict[str, str] | None = None,
+    written: WeightFiles | None = None,
     kv_cache: str = FULL,
 ) -> OnnxExport:
     batches = reference_batches(session.data.evaluation, session.task, model)
@@ -109,7 +112,8 @@ def _export_graph(
     is_text = session.task.name != "image-classification"
     names = session.processor.model_input_names if is_text else None
     export = export_exact(model, path, session.task, reference, names, session.threads, kv_cache)
-    told = asdict(export) | facts | {"warnings": [*warnings, *export.warnings]}
+    saved = [] if written is None else _saves_nothing(written, export.bytes, session.weights)
+    told = asdict(export) | facts | {"warnings": [*saved, *export.warnings]}
     for warning in told["warnings"]:
         warn(warning)
     write_json(folder / "export.json", {key: value for key, value in told.items() if key != "path"})

@@ -35,6 +35,7 @@ from prehab_export.files import sha256_of
 from prehab_export.model_source import check_location, first_line, quiet, readable
 from prehab_export.progress import say
 from prehab_export.tasks import TASKS, Task
+from prehab_export.weight_files import check_has_weights
 
 _MODEL_FILES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py"})
 _ARCHITECTURES: dict[str, Mapping[str, str | Sequence[str]]] = {
@@ -133,7 +134,7 @@ def load_model(
         InputError: no safetensors weights, a damaged file, weights that are missing, of another shape, or NaN/Inf.
     """
     check_location(model)
-    _check_weight_files(model)
+    check_has_weights(model)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
     with readable(model, "weights"), quiet():
         loaded, info = _auto_class(task).from_pretrained(
@@ -246,14 +247,6 @@ def fingerprint(model: str, *, revision: str | None = None, sha256_of: Callable[
 
 def _auto_class(task: Task) -> Any:
     return getattr(transformers, task.auto_class)
-
-
-def _check_weight_files(model: str) -> None:
-    path = Path(model)
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        pickled = sorted(file.name for file in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))
-        found = f"only {pickled[0]}, a pickle, which can run code when read" if pickled else "no weights"
-        raise InputError(f"{model} has {found}; save it with save_pretrained, which writes safetensors")
 
 
 def _check_loading(model: str, info: dict[str, Any]) -> None:

@@ -48,6 +48,7 @@ def weight_files(model: str, *, revision: str | None = None, named: str | None =
     Raises:
         InputError: there are none, an index names one that is not there, or a file is damaged.
     """
+    check_has_weights(model)
     with readable(model, "weights"):
         files = _files(model, revision, named)
         sizes: Counter[str] = Counter()
@@ -59,6 +60,19 @@ def weight_files(model: str, *, revision: str | None = None, named: str | None =
                         sizes[dtype] += WIDTHS[dtype] * prod(part.get_shape())
         main = sizes.most_common(1)[0][0] if sizes else "float32"
         return WeightFiles(files, sum(path.stat().st_size for path in files), main)
+
+
+def check_has_weights(model: str) -> None:
+    """Refuse a local folder without safetensors; a hub id passes.
+
+    Raises:
+        InputError: the message names what is there instead.
+    """
+    path = Path(model)
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        pickled = sorted(file.name for file in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))
+        found = f"only {pickled[0]}, a pickle, which can run code when read" if pickled else "no weights"
+        raise InputError(f"{model} has {found}; save it with save_pretrained, which writes safetensors")
 
 
 def check_fit_in(weights: WeightFiles, dtype: str) -> None:
@@ -85,7 +99,7 @@ def _files(model: str, revision: str | None, named: str | None) -> tuple[Path, .
     if entry is None:
         if not Path(model).is_dir():
             hf_hub_download(model, SINGLE, revision=revision)  # raises, with the hub's own reason
-        raise InputError(f"{model} has no safetensors weights; save it with save_pretrained, which writes them")
+        raise InputError(f"{model} has neither {named or SINGLE} nor {INDEX}; save it with save_pretrained")
     if entry.suffix != ".json":
         return (entry,)
     index = json.loads(entry.read_text(encoding="utf-8"))

@@ -292,6 +292,16 @@ def test_the_report_says_which_share_was_targeted(bf16_run):
     assert "model.embed_tokens.weight (embedding)" in markdown.partition("## Warnings")[2]
 
 
+def test_a_graph_that_is_larger_than_the_source_is_a_warning(bf16_llama, bf16_run):
+    """It is in float32, and a source of half the width is not."""
+    source = sum(path.stat().st_size for path in bf16_llama.glob("*.safetensors"))
+    graph = (bf16_run / "artifact/onnx/model.onnx").stat().st_size
+    assert graph > source
+    warnings = (bf16_run / "report/report.md").read_text().partition("## Warnings")[2]
+    assert f"the graph ({graph / 1e6:.1f} MB of float32) is not smaller than the source's weights" in warnings
+    assert "the compressed weights" not in warnings
+
+
 def test_another_dtype_redoes_the_export_alone_and_warns_where_nothing_is_saved(bf16_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(bf16_run, run)
@@ -303,7 +313,9 @@ def test_another_dtype_redoes_the_export_alone_and_warns_where_nothing_is_saved(
     assert "not smaller than the source's" in error
     assert "--dtype auto keeps the source's number format" in error
     assert set(stored_dtypes(run / "stages/export/model").values()) == {"F32"}
-    assert "not smaller" in json.loads((run / "stages/export/export.json").read_text())["warnings"][0]
+    facts = json.loads((run / "stages/export/export.json").read_text())
+    assert facts["warnings"][0].startswith("the compressed weights")
+    assert facts["weight_bytes"] == (run / "stages/export/model/model.safetensors").stat().st_size
 
 
 def test_merging_keeps_the_dtype(bf16_llama, bf16_run, tmp_path):
@@ -371,6 +383,24 @@ def test_weights_that_do_not_fit_are_refused_before_any_work(bert_folder, review
     assert "--dtype bfloat16" in error
     assert not list((tmp_path / "run").glob("stages/*"))
     assert invoke("run", *arguments, *more[:2], "--dtype", "int8") == 2
+
+
+def test_weights_that_grew_too_large_on_the_way_end_the_export_alone(vit_folder, tmp_path, capsys):
+    """A bias that an adapter brings, beyond float16: nothing is half written, and another dtype goes on from there."""
+    from peft import LoraConfig, get_peft_model
+
+    dense = transformers.AutoModelForImageClassification.from_pretrained(vit_folder)
+    adapted = get_peft_model(dense, LoraConfig(r=2, target_modules=["fc1"], bias="lora_only"))
+    dense.vit.layers[1].mlp.fc1.bias.data[0] = 1e5
+    adapted.save_pretrained(tmp_path / "lora")
+    output = tmp_path / "run"
+    options = ["--task", "image-classification", "--data", "sklearn-digits", *QUICK, "--adapter", tmp_path / "lora"]
+    assert invoke("export", vit_folder, *options, "-o", output, "--dtype", "float16") == 2
+    error = capsys.readouterr().err
+    assert "vit.layers.1.mlp.fc1.up.bias holds 1e+05" in error
+    assert "--dtype bfloat16" in error
+    assert (output / "manifests/truncate.json").is_file()
+    assert not list(output.glob("**/export*"))
 
 
 def test_what_no_artifact_keeps_is_said(vit_folder, tmp_path, capsys):
