@@ -69,7 +69,7 @@ def fit(config: RunConfig, output: Path, request: FitRequest) -> Path:
     cut = replace(config.truncate, budget=PARAMETERS, objective="fisher", allocation="loss")
     config = replace(config, truncate=cut)
     check_target(request.target, request.threads)
-    with opened(config, output) as session:
+    with opened(config, output, ["baseline"]) as session:
         session.workspace.withdraw("fit")  # of another budget perhaps: it must not stand there as this one's
         names = ["merge"] if config.adapter is not None else []
         bring_up(session, [*names, "calibrate", "baseline"])

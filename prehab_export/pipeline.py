@@ -8,10 +8,14 @@ from pathlib import Path
 import torch
 
 from prehab_export.config import RunConfig, to_yaml
+from prehab_export.preflight import check_export
 from prehab_export.progress import say
 from prehab_export.session import Session, check, prepare_process
 from prehab_export.stages import STAGES, Stage
 from prehab_export.workspace import Workspace, stage_key
+
+# Stages that write an ONNX graph of a model whose like has not been exported before.
+EXPORTING = ("export", "baseline")
 
 
 def run(
@@ -34,15 +38,17 @@ def run(
         InputError: bad input, found before anything slow.
         ParityError: the exported artifact does not compute what the model computes; nothing is published.
     """
-    with opened(config, output) as session:
+    with opened(config, output, _through(until)) as session:
         _withdraw_outdated(session, redo)
         bring_up_to_date(session, until, redo)
     return session.workspace
 
 
 @contextmanager
-def opened(config: RunConfig, output: Path) -> Iterator[Session]:
+def opened(config: RunConfig, output: Path, stages: Sequence[str] = ()) -> Iterator[Session]:
     """A checked session whose folder nobody else works in.
+
+    stages: what is to be brought up to date in it; where the model is exported on the way, that is tried first.
 
     Raises:
         InputError: bad input, found before anything slow.
@@ -52,6 +58,8 @@ def opened(config: RunConfig, output: Path) -> Iterator[Session]:
     with workspace.locked():
         session = Session(config, workspace)
         check(session)
+        if _exports_anew(session, stages):
+            check_export(session)
         workspace.save_options(to_yaml(config))
         yield session
 
@@ -66,10 +74,20 @@ def _withdraw_outdated(session: Session, redo: Collection[str]) -> None:
             workspace.withdraw(name)
 
 
+def _through(until: str) -> list[str]:
+    order = list(STAGES)
+    return order[: order.index(until) + 1]
+
+
+def _exports_anew(session: Session, stages: Sequence[str]) -> bool:
+    """Whether a graph is to be written that is not there yet: what has been exported once can be exported."""
+    keys = stage_keys(session)
+    return any(not session.workspace.is_current(name, keys[name]) for name in EXPORTING if name in stages)
+
+
 def bring_up_to_date(session: Session, until: str, redo: Collection[str] = ()) -> None:
     """Do the stages through ``until`` that are not there yet, or were made under other options."""
-    order = list(STAGES)
-    bring_up(session, order[: order.index(until) + 1], redo)
+    bring_up(session, _through(until), redo)
 
 
 def bring_up(session: Session, names: Sequence[str], redo: Collection[str] = ()) -> None:

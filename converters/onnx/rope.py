@@ -41,7 +41,7 @@ def _rotate(module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str 
     length = position_ids.max() + 1
     stretched, _ = ROPE_INIT_FUNCTIONS[kind](module.config, x.device, seq_len=length, **options)
     stand_in = copy.copy(module)
-    frequencies = torch.where(length > module.original_max_seq_len, stretched, trained)
+    frequencies = torch.where(length > vars(module)["original_max_seq_len"], stretched, trained)
     stand_in._buffers = {**module._buffers, f"{prefix}inv_freq": frequencies}
     return forward(stand_in, x, position_ids, **options)
 
