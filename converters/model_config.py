@@ -4,7 +4,8 @@ Families differ in their fields: MobileBERT has no end token, convolutional netw
 of a model of several modalities lie in nested configurations. Every other module asks here.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,9 @@ USUAL_IMAGE_SIZE = (224, 224)
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Where a configuration without an attribute map tells how many positions there are.
 _POSITIONS = ("max_position_embeddings", "max_seq_len")
+# Names of fields that count blocks (num_hidden_layers, n_layer, depths, block_sizes), and of those that count a part.
+_COUNTS_BLOCKS = re.compile(r"(^|_)(layers?|blocks?|depths?|block_sizes|num_block_repeats)$")
+_IS_PART_OF_COUNT = re.compile(r"shared|dense|mtp|nextn|predict|skip|group|window")
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -162,6 +166,20 @@ def forget_kernels(config: PreTrainedConfig) -> str | None:
             part._experts_implementation_internal = None
             forgotten.append(experts)
     return next(iter(forgotten), None)
+
+
+def shorten(config: PreTrainedConfig, kept: Mapping[int, Sequence[int]]) -> None:
+    """Give a model fewer blocks, in place: wherever the configuration counts blocks, or has a list with an entry for
+    each of them. ``kept`` tells for a number of blocks which of them are to be left."""
+    counts = {count: len(places) for count, places in kept.items()}
+    for part in nested_configs(config):
+        for name, value in list(vars(part).items()):
+            if isinstance(value, int) and _COUNTS_BLOCKS.search(name) and not _IS_PART_OF_COUNT.search(name):
+                setattr(part, name, counts.get(value, value))
+            elif isinstance(value, (list, tuple)) and len(value) in kept:
+                setattr(part, name, type(value)(value[place] for place in kept[len(value)]))
+            elif isinstance(value, (list, tuple)) and _COUNTS_BLOCKS.search(name):
+                setattr(part, name, type(value)(counts.get(n, n) if isinstance(n, int) else n for n in value))
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def fit(config: RunConfig, output: Path, request: FitRequest) -> Path:
     given, cut = config, replace(config.truncate, budget=PARAMETERS, objective="fisher", allocation="loss")
     config = replace(config, truncate=cut)
     check_target(request.target, request.threads)
-    with opened_beside(config, output, given) as session:
+    with opened_beside(config, output, given, ["baseline"]) as session:
         session.workspace.hide("fit")  # of another budget perhaps: it must not stand there as this one's
         names = ["merge"] if config.adapter is not None else []
         bring_up(session, [*names, "calibrate", "baseline"])

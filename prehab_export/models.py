@@ -168,6 +168,12 @@ def empty_model(config: PreTrainedConfig, task: Task, *, trust_remote_code: bool
         raise InputError(f"config.json does not make a model for {task.name}: {first_line(error)}") from error
 
 
+def make_model(config: PreTrainedConfig, task: Task, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of this configuration in float32, with the weights that transformers gives it to begin with."""
+    with quiet():
+        return _auto_class(task).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
 def input_names(config: PreTrainedConfig, task: Task) -> frozenset[str] | None:
     """Names that the model's forward pass takes and makes use of; None for a model that comes as code.
 

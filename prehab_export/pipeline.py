@@ -8,10 +8,14 @@ from pathlib import Path
 import torch
 
 from prehab_export.config import RunConfig, to_yaml
+from prehab_export.preflight import check_export
 from prehab_export.progress import say
 from prehab_export.session import Session, check, disk_estimate, prepare_process
 from prehab_export.stages import STAGES, Stage
 from prehab_export.workspace import Workspace, check_disk_space, stage_key
+
+# Stages that write an ONNX graph of a model whose like has not been exported before.
+EXPORTING = ("export", "baseline")
 
 
 def run(
@@ -36,7 +40,7 @@ def run(
         ParityError: the exported artifact does not compute what the model computes; nothing is published.
         StorageError: the disk is full.
     """
-    with opened(config, output, redo) as session:
+    with opened(config, output, _through(until), redo) as session:
         bring_up_to_date(session, until, redo)
         # What was done again may have come out the same, and what stands after it is then valid as it is.
         select_valid(session)
@@ -45,34 +49,38 @@ def run(
 
 
 @contextmanager
-def opened(config: RunConfig, output: Path, redo: Collection[str] = ()) -> Iterator[Session]:
+def opened(
+    config: RunConfig, output: Path, stages: Sequence[str] = (), redo: Collection[str] = ()
+) -> Iterator[Session]:
     """A checked session whose folder nobody else works in; what no longer answers to the options is out of sight.
 
     Args:
+        stages: what is to be brought up to date in it; where the model is exported on the way, that is tried first.
         redo: stages that will be done again, so that what depends on them does not count as valid.
 
     Raises:
         InputError: bad input, found before anything slow.
     """
-    with _checked(config, output, redo) as session:
+    with _checked(config, output, stages, redo) as session:
         session.workspace.save_options(to_yaml(config))
         session.workspace.save_selection()
         yield session
 
 
 @contextmanager
-def opened_beside(config: RunConfig, output: Path, given: RunConfig) -> Iterator[Session]:
+def opened_beside(config: RunConfig, output: Path, given: RunConfig, stages: Sequence[str] = ()) -> Iterator[Session]:
     """`opened`, for work that lies beside a run and uses its stages: the run's own options, the results that answer
     to them and what is shown stay as they are.
 
     Args:
         config: the options of this work.
         given: what the user asked for; becomes the run's options where the folder has none.
+        stages: as of `opened`.
 
     Raises:
         InputError: bad input, found before anything slow.
     """
-    with _checked(config, output) as session:
+    with _checked(config, output, stages) as session:
         if session.workspace.has_options:
             session.workspace.keeps_selection = False
         else:
@@ -81,13 +89,15 @@ def opened_beside(config: RunConfig, output: Path, given: RunConfig) -> Iterator
 
 
 @contextmanager
-def _checked(config: RunConfig, output: Path, redo: Collection[str] = ()) -> Iterator[Session]:
+def _checked(config: RunConfig, output: Path, stages: Sequence[str], redo: Collection[str] = ()) -> Iterator[Session]:
     prepare_process(config)
     workspace = Workspace.open(output)
     with workspace.locked():
         session = Session(config, workspace)
         check(session)
         select_valid(session, redo)
+        if any(stage in EXPORTING and not session.workspace.has(stage) for stage in stages):
+            check_export(session)
         there = sum(workspace.size(stage, key) for stage, key in workspace.current.items())
         check_disk_space(output, disk_estimate(session) - there)
         yield session
@@ -102,10 +112,14 @@ def select_valid(session: Session, redo: Collection[str] = ()) -> None:
         session.workspace.select(stage.name, key if found is not None else None)
 
 
+def _through(until: str) -> list[str]:
+    order = list(STAGES)
+    return order[: order.index(until) + 1]
+
+
 def bring_up_to_date(session: Session, until: str, redo: Collection[str] = ()) -> None:
     """Do the stages through ``until`` that are not there yet, or were made under other options."""
-    order = list(STAGES)
-    bring_up(session, order[: order.index(until) + 1], redo)
+    bring_up(session, _through(until), redo)
 
 
 def bring_up(session: Session, names: Sequence[str], redo: Collection[str] = ()) -> None:

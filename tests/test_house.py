@@ -115,35 +115,12 @@ def test_one_door_for_child_processes():
 
 
 # Fields of a model's configuration that some family lacks, or keeps elsewhere.
-CONFIG_FIELDS = frozenset(
-    [
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-        "n_positions",
-        "type_vocab_size",
-        "image_size",
-        "num_channels",
-        "num_labels",
-        "id2label",
-        "problem_type",
-        "architectures",
-        "auto_map",
-        "quantization_config",
-        "use_cache",
-        "is_encoder_decoder",
-        "is_decoder",
-        "tie_word_embeddings",
-        "num_experts",
-        "num_local_experts",
-        "layer_types",
-        "rope_parameters",
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_experts_implementation",
-    ]
+CONFIG_FIELDS = (
+    {"vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "n_positions"}
+    | {"type_vocab_size", "image_size", "num_channels", "num_labels", "id2label", "problem_type", "architectures"}
+    | {"auto_map", "quantization_config", "use_cache", "is_encoder_decoder", "is_decoder", "tie_word_embeddings"}
+    | {"num_experts", "num_local_experts", "layer_types", "rope_parameters", "_experts_implementation"}
+    | {"_attn_implementation", "_attn_implementation_internal"}
 )
 TOKEN_FIELDS = {"pad_token_id", "eos_token_id", "bos_token_id", "sep_token_id"}
 READS_CONFIGS = {"converters.model_config", "converters.genai"}

@@ -1,5 +1,6 @@
 """torch → ONNX for image classification, text classification and text generation."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ TASKS = ("image-classification", "text-classification", "text-generation")
 
 # Fused graphs use the Attention, RotaryEmbedding and RMSNormalization that opset 23 brought; plain ones do without.
 FUSED_OPSET, PLAIN_OPSET = 23, 20
+
+# What the exporter says of an operator that it cannot write.
+_WITHOUT_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,28 @@ def export_onnx(
         warnings=(*traced.warnings, *warnings, *missing(expected, fusions)),
         cache_bytes_per_token=None if traced.layout is None else traced.layout.bytes_per_token,
     )
+
+
+def check_exportable(
+    model: PreTrainedModel,
+    task: str,
+    *,
+    text_inputs: Sequence[str] | None = None,
+    samples: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Trace a model as `export_onnx` does, with or without fused operators, and write nothing.
+
+    Raises:
+        InputError: a model that does not fit the task.
+        RuntimeError: torch could not trace the model.
+    """
+    with _as_found(model), torch.no_grad():
+        traced = _Traced(model, task, text_inputs, samples, None, FULL)
+        attention, _, _ = _attention(traced)
+        try:
+            _trace(traced, attention, FUSED_OPSET)
+        except RuntimeError:
+            _trace(traced, PLAIN_ATTENTION, PLAIN_OPSET)
 
 
 class _Traced(nn.Module):
@@ -204,6 +230,8 @@ def _reason(error: BaseException) -> str:
     """The innermost cause in one line; the exporter wraps it in advice."""
     while error.__cause__ is not None:
         error = error.__cause__
+    if operator := _WITHOUT_FUNCTION.search(str(error)):
+        return f"there is no function for the operator {operator[1]}"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,10 @@ def _rotate(module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str 
         return type(module).forward(module, x, position_ids, **options)
     prefix = "" if layer_type is None else f"{layer_type}_"
     trained = getattr(module, f"{prefix}original_inv_freq").to(x.device)
-    length, most_trained = position_ids.max() + 1, int(cast(int, module.original_max_seq_len))
+    length = position_ids.max() + 1
     stretched, _ = ROPE_INIT_FUNCTIONS[kind](module.config, x.device, seq_len=length, **options)
     stand_in = copy.copy(module)
-    frequencies = torch.where(length > most_trained, stretched, trained)
+    frequencies = torch.where(length > vars(module)["original_max_seq_len"], stretched, trained)
     stand_in._buffers = {**module._buffers, f"{prefix}inv_freq": frequencies}
     return forward(stand_in, x, position_ids, **options)
 

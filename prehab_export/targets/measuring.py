@@ -94,9 +94,9 @@ def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
         target = replace(target, web=find_web(target.web))
         if not target.by_hand:
             find_browser(target.browser)
-    with opened(config, output) as session:
-        stages = list(STAGES)
-        bring_up_to_date(session, stages[stages.index("bench") - 1])
+    stages = list(STAGES)[: list(STAGES).index("bench")]
+    with opened(config, output, stages) as session:
+        bring_up_to_date(session, stages[-1])
         if target.name.startswith("kit:"):
             folder = Path(target.name.removeprefix("kit:"))
             return _kit(session, folder, target).folder
