@@ -104,7 +104,7 @@ RUN_OPTIONS: list[Option] = [
     option("--sequence-length", "data.sequence_length", "Window of a language model; longest text of a classifier."),
     option("--eval-samples", "data.eval_samples", "Report on so many samples only."),
     option("--batch-size", "data.batch_size", "Samples a batch, in calibration and evaluation."),
-    option("--adapter", "adapter", "PEFT LoRA adapter of the dense model, merged before anything else."),
+    option("--adapter", "adapter", "PEFT adapter of the dense model (LoRA, DoRA, IA3 …), merged before anything else."),
     option("--revision", "revision", "Branch, tag or commit of a hub model."),
     option(
         "--trust-remote-code/--no-trust-remote-code",
