@@ -14,6 +14,7 @@ side by side, and the sum of the metrics decides what is kept.
 """
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -181,9 +182,10 @@ def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftMo
     config.base_model_name_or_path = None  # PEFT warns about any change of name
     vocabulary = _tables(model)
     try:
-        loaded = get_peft_model(model, config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=assign)
-        device = str(model.device)
-        result = loaded.load_adapter(str(adapter), ADAPTER_NAME, torch_device=device, low_cpu_mem_usage=assign)
+        with _quiet():
+            loaded = get_peft_model(model, config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=assign)
+            device = str(model.device)
+            result = loaded.load_adapter(str(adapter), ADAPTER_NAME, torch_device=device, low_cpu_mem_usage=assign)
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         raise InputError(f"{adapter} does not fit the model: {_first_mismatch(error, vocabulary)}") from error
     unexpected = [key for key in result.unexpected_keys if not is_duplicate(key)]
@@ -192,6 +194,14 @@ def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftMo
     if missing := _missing(loaded, result.missing_keys):
         raise InputError(f"{adapter} is for another base: it has no {plain_name(missing[0])}")
     return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PEFT's warnings, of tied weights for the most part, which are settled here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def _tables(model: PreTrainedModel) -> list[str]:
@@ -257,7 +267,8 @@ def _merge_loaded(loaded: PeftModel, model: PreTrainedModel) -> None:
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
     flags = [getattr(config, "tie_word_embeddings", None) for config in configs]
     _untie_adapted(model)
-    loaded.merge_and_unload()
+    with _quiet():
+        loaded.merge_and_unload()
     for config, flag in zip(configs, flags, strict=True):
         if flag is not None:
             config.tie_word_embeddings = flag  # PEFT clears it of every adapter that touches what is tied

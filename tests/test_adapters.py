@@ -151,6 +151,14 @@ def test_tied_weights_are_untied_where_an_adapter_tells_them_apart(case, factore
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_what_peft_says_of_ties_is_not_passed_on(tmp_path):
+    model = build("llama-tied")
+    with pytest.warns(UserWarning, match="tied layer"):
+        train(model, tmp_path, r=4, target_modules=["embed_tokens"])
+    merge_dense_adapter(model, tmp_path)
+
+
 def test_other_ties_go_with_those_that_are_undone(tmp_path):
     """A BERT ties two tensors of its head, by one flag."""
     model = build("bert-mlm", tie_word_embeddings=True)
@@ -305,6 +313,23 @@ def test_an_adapter_for_another_base_is_refused(other, message, factored, tmp_pa
         assert len(low_rank_layers(model)) > 0
     else:
         assert_refused(model, tmp_path, message)
+
+
+@pytest.mark.parametrize("method", ["DoRA", "VeRA", "IA3", "LoHa", "LoKr, a head", "OFT", "VB-LoRA", "norms"])
+@pytest.mark.parametrize(
+    "other", [{"hidden_size": 64, "intermediate_size": 128}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}]
+)
+def test_other_methods_for_another_base_are_refused(method, other, tmp_path):
+    family, config, options = METHODS[method]
+    train(build(family, **other), tmp_path, config, **options)
+    model = build(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"another base|does not fit"):
+        check_fit(model, tmp_path)
+    with pytest.raises(InputError, match=r"another base|does not fit"):
+        merge_dense_adapter(model, tmp_path)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_adapter_for_another_family_is_refused(tmp_path):
