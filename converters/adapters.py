@@ -116,19 +116,21 @@ def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | N
             the first one's C serves all.
 
     Raises:
-        InputError: the adapter is not plain LoRA, was trained for another base, or changes a ``down`` that layers
-            share; the model is unchanged.
+        InputError: the adapter was trained on the dense model and is not plain LoRA, was trained for another base, or
+            changes a ``down`` that layers share; the model is unchanged.
     """
     info = check_adapter(adapter)
+    factored = low_rank_layers(model)
+    if adapted := [
+        f"{name}.{side}" for name in factored for side in ("up", "down") if _touches(info, f"{name}.{side}")
+    ]:
+        merge_dense_adapter(model, adapter)
+        return MergeReport({name: MergedLayer(0.0, True) for name in info.ranks or adapted}, info.replaced)
     if info.not_plain is not None:
         raise InputError(
-            f"{adapter}: {info.not_plain} cannot be merged into factors, only plain LoRA can; merge it into the dense "
-            "model instead, with `run --adapter`"
+            f"{adapter}: {info.not_plain} of the dense model cannot be merged into factors, only plain LoRA can; merge "
+            "it before compression, with `run --adapter`, or train it on the factors"
         )
-    factored = low_rank_layers(model)
-    if any(name.rpartition(".")[0] in factored for name in info.ranks):
-        merge_dense_adapter(model, adapter)
-        return MergeReport({name: MergedLayer(0.0, True) for name in info.ranks}, info.replaced)
     skeleton = _skeleton(model)
     _hide_factors(skeleton, low_rank_layers(skeleton))
     _check_fit(skeleton, adapter, factored)
@@ -201,6 +203,7 @@ def _quiet() -> Iterator[None]:
     """Without PEFT's warnings, of tied weights for the most part, which are settled here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
@@ -246,11 +249,15 @@ def _check_fit(skeleton: PreTrainedModel, adapter: Path, factored: Mapping[str, 
                 )
 
 
+def _touches(info: AdapterInfo, module: str) -> bool:
+    return module in info.ranks or any(name.startswith(f"{module}.") for name in info.replaced)
+
+
 def _check_shared(adapter: Path, info: AdapterInfo, groups: Sequence[Sequence[str]]) -> None:
     """PEFT wraps a shared module under its first name only, so that its adapter works on that one layer."""
     for group in groups:
         for name in group:
-            if f"{name}.down" in info.ranks or f"{name}.down.weight" in info.replaced:
+            if _touches(info, f"{name}.down"):
                 raise InputError(
                     f"{adapter} changes {name}.down for that layer alone, but {', '.join(group)} hold one down between "
                     "them: merging would change them all. Train an adapter of the up factors or of the dense model"

@@ -107,7 +107,7 @@ def test_whatever_peft_merges_exactly_is_merged_into_the_dense_model(method, tmp
     merge_dense_adapter(model, tmp_path)
     torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=2e-5)
     assert getattr(model.config, "tie_word_embeddings", None) is tied
-    with pytest.raises(InputError, match=r"only plain LoRA can; merge it into the dense model"):
+    with pytest.raises(InputError, match=r"only plain LoRA can; merge it before compression"):
         merge_into_factors(truncated(build(family)), tmp_path)
 
 
@@ -239,6 +239,18 @@ def test_adapters_of_the_factors_merge_exactly(family, tmp_path):
     torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=1e-5)
     assert all(layer.exact and layer.error == 0 for layer in report.layers.values())
     assert {layer.rank for layer in low_rank_layers(model).values()} == {6}
+
+
+@pytest.mark.parametrize("method", ["DoRA", "VeRA", "IA3", "LoHa", "OFT"])
+def test_other_methods_on_the_factors_merge_exactly(method, tmp_path):
+    family, config, options = METHODS[method]
+    model = truncated(build(family), rank=8)
+    options = {**options, "target_modules": ["up"]} | ({"feedforward_modules": []} if method == "IA3" else {})
+    want = train(model, tmp_path / "adapter", config, **options)
+    assert (want - logits(model)).abs().max() > 1e-3
+    report = merge_into_factors(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=2e-5)
+    assert set(report.layers) == {f"{name}.up" for name in low_rank_layers(model)}
 
 
 def test_merging_into_a_loaded_model_and_saving_it(tmp_path):
