@@ -14,6 +14,7 @@ side by side, and the sum of the metrics decides what is kept.
 """
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -115,19 +116,21 @@ def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | N
             the first one's C serves all.
 
     Raises:
-        InputError: the adapter is not plain LoRA, was trained for another base, or changes a ``down`` that layers
-            share; the model is unchanged.
+        InputError: the adapter was trained on the dense model and is not plain LoRA, was trained for another base, or
+            changes a ``down`` that layers share; the model is unchanged.
     """
     info = check_adapter(adapter)
+    factored = low_rank_layers(model)
+    if adapted := [
+        f"{name}.{side}" for name in factored for side in ("up", "down") if _touches(info, f"{name}.{side}")
+    ]:
+        merge_dense_adapter(model, adapter)
+        return MergeReport({name: MergedLayer(0.0, True) for name in info.ranks or adapted}, info.replaced)
     if info.not_plain is not None:
         raise InputError(
-            f"{adapter}: {info.not_plain} cannot be merged into factors, only plain LoRA can; merge it into the dense "
-            "model instead, with `run --adapter`"
+            f"{adapter}: {info.not_plain} of the dense model cannot be merged into factors, only plain LoRA can; merge "
+            "it before compression, with `run --adapter`, or train it on the factors"
         )
-    factored = low_rank_layers(model)
-    if any(name.rpartition(".")[0] in factored for name in info.ranks):
-        merge_dense_adapter(model, adapter)
-        return MergeReport({name: MergedLayer(0.0, True) for name in info.ranks}, info.replaced)
     skeleton = _skeleton(model)
     _hide_factors(skeleton, low_rank_layers(skeleton))
     _check_fit(skeleton, adapter, factored)
@@ -181,9 +184,10 @@ def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftMo
     config.base_model_name_or_path = None  # PEFT warns about any change of name
     vocabulary = _tables(model)
     try:
-        loaded = get_peft_model(model, config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=assign)
-        device = str(model.device)
-        result = loaded.load_adapter(str(adapter), ADAPTER_NAME, torch_device=device, low_cpu_mem_usage=assign)
+        with _quiet():
+            loaded = get_peft_model(model, config, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=assign)
+            device = str(model.device)
+            result = loaded.load_adapter(str(adapter), ADAPTER_NAME, torch_device=device, low_cpu_mem_usage=assign)
     except (ValueError, KeyError, IndexError, RuntimeError) as error:
         raise InputError(f"{adapter} does not fit the model: {_first_mismatch(error, vocabulary)}") from error
     unexpected = [key for key in result.unexpected_keys if not is_duplicate(key)]
@@ -192,6 +196,15 @@ def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftMo
     if missing := _missing(loaded, result.missing_keys):
         raise InputError(f"{adapter} is for another base: it has no {plain_name(missing[0])}")
     return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PEFT's warnings, of tied weights for the most part, which are settled here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _tables(model: PreTrainedModel) -> list[str]:
@@ -236,11 +249,15 @@ def _check_fit(skeleton: PreTrainedModel, adapter: Path, factored: Mapping[str, 
                 )
 
 
+def _touches(info: AdapterInfo, module: str) -> bool:
+    return module in info.ranks or any(name.startswith(f"{module}.") for name in info.replaced)
+
+
 def _check_shared(adapter: Path, info: AdapterInfo, groups: Sequence[Sequence[str]]) -> None:
     """PEFT wraps a shared module under its first name only, so that its adapter works on that one layer."""
     for group in groups:
         for name in group:
-            if f"{name}.down" in info.ranks or f"{name}.down.weight" in info.replaced:
+            if _touches(info, f"{name}.down"):
                 raise InputError(
                     f"{adapter} changes {name}.down for that layer alone, but {', '.join(group)} hold one down between "
                     "them: merging would change them all. Train an adapter of the up factors or of the dense model"
@@ -257,7 +274,8 @@ def _merge_loaded(loaded: PeftModel, model: PreTrainedModel) -> None:
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
     flags = [getattr(config, "tie_word_embeddings", None) for config in configs]
     _untie_adapted(model)
-    loaded.merge_and_unload()
+    with _quiet():
+        loaded.merge_and_unload()
     for config, flag in zip(configs, flags, strict=True):
         if flag is not None:
             config.tie_word_embeddings = flag  # PEFT clears it of every adapter that touches what is tied

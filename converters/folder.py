@@ -10,8 +10,7 @@ folders; a process that did not call it gets an error, see `converters.registrat
 
 import copy
 import json
-import os
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,17 +151,14 @@ def _swapped_config(model: PreTrainedModel, config: PreTrainedConfig) -> Iterato
 
 @contextmanager
 def _published(folder: Path) -> Iterator[Path]:
-    """A sibling folder to write into, renamed to ``folder`` if the block succeeds, removed if it does not."""
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
+    """A folder beside it to write into, renamed to ``folder`` if the block succeeds, removed if it does not."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+        partial = Path(beside) / folder.name  # not the temporary folder itself, which is its owner's alone
+        partial.mkdir()
         yield partial
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _finish_config(path: Path, dtype: str, guarded: bool) -> None:

@@ -127,7 +127,7 @@ RUN_OPTIONS: list[Option] = [
     ),
     option("--eval-samples", "data.eval_samples", "Report on so many samples only."),
     option("--batch-size", "data.batch_size", "Samples a batch, in calibration and evaluation."),
-    option("--adapter", "adapter", "PEFT LoRA adapter of the dense model, merged before anything else."),
+    option("--adapter", "adapter", "PEFT adapter of the dense model (LoRA, DoRA, IA3 …), merged before anything else."),
     option("--revision", "revision", "Branch, tag or commit of a hub model."),
     option(
         "--trust-remote-code/--no-trust-remote-code",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from converters.adapter_files import check_adapter
 from converters.adapters import merge_into_factors
 from converters.dtypes import DTYPES, cast_weights
 from converters.errors import InputError
@@ -54,6 +55,7 @@ def merge_lora(
 
     They are made as the artifact's own were: images of the same size, the same inputs and cache, the same kinds of
     quantisation, ``.ort`` files where there were any. What cannot be made again is said, and listed under ``left_out``.
+    Quantised graphs are of the merged factors as they are: fitting factors to a grid takes data.
 
     An adapter trained on the factors merges exactly. One trained on the dense model is cut back to each layer's
     rank, in the whitened metric when calibration statistics are at hand.
@@ -71,6 +73,7 @@ def merge_lora(
     artifact = artifact / "artifact" if (artifact / "artifact").is_dir() else artifact
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists and is not empty; give a new folder with -o")
+    check_adapter(adapter)
     model = from_pretrained(artifact, dtype=torch.float32, trust_remote_code=trust_remote_code)
     if not low_rank_layers(model):
         raise InputError(f"{artifact} holds no two-factor layers; merge into a dense model with `run --adapter`")
@@ -96,7 +99,9 @@ def merge_lora(
         cast_weights(model, torch.float32)
         facts["graphs"], facts["left_out"] = [], []
         if (artifact / GRAPH).is_file():
-            _write_graphs(model, artifact, made, processor, threads or BenchConfig().threads, facts)
+            _write_graphs(model, artifact, made, threads or BenchConfig().threads, facts)
+        for name in sorted(_missing(artifact / "onnx", made / "onnx") - {row["file"] for row in facts["left_out"]}):
+            _leave_out(facts, name, "merge-lora cannot tell how it was made")
         (made / "README.md").write_text(render("merged.md.j2", facts), encoding="utf-8")
         if output.exists():
             output.rmdir()
@@ -104,9 +109,7 @@ def merge_lora(
     return facts
 
 
-def _write_graphs(
-    model: PreTrainedModel, artifact: Path, made: Path, processor: Any, threads: int, facts: dict[str, Any]
-) -> None:
+def _write_graphs(model: PreTrainedModel, artifact: Path, made: Path, threads: int, facts: dict[str, Any]) -> None:
     """The graphs of the artifact again, of the merged model; ``facts`` gets ``graphs`` and ``left_out``, by file name.
 
     Raises:
@@ -135,10 +138,12 @@ def _write_graphs(
     for graph in graphs:
         if (artifact / GRAPH).with_name(f"{graph.stem}.ort").is_file():
             _write_ort(graph, example, threads, facts)
-    found, written = ({file.name for file in (folder / "onnx").iterdir()} for folder in (artifact, made))
-    said = {row["file"] for row in facts["left_out"]}
-    for name in sorted(found - written - said):
-        _leave_out(facts, name, "merge-lora did not make it")
+
+
+def _missing(folder: Path, other: Path) -> set[str]:
+    """The names of files that ``folder`` has and ``other`` has not."""
+    had, has = ({file.name for file in place.iterdir()} if place.is_dir() else set() for place in (folder, other))
+    return had - has
 
 
 def _write_ort(graph: Path, example: Batch, threads: int, facts: dict[str, Any]) -> None:

@@ -60,7 +60,11 @@ class Stage:
 
 
 def _merge(session: Session, folder: Path) -> None:
-    model = merge_dense_adapter(session.load_given(), Path(str(session.config.adapter)))
+    model = session.load_given()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    merge_dense_adapter(model, Path(str(session.config.adapter)))
+    if tied and not model.config.get_text_config().tie_word_embeddings:
+        say("  the adapter tells embedding and head apart: they are no longer tied, and both are stored")
     save_folder(model, folder / "model", session.fresh_processor())
 
 

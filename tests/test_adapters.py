@@ -107,7 +107,7 @@ def test_whatever_peft_merges_exactly_is_merged_into_the_dense_model(method, tmp
     merge_dense_adapter(model, tmp_path)
     torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=2e-5)
     assert getattr(model.config, "tie_word_embeddings", None) is tied
-    with pytest.raises(InputError, match=r"only plain LoRA can; merge it into the dense model"):
+    with pytest.raises(InputError, match=r"only plain LoRA can; merge it before compression"):
         merge_into_factors(truncated(build(family)), tmp_path)
 
 
@@ -149,6 +149,14 @@ def test_tied_weights_are_untied_where_an_adapter_tells_them_apart(case, factore
     stored = load_file(tmp_path / "model" / "model.safetensors")
     assert ("lm_head.weight" in stored) is not tied
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_what_peft_says_of_ties_is_not_passed_on(tmp_path):
+    model = build("llama-tied")
+    with pytest.warns(UserWarning, match="tied layer"):
+        train(model, tmp_path, r=4, target_modules=["embed_tokens"])
+    merge_dense_adapter(model, tmp_path)
 
 
 def test_other_ties_go_with_those_that_are_undone(tmp_path):
@@ -233,6 +241,18 @@ def test_adapters_of_the_factors_merge_exactly(family, tmp_path):
     assert {layer.rank for layer in low_rank_layers(model).values()} == {6}
 
 
+@pytest.mark.parametrize("method", ["DoRA", "VeRA", "IA3", "LoHa", "OFT"])
+def test_other_methods_on_the_factors_merge_exactly(method, tmp_path):
+    family, config, options = METHODS[method]
+    model = truncated(build(family), rank=8)
+    options = {**options, "target_modules": ["up"]} | ({"feedforward_modules": []} if method == "IA3" else {})
+    want = train(model, tmp_path / "adapter", config, **options)
+    assert (want - logits(model)).abs().max() > 1e-3
+    report = merge_into_factors(model, tmp_path / "adapter")
+    torch.testing.assert_close(logits(model), want, rtol=1e-5, atol=2e-5)
+    assert set(report.layers) == {f"{name}.up" for name in low_rank_layers(model)}
+
+
 def test_merging_into_a_loaded_model_and_saving_it(tmp_path):
     dense = build("bert")
     want = train(dense, tmp_path / "adapter", r=4, target_modules=["query"])
@@ -305,6 +325,23 @@ def test_an_adapter_for_another_base_is_refused(other, message, factored, tmp_pa
         assert len(low_rank_layers(model)) > 0
     else:
         assert_refused(model, tmp_path, message)
+
+
+@pytest.mark.parametrize("method", ["DoRA", "VeRA", "IA3", "LoHa", "LoKr, a head", "OFT", "VB-LoRA", "norms"])
+@pytest.mark.parametrize(
+    "other", [{"hidden_size": 64, "intermediate_size": 128}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}]
+)
+def test_other_methods_for_another_base_are_refused(method, other, tmp_path):
+    family, config, options = METHODS[method]
+    train(build(family, **other), tmp_path, config, **options)
+    model = build(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"another base|does not fit"):
+        check_fit(model, tmp_path)
+    with pytest.raises(InputError, match=r"another base|does not fit"):
+        merge_dense_adapter(model, tmp_path)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_adapter_for_another_family_is_refused(tmp_path):

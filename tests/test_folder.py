@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,13 @@ def test_round_trip_is_exact(family, tmp_path):
     assert_same(model, loaded)
     assert torch.equal(logits(model), logits(loaded))
     assert not loaded.training
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path):
+    (tmp_path / f".model.partial-{os.getpid()}").mkdir()
+    save_folder(build("vit"), tmp_path / "model")
+    from_pretrained(tmp_path / "model")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

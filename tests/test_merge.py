@@ -4,11 +4,13 @@ import copy
 import json
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 from conftest import word_tokenizer
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from small_models import build, inputs, truncated
 from transformers import (
     ConvNextConfig,
@@ -104,7 +106,7 @@ def test_the_other_graphs_are_made_again(bert, tmp_path, capsys):
     graph.with_name(FILE_NAMES["int8-static"]).write_bytes(b"made with data")
     graph.with_name("someone_elses.onnx").write_bytes(b"")
     facts = merge_lora(artifact, adapter, tmp_path / "merged", threads=1)
-    left_out = {FILE_NAMES["int8-static"]: "data", "someone_elses.onnx": "did not make it"}
+    left_out = {FILE_NAMES["int8-static"]: "data", "someone_elses.onnx": "cannot tell"}
     merged = tmp_path / "merged/onnx"
     had = {file.name for file in graph.parent.iterdir()}
     assert {file.name for file in merged.iterdir()} == had - left_out.keys()
@@ -133,8 +135,6 @@ def test_plain_graphs_stay_plain(bert, tmp_path):
     graph = artifact / "onnx/model.onnx"
     export_onnx(from_pretrained(artifact), graph, "text-classification", fuse=False)
     merge_lora(artifact, adapter, tmp_path / "merged", threads=1)
-    import onnx
-
     opsets = [onnx.load(path).opset_import[0].version for path in (graph, tmp_path / "merged/onnx/model.onnx")]
     assert opsets == [20, 20]
 
@@ -154,6 +154,23 @@ def test_nothing_of_others_is_touched(bert, tmp_path):
         merge_lora(artifact, adapter, tmp_path / "merged")
 
 
+def test_what_cannot_be_made_again_is_said(bert, tmp_path):
+    artifact, adapter = bert
+    (artifact / "onnx/model.onnx").rename(artifact / "onnx/renamed.onnx")
+    facts = merge_lora(artifact, adapter, tmp_path / "merged", threads=1)
+    assert facts["graphs"] == []
+    assert [row["file"] for row in facts["left_out"]] == ["renamed.onnx"]
+
+
+def test_adapters_that_cannot_be_merged_are_refused_before_anything_is_loaded(bert, tmp_path):
+    artifact, adapter = bert
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": "PREFIX_TUNING"}))
+    (artifact / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="PREFIX_TUNING cannot be merged"):
+        merge_lora(artifact, adapter, tmp_path / "merged")
+
+
 def test_a_merge_that_fails_leaves_nothing(bert, tmp_path, monkeypatch):
     artifact, adapter = bert
     before = {path.name for path in tmp_path.iterdir()}
@@ -167,8 +184,6 @@ def test_a_tied_model_is_untied_where_the_adapter_tells_the_two_apart(tmp_path):
     model = build("llama-tied")
     adapter = lora(model, tmp_path / "lora", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
     path = adapter / "adapter_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(path)
     save_file({name: value * (1.5 if "lm_head" in name else 1) for name, value in tensors.items()}, path)
     artifact = tmp_path / "artifact"
