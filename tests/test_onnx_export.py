@@ -16,6 +16,14 @@ from small_models import FAMILIES, TEXT, build, truncated
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
+    BigBirdConfig,
+    BigBirdForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -44,7 +52,7 @@ from transformers import (
 
 from converters.errors import InputError
 from converters.onnx.attention import ONNX_ATTENTION, attention_implementation
-from converters.onnx.expected import counting, missing
+from converters.onnx.expected import OPERATORS, counting, missing, spelled_out
 from converters.onnx.export import export_onnx
 from converters.onnx.fuse import simplify_graph
 from converters.onnx.generate import greedy_decode
@@ -63,6 +71,7 @@ FAMILIES = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**GROUPED, head_dim=16)),
     "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**TEXT)),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config(**GROUPED, head_dim=16, sliding_window=4)),
+    "cohere": (CohereForCausalLM, CohereConfig(**TEXT, pad_token_id=0)),
     "modernbert": (ModernBertForSequenceClassification, ModernBertConfig(**{**TEXT, **SPECIAL})),
     "llama-classifier": (
         LlamaForSequenceClassification,
@@ -574,6 +583,51 @@ def test_a_fusion_that_did_not_happen_is_said(exported, tmp_path, monkeypatch):
     monkeypatch.setattr("converters.onnx.export.fuse_graph", simplify_graph)
     export = export_onnx(model, tmp_path / "model.onnx", "text-generation")
     assert any("5 of 5 norms are not one operator each" in warning for warning in export.warnings)
+
+
+PIXELS = {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "image_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class", "fused", "said"),
+    [
+        (ConvNextConfig(**PIXELS), ConvNextForImageClassification, 0, 0),  # has no attention
+        (BigBirdConfig(**TEXT, attention_type="original_full"), BigBirdForSequenceClassification, 2, 0),
+        (BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4), BloomForCausalLM, 0, 2),
+    ],
+    ids=["none", "fused", "plain"],
+)
+def test_plain_attention_is_judged_by_the_graph(config, model_class, fused, said, tmp_path):
+    """None of the three takes its attention from the registry of transformers."""
+    torch.manual_seed(0)
+    model = model_class._from_config(config).eval()
+    task = {"ConvNext": "image-classification", "BigBird": "text-classification"}
+    kind = next((task[name] for name in task if type(model).__name__.startswith(name)), "text-generation")
+    export = export_onnx(model, tmp_path / "model.onnx", kind)
+    attentions = sum(export.fusions.get(name, 0) for name in ("Attention", "MultiHeadAttention"))
+    warnings = [warning for warning in export.warnings if "attention" in warning]
+    assert attentions == fused
+    assert [warning.split(" ")[0] for warning in warnings] == ([str(said)] if said else [])
+    assert all("registry" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("family", ["vit", "gpt2", "mistral", "cohere"])
+def test_a_plain_graph_spells_out_what_the_model_goes_through(family, tmp_path, monkeypatch):
+    """The forms that the finished graph is searched for, against what the modules count."""
+    model = make(family)
+    monkeypatch.setattr("converters.onnx.export.fuse_graph", simplify_graph)
+    export = export_onnx(model, tmp_path / "model.onnx", TASKS.get(family, "text-generation"))
+    graph = ir.load(tmp_path / "model.onnx").graph
+    with counting(model) as seen, torch.no_grad(), attention_implementation(model, ONNX_ATTENTION):
+        ones = torch.ones(1, 4, dtype=torch.long)
+        model(torch.rand(1, 3, 16, 16)) if family == "vit" else model(ones, attention_mask=ones)
+    rotary = {"mistral": 4, "cohere": 4}.get(family, 0)
+    found = spelled_out(graph)
+    fused = {kind: sum(export.fusions.get(name, 0) for name in names) for kind, names in OPERATORS.items()}
+    assert found["norm"] + fused["norm"] == seen["norm"] > 0
+    assert found["GELU"] + fused["GELU"] == seen["GELU"]
+    assert found["rotary embedding"] == rotary
+    assert found["attention"] == 0
 
 
 def test_attention_that_the_operator_cannot_do_is_said(exported):

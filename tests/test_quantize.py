@@ -13,11 +13,14 @@ from test_onnx_export import feed_of, make, relative
 from test_pipeline import TEXT, invoke, vit_options
 
 from converters.errors import InputError
+from converters.onnx import write
+from converters.onnx.coverage import VECTORS, coverage
 from converters.onnx.export import export_onnx
 from converters.onnx.modes import BLOCK, FILE_NAMES, MODES
 from converters.onnx.quantize import quantize_graph
 from converters.onnx.session import open_session
 from prehab_export import quantization
+from prehab_export.bench_graph import read_graph
 from prehab_export.config import DataConfig, RunConfig, TruncateConfig
 
 # Largest |Δ| over max |logit| on tiny random models, where nothing averages out.
@@ -101,6 +104,132 @@ def test_block_weights_are_round_to_nearest(mode, bits, tmp_path):
     assert error.mean() == pytest.approx((steps / 4).mean(), rel=0.15)
 
 
+def tied_graph(path, table, forms):
+    """A table that ids are looked up in and, in each of these forms, x is multiplied by: one output for each."""
+    rows, width = table.shape
+    ids = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["batch", "length"])
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", width])
+    make, weights = onnx.helper.make_node, {"table": table, "copy": table.T.copy(), "bias": np.arange(rows, dtype="f")}
+    nodes = [make("Gather", ["table", "ids"], ["rows"])]
+    heads = {
+        "transposed": [make("Transpose", ["table"], ["turned"], perm=[1, 0]), make("MatMul", ["x", "turned"], ["0"])],
+        "fused": [make("FusedMatMul", ["x", "table"], ["1"], domain="com.microsoft", transB=1, alpha=0.5)],
+        "gemm": [make("Gemm", ["x", "table", "bias"], ["2"], transB=1, alpha=2.0)],
+        "folded": [make("MatMul", ["x", "copy"], ["3"])],
+    }
+    nodes += [node for form in forms for node in heads[form]]
+    names = ["rows", *(str(list(heads).index(form)) for form in forms)]
+    outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names]
+    read = {name for node in nodes for name in node.input}
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in weights.items() if name in read]
+    graph = onnx.helper.make_graph(nodes, "tied", [ids, x], outputs, tensors)
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return names
+
+
+INTEGER_MODES = [mode for mode in MODES if mode != "float16"]
+
+
+@pytest.mark.parametrize("mode", INTEGER_MODES)
+@pytest.mark.parametrize("width", [256, 96, 50])  # the last fills no block
+def test_a_table_and_what_is_tied_to_it_are_one(mode, width, tmp_path):
+    """Every way to write a tied output layer reads the very numbers that rows are looked up in, and they are stored
+    once."""
+    table = np.random.default_rng(0).standard_normal((300, width)).astype(np.float32)
+    forms = ["transposed", "fused", "gemm", "folded"]
+    names = tied_graph(tmp_path / "model.onnx", table, forms)
+    sample = {"ids": np.zeros((1, 1), np.int64), "x": np.eye(width, dtype=np.float32)}
+    graph = quantize_graph(tmp_path / "model.onnx", tmp_path / "small.onnx", mode, lambda: iter([sample]))
+    ids = np.arange(-300, 300).reshape(2, 300)
+    rows, *heads = onnxruntime.InferenceSession(graph).run(names, {"ids": ids, "x": np.eye(width, dtype=np.float32)})
+    np.testing.assert_array_equal(rows[0], rows[1])  # negative ids count from the end
+    steps = np.abs(table).max(1, keepdims=True) / (8 if mode in ("int4", "int8-tables4") else 128)
+    assert (np.abs(rows[1] - table) <= 1.01 * steps).all()
+    bias = np.arange(300)
+    for form, head in zip(forms, heads, strict=True):
+        expected = {"fused": 0.5 * rows[1].T, "gemm": 2 * rows[1].T + bias}.get(form, rows[1].T)
+        np.testing.assert_allclose(head, expected, rtol=1e-5, atol=1e-5)
+    tensors = onnx.load(graph).graph.initializer
+    large = [tensor for tensor in tensors if np.prod(tensor.dims) >= 300 * width / 2]
+    assert len(large) == 1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-tied", "opt", "llama"])
+def test_smaller_numbers_make_smaller_files(family, tmp_path):
+    """Tied or not, with products of any kind; next to nothing is left in floating point."""
+    source = tmp_path / "model.onnx"
+    export_onnx(make(family), source, "text-generation")
+    feeds = {value.name: feed_of(value) for value in open_session(source).get_inputs()}
+    expected = open_session(source).run(["logits"], feeds)[0]
+    sizes = {"float32": source.stat().st_size}
+    for mode in ("int4", "int8", "int8-blocks", "float16"):
+        graph = quantize_graph(source, tmp_path / FILE_NAMES[mode], mode)
+        sizes[mode] = graph.stat().st_size
+        assert coverage(source, graph).share > 0.97
+        actual = open_session(graph).run(["logits"], feeds)[0]
+        assert np.abs(actual - expected).max() <= ALLOWED[mode] * np.abs(expected).max()
+    assert sizes["int4"] < min(sizes["int8"], sizes["int8-blocks"])
+    assert max(sizes["int8"], sizes["int8-blocks"]) < sizes["float16"] < sizes["float32"]
+
+
+@pytest.mark.parametrize("mode", INTEGER_MODES)
+def test_ids_beyond_the_table_are_refused(mode, graphs, tmp_path):
+    source, feeds = graphs("mistral")
+    graph = open_session(quantize_graph(source, tmp_path / "small.onnx", mode, lambda: iter([feeds])))
+    vocabulary = read_graph(tmp_path / "small.onnx").vocab_size
+    assert vocabulary == read_graph(source).vocab_size
+    for ids in (np.full_like(feeds["input_ids"], vocabulary), np.full_like(feeds["input_ids"], -vocabulary - 1)):
+        with pytest.raises(Exception, match="indices element out of data bounds"):
+            graph.run(["logits"], feeds | {"input_ids": ids})
+
+
+def test_what_stays_in_floating_point_is_told(tmp_path):
+    """By operator and with the reason, from the finished graph."""
+    make_node, rng = onnx.helper.make_node, np.random.default_rng(0)
+    weights = {
+        "kernel": rng.standard_normal((8, 3, 4, 4)), "product": rng.standard_normal((8, 64)),
+        "narrow": rng.standard_normal((2, 64)), "left": rng.standard_normal((16, 16)),
+        "bias": rng.standard_normal(64),
+    }  # fmt: skip
+    nodes = [
+        make_node("Conv", ["pixels", "kernel"], ["maps"], kernel_shape=[4, 4], strides=[4, 4]),
+        make_node("Transpose", ["maps"], ["last"], perm=[0, 2, 3, 1]),
+        make_node("MatMul", ["last", "product"], ["wide"]),
+        make_node("Add", ["wide", "bias"], ["summed"]),
+        make_node("MatMul", ["pairs", "narrow"], ["made"]),
+        make_node("MatMul", ["left", "tokens"], ["mixed"]),
+    ]
+    shapes = {"pixels": [1, 3, 16, 16], "pairs": [1, 2], "tokens": [16, 4]}
+    values = {
+        name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shapes.get(name))
+        for name in (*shapes, "summed", "made", "mixed")
+    }
+    tensors = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()]
+    graph = onnx.helper.make_graph(
+        nodes, "g", [values[n] for n in shapes], [values[n] for n in values if n not in shapes], tensors
+    )
+    source = tmp_path / "model.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), source)
+    told = coverage(source, quantize_graph(source, tmp_path / "int4.onnx", "int4"))
+    assert told.weights == sum(array.size for array in weights.values())
+    left = {entry.operator: entry for entry in told.left}
+    assert {name: (entry.tensors, entry.weights, entry.bytes) for name, entry in left.items()} == {
+        "Conv": (1, 384, 1536), "MatMul": (2, 384, 1536), VECTORS: (1, 64, 256)
+    }  # fmt: skip
+    assert "convolution" in left["Conv"].reason
+    assert told.share == pytest.approx(512 / (384 + 512 + 128 + 256 + 64))
+
+
+def test_weights_that_come_out_larger_are_refused(tmp_path):
+    weight = np.random.default_rng(0).standard_normal((1, 8)).astype(np.float32)
+    one_product(tmp_path / "model.onnx", weight)
+    with pytest.raises(InputError, match=r"int8 makes the weights of .* larger"):
+        quantize_graph(tmp_path / "model.onnx", tmp_path / "small.onnx", "int8")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert quantize_graph(tmp_path / "model.onnx", tmp_path / "small.onnx", "int8", may_grow=True).is_file()
+
+
 def test_float16_keeps_what_it_cannot_hold(tmp_path):
     weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     for scale, stored in ((1.0, np.float16), (1e6, np.float32)):
@@ -179,6 +308,31 @@ def test_ranks_fill_their_blocks_unless_told_otherwise():
     assert multiple() == multiple("int8", "float16") == 1
     assert multiple("int4") == multiple("int8", "int8-blocks") == BLOCK
     assert multiple("int4", own=8) == 8
+
+
+def test_weights_beside_the_graph_are_published_under_the_name_that_is_looked_for(
+    gpt2_folder, tmp_path, monkeypatch, capsys
+):
+    """With files past their limit: quantised, and refitted where that helped."""
+    monkeypatch.setattr(write, "EXTERNAL_DATA_THRESHOLD", 1000)
+    (tmp_path / "corpus.txt").write_text("some words to learn and some more " * 400)
+    output = tmp_path / "run"
+    options = ["--task", "text-generation", "--data", tmp_path / "corpus.txt", "--sequence-length", "16"]
+    options += ["--calibration-samples", "8", "--eval-samples", "8", "--threads", "1", "--rank-multiple", "2"]
+    assert invoke("quantize", gpt2_folder, *options, "-o", output, "--quantize", "int4", "--quantize", "int8") == 0
+    assert "weights quantised" in capsys.readouterr().out
+    stage = output / "stages" / "quantize"
+    rows = json.loads((stage / "quantize.json").read_text())["graphs"]
+    assert len(rows) == 4
+    for row in rows:
+        graph = stage / row["model"] / FILE_NAMES[row["mode"]]
+        data = graph.with_name(f"{graph.name}_data")
+        assert row["bytes"] == graph.stat().st_size + data.stat().st_size
+        assert row["weights_quantised"] > 0.9
+        assert open_session(graph).get_outputs()[0].name == "logits"
+    for side in ("dense", "compressed"):
+        names = {FILE_NAMES[mode] for mode in ("int4", "int8")}
+        assert {file.name for file in (stage / side).iterdir()} == names | {f"{name}_data" for name in names}
 
 
 def test_an_unknown_mode_is_refused(vit_folder, tmp_path, capsys):

@@ -317,6 +317,7 @@ def _replace(node: ir.Node, new: list[ir.Node]) -> None:
     assert node.graph is not None
     old, taker = node.outputs[0], new[-1].outputs[0]
     taker.shape, taker.type, taker.name = old.shape, old.type, old.name
-    for added in new:
-        added.name = f"{node.name}_{added.op_type}"
+    if node.name:
+        for added in new:
+            added.name = f"{node.name}_{added.op_type}"
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], new, [old], [taker])

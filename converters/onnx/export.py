@@ -15,7 +15,7 @@ from converters.errors import InputError
 from converters.model_config import without_cache
 from converters.onnx.attention import ONNX_ATTENTION, PLAIN_ATTENTION, attention_implementation
 from converters.onnx.cache import CacheLayout, cache_layout
-from converters.onnx.expected import ATTENTION, counting, missing
+from converters.onnx.expected import ATTENTION, OPERATORS, counting, missing, spelled_out
 from converters.onnx.fuse import count_fusions, fuse_graph, simplify_graph
 from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
 from converters.onnx.latent import latent_layout
@@ -38,7 +38,7 @@ _WITHOUT_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([^
 @dataclass(frozen=True)
 class OnnxExport:
     """What was written: ``fusions`` counts the fused operators in the graph, ``bytes`` the graph and its external
-    data; ``warnings`` tell which fusions were to be expected and did not happen, and which layers did not allow the
+    data; ``warnings`` tell what the graph spells out that one operator could do, and which layers did not allow the
     cache that was asked for; ``cache_bytes_per_token`` is None where there is no cache."""
 
     path: Path
@@ -94,10 +94,11 @@ def export_onnx(
         raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
     with _as_found(model), torch.no_grad():
         traced = _Traced(model, task, text_inputs, samples, image_size, kv_cache)
-        attention, expected, warnings = _attention(traced) if fuse else (PLAIN_ATTENTION, {}, [])
+        attention, reason = _attention(traced) if fuse else (PLAIN_ATTENTION, None)
         graph = _trace(traced, attention, FUSED_OPSET if fuse else PLAIN_OPSET)
         _optimise(graph, fuse, _first_names(model))
         fusions = count_fusions(graph)
+        unfused = _unfused(traced, graph, fusions, reason) if fuse else []
         size = publish_graph(graph, path, external_data_threshold)
     return OnnxExport(
         path=path,
@@ -106,7 +107,7 @@ def export_onnx(
         opset=graph.opset_imports[""],
         fusions=fusions,
         bytes=size,
-        warnings=(*traced.warnings, *warnings, *missing(expected, fusions)),
+        warnings=(*traced.warnings, *unfused),
         cache_bytes_per_token=None if traced.layout is None else traced.layout.bytes_per_token,
     )
 
@@ -187,21 +188,33 @@ def _as_found(model: PreTrainedModel) -> Iterator[None]:
             module.training = training[name]
 
 
-def _attention(traced: _Traced) -> tuple[str, dict[str, int], list[str]]:
-    """The attention to trace with: ONNX's operator, unless the model asks for more than it can do; what the model goes
-    through that should be fused; and what is to be said."""
+def _attention(traced: _Traced) -> tuple[str, str | None]:
+    """The attention to trace with: ONNX's operator, unless the model asks for more than it can do; and why not."""
     with traced.attending(ONNX_ATTENTION), counting(traced.model) as seen:
-        reason = None
         try:
             traced(*traced.inputs.tensors.values())
         except NotImplementedError as error:
-            reason = f"ONNX's operator cannot do {error}"
-    if reason is None and not seen[ATTENTION] and not (traced.layout and traced.layout.mixes_latents):
-        reason = "the model does not take its attention from transformers' registry"
-    if reason is not None:
-        # What comes after the attention that was refused is not in the count.
-        return PLAIN_ATTENTION, {}, [f"attention is written as plain operators, which are slower: {reason}"]
-    return ONNX_ATTENTION, dict(seen), []
+            return PLAIN_ATTENTION, f"ONNX's operator cannot do {error}"
+    if not seen[ATTENTION] and not _mixes_latents(traced):
+        return PLAIN_ATTENTION, "the model does not take its attention from transformers' registry"
+    return ONNX_ATTENTION, None
+
+
+def _mixes_latents(traced: _Traced) -> bool:
+    return traced.layout is not None and traced.layout.mixes_latents
+
+
+def _unfused(traced: _Traced, graph: ir.Model, fusions: Mapping[str, int], reason: str | None) -> list[str]:
+    """A sentence for each kind of operator that the finished graph holds spelled out; of attention with the reason."""
+    plain = spelled_out(graph.graph)
+    if _mixes_latents(traced):
+        del plain[ATTENTION]  # it is written so because it is less work
+    sentences = []
+    for kind, count in plain.items():
+        fused = sum(fusions.get(operator, 0) for operator in OPERATORS[kind])
+        (sentence,) = missing({kind: count + fused}, fusions)
+        sentences.append(f"{sentence}: {reason}" if kind == ATTENTION and reason else sentence)
+    return sentences
 
 
 def _trace(traced: _Traced, attention: str, opset: int) -> ir.Model:

@@ -104,8 +104,8 @@ def _refuse_larger(source: Path, before: int, after: int, mode: str) -> None:
     # Weights are compared, not files: the operators around a few kB of weights can weigh more than is saved there.
     if after > before:
         raise InputError(
-            f"{mode} makes the weights of {source} larger, {after:,} bytes instead of {before:,}: they are too "
-            "small or too narrow for it; leave this mode out"
+            f"{mode} makes the weights of {source} larger, {after:,} bytes instead of {before:,}: they are too small "
+            "or too narrow for it; leave this mode out"
         )
 
 
