@@ -320,17 +320,16 @@ class Twice(nn.Module):
 )
 def test_layers_that_run_many_times_are_fitted_to_all_their_runs(make, why):
     """And the model comes closer to the dense one for it, on the sample, in the divergence that it is judged by."""
-    model, batches = make(), batches_for(CLASSIFY, padded=True)
+    model, batches = make(), batches_for(CLASSIFY, count=3, size=12, padded=True)
     layers = target_layers(model, include=["first", "second"] if make is Twice else ())
     statistics = calibrate(model, batches, CLASSIFY, layers)
     plan = truncate(layers, statistics, STRONG)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result, again = (along(model, CLASSIFY, batches, layers, statistics, plan) for _ in range(2))
+    result = along(model, CLASSIFY, batches, layers, statistics, plan)
     plain, corrected = plan.apply(frozen_copy(model)), result.apply(frozen_copy(model))
     assert divergence(model, corrected, CLASSIFY, batches) < 0.9 * divergence(model, plain, CLASSIFY, batches)
     assert result.ranks == plan.ranks
     assert why in result.notes[0]
-    assert all(torch.equal(pair.up, again.factors[name].up) for name, pair in result.factors.items())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
