@@ -146,8 +146,14 @@ def truncate_along(
                 model, kept, task, layers, statistics, plan, gradient_shrinkage, reason, after_block, progress
             )
         apart: list[str] = []
+        done: set[str] = set()
         for block in blocks:
-            for members in _by_input(walk.order[block.name], statistics):
+            for together in _by_input(walk.order[block.name], statistics):
+                # One input may be that of layers in several blocks; those with one ``down`` are fitted at the first.
+                members = [name for name in together if name not in done]
+                if not members:
+                    continue
+                done |= {name for unit in _units(members, plan.shared) for name in unit}
                 moments = _gather(walk.observe(block, members), members)
                 part = _planned(members, plan)
                 if moments is not None:
@@ -239,7 +245,8 @@ def _distance(model: nn.Module, truncation: Truncation, task: Task, batches: Seq
 
 def _planned(members: Sequence[str], plan: Truncation) -> Truncation:
     """The plan's own factors, where there is nothing to fit to."""
-    return Truncation({name: plan.factors[name] for name in members if name in plan.factors}, [])
+    names = [name for unit in _units(members, plan.shared) for name in unit]
+    return Truncation({name: plan.factors[name] for name in names if name in plan.factors}, [])
 
 
 def _fitted(
