@@ -10,6 +10,7 @@ folders; a process that did not call it gets an error, see `converters.registrat
 
 import copy
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from converters.registration import (
     GUARD,
     QUANT_METHOD,
     LowRankConfig,
+    module_places,
+    other_names,
     ranks_of,
     register_auto_model,
     shared_of,
@@ -48,14 +51,15 @@ def save_folder(model: PreTrainedModel, folder: Path, processor: Any = None, max
 
     Raises:
         InputError: the folder exists and is not empty, or the model has an unmerged adapter, a foreign
-            quantisation, or parameters of several dtypes that loading would not keep apart.
+            quantisation, parameters of several dtypes that loading would not keep apart, or one module in two places
+            that its architecture keeps apart.
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder, or remove it first")
     config = _config_to_save(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _published(folder) as partial, _swapped_config(model, config):
+    with _published(folder) as partial, _swapped_config(model, config), _names_declared(model):
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         _finish_config(partial / "config.json", name_of(main_dtype(model)), guarded=bool(ranks_of(model)))
         if processor is not None:
@@ -104,7 +108,7 @@ def from_pretrained(
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot load {model_class.__name__}: {error}") from error
-    _check_complete(folder, info)
+    _check_complete(folder, model, info)
     return model
 
 
@@ -126,6 +130,7 @@ def _check_saveable(model: PreTrainedModel) -> None:
         raise InputError(f"the model is quantised ({entry.get('quant_method')}): dequantise it first")
     if getattr(model, "peft_config", None):
         raise InputError("the model carries an adapter: merge it first, see converters.adapters")
+    _check_names(model)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) > 1:
         main, state = main_dtype(model), model.state_dict()
@@ -138,6 +143,23 @@ def _check_saveable(model: PreTrainedModel) -> None:
             )
 
 
+def _check_names(model: PreTrainedModel) -> None:
+    """What is one module here has to be one when the architecture is built again."""
+    places = module_places(model)
+    if not places:
+        return
+    with torch.device("meta"):
+        fresh = type(model)(copy.deepcopy(model.config))
+    modules = dict(fresh.named_modules(remove_duplicate=False))
+    for name, first in places.items():
+        # The factors of a layer are none of the architecture's modules; the layer is.
+        if name in modules and first in modules and modules[name] is not modules[first]:
+            raise InputError(
+                f"{first} and {name} are one module in this model and two in its architecture, so the folder would not "
+                "load as what was saved: give one of them a copy (copy.deepcopy) first"
+            )
+
+
 @contextmanager
 def _swapped_config(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
     """save_pretrained writes into the config that it saves: give it another one."""
@@ -147,6 +169,20 @@ def _swapped_config(model: PreTrainedModel, config: PreTrainedConfig) -> Iterato
         yield
     finally:
         model.config = original
+
+
+@contextmanager
+def _names_declared(model: PreTrainedModel) -> Iterator[None]:
+    """save_pretrained writes a tensor with several names once if it is told that they are names of one."""
+    declared = model._tied_weights_keys
+    if others := other_names(model):
+        # An attribute of this model, in front of its class's.
+        model._tied_weights_keys = {**dict(declared or {}), **{f"^{re.escape(key)}$": at for key, at in others.items()}}
+    try:
+        yield
+    finally:
+        if others:
+            model._tied_weights_keys = declared
 
 
 @contextmanager
@@ -219,8 +255,11 @@ def _model_class(config: PreTrainedConfig, folder: Path, trust_remote_code: bool
     return getattr(transformers, name)
 
 
-def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
-    problems = [f"missing: {name}" for name in sorted(info["missing_keys"])]
+def _check_complete(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    # What has several names is in the file under the first.
+    others = other_names(model)
+    missing = {name for name in info["missing_keys"] if others.get(name, name) in info["missing_keys"]}
+    problems = [f"missing: {name}" for name in sorted(missing)]
     problems += [f"unexpected: {name}" for name in sorted(info["unexpected_keys"])]
     problems += [
         f"wrong shape: {name} is {tuple(found)}, the config asks for {tuple(expected)}"

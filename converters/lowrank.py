@@ -174,6 +174,7 @@ def densify(model: nn.Module) -> nn.Module:
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
+    """The two-factor linears of a model, each once, under its first name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
 
 
@@ -262,9 +263,19 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
         raise InputError(f"the model has no layer named {name}") from error
 
 
+def names_of(model: nn.Module, name: str) -> list[str]:
+    """All names under which the module of this name is registered, itself included, in the model's order."""
+    module = _submodule(model, name)
+    return [other for other, found in model.named_modules(remove_duplicate=False) if found is module]
+
+
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of another, under every name that it has."""
     old = model.get_submodule(name)
     new.train(old.training)
     if isinstance(new, LowRankLinear) and isinstance(old, Conv1D):
         new.stands_for = Conv1D
-    model.set_submodule(name, new)
+    # A parent with several names is one module: under its other names the new one stands already.
+    for other in names_of(model, name):
+        if model.get_submodule(other) is old:
+            model.set_submodule(other, new)

@@ -10,7 +10,7 @@ it reads any weight: a process that did not call `register_auto_model` gets a Va
 Tools that only read ``model_type`` are not disturbed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from converters.errors import InputError
-from converters.lowrank import factorize_empty, low_rank_layers, shared_groups
+from converters.lowrank import LowRankLinear, factorize_empty, low_rank_layers, shared_groups
 
 QUANT_METHOD = "prehab_lowrank"
 FORMAT_VERSION = 1
@@ -81,6 +81,9 @@ class LowRankQuantizer(HfQuantizer):
         model.all_tied_weights_keys |= {
             f"{name}.down.weight": f"{first}.down.weight" for first, *others in groups for name in others
         }
+        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tied = model.all_tied_weights_keys | other_names(model)
+        model.all_tied_weights_keys = {key: source for key, source in tied.items() if {key, source} <= known}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -120,6 +123,37 @@ def ranks_of(model: nn.Module) -> dict[str, int]:
 def shared_of(model: nn.Module) -> list[list[str]]:
     """The layers that hold one ``down`` between them, group by group, sorted by their first names."""
     return sorted(list(group) for group in shared_groups(model))
+
+
+def other_names(model: nn.Module) -> dict[str, str]:
+    """Parameters of modules that are registered several times: every further name → the first one."""
+    return {
+        f"{name}.{part}": f"{first}.{part}"
+        for name, first in module_places(model).items()
+        for part, _ in model.get_submodule(name).named_parameters(recurse=False)
+    }
+
+
+def module_places(model: nn.Module) -> dict[str, str]:
+    """Modules that are registered several times: every further name → the first one. A ``down`` that several layers
+    hold is not among them, for it is told by `shared_of`."""
+    firsts = {id(module): name for name, module in model.named_modules()}
+    held = {id(layer.down) for layer in low_rank_layers(model).values()}
+    names = dict(model.named_modules(remove_duplicate=False))
+    layers = {id(module) for module in names.values() if isinstance(module, LowRankLinear)}
+    return {
+        name: firsts[id(module)]
+        for name, module in names.items()
+        if firsts[id(module)] != name and not (id(module) in held and _first_of_its_layer(name, names, firsts, layers))
+    }
+
+
+def _first_of_its_layer(
+    name: str, names: Mapping[str, nn.Module], firsts: Mapping[int, str], layers: Collection[int]
+) -> bool:
+    """Whether the two-factor layer that this name lies in goes by its first name here."""
+    parent = name.rpartition(".")[0]
+    return id(names[parent]) in layers and firsts[id(names[parent])] == parent
 
 
 def without_guard(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -22,25 +22,29 @@ def target_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
 
     Patterns are shell-style (``*.attention.*``) and match the whole dotted name. ``include`` replaces the
     default choice and may name any dense linear whose weight is not tied; ``exclude`` is taken away afterwards.
+    A layer that is registered under several names goes by the first of them; a pattern may match any.
 
     Raises:
         InputError: a pattern matches no layer, or nothing is left.
     """
     dense = {name: module for name, module in model.named_modules() if isinstance(module, DenseLinear)}
+    known = {id(module) for module in dense.values()}
+    every = {name: module for name, module in model.named_modules(remove_duplicate=False) if id(module) in known}
     tied = _tied_weights(model)
-    free = {name: module for name, module in dense.items() if id(module.weight) not in tied}
+    free = {name: module for name, module in every.items() if id(module.weight) not in tied}
     if include:
-        chosen = {name for pattern in include for name in _matches(pattern, free, dense)}
+        chosen = {id(free[name]) for pattern in include for name in _matches(pattern, free, every)}
     else:
-        chosen = {name for name in free if _in_repeated_block(model, name) and not _is_router(model, name)}
+        chosen = {id(module) for name, module in free.items() if _in_repeated_block(model, name)}
+        chosen -= {id(module) for name, module in free.items() if _is_router(model, name)}
     for pattern in exclude:
-        chosen -= set(_matches(pattern, dense, dense))
+        chosen -= {id(every[name]) for name in _matches(pattern, every, every)}
     if not chosen:
         raise InputError(
             "no layer is left to compress; choose layers with --include, or loosen --exclude "
             f"(this model has {len(dense)} linear layers, e.g. {', '.join(list(dense)[:3]) or 'none'})"
         )
-    return {name: module for name, module in dense.items() if name in chosen}
+    return {name: module for name, module in dense.items() if id(module) in chosen}
 
 
 def _matches(pattern: str, allowed: Mapping[str, nn.Module], dense: Mapping[str, nn.Module]) -> list[str]:

@@ -31,7 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from prehab_export.dataflow import MadeFrom, TokenRows, tensors_in
 from prehab_export.devices import device_of, moved
-from prehab_export.tasks import Batch, Task
+from prehab_export.tasks import Batch, Task, token_rows
 
 # How far a block on its own may be from the same block inside the model, relative to the size of its output: rounding
 # that depends on the order of work.
@@ -310,15 +310,6 @@ class ModelWalk:
         rows = token_rows(batch, mask)
         with self.task.running(model):
             return watched(layers, rows, False, lambda: self.task.logits(model, batch))
-
-
-def token_rows(batch: Batch, mask: Tensor | None) -> TokenRows:
-    """What follows the rows of a batch's inputs."""
-    inputs = [value for name, value in batch.items() if name != "labels"]
-    shape = tuple(mask.shape) if mask is not None else (inputs[0].shape[0], inputs[0][0, ...].shape[0])
-    rows = TokenRows((shape[0], shape[1]))
-    rows.start(*inputs)
-    return rows
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -5,12 +5,15 @@ Per layer: ``C = E[x xᵀ]`` and ``μ = E[x]`` over valid tokens, and, when aske
 model) and the sum runs over its tokens. With these conventions ``½ tr(G Δ C Δᵀ)`` is the K-FAC-expand estimate
 (arXiv 2311.00636) of the rise in mean loss, comparable across layers and tasks.
 
+Which rows are valid tokens is not told by counting them: their numbers are followed through the model once
+(`dataflow`), and where they do not stand in order, as in the experts of a mixture, in every batch.
+
 The model may run in half precision; its activations and gradients are float32 before anything is made of them.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import inf, log2
 
@@ -20,12 +23,13 @@ from torch import Tensor, nn
 from converters.errors import InputError
 from converters.patterns import exclude_options
 from converters.roots import weighs
-from prehab_export.activations import by_sample, frozen, real
+from prehab_export.activations import Place, by_sample, frozen, place_of, real
 from prehab_export.config import FISHER_LABELS
+from prehab_export.dataflow import TokenRows
 from prehab_export.devices import device_of, full_precision, moved
 from prehab_export.shrinkage import ClusterSums, PlainSums
 from prehab_export.statistics import InputMoment, Statistics
-from prehab_export.tasks import Batch, Task, sample_count
+from prehab_export.tasks import Batch, Task, sample_count, token_rows
 
 # Where float16 calibration brings the largest gradients that a sample can have; float16 ends at 2^16, and what is
 # smaller by 2^26 is still a normal number.
@@ -35,6 +39,9 @@ LARGEST_GRADIENT = 2.0**12
 Targets = Callable[[Tensor, Batch], Tensor]
 
 Sums = ClusterSums | PlainSums
+
+# Layer → the place of its rows at each of its runs in one pass.
+Places = dict[str, list[Place]]
 
 
 class CalibrationWarning(UserWarning):
@@ -78,7 +85,7 @@ def calibrate(
     first = next(iterator, None)
     if first is None:
         raise InputError("the calibration sample is empty; give a split with rows in it")
-    groups = shared_inputs(model, first, task, layers)
+    groups, places = _look_around(model, first, task, layers)
     generator = torch.Generator().manual_seed(seed)
 
     def targets_of(unit_logits: Tensor, batch: Batch) -> Tensor:
@@ -87,7 +94,7 @@ def calibrate(
     with frozen(model), torch.set_grad_enabled(gradients):
         scaled = gradients and task.precision == "float16"
         scale = _loss_scale(model, first, task, layers) if scaled else 1.0
-        tally = _Tally(groups, partial(ClusterSums if sampling else PlainSums, keep_on), scale)
+        tally = _Tally(groups, places, partial(ClusterSums if sampling else PlainSums, keep_on), scale)
         for batch in _chain(first, iterator):
             tally.watch(model, batch, task, layers, targets_of if gradients else None)
             if progress is not None:
@@ -148,22 +155,41 @@ def shared_inputs(model: nn.Module, batch: Batch, task: Task, layers: Mapping[st
     Raises:
         InputError: a layer is not reached by the model's forward pass.
     """
+    return _look_around(model, batch, task, layers)[0]
+
+
+def _look_around(
+    model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module]
+) -> tuple[dict[str, str], Places]:
+    """`shared_inputs`, and the place of each layer's rows at each of its runs. Two samples tell; experts that these do
+    not reach are looked for with the whole batch."""
+    try:
+        return _look(model, {key: value[[0, -1]] for key, value in batch.items()}, task, layers)
+    except InputError:
+        return _look(model, batch, task, layers)
+
+
+def _look(model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module]) -> tuple[dict[str, str], Places]:
     seen: dict[str, list[tuple]] = {name: [] for name in layers}
+    places: Places = {name: [] for name in layers}
     alive: list[Tensor] = []  # holds inputs until the pass ends, or an address could be used twice
+    batch = moved(batch, device_of(model))
+    mask = task.token_mask(batch)
+    rows = None if mask is None else token_rows(batch, mask)
 
     def watch(name: str) -> Callable:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
             alive.append(x)
             seen[name].append((x.data_ptr(), x.shape, x.stride(), x._version))
+            places[name].append(place_of(x, rows))
 
         return hook
 
-    one = moved({key: value[:1] for key, value in batch.items()}, device_of(model))
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
-        with frozen(model), torch.no_grad():
-            task.logits(model, one)
+        with frozen(model), torch.no_grad(), rows or nullcontext():
+            task.logits(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -171,7 +197,7 @@ def shared_inputs(model: nn.Module, batch: Batch, task: Task, layers: Mapping[st
     if unreached:
         raise InputError(f"the model never runs {_left_out(unreached, seen)}")
     leaders: dict[tuple, str] = {}
-    return {name: leaders.setdefault(tuple(keys), name) for name, keys in seen.items()}
+    return {name: leaders.setdefault(tuple(keys), name) for name, keys in seen.items()}, places
 
 
 def _left_out(names: Sequence[str], layers: Iterable[str]) -> str:
@@ -185,12 +211,17 @@ def _left_out(names: Sequence[str], layers: Iterable[str]) -> str:
 class _Tally:
     """Running sums of outer products, sample by sample, gathered by hooks.
 
+    places: of each layer's rows, at each of its runs in a pass.
     sums: makes the sums of one layer.
     loss_scale: a power of two that the loss is multiplied by before its backward pass; gradients are divided by it.
     """
 
-    def __init__(self, groups: Mapping[str, str], sums: Callable[[], Sums], loss_scale: float = 1.0) -> None:
+    def __init__(
+        self, groups: Mapping[str, str], places: Places, sums: Callable[[], Sums], loss_scale: float = 1.0
+    ) -> None:
         self.groups = groups
+        self.places = places
+        self.follows = any(Place.FOLLOWED in runs for runs in places.values())
         self.sums = sums
         self.loss_scale = loss_scale
         self.units = 0
@@ -205,8 +236,12 @@ class _Tally:
         self, model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module], targets_of: Targets | None
     ) -> None:
         """One batch: a forward pass, and a backward pass from the loss of ``targets_of`` if that is given."""
-        with self._listening(layers, batch, task, targets_of is not None):
-            unit_logits = task.unit_logits(task.logits(model, batch), batch)
+        mask = task.token_mask(batch)
+        rows = token_rows(batch, mask) if self.follows and mask is not None else None
+        with self._listening(layers, batch, task, targets_of is not None, rows):
+            with rows or nullcontext():
+                logits = task.logits(model, batch)
+            unit_logits = task.unit_logits(logits, batch)
             if targets_of is not None:
                 targets = targets_of(unit_logits, batch)
                 # The sum, not the mean: every unit keeps the gradient of its own loss.
@@ -215,26 +250,46 @@ class _Tally:
         self.units += unit_logits.shape[0]
 
     @contextmanager
-    def _listening(self, layers: Mapping[str, nn.Module], batch: Batch, task: Task, gradients: bool) -> Iterator[None]:
+    def _listening(
+        self, layers: Mapping[str, nn.Module], batch: Batch, task: Task, gradients: bool, rows: TokenRows | None
+    ) -> Iterator[None]:
         mask, samples = task.token_mask(batch), sample_count(batch)
         units = _units_by_sample(task, batch) if gradients else None
         handles = []
         for name, layer in layers.items():
             if self.groups[name] == name:
-                handles.append(layer.register_forward_pre_hook(self._input_hook(name, mask, samples)))
+                handles.append(layer.register_forward_pre_hook(self._input_hook(name, mask, samples, rows)))
             if units is not None:
-                handles.append(layer.register_forward_hook(self._output_hook(name, mask, units)))
+                handles.append(layer.register_forward_hook(self._output_hook(name, mask, units, rows)))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _input_hook(self, name: str, mask: Tensor | None, samples: int) -> Callable:
+    def _where(self, name: str, rows: TokenRows | None) -> Callable[[Tensor], tuple[Place, Tensor | None]]:
+        """(the layer's input) → its place and the numbers of its rows, called at each of its runs in one pass."""
+        known = iter(self.places[name])
+
+        def where(x: Tensor) -> tuple[Place, Tensor | None]:
+            # How often an expert is run depends on the batch.
+            place = next(known, Place.UNKNOWN)
+            if rows is not None and place in (Place.FOLLOWED, Place.UNKNOWN):
+                place = place_of(x, rows)
+            return place, None if rows is None or place is not Place.FOLLOWED else rows.rows(x)
+
+        return where
+
+    def _input_hook(self, name: str, mask: Tensor | None, samples: int, rows: TokenRows | None) -> Callable:
+        where = self._where(name, rows)
+
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
+            place, numbers = where(args[0])
             with full_precision(x.device):
-                values, valid = by_sample(x, mask, samples)
+                values, valid = by_sample(x, mask, samples, place, numbers)
+                if not bool(valid.any()):
+                    return
                 if name not in self.shift:
                     self.shift[name] = real(values, valid).mean(0)
                     self.total[name] = torch.zeros_like(self.shift[name])
@@ -244,17 +299,23 @@ class _Tally:
 
         return hook
 
-    def _output_hook(self, name: str, mask: Tensor | None, units: Tensor) -> Callable:
-        def on_gradient(gradient: Tensor) -> None:
+    def _output_hook(self, name: str, mask: Tensor | None, units: Tensor, rows: TokenRows | None) -> Callable:
+        where = self._where(name, rows)
+
+        def on_gradient(gradient: Tensor, place: Place, numbers: Tensor | None) -> None:
             with full_precision(gradient.device):
-                values, valid = by_sample(gradient, mask, len(units))
+                values, valid = by_sample(gradient, mask, len(units), place, numbers)
                 sizes = units if len(values) == len(units) else units.sum()[None]
                 values = values if self.loss_scale == 1 else values / self.loss_scale
                 if name not in self.gradients:
                     self.gradients[name] = self.sums()
                 self.gradients[name].add(values, valid, sizes.to(values.device))
 
-        return _gradient_hook(on_gradient)
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            place, numbers = where(args[0])
+            return _gradient_hook(lambda gradient: on_gradient(gradient, place, numbers))(module, args, output)
+
+        return hook
 
     def _input_moment(self, group: str) -> InputMoment:
         sums = self.inputs[group]
@@ -265,6 +326,9 @@ class _Tally:
         return InputMoment(second, shift + offset, sums.rows, sums.sampling())
 
     def result(self) -> Statistics:
+        empty = [group for group, sums in self.inputs.items() if not sums.rows]
+        if empty:
+            raise InputError(f"no token of this data comes to {empty[0]}; leave it out with --exclude {empty[0]!r}")
         silent = [name for name in self.groups if self.gradients and name not in self.gradients]
         if silent:
             raise InputError(f"the loss does not depend on {_left_out(silent, self.groups)}")

@@ -23,11 +23,12 @@ instead of one block, and a layer is fitted to the inputs of all its runs togeth
 
     minimise Σ_k E‖G^½ (y_k − Ŵ x'_k)‖²,   x'_k the input of run k in a student that has factors everywhere
 
-which is the same regression with E[x' x'ᵀ], E[y x'ᵀ] and the means taken over all runs. The student starts with the
-plan's factors. Layers are fitted one input after the other in the order in which they first run, each to a student
-with the latest factors of all others, in ``SWEEPS`` rounds. Nothing promises that a round is for the better; so the
-model's output is compared with the dense one's on the sample (KL divergence per unit) after every round, and the best
-of all rounds and of the plan itself is kept.
+which is the same regression with E[x' x'ᵀ], E[y x'ᵀ] and the means taken over all runs. Of what the stream has lost,
+h − h', a layer that runs many times makes up nothing: it would do so once for every run, and too much. The student
+starts with the plan's factors. Layers are fitted one input after the other in the order in which they first run, each
+to a student with the latest factors of all others, in ``SWEEPS`` rounds. Nothing promises that a step is for the
+better; so the model's output is compared with the dense one's on the sample (KL divergence per unit) after every one,
+and the best of all steps and of the plan itself is kept.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -145,8 +146,14 @@ def truncate_along(
                 model, kept, task, layers, statistics, plan, gradient_shrinkage, reason, after_block, progress
             )
         apart: list[str] = []
+        done: set[str] = set()
         for block in blocks:
-            for members in _by_input(walk.order[block.name], statistics):
+            for together in _by_input(walk.order[block.name], statistics):
+                # One input may be that of layers in several blocks; those with one ``down`` are fitted at the first.
+                members = [name for name in together if name not in done]
+                if not members:
+                    continue
+                done |= {name for unit in _units(members, plan.shared) for name in unit}
                 moments = _gather(walk.observe(block, members), members)
                 part = _planned(members, plan)
                 if moments is not None:
@@ -199,25 +206,22 @@ def _along_whole_passes(
     apart: dict[str, None] = {}
     for sweep in range(SWEEPS):
         for members in inputs:
-            student = current.apply(frozen_copy(model))
-            moments = _gather(walk.observe(student, members), members)
+            moments = _gather(walk.observe(current.apply(frozen_copy(model)), members), members)
             if moments is None:
                 apart |= dict.fromkeys(members)
             else:
                 part = _fitted(members, layers, moments, statistics, plan, gradient_shrinkage)
-                results = {result.name: result for result in current.layers}
-                results |= {result.name: result for result in part.layers}
+                results = {result.name: result for result in (*current.layers, *part.layers)}
                 current = replace(
                     current,
                     factors=current.factors | part.factors,
                     refits=current.refits | part.refits,
                     layers=list(results.values()),
                 )
+                if (distance := _distance(model, current, task, walk.batches)) < least:
+                    best, least = current, distance
             if progress is not None and sweep == 0:
                 progress(len(members))
-        distance = _distance(model, current, task, walk.batches)
-        if distance < least:
-            best, least = current, distance
     notes = [f"drift is corrected by passes of the whole model: {reason}"]
     if best is plan:
         notes = [f"drift is not corrected: {reason}, and no correction by passes of the whole model came closer to it"]
@@ -241,7 +245,8 @@ def _distance(model: nn.Module, truncation: Truncation, task: Task, batches: Seq
 
 def _planned(members: Sequence[str], plan: Truncation) -> Truncation:
     """The plan's own factors, where there is nothing to fit to."""
-    return Truncation({name: plan.factors[name] for name in members if name in plan.factors}, [])
+    names = [name for unit in _units(members, plan.shared) for name in unit]
+    return Truncation({name: plan.factors[name] for name in names if name in plan.factors}, [])
 
 
 def _fitted(
@@ -300,7 +305,7 @@ def _gather(
             sums.student += own_rows.sum(0)
             sums.tokens += rows.shape[0]
             for name in members:
-                if name in dense.residuals and name in student.residuals:
+                if len(dense_runs) == 1 and name in dense.residuals and name in student.residuals:
                     lost = valid_rows(dense.residuals[name].float() - student.residuals[name].float(), valid)
                     sums.add_drift(name, lost.T @ own_rows, lost.sum(0))
     return sums if sums is not None and sums.tokens else None

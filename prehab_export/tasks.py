@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prehab_export.config import check_precision
+from prehab_export.dataflow import TokenRows
 from prehab_export.devices import autocast, device_of
 
 Batch = dict[str, Tensor]
@@ -84,6 +85,16 @@ def sample_count(batch: Batch) -> int:
 def model_inputs(batch: Batch) -> Batch:
     """The batch without its labels."""
     return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def token_rows(batch: Batch, mask: Tensor | None) -> TokenRows:
+    """What follows the tokens of a batch through a model. mask: bool (B, T), as from ``Task.token_mask``; without one
+    the shape of the first input tells B and T."""
+    inputs = list(model_inputs(batch).values())
+    samples, tokens = (mask if mask is not None else inputs[0]).shape[:2]
+    rows = TokenRows((samples, tokens))
+    rows.start(*inputs)
+    return rows
 
 
 def _classifier_logits(model: nn.Module, batch: Batch) -> Tensor:

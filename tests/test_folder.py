@@ -14,13 +14,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertForSequenceClassification,
     BertModel,
     CLIPConfig,
     CLIPModel,
     PreTrainedTokenizerFast,
 )
 
-from converters import registration
+from converters import folder, registration
 from converters.errors import InputError
 from converters.folder import from_pretrained, register_auto_model, save_folder
 from converters.lowrank import Factors, LowRankLinear, densify, factorize, low_rank_layers
@@ -134,6 +135,49 @@ def test_tied_weights_are_stored_once(tmp_path):
     assert "lm_head.weight" not in load_file(tmp_path / "model" / "model.safetensors")
     loaded = from_pretrained(tmp_path / "model")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+class SharedMLP(BertForSequenceClassification):
+    """An architecture in which all blocks hold one intermediate layer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        blocks = self.bert.encoder.layer
+        for block in blocks[1:]:
+            block.intermediate = blocks[0].intermediate
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_a_layer_with_several_names_is_stored_once_and_loads_under_each(factored, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder.transformers, "SharedMLP", SharedMLP, raising=False)
+    torch.manual_seed(0)
+    model = SharedMLP(build("bert").config).eval()
+    if factored:
+        truncated(model)
+    save_folder(model, tmp_path / "m")
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert not any("layer.1.intermediate" in name for name in stored)
+    again = from_pretrained(tmp_path / "m")
+    assert torch.equal(logits(again), logits(model))
+    assert again.bert.encoder.layer[1].intermediate is again.bert.encoder.layer[0].intermediate
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters())
+    save_folder(again, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "m" / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_one_layer_in_two_places_of_the_architecture_is_refused(factored, tmp_path):
+    model = build("bert")
+    model.bert.encoder.layer[1].intermediate.dense = model.bert.encoder.layer[0].intermediate.dense
+    if factored:
+        truncated(model)
+    with pytest.raises(
+        InputError, match=r"layer\.0\.intermediate\.dense and bert\.encoder\.layer\.1\.inter.* are one module"
+    ):
+        save_folder(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 def test_shards(tmp_path):

@@ -66,6 +66,33 @@ def test_densify_goes_back(family):
     assert torch.equal(logits(original), logits(model))
 
 
+def test_a_layer_with_several_names_is_replaced_under_each():
+    """Under two names in one parent, and in two parents one of which has two names itself."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)) for _ in range(2)])
+    model.blocks[1][0] = model.again = model.blocks[0][0]
+    model.alias = model.blocks[1]
+    shared, own = model.again, model.alias[1]
+    x = torch.randn(3, 16)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    expected = [shared(x), own(x)]
+    factors = {"blocks.0.0": svd_factors(shared, 16), "blocks.1.1": svd_factors(own, 16)}
+    for change in (
+        lambda: factorize(model, factors),
+        lambda: densify(model),
+        lambda: factorize_empty(model, {"blocks.0.0": 4, "blocks.1.1": 4}),
+    ):
+        change()
+        assert model.again is model.blocks[0][0] is model.blocks[1][0] is model.alias[0]
+        assert model.alias[1] is model.blocks[1][1]
+        assert not any(layer is shared or layer is own for layer in model.modules())
+        if not isinstance(model.again, LowRankLinear) or model.again.rank == 16:
+            assert torch.allclose(model.again(x), expected[0], atol=1e-5)
+            assert torch.allclose(model.alias[1](x), expected[1], atol=1e-5)
+    assert sum(parameter.numel() for parameter in model.parameters()) == before - 2 * (16 * 16 - 4 * 32)
+    assert list(low_rank_layers(model)) == ["blocks.0.0", "blocks.1.1"]
+
+
 def test_empty_factors_allocate_nothing():
     with torch.device("meta"):
         model = build("gpt2")

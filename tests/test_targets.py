@@ -69,6 +69,16 @@ def test_patterns():
         target_layers(bert, exclude=["*"])
 
 
+def test_a_layer_with_several_names_is_found_by_any_and_goes_by_the_first():
+    model = nn.Module()
+    model.front = nn.Linear(8, 8)
+    model.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8)) for _ in range(2)])
+    model.blocks[1].append(model.front)
+    assert list(target_layers(model)) == ["front", "blocks.0.0", "blocks.1.0"]
+    assert list(target_layers(model, include=["blocks.1.1"])) == ["front"]
+    assert list(target_layers(model, exclude=["blocks.1.1"])) == ["blocks.0.0", "blocks.1.0"]
+
+
 def test_tied_weights_are_refused_by_name():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

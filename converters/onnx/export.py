@@ -127,7 +127,7 @@ def check_exportable(
     """
     with _as_found(model), torch.no_grad():
         traced = _Traced(model, task, text_inputs, samples, None, FULL)
-        attention, _, _ = _attention(traced)
+        attention, _ = _attention(traced)
         try:
             _trace(traced, attention, FUSED_OPSET)
         except RuntimeError:
