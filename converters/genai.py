@@ -8,27 +8,19 @@ vocabulary has, and of the generation config all is taken over that both sides u
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from converters.model_config import attention_heads, context_length, hidden_size, tokens_named
 from converters.onnx.cache import cache_layout
 
 FILE_NAME = "genai_config.json"
 
 # Where nothing tells how many tokens a model takes.
 _USUAL_CONTEXT = 2048
-_CONTEXT_NAMES = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-    "n_ctx",
-)
 # What transformers draws from where a generation config samples and does not say: the 50 likeliest tokens.
 _USUAL_TOP_K = 50
 # ``max_length`` in the files of older releases, which wrote their default; nobody's choice.
@@ -57,8 +49,8 @@ def write_genai_config(model: PreTrainedModel, folder: Path, graph: Path, inputs
 def _config(
     model: PreTrainedModel, graph: Path, inputs: tuple[str, ...], layers: int, heads: int, width: int
 ) -> dict[str, Any]:
-    text = model.config.get_text_config()
-    vocabulary, length = _vocabulary_size(model), _context_length(text)
+    vocabulary = _vocabulary_size(model)
+    length = min(context_length(model.config) or _USUAL_CONTEXT, _LARGEST_INT)
     ends = _ids(model, "eos_token_id", vocabulary)
     end = ends[0] if ends else 0
     names: dict[str, str] = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
@@ -75,8 +67,8 @@ def _config(
             "decoder": {
                 "session_options": {"provider_options": []},
                 "filename": graph.as_posix(),
-                "hidden_size": _count(text, "hidden_size", "n_embd", "d_model") or heads * width,
-                "num_attention_heads": _count(text, "num_attention_heads", "n_head", "num_heads") or heads,
+                "hidden_size": hidden_size(model.config) or heads * width,
+                "num_attention_heads": attention_heads(model.config) or heads,
                 "num_key_value_heads": heads,
                 "head_size": width,
                 "num_hidden_layers": layers,
@@ -132,30 +124,14 @@ def _vocabulary_size(model: PreTrainedModel) -> int:
         return int(model(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device)).logits.shape[-1])
 
 
-def _context_length(text: Any) -> int:
-    return min(_count(text, *_CONTEXT_NAMES) or _USUAL_CONTEXT, _LARGEST_INT)
-
-
-def _count(config: Any, *names: str) -> int | None:
-    """The first of a config's fields that is a positive number."""
-    values = (getattr(config, name, None) for name in names)
-    return next((int(value) for value in values if isinstance(value, int | float) and value >= 1), None)
-
-
 def _ids(model: PreTrainedModel, name: str, vocabulary: int) -> list[int]:
-    """The tokens that the generation config, else the config of the text model, else the whole one's has under this
-    name and the vocabulary knows; −1 and ids of other vocabularies stand for none."""
-    for source in (model.generation_config, model.config.get_text_config(), model.config):
-        known = [token for token in _listed(getattr(source, name, None)) if 0 <= token < vocabulary]
+    """The tokens that the generation config, else the model's config has under this name and the vocabulary knows;
+    −1 and ids of other vocabularies stand for none."""
+    for source in (model.generation_config, model.config):
+        known = [token for token in tokens_named(source, name) if 0 <= token < vocabulary]
         if known:
             return list(dict.fromkeys(known))
     return []
-
-
-def _listed(value: Any) -> Iterator[int]:
-    for item in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(item, int | float) and not isinstance(item, bool):
-            yield int(item)
 
 
 def _one(tokens: list[int], otherwise: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 # What a model of images takes where it takes any size.
 USUAL_IMAGE_SIZE = (224, 224)
@@ -17,6 +17,8 @@ USUAL_IMAGE_SIZE = (224, 224)
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Where a configuration without an attribute map tells how many positions there are.
 _POSITIONS = ("max_position_embeddings", "max_seq_len")
+# Where one tells how long the texts were that the model was trained on, whether or not positions end there.
+_CONTEXT_LENGTHS = (*_POSITIONS, "n_positions", "max_sequence_length", "seq_length", "n_ctx")
 # Names of fields that count blocks (num_hidden_layers, n_layer, depths, block_sizes), and of those that count a part.
 _COUNTS_BLOCKS = re.compile(r"(^|_)(layers?|blocks?|depths?|block_sizes|num_block_repeats)$")
 _IS_PART_OF_COUNT = re.compile(r"shared|dense|mtp|nextn|predict|skip|group|window")
@@ -58,17 +60,24 @@ def in_vocabulary(token: int | None, config: PreTrainedConfig) -> bool:
 
 def padding_token(config: PreTrainedConfig) -> int | None:
     """The id that the configuration names, whether or not it is in the vocabulary."""
-    return _first_token(config, "pad_token_id")
+    return next(iter(tokens_named(config, "pad_token_id")), None)
 
 
 def end_tokens(config: PreTrainedConfig) -> tuple[int, ...]:
     """Ids that end a text, of which some models have several."""
-    return _tokens(config, "eos_token_id")
+    return tokens_named(config, "eos_token_id")
+
+
+def tokens_named(config: PreTrainedConfig | GenerationConfig | None, name: str) -> tuple[int, ...]:
+    """The ids in a field of this kind (``bos_token_id``), of which there may be none, one or a list."""
+    value = _read(text_config(config) if isinstance(config, PreTrainedConfig) else config, name)
+    values = value if isinstance(value, list | tuple) else (value,)
+    return tuple(int(token) for token in values if isinstance(token, int | float) and not isinstance(token, bool))
 
 
 def special_tokens(config: PreTrainedConfig) -> tuple[int, ...]:
     """Ids of the vocabulary that mark the end of a text or of a part of one, each once."""
-    named = (*end_tokens(config), *_tokens(config, "sep_token_id"))
+    named = (*end_tokens(config), *tokens_named(config, "sep_token_id"))
     return tuple(dict.fromkeys(token for token in named if in_vocabulary(token, config)))
 
 
@@ -77,6 +86,21 @@ def positions(config: PreTrainedConfig) -> int | None:
     text = text_config(config)
     limit = next((value for name in _POSITIONS if (value := _read(text, name)) is not None), None)
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model was trained to read at once; None where its configuration does not say."""
+    return _first_count(text_config(config), _CONTEXT_LENGTHS)
+
+
+def hidden_size(config: PreTrainedConfig) -> int | None:
+    """Width of the hidden states of the text model; None where its configuration does not say."""
+    return _first_count(text_config(config), ("hidden_size", "n_embd", "d_model"))
+
+
+def attention_heads(config: PreTrainedConfig) -> int | None:
+    """Heads of queries of the text model; None where its configuration does not say."""
+    return _first_count(text_config(config), ("num_attention_heads", "n_head", "num_heads"))
 
 
 def token_types(config: PreTrainedConfig) -> int | None:
@@ -195,17 +219,13 @@ def without_cache(config: PreTrainedConfig) -> Iterator[None]:
             part.use_cache = value
 
 
-def _tokens(config: PreTrainedConfig, name: str) -> tuple[int, ...]:
-    value = _read(text_config(config), name)
-    values = value if isinstance(value, (list, tuple)) else (value,)
-    return tuple(token for token in values if isinstance(token, int))
+def _first_count(config: PreTrainedConfig, names: Sequence[str]) -> int | None:
+    """The first of the fields that is a positive number."""
+    values = (_read(config, name) for name in names)
+    return next((int(value) for value in values if isinstance(value, int | float) and value >= 1), None)
 
 
-def _first_token(config: PreTrainedConfig, name: str) -> int | None:
-    return next(iter(_tokens(config, name)), None)
-
-
-def _read(config: PreTrainedConfig | None, name: str) -> Any:
+def _read(config: PreTrainedConfig | GenerationConfig | None, name: str) -> Any:
     """The field; None where the family has none, or has another in every layer."""
     try:
         return getattr(config, name, None)

@@ -123,7 +123,7 @@ CONFIG_FIELDS = (
     | {"_attn_implementation", "_attn_implementation_internal"}
 )
 TOKEN_FIELDS = {"pad_token_id", "eos_token_id", "bos_token_id", "sep_token_id"}
-READS_CONFIGS = {"converters.model_config", "converters.genai"}
+READS_CONFIGS = {"converters.model_config"}
 
 
 def config_reads(tree: ast.AST) -> list[str]:
