@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from converters.adapter_files import ADAPTER_NAME, AdapterInfo, check_adapter, is_duplicate, plain_name
 from converters.errors import InputError
 from converters.lowrank import Factors, LowRankLinear, low_rank_layers, shared_groups
+from converters.model_config import end_tokens, image_size, ties_as_they_are, untie_embeddings
 from converters.onnx.inputs import image_inputs
 from converters.retruncation import relative_error, retruncate
 
@@ -271,14 +272,9 @@ def _check_lora_layer(adapter: Path, name: str, lora: LoraLayer) -> None:
 
 def _merge_loaded(loaded: PeftModel, model: PreTrainedModel) -> None:
     """Merge what is on the model, in place; what was tied and is equal afterwards is tied again, the rest untied."""
-    configs = {id(config): config for config in (model.config, model.config.get_text_config())}.values()
-    flags = [getattr(config, "tie_word_embeddings", None) for config in configs]
     _untie_adapted(model)
-    with _quiet():
+    with _quiet(), ties_as_they_are(model.config):  # PEFT unties, by whatever adapter of what is tied
         loaded.merge_and_unload()
-    for config, flag in zip(configs, flags, strict=True):
-        if flag is not None:
-            config.tie_word_embeddings = flag  # PEFT clears it of every adapter that touches what is tied
     _settle_ties(model)
 
 
@@ -310,8 +306,7 @@ def _settle_ties(model: PreTrainedModel) -> None:
     if not equal:
         kept = model.all_tied_weights_keys.keys() - ties.keys()
         model.all_tied_weights_keys = {name: model.all_tied_weights_keys[name] for name in sorted(kept)}
-        for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings = False
+        untie_embeddings(model.config)
 
 
 def _owner(model: nn.Module, parameter: str) -> nn.Module:
@@ -328,16 +323,15 @@ def _equal_but_for_rounding(weight: Tensor, other: Tensor) -> bool:
 def _answers(model: PreTrainedModel) -> Tensor:
     """The logits on a small input of no meaning."""
     if "pixel_values" in model.main_input_name:
-        size = getattr(model.config, "image_size", None)
-        pixels = image_inputs(model, None if size else (_IMAGE_SIDE, _IMAGE_SIDE)).tensors["pixel_values"]
+        size = None if image_size(model.config) else (_IMAGE_SIDE, _IMAGE_SIDE)
+        pixels = image_inputs(model, size).tensors["pixel_values"]
         noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
         return model(pixel_values=noise.to(pixels)).logits.float()
     table: Any = model.get_input_embeddings()
     rows = table.weight.shape[0]
     ids = (torch.arange(1, 7, device=model.device) % rows)[None]
-    end = getattr(model.config.get_text_config(), "eos_token_id", None)
-    if isinstance(end, int) and 0 <= end < rows:
-        ids[:, -1] = end  # some classifiers look for it
+    if ends := [token for token in end_tokens(model.config) if 0 <= token < rows]:
+        ids[:, -1] = ends[0]  # some classifiers look for it
     return model(input_ids=ids).logits.float()
 
 

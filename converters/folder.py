@@ -26,7 +26,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from converters.dtypes import loaded_dtypes, main_dtype, name_of
 from converters.errors import InputError
 from converters.lowrank import LowRankLinear
-from converters.model_config import architecture, code_references, compression, forget_kernels
+from converters.model_config import architecture, code_references, compression, forget_kernels, untie_embeddings
 from converters.registration import (
     GUARD,
     QUANT_METHOD,
@@ -120,7 +120,7 @@ def _config_to_save(model: PreTrainedModel) -> PreTrainedConfig:
     if ranks := ranks_of(model):
         config.quantization_config = LowRankConfig(ranks=dict(sorted(ranks.items())), shared=shared_of(model))
     if isinstance(model.get_output_embeddings(), LowRankLinear):
-        config.tie_word_embeddings = False  # a factored head shares nothing with the embedding
+        untie_embeddings(config)  # a factored head shares nothing with the embedding
     return config
 
 

@@ -163,6 +163,29 @@ def expert_counts(config: PreTrainedConfig) -> frozenset[int]:
     return frozenset(count for count in found if isinstance(count, int))
 
 
+def ties_embeddings(config: PreTrainedConfig) -> bool:
+    """Whether the head is to be the table of embeddings."""
+    return bool(_read(text_config(config), "tie_word_embeddings"))
+
+
+def untie_embeddings(config: PreTrainedConfig) -> None:
+    """Say, in place, that head and table of embeddings are two weights."""
+    for part in (config, text_config(config)):
+        part.tie_word_embeddings = False
+
+
+@contextmanager
+def ties_as_they_are(config: PreTrainedConfig) -> Iterator[None]:
+    """Whatever happens within, the configuration says of ties what it said before."""
+    parts = (config, text_config(config))
+    before = [(part, part.tie_word_embeddings) for part in parts if _read(part, "tie_word_embeddings") is not None]
+    try:
+        yield
+    finally:
+        for part, tied in before:
+            part.tie_word_embeddings = tied
+
+
 def has_encoder_and_decoder(config: PreTrainedConfig) -> bool:
     """Whether a decoder reads what an encoder made."""
     return bool(_read(config, "is_encoder_decoder"))

@@ -18,7 +18,7 @@ from converters.adapters import merge_dense_adapter
 from converters.coverage import coverage
 from converters.folder import save_folder
 from converters.lowrank import DenseLinear, dense_weight
-from converters.model_config import vocabulary_size
+from converters.model_config import ties_embeddings, vocabulary_size
 from prehab_export.benchmark import bench
 from prehab_export.calibration import CalibrationWarning, calibrate, doubts
 from prehab_export.compression import Compression, Samplesets, compress
@@ -61,9 +61,9 @@ class Stage:
 
 def _merge(session: Session, folder: Path) -> None:
     model = session.load_given()
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    tied = ties_embeddings(model.config)
     merge_dense_adapter(model, Path(str(session.config.adapter)))
-    if tied and not model.config.get_text_config().tie_word_embeddings:
+    if tied and not ties_embeddings(model.config):
         say("  the adapter tells embedding and head apart: they are no longer tied, and both are stored")
     save_folder(model, folder / "model", session.fresh_processor())
 
