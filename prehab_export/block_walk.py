@@ -139,8 +139,11 @@ def find_blocks(model: nn.Module, layers: Iterable[str]) -> list[Block]:
     for name in layers:
         parts = name.split(".")
         for depth in range(1, len(parts)):
-            if isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList):
-                found.setdefault(".".join(parts[: depth + 1]), []).append(name)
+            entry = ".".join(parts[: depth + 1])
+            held = isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList)
+            # A list in a list holds the blocks, and is none itself.
+            if held and not isinstance(model.get_submodule(entry), nn.ModuleList):
+                found.setdefault(entry, []).append(name)
                 break
     return [Block(name, tuple(inside)) for name, inside in found.items()]
 
@@ -381,7 +384,8 @@ def _recorded(
     versions: list[tuple[Tensor, int]] = []
     made = MadeFrom()
     mask = task.token_mask(batch)
-    rows = None if mask is None or stop_early or try_out else token_rows(batch, mask)
+    of_text = next(iter(batch.values())).dim() == 2
+    rows = token_rows(batch, mask) if of_text and not stop_early and not try_out else None
 
     def noted(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):

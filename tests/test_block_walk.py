@@ -124,6 +124,13 @@ class Generates(Takes):
     pass
 
 
+def test_a_list_of_lists_is_no_block_but_holds_some():
+    model = nn.Module()
+    model.stages = nn.ModuleList([nn.ModuleList([Block(), Block()]), nn.ModuleList([Block()])])
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    assert [block.name for block in find_blocks(model, names)] == ["stages.0.0", "stages.0.1", "stages.1.0"]
+
+
 def calibrated(kind):
     model, batches = Model(kind).eval(), batches_for(CLASSIFY, count=3, padded=True)
     layers = target_layers(model)
