@@ -37,7 +37,7 @@ from prehab_export.tasks import Batch, Task, token_rows
 # that depends on the order of work.
 REPEATABLE = 1e-3
 # What a block can be given again as it is.
-_NUMBERS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+_NUMBERS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 _CONSTANTS = (*_NUMBERS, nn.Module, type, FunctionType, MethodType)
 
 
@@ -116,7 +116,7 @@ class Call:
 
 def _map(action: Callable[[Any], Any], value: Any, depth: int = 0) -> Any:
     """``action`` on what stands in positional and keyword arguments, and in tuples among them."""
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
         parts = [_map(action, part, depth + 1) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, dict) and depth == 1:
@@ -139,8 +139,11 @@ def find_blocks(model: nn.Module, layers: Iterable[str]) -> list[Block]:
     for name in layers:
         parts = name.split(".")
         for depth in range(1, len(parts)):
-            if isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList):
-                found.setdefault(".".join(parts[: depth + 1]), []).append(name)
+            entry = ".".join(parts[: depth + 1])
+            held = isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList)
+            # A list in a list holds the blocks, and is none itself.
+            if held and not isinstance(model.get_submodule(entry), nn.ModuleList):
+                found.setdefault(entry, []).append(name)
                 break
     return [Block(name, tuple(inside)) for name, inside in found.items()]
 
@@ -152,6 +155,8 @@ class _Path:
     def __init__(self, model: nn.Module, task: Task) -> None:
         self.model, self.task = model, task
         self.states: list[Tensor] = []
+        self.shapes: list[tuple[int, int]] = []
+        self.masked: list[bool] = []
         self.numbers: list[Tensor | None] = []
         self.calls: list[dict[str, Call]] = []
         self.carried: list[dict[Link, Tensor]] = []
@@ -166,13 +171,27 @@ class _Path:
         with self.task.running(inner):
             return hidden_of(call.made(inner, hidden, self.carried[number]))
 
+    def followed(self, number: int, hidden: Tensor) -> TokenRows:
+        """What follows the rows of a batch's hidden states through the current block."""
+        rows = TokenRows(self.shapes[number])
+        numbers = self.numbers[number]
+        if numbers is not None:
+            rows.number(hidden, numbers)
+        elif not self.masked[number] or hidden[..., 0].numel() == self.shapes[number][0] * self.shapes[number][1]:
+            rows.number(hidden, _as_they_stand(hidden))
+        else:  # which of these is padding nobody can tell
+            rows.mark(hidden)
+        return rows
+
     def advance(self, block: str, wanted: Iterable[Link]) -> None:
         """Take the states of every batch through the block as it now is."""
         inner = self.model.get_submodule(block)
         for number, calls in enumerate(self.calls):
-            with self.task.running(inner):
-                output = calls[block].made(inner, self.states[number], self.carried[number])
-            self.states[number] = hidden_of(output)
+            before = self.states[number]
+            with self.task.running(inner), self.followed(number, before) as rows:
+                output = calls[block].made(inner, before, self.carried[number])
+            hidden = hidden_of(output)
+            self.states[number], self.numbers[number] = hidden, rows.numbers(hidden)
             leaves = tree_leaves(output)
             self.carried[number] |= {link: leaves[link.at] for link in wanted if link.block == block}
 
@@ -191,7 +210,6 @@ class BlockWalk:
     ) -> None:
         self.dense, self.student, self.task = dense, student, task
         self.masks: list[Tensor | None] = []
-        self.shapes: list[tuple[int, int]] = []
         self._dense, self._student = _Path(dense, task), _Path(student, task)
         #: Layers of each block in the order in which they run.
         self.order: dict[str, list[str]] = {}
@@ -215,9 +233,8 @@ class BlockWalk:
         mask = self.task.token_mask(batch)
         recording = _recorded(self.dense, self.task, batch, names)
         hidden = recording.entered[0]
-        shape = _token_shape(mask, hidden)
+        shape = (hidden.shape[0], hidden.shape[1]) if mask is None else (mask.shape[0], mask.shape[1])
         self.masks.append(mask)
-        self.shapes.append(shape)
         memo: dict[int, Any] = {}
         calls = {name: call.separate(memo) for name, call in recording.calls.items()}
         entered = _recorded(self.student, self.task, batch, names[:1], stop_early=True).entered[0]
@@ -225,7 +242,9 @@ class BlockWalk:
             path.states.append(states)
             path.calls.append(own)
             path.carried.append({})
-            path.numbers.append(_numbers_entering(recording, hidden, shape))
+            path.shapes.append(shape)
+            path.masked.append(mask is not None)
+            path.numbers.append(recording.numbers)
 
     def _try_out(self, batch: Batch, blocks: Sequence[Block]) -> None:
         """On two samples: the layers' order, and whether each block by itself does what it does inside the model."""
@@ -257,10 +276,7 @@ class BlockWalk:
 
     def _look(self, path: _Path, block: Block, names: Sequence[str], number: int, stop_early: bool) -> list[Seen]:
         inner, hidden, call = path.looked_at(block.name, number)
-        rows = TokenRows(self.shapes[number])
-        numbers = path.numbers[number]
-        if numbers is not None:
-            rows.number(hidden, numbers)
+        rows = path.followed(number, hidden)
         layers = {name: path.model.get_submodule(name) for name in names}
         with self.task.running(path.model):
             return watched(layers, rows, stop_early, lambda: call.made(inner, hidden, path.carried[number]))
@@ -295,6 +311,8 @@ class ModelWalk:
             task.logits(dense, {key: value[:1] for key, value in self.batches[0].items()})
         #: The layers in the order in which they first run.
         self.order = list(dict.fromkeys(runs))
+        #: Whether one of them runs more than once.
+        self.repeats = len(runs) > len(self.order)
 
     def observe(
         self, student: nn.Module, names: Sequence[str]
@@ -324,22 +342,12 @@ def hidden_of(output: Any) -> Tensor:
     return first
 
 
-def _token_shape(mask: Tensor | None, hidden: Tensor) -> tuple[int, int]:
-    if mask is not None:
-        return mask.shape[0], mask.shape[1]
-    return (hidden.shape[0], hidden[0, ..., 0].numel()) if hidden.dim() > 2 else (1, hidden.shape[0])
-
-
-def _numbers_entering(recording: "_Recording", hidden: Tensor, shape: tuple[int, int]) -> Tensor | None:
-    """Of the rows of what enters the first block: as followed from the model's inputs; where they were lost on the way,
-    as they stand if there are as many as tokens."""
-    numbers = recording.numbers
-    if numbers is not None:
-        return numbers
-    count = shape[0] * shape[1]
-    if hidden[..., 0].numel() != count:
-        return None
-    return torch.arange(count, dtype=torch.int32, device=hidden.device).reshape(hidden.shape[:-1])
+def _as_they_stand(hidden: Tensor) -> Tensor:
+    """Numbers for hidden states (B×…×d, or B×d×h×w as convolutions have them) whose tokens could not be followed."""
+    spots = hidden[..., 0].shape if hidden.dim() != 4 else (hidden.shape[0], 1, *hidden.shape[2:])
+    count = torch.Size(spots).numel()
+    numbers = torch.arange(count, dtype=torch.int32, device=hidden.device).reshape(spots)
+    return (numbers if hidden.dim() == 4 else numbers[..., None]).expand(hidden.shape)
 
 
 @dataclass
@@ -376,7 +384,8 @@ def _recorded(
     versions: list[tuple[Tensor, int]] = []
     made = MadeFrom()
     mask = task.token_mask(batch)
-    rows = None if mask is None or stop_early or try_out else token_rows(batch, mask)
+    of_text = next(iter(batch.values())).dim() == 2
+    rows = token_rows(batch, mask) if of_text and not stop_early and not try_out else None
 
     def noted(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -403,7 +412,7 @@ def _recorded(
             if not runs or try_out:
                 recording.entered.append(hidden.clone())
             if not runs and rows is not None:
-                recording.numbers = rows.rows(hidden)
+                recording.numbers = rows.numbers(hidden)
             runs.append(name)
             if stop_early:
                 raise _Enough
@@ -450,10 +459,13 @@ def _keyword_of(kwargs: Mapping[str, Any], left: Sequence[Tensor]) -> str | None
     return next(iter(chained or usual), None)
 
 
-def _flat(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
-    found: list[Any] = []
-    _map(found.append, arguments)
-    return found
+def _flat(arguments: Any, depth: int = 0) -> list[Any]:
+    """What `_map` acts on."""
+    if isinstance(arguments, tuple) and not isinstance(arguments, torch.Size):
+        return [value for part in arguments for value in _flat(part, depth + 1)]
+    if isinstance(arguments, dict) and depth == 1:
+        return [value for part in arguments.values() for value in _flat(part, depth + 1)]
+    return [arguments]
 
 
 def _check_repeatable(recording: _Recording, model: nn.Module, task: Task) -> None:
@@ -462,6 +474,7 @@ def _check_repeatable(recording: _Recording, model: nn.Module, task: Task) -> No
     """
     memo: dict[int, Any] = {}
     path = _Path(model, task)
+    path.shapes, path.masked, path.numbers = [(1, 1)], [False], [None]
     path.calls.append({name: call.separate(memo) for name, call in recording.calls.items()})
     path.carried.append(
         {Link(name, at): leaf for name, leaves in recording.outputs.items() for at, leaf in enumerate(leaves)}
@@ -500,7 +513,8 @@ def watched(
             if name == leader:
                 runs.append(Seen(numbers=rows.rows(args[0]), of_tokens=rows.knows(args[0])))
                 adds.start(runs[-1].residuals)
-            runs[-1].inputs[name] = args[0]
+            # The block may go on to work in place.
+            runs[-1].inputs[name] = args[0].clone() if name == leader else args[0]
             if stop_early and len(runs[-1].inputs) == len(layers):
                 raise _Enough
 

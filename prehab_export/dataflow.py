@@ -112,14 +112,18 @@ class TokenRows(MadeFrom):
                 self._keep(tensor, numbers.reshape(*self.shape, *[1] * (tensor.dim() - 2)).expand(tensor.shape))
 
     def number(self, tensor: Tensor, numbers: Tensor) -> None:
-        """The rows of this tensor (…×n) have these numbers, of its shape without the last."""
+        """The entries of this tensor have these numbers, of its shape."""
         self.mark(tensor)
-        self._keep(tensor, numbers[..., None].expand(tensor.shape))
+        self._keep(tensor, numbers)
+
+    def numbers(self, tensor: Tensor) -> Tensor | None:
+        """The number of every entry, of the tensor's shape; None where that is not known."""
+        return self._numbers.get(_key(tensor)) if self.knows(tensor) else None
 
     def rows(self, x: Tensor) -> Tensor | None:
         """The token number of every row of x (…×n), of x's shape without its last; −1 for a row that is none. None
         where that is not known."""
-        numbers = self._numbers_of(x)
+        numbers = self.numbers(x)
         return None if numbers is None or x.dim() < 2 else _of_rows(numbers)
 
     def _follow(
@@ -156,19 +160,19 @@ class TokenRows(MadeFrom):
         return lambda func, args, kwargs, sources, made: [self._like(sources, tensor) for tensor in made]
 
     def _reshaped(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
-        numbers = self._numbers_of(args[0])
+        numbers = self.numbers(args[0])
         fits = numbers is not None and numbers.numel() == made[0].numel()
         return [numbers.reshape(made[0].shape) if numbers is not None and fits else None]
 
     def _moved(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> Sequence[Tensor | None]:
-        numbers = self._numbers_of(args[0])
+        numbers = self.numbers(args[0])
         if numbers is None:
             return [None]
         result = func(numbers, *args[1:], **kwargs)
         return [result] if isinstance(result, Tensor) else list(result)
 
     def _joined(self, func: Any, args: Any, kwargs: Any, sources: Any, made: Any) -> list[Tensor | None]:
-        parts = [self._numbers_of(part) for part in args[0]]
+        parts = [self.numbers(part) for part in args[0]]
         if all(numbers is None for numbers in parts):
             return [None]
         filled = [
@@ -179,7 +183,7 @@ class TokenRows(MadeFrom):
 
     def _reduced(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
         """What belongs to one token and is summed is still that token's."""
-        numbers, dims = self._numbers_of(args[0]), args[1] if len(args) > 1 else kwargs.get("dim")
+        numbers, dims = self.numbers(args[0]), args[1] if len(args) > 1 else kwargs.get("dim")
         rows = None if numbers is None or not dims or numbers.dim() < 2 else _of_rows(numbers)
         if rows is None or rows.numel() == 0:
             return [None]
@@ -196,7 +200,7 @@ class TokenRows(MadeFrom):
     def _written(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
         """Rows put into another tensor: what was written has its own numbers, the rest what it had."""
         target, values = args[0], [arg for arg in args[1:] if isinstance(arg, Tensor) and arg.dtype == args[0].dtype]
-        numbers, source = self._numbers_of(target), self._numbers_of(values[-1]) if values else None
+        numbers, source = self.numbers(target), self.numbers(values[-1]) if values else None
         if source is None:
             return [numbers]
         if numbers is None:
@@ -209,16 +213,16 @@ class TokenRows(MadeFrom):
         return [source.expand(target.shape)] if packet is aten.copy_ else [None]
 
     def _embedded(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
-        numbers = self._numbers_of(args[1])
+        numbers = self.numbers(args[1])
         return [None if numbers is None else numbers[..., None].expand(made[0].shape)]
 
     def _padded(self, func: Any, args: Any, kwargs: Any, sources: Any, made: Any) -> list[Tensor | None]:
-        numbers = self._numbers_of(args[0])
+        numbers = self.numbers(args[0])
         return [None if numbers is None else func(numbers, args[1], -1)]
 
     def _like(self, sources: Sequence[Tensor], made: Tensor) -> Tensor | None:
         """Numbers of the first source of the same shape, else of the first with the same rows."""
-        known = [(source, self._numbers_of(source)) for source in sources if isinstance(source, Tensor)]
+        known = [(source, self.numbers(source)) for source in sources if isinstance(source, Tensor)]
         for source, numbers in known:
             if numbers is not None and source.shape == made.shape:
                 return numbers
@@ -227,9 +231,6 @@ class TokenRows(MadeFrom):
                 rows = _of_rows(numbers)
                 return None if rows is None else rows[..., None].expand(made.shape)
         return None
-
-    def _numbers_of(self, tensor: Tensor) -> Tensor | None:
-        return self._numbers.get(_key(tensor)) if self.knows(tensor) else None
 
     def _keep(self, tensor: Tensor, numbers: Tensor) -> None:
         self._numbers[_key(tensor)] = numbers

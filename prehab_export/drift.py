@@ -197,6 +197,8 @@ def _along_whole_passes(
     """`truncate_along` where blocks cannot be run one by one, for the given reason."""
     walk = ModelWalk(model, task, batches, list(layers))
     inputs = _by_input(walk.order, statistics)
+    if len(inputs) == 1 and not walk.repeats:
+        return plan  # nothing comes after anything
     if len(inputs) > MOST_INPUTS:
         raise NotAChain(
             f"{reason}, and with {len(inputs)} inputs of layers it would take as many passes of the whole model"

@@ -125,6 +125,8 @@ class FitModels:
             seed=config.seed,
             progress=bar,
         )
+        for warning in result.warnings:
+            say(f"  [yellow]warning: {warning}")
         model = cast(PreTrainedModel, frozen_copy(self.model))
         result.truncation.apply(model)
         model.cpu()

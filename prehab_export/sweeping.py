@@ -129,6 +129,8 @@ class _Rows:
             seed=config.seed,
             progress=bar,
         )
+        for warning in result.warnings:
+            say(f"  [yellow]warning: {warning}")
         candidate = result.truncation.apply(frozen_copy(model))
         if method.refined:
             with bar("refine", config.refine.schedule.steps) as advance:

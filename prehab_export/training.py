@@ -137,7 +137,10 @@ def shuffled_batches(samples: Samples, batch_size: int, seed: int) -> Iterator[B
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A teacher: the model as it is now, without gradients."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
+    # What a model keeps of its latest pass (a recurrent state) may be part of a graph, which cannot be copied.
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo: dict[int, object] = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
+    return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
 def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float = 0.0) -> Loss:

@@ -94,7 +94,7 @@ def test_dead_layers_are_cut_like_any_other(case, objective, share):
 
 
 @pytest.mark.parametrize("surrogate", ["tail", "nuclear", "stable-rank", "spectral", "stochastic-stable-rank"])
-@pytest.mark.parametrize("case", ["expanded", "relu", "constant"])
+@pytest.mark.parametrize("case", DEAD)
 def test_dead_layers_go_through_prehab(case, surrogate):
     model, task, batches, layers, statistics = calibrated(case)
     updates = ["gradient", "proximal"] if surrogate in ("tail", "nuclear") else ["gradient"]
