@@ -44,7 +44,7 @@ def test_every_family_can_be_read():
     for family, config in default_configs():
         for name, read in READERS.items():
             try:
-                read(0, config) if name == "in_vocabulary" else read(config)
+                read(*{"in_vocabulary": (0, config), "shorten": (config, {12: [0, 1]})}.get(name, (config,)))
             except Exception as error:
                 pytest.fail(f"{name} of {family}: {type(error).__name__}: {error}")
         with without_cache(config):
