@@ -36,6 +36,7 @@ class BenchConfig:
     warmup: unmeasured requests of each model before the first round.
     rounds: turns of each model.
     min_seconds: least length of a turn; a request that takes longer is always finished.
+    end_tokens: ids that every text ends with and has nowhere else, for models that look for the end; a run finds them.
     timeout_s: how long a worker may take for one answer (loading, warming up, or one turn).
 
     Raises:
@@ -51,6 +52,7 @@ class BenchConfig:
     rounds: int = 20
     min_seconds: float = 0.1
     new_tokens: int = 32
+    end_tokens: tuple[int, ...] = ()
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:

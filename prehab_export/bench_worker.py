@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,13 +50,15 @@ Feeds = dict[str, ort.OrtValue]
 
 @dataclass(frozen=True)
 class Case:
-    """Threads; sizes of a request: items in the batch, tokens in the prompt, tokens to generate, ids to draw from."""
+    """Threads; sizes of a request: items in the batch, tokens in the prompt, tokens to generate, ids to draw from; ids
+    that a text ends with."""
 
     threads: int
     batch: int
     sequence: int | None
     new_tokens: int
     vocab_size: int | None
+    end_tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def _values(node: Any, case: Case, past: int, length: int, rng: np.random.Genera
     if node.name == "input_ids":
         if case.vocab_size is None:
             raise ValueError("no size of the vocabulary was given for input_ids")
-        return rng.integers(0, case.vocab_size, _shape(node, (case.batch, length)), dtype=dtype)
+        ids = rng.integers(0, case.vocab_size, _shape(node, (case.batch, length)), dtype=dtype)
+        return _ended(ids, case.vocab_size, case.end_tokens)
     if node.name in ("position_ids", "cache_position"):
         wanted = (case.batch, length) if len(node.shape) == 2 else (length,)
         return np.broadcast_to(np.arange(past, past + length, dtype=dtype), _shape(node, wanted)).copy()
@@ -142,6 +145,16 @@ def _values(node: Any, case: Case, past: int, length: int, rng: np.random.Genera
     if np.issubdtype(dtype, np.floating):  # pixel_values and the like: only the batch may be free
         return rng.standard_normal(_shape(node, (case.batch, *node.shape[1:]))).astype(dtype)
     raise ValueError(f"the graph takes an input {node.name} ({node.type}) that the bench cannot make up")
+
+
+def _ended(ids: np.ndarray, vocab_size: int, ends: Sequence[int]) -> np.ndarray:
+    """The ids with these at the end of each row and nowhere else, where they have the room."""
+    others = np.setdiff1d(np.arange(vocab_size, dtype=ids.dtype), ends)
+    if not ends or len(ends) >= ids.shape[1] or not len(others):
+        return ids
+    ids = np.where(np.isin(ids, ends), others[ids % len(others)], ids)
+    ids[:, -len(ends) :] = ends
+    return ids
 
 
 def _empty_cache(node: Any, batch: int) -> np.ndarray:

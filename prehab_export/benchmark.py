@@ -133,6 +133,7 @@ def _cases(config: BenchConfig, graphs: Mapping[str, GraphFacts], vocab_size: in
             "sequence": sequence,
             "new_tokens": config.new_tokens,
             "vocab_size": vocab_size,
+            "end_tokens": config.end_tokens,
         }
         for threads, batch, sequence in product(
             config.thread_counts or (config.threads,), config.batch_sizes, sequences

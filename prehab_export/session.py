@@ -16,6 +16,7 @@ from converters.dtypes import DTYPES
 from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear, dense_weight
+from converters.model_config import special_tokens
 from converters.targets import target_layers
 from prehab_export.bench_config import BenchConfig, check_provider
 from prehab_export.config import AUTO, RunConfig
@@ -320,6 +321,8 @@ def bench_config(session: Session) -> BenchConfig:
     config = session.config.bench
     if session.config.task == "image-classification":
         return config
+    if session.config.task == "text-classification":
+        config = replace(config, end_tokens=special_tokens(session.model_config))
     trust = session.config.trust_remote_code
     limit = longest_input(session.model_config, session.task, trust_remote_code=trust)
     generated = config.new_tokens if session.config.task == "text-generation" else 0

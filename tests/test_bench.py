@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -321,6 +322,17 @@ def test_table(tmp_path):
 
 
 # ---- what is fed
+
+
+def test_texts_end_with_the_tokens_that_models_look_for(tmp_path):
+    session = opened(encoder(tmp_path / "m.onnx"))
+    case = Case(threads=1, batch=3, sequence=9, new_tokens=1, vocab_size=VOCAB, end_tokens=[2, 5])
+    ids = make_plan(session, case).prefill["input_ids"].numpy()
+    assert ids[:, -2:].tolist() == [[2, 5]] * 3
+    assert not np.isin(ids[:, :-2], [2, 5]).any()
+    assert 0 <= ids.min() <= ids.max() < VOCAB
+    short = make_plan(session, replace(case, sequence=2)).prefill["input_ids"].numpy()
+    assert short.shape == (3, 2)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -24,10 +24,13 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     MobileBertConfig,
+    MobileBertForSequenceClassification,
     MPNetConfig,
     MPNetForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
+    SegformerConfig,
+    SegformerForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -36,6 +39,7 @@ from transformers import (
 from converters.errors import InputError
 from converters.folder import from_pretrained, save_folder
 from converters.model_config import forget_kernels
+from prehab_export.inspection import inspect_model
 from prehab_export.models import (
     check_task,
     empty_model,
@@ -292,6 +296,33 @@ def test_a_classifier_on_a_decoder_gets_a_padding_token(tmp_path):
 )
 def test_padding_falls_back_to_the_end_of_text_and_then_to_zero(pad, eos, expected):
     assert padding_id(LlamaConfig(**SMALL, vocab_size=60, pad_token_id=pad, eos_token_id=eos)) == expected
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (
+            MobileBertForSequenceClassification,
+            MobileBertConfig(**SMALL, vocab_size=60, embedding_size=16, true_hidden_size=16, intra_bottleneck_size=16),
+        ),
+        (
+            SegformerForImageClassification,  # whose config has no image size
+            SegformerConfig(
+                num_encoder_blocks=2,
+                depths=[1, 1],
+                sr_ratios=[2, 1],
+                hidden_sizes=[8, 16],
+                num_attention_heads=[1, 2],
+                patch_sizes=[7, 3],
+                strides=[4, 2],
+                mlp_ratios=[2, 2],
+            ),
+        ),
+    ],
+)
+def test_families_that_lack_fields_can_be_inspected(tmp_path, model_class, config):
+    model_class(config).save_pretrained(tmp_path)
+    assert any(row["targeted"] for row in inspect_model(str(tmp_path))["layers"])
 
 
 def test_a_family_without_an_end_of_text_is_padded_with_its_own_token():

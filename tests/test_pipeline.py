@@ -15,8 +15,12 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from conftest import word_tokenizer
 from runs import has_stage, stage_folder
+from tokenizers.processors import TemplateProcessing
+from transformers import BartConfig, BartForSequenceClassification
 
+from converters.folder import save_folder
 from prehab_export import from_pretrained
 from prehab_export.cli import main
 from prehab_export.rendering import render
@@ -75,6 +79,35 @@ def test_the_folder_has_the_promised_layout(finished):
     here = str(finished.parent)
     for path in (finished / "artifact").rglob("*"):
         assert path.is_dir() or here.encode() not in path.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_classifier_that_looks_for_the_end_of_a_text_goes_all_the_way(reviews, tmp_path):
+    tokenizer = word_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=64,
+        d_model=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        eos_token_id=3,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        decoder_start_token_id=3,
+        id2label={0: "negative", 1: "positive"},
+        label2id={"negative": 0, "positive": 1},
+    )
+    save_folder(BartForSequenceClassification(config), tmp_path / "bart", tokenizer)
+    options = ["--task", "text-classification", "--data", reviews, *TEXT, *QUICK, "-o", tmp_path / "out"]
+    assert invoke("run", tmp_path / "bart", *options) == 0
 
 
 def test_the_report_says_what_it_cost(finished):

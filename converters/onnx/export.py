@@ -245,7 +245,8 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     if operator := _WITHOUT_FUNCTION.search(str(error)):
         return f"there is no function for the operator {operator[1]}"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join([first, *rest[:1]]) if first.endswith(":") else first
 
 
 def _first_names(model: PreTrainedModel) -> dict[str, str]:

@@ -171,7 +171,7 @@ def _cases(graphs: Mapping[str, GraphFacts], config: BenchConfig) -> list[Case]:
         raise InputError(f"no embedding table was found in {graph.path}; a kit cannot tell what tokens to feed it")
     sequences: tuple[int | None, ...] = config.sequence_lengths if graph.takes_tokens else (None,)
     return [
-        Case(config.threads, batch, sequence, config.new_tokens, min(sizes, default=None))
+        Case(config.threads, batch, sequence, config.new_tokens, min(sizes, default=None), config.end_tokens)
         for batch in config.batch_sizes
         for sequence in sequences
     ]
