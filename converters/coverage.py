@@ -5,13 +5,14 @@ a targeted layer its matrix counts (of a two-factor layer both factors), not its
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from converters.lowrank import DenseLinear, LowRankLinear
+from converters.targets import EXPERT_COUNTS
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -23,7 +24,8 @@ CONVOLUTIONS = (
 )
 # Kind → what can be done about it, in a sentence's end.
 KINDS = {
-    "experts": "matrices of experts stacked in one parameter are not compressed yet",
+    "experts": "experts held in one parameter, not in linear layers, are not compressed yet",
+    "stacked": "matrices stacked in one parameter are not compressed",
     "embedding": "embedding tables stay dense; --quantize int8-tables4 makes them small in the graph",
     "convolution": "convolutions are not compressed",
     "linear": "other linear layers can be named with --include, unless their weight is tied to another",
@@ -97,6 +99,7 @@ def coverage(model: nn.Module, layers: Mapping[str, nn.Module]) -> Coverage:
     """What ``layers``, dense or of two factors, hold of ``model``; weights may be on the meta device."""
     targeted = {id(weight): weight for layer in layers.values() for weight in _matrices(layer)}
     total = sum(parameter.numel() for parameter in model.parameters())
+    experts: set[Any] = {getattr(getattr(model, "config", None), key, None) for key in EXPERT_COUNTS}
     seen, sizes = set(targeted), dict[str, tuple[str, int]]()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -104,7 +107,7 @@ def coverage(model: nn.Module, layers: Mapping[str, nn.Module]) -> Coverage:
                 seen.add(id(parameter))
                 place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{prefix}.{name}".removeprefix("."))
                 _, size = sizes.get(place, ("", 0))
-                sizes[place] = _kind(module, parameter), size + parameter.numel()
+                sizes[place] = _kind(place, module, parameter, experts), size + parameter.numel()
     groups = (Group(place, kind, size, size / total) for place, (kind, size) in sizes.items())
     rest = tuple(sorted(groups, key=lambda group: -group.parameters))
     return Coverage(sum(weight.numel() for weight in targeted.values()), total, rest)
@@ -117,7 +120,7 @@ def _matrices(layer: nn.Module) -> list[Tensor]:
     return [layer.weight]
 
 
-def _kind(module: nn.Module, parameter: Tensor) -> str:
+def _kind(place: str, module: nn.Module, parameter: Tensor, experts: Set[Any]) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, CONVOLUTIONS):
@@ -125,7 +128,10 @@ def _kind(module: nn.Module, parameter: Tensor) -> str:
     if isinstance(module, DenseLinear) and parameter.dim() == 2:
         return "linear"
     # A table of positions has three dimensions too, the first of them 1.
-    return "experts" if parameter.dim() == 3 and parameter.shape[0] > 1 else "other"
+    stacked = parameter.dim() == 3 and parameter.shape[0] > 1
+    if "expert" in place or (stacked and parameter.shape[0] in experts):
+        return "experts"
+    return "stacked" if stacked else "other"
 
 
 def _percent(share: float) -> str:

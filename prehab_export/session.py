@@ -290,8 +290,8 @@ def check(session: Session) -> None:
         )
     bench_config(session)
     check_fit_in(session.weights, session.artifact_dtype)
-    if session.weights.dtype != session.artifact_dtype:
-        say(f"weights are {session.weights.dtype}; the artifact's will be {session.artifact_dtype}")
+    if set(session.weights.dtypes) != {session.artifact_dtype}:
+        say(f"weights are {' and '.join(session.weights.dtypes)}; the artifact's will be {session.artifact_dtype}")
 
 
 def _check_share(found: Coverage, config: RunConfig) -> None:

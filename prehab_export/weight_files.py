@@ -26,12 +26,17 @@ WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """files: those that are loaded, and no others that lie beside them. bytes: of the files. dtype: of most of the
-    weights by bytes, one of ``float64``, ``float32``, ``bfloat16``, ``float16``."""
+    """files: those that are loaded, and no others that lie beside them. bytes: of the files. dtypes: of their weights
+    (``float64``, ``float32``, ``bfloat16``, ``float16``), the one with most bytes first."""
 
     files: tuple[Path, ...]
     bytes: int
-    dtype: str
+    dtypes: tuple[str, ...]
+
+    @property
+    def dtype(self) -> str:
+        """Of most of the weights, by bytes."""
+        return self.dtypes[0]
 
     @property
     def kept_dtype(self) -> str:
@@ -58,8 +63,8 @@ def weight_files(model: str, *, revision: str | None = None, named: str | None =
                     part = tensors.get_slice(name)
                     if (dtype := HEADERS.get(part.get_dtype())) is not None:
                         sizes[dtype] += WIDTHS[dtype] * prod(part.get_shape())
-        main = sizes.most_common(1)[0][0] if sizes else "float32"
-        return WeightFiles(files, sum(path.stat().st_size for path in files), main)
+        dtypes = tuple(dtype for dtype, _ in sizes.most_common()) or ("float32",)
+        return WeightFiles(files, sum(path.stat().st_size for path in files), dtypes)
 
 
 def check_has_weights(model: str) -> None:

@@ -79,6 +79,16 @@ def test_what_convolutions_and_other_linears_hold_is_named_as_such():
     kinds = {group.name: group.kind for group in coverage(model, target_layers(model)).rest}
     assert kinds["convnext.encoder.stages.*.layers.*.dwconv.weight"] == "convolution"
     assert kinds["classifier.weight"] == "linear"
+    xlnet = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "vocab_size": 64}
+    model = transformers.XLNetForSequenceClassification(transformers.XLNetConfig(**xlnet))
+    kinds = {group.name: group.kind for group in coverage(model, target_layers(model)).rest}
+    assert kinds["transformer.layer.*.rel_attn.q"] == "stacked"  # one matrix a head, and no experts
+    jetmoe = transformers.JetMoeConfig(
+        **TEXT_SIZES | {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4}
+    )
+    model = transformers.JetMoeForCausalLM(jetmoe)
+    kinds = {group.name: group.kind for group in coverage(model, target_layers(model)).rest}
+    assert kinds["model.layers.*.mlp.input_linear.weight"] == "experts"  # by their number
     vit, found = covered("vit")
     kinds = {group.name: group.kind for group in found.rest}
     assert kinds["vit.embeddings.position_embeddings"] == "other"  # three dimensions, and no experts

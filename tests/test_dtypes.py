@@ -151,6 +151,7 @@ def test_of_several_dtypes_the_one_with_most_bytes_counts(tmp_path):
     mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in tensors.items()}
     save_file(mixed, tmp_path / "model.safetensors", {"format": "pt"})
     assert set(stored_dtypes(tmp_path).values()) == {"F32", "BF16"}
+    assert weight_files(str(tmp_path)).dtypes == ("bfloat16", "float32")
     assert weight_files(str(tmp_path)).dtype == "bfloat16"
 
 
