@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from converters.lowrank import DenseLinear, LowRankLinear
-from converters.targets import EXPERT_COUNTS
+from converters.model_config import expert_counts
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -99,7 +99,8 @@ def coverage(model: nn.Module, layers: Mapping[str, nn.Module]) -> Coverage:
     """What ``layers``, dense or of two factors, hold of ``model``; weights may be on the meta device."""
     targeted = {id(weight): weight for layer in layers.values() for weight in _matrices(layer)}
     total = sum(parameter.numel() for parameter in model.parameters())
-    experts: set[Any] = {getattr(getattr(model, "config", None), key, None) for key in EXPERT_COUNTS}
+    config = getattr(model, "config", None)
+    experts = frozenset() if config is None else expert_counts(config)
     seen, sizes = set(targeted), dict[str, tuple[str, int]]()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -24,7 +24,7 @@ from prehab_export.evaluation import Metrics
 from prehab_export.export import export_model
 from prehab_export.fit_search import FLOAT32, Layers
 from prehab_export.models import empty_model
-from prehab_export.progress import bar, say
+from prehab_export.progress import bar, say, warn
 from prehab_export.quantization import activation_sample, tell_coverage
 from prehab_export.session import Session
 from prehab_export.stages import STAGES
@@ -126,7 +126,7 @@ class FitModels:
             progress=bar,
         )
         for warning in result.warnings:
-            say(f"  [yellow]warning: {warning}")
+            warn(warning)
         model = cast(PreTrainedModel, frozen_copy(self.model))
         result.truncation.apply(model)
         model.cpu()

@@ -21,7 +21,7 @@ from prehab_export.config import RunConfig
 from prehab_export.eigenbasis import factor_bases
 from prehab_export.pipeline import bring_up_to_date, opened_beside
 from prehab_export.plots import plot_sweep
-from prehab_export.progress import bar, result_console, say
+from prehab_export.progress import bar, result_console, say, warn
 from prehab_export.refinement import refine
 from prehab_export.session import Session
 from prehab_export.statistics import Statistics
@@ -130,7 +130,7 @@ class _Rows:
             progress=bar,
         )
         for warning in result.warnings:
-            say(f"  [yellow]warning: {warning}")
+            warn(warning)
         candidate = result.truncation.apply(frozen_copy(model))
         if method.refined:
             with bar("refine", config.refine.schedule.steps) as advance:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import word_tokenizer
+from runs import stage_folder
 from test_pipeline import QUICK, TEXT, invoke
 
 from converters.coverage import coverage
@@ -144,7 +145,7 @@ def test_below_a_half_is_a_warning_that_the_report_repeats(prose, tmp_path, caps
     assert invoke("truncate", *generation(model, prose, tmp_path / "run")) == 0
     share = covered("llama, tied", vocab_size=1000)[1].share
     assert f"warning: only {100 * share:.1f}% of the model's parameters" in capsys.readouterr().err
-    facts = json.loads((tmp_path / "run/stages/truncate/truncate.json").read_text())
+    facts = json.loads((stage_folder(tmp_path / "run", "truncate") / "truncate.json").read_text())
     assert facts["coverage"]["targeted_share"] == pytest.approx(share)
     assert facts["coverage"]["rest"][0]["name"] == "model.embed_tokens.weight"
     assert "model.embed_tokens.weight (embedding)" in facts["warnings"][0]

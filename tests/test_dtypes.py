@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
+from runs import stage_folder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import FAMILIES, build, logits, truncated
@@ -238,7 +239,7 @@ def test_an_artifact_keeps_the_dtype_of_its_source(bf16_llama, bf16_run):
     assert json.loads((artifact / "config.json").read_text())["dtype"] == "bfloat16"
     assert from_pretrained(artifact).dtype == torch.bfloat16
     # Rounded once: what truncation made, to the nearest.
-    held = load_file(bf16_run / "stages/truncate/model/model.safetensors")
+    held = load_file(stage_folder(bf16_run, "truncate") / "model/model.safetensors")
     assert {tensor.dtype for tensor in held.values()} == {torch.float32}
     written = load_file(artifact / "model.safetensors")
     assert all(torch.equal(written[name], tensor.to(torch.bfloat16)) for name, tensor in held.items())
@@ -249,7 +250,7 @@ def test_the_graph_computes_what_the_rounded_weights_compute(bf16_run):
     ids = torch.randint(4, 24, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = from_pretrained(artifact, dtype=torch.float32)(input_ids=ids).logits.numpy()
-        before = from_pretrained(bf16_run / "stages/truncate/model")(input_ids=ids).logits.numpy()
+        before = from_pretrained(stage_folder(bf16_run, "truncate") / "model")(input_ids=ids).logits.numpy()
     session = onnxruntime.InferenceSession(str(artifact / "onnx" / "model.onnx"))
     feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones((2, 9), np.int64)}
     for node in session.get_inputs():
@@ -274,7 +275,7 @@ def test_sizes_in_the_report_are_those_of_the_files(bf16_llama, bf16_run, capsys
     assert report["baseline"]["bytes"] == (bf16_run / "baseline/onnx/model.onnx").stat().st_size
     assert report["export"]["bytes"] == (bf16_run / "artifact/onnx/model.onnx").stat().st_size
     for row in report["quantize"]["graphs"]:
-        folder = bf16_run / "stages/quantize" / row["model"]
+        folder = stage_folder(bf16_run, "quantize") / row["model"]
         assert row["bytes"] == sum(path.stat().st_size for path in folder.iterdir())
     row = f"| weight files | {source / 1e6:.2f} MB in bfloat16 | {artifact / 1e6:.2f} MB in bfloat16 |"
     assert row in (bf16_run / "report/report.md").read_text()
@@ -313,10 +314,10 @@ def test_another_dtype_redoes_the_export_alone_and_warns_where_nothing_is_saved(
     error = capsys.readouterr().err
     assert "not smaller than the source's" in error
     assert "--dtype auto keeps the source's number format" in error
-    assert set(stored_dtypes(run / "stages/export/model").values()) == {"F32"}
-    facts = json.loads((run / "stages/export/export.json").read_text())
+    assert set(stored_dtypes(stage_folder(run, "export") / "model").values()) == {"F32"}
+    facts = json.loads((stage_folder(run, "export") / "export.json").read_text())
     assert facts["warnings"][0].startswith("the compressed weights")
-    assert facts["weight_bytes"] == (run / "stages/export/model/model.safetensors").stat().st_size
+    assert facts["weight_bytes"] == (stage_folder(run, "export") / "model/model.safetensors").stat().st_size
 
 
 def test_merging_keeps_the_dtype(bf16_llama, bf16_run, tmp_path):

@@ -321,7 +321,7 @@ def test_weights_beside_the_graph_are_published_under_the_name_that_is_looked_fo
     assert invoke("quantize", gpt2_folder, *options, "-o", output, "--quantize", "int4") == 0
     captured = capsys.readouterr()
     assert "weights quantised" in captured.out + captured.err
-    stage = output / "stages" / "quantize"
+    stage = stage_folder(output, "quantize")
     rows = json.loads((stage / "quantize.json").read_text())["graphs"]
     assert len(rows) == 2
     for row in rows:
