@@ -1,5 +1,6 @@
 """Datasets as they lie on disk or on the hub: which splits there are, and which rows train and which judge."""
 
+import glob
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -82,7 +83,7 @@ def open_source(config: DataConfig, sha256_of: Callable[[Path], str] = sha256_of
         return _from_hub(config)
     except InputError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # a script is the third
         empty = re.search(r'Instruction "(.+)" corresponds to no data', str(error))
         if empty is not None:
             raise InputError(f"the split {empty[1]} of {config.data} is empty; give it rows or take it away") from error
@@ -176,7 +177,9 @@ def _from_file(path: Path, config: DataConfig) -> DatasetDict:
     if reader == "csv":
         options.setdefault("sep", "\t" if path.suffix.lower() == ".tsv" else ",")
         options |= table_options([path], options["sep"], config)
-    splits = datasets.load_dataset(reader, data_files={"train": str(path)}, cache_dir=_scratch(), **options)
+    splits = datasets.load_dataset(
+        reader, data_files={"train": glob.escape(str(path))}, cache_dir=_scratch(), **options
+    )
     return _checked(splits, config)
 
 
@@ -185,13 +188,24 @@ def _from_folder(path: Path, config: DataConfig) -> DatasetDict:
         reader_options("arrow", config)
         saved = datasets.load_from_disk(str(path))
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    builder = datasets.load_dataset_builder(str(path), config.data_config, cache_dir=_scratch())
+    place = str(_without_patterns(path))
+    builder = datasets.load_dataset_builder(place, config.data_config, cache_dir=_scratch())
     options = reader_options(builder.name, config)
     if builder.name == "csv":
         files = [Path(file) for split in (builder.config.data_files or {}).values() for file in split]
         options |= table_options(files, options.get("sep", builder.config.sep), config)
-    splits = datasets.load_dataset(str(path), config.data_config, cache_dir=_scratch(), **options)
+    splits = datasets.load_dataset(place, config.data_config, cache_dir=_scratch(), **options)
     return _checked(splits, config)
+
+
+def _without_patterns(folder: Path) -> Path:
+    """The folder under a name without brackets and stars, which `datasets` would take for a pattern."""
+    if not glob.has_magic(str(folder)):
+        return folder
+    link = Path(_scratch()) / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    if not link.is_symlink():
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+    return link
 
 
 def _from_hub(config: DataConfig) -> Source:

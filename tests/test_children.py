@@ -141,10 +141,10 @@ def test_data_is_no_program(trapped):
     Path("glue").mkdir()
     for name in ("glue.py", "dataset.py", "__init__.py"):
         Path("glue", name).write_text(f"open({str(trapped)!r}, 'a').write('glue')\n", encoding="utf-8")
-    with pytest.raises((InputError, RuntimeError)):
+    with pytest.raises(InputError, match="scripts"):
         open_source(DataConfig("glue"))
     Path("glue", "train.csv").write_text("text,label\nfine,1\npoor,0\n", encoding="utf-8")
-    with suppress(RuntimeError):  # `datasets` may refuse the folder for its script; it must not run it
+    with suppress(InputError):  # `datasets` may refuse the folder for its script; it must not run it
         open_source(DataConfig("glue"))
     assert said(trapped) == ""
 

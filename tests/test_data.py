@@ -32,6 +32,7 @@ from converters.errors import InputError
 from prehab_export.cli import _parsed, cli
 from prehab_export.config import DataConfig, RunConfig, from_dict, to_yaml
 from prehab_export.data import load_data
+from prehab_export.data_source import open_source
 from prehab_export.data_text import chunked, start_tokens, token_windows
 from prehab_export.evaluation import evaluate, torch_predictor
 from prehab_export.models import load_config, load_model, load_processor
@@ -1070,6 +1071,24 @@ def test_an_image_folder_with_class_subfolders(tmp_path):
     expected = processor()(images=[picture(0)], return_tensors="pt")["pixel_values"][0]
     assert any(torch.equal(image, expected) for image in batch["pixel_values"])
     assert batch["pixel_values"].shape == (4, 3, 8, 8)
+
+
+def test_names_with_brackets_and_stars_are_names(tmp_path):
+    """`datasets` reads names as patterns; here they are what they are, of folders, files and classes."""
+    texts = tmp_path / "x[12]*"
+    texts.mkdir()
+    (texts / "train.csv").write_text("text,label\n" + "good film,1\nbad film,0\n" * 4, encoding="utf-8")
+    (tmp_path / "x1").mkdir()  # what the pattern would match
+    assert len(open_source(DataConfig(str(texts))).splits["train"]) == 8
+    (texts / "train.csv").rename(tmp_path / "a[b]*.csv")
+    (tmp_path / "ab.csv").write_text("text,label\nother,0\n", encoding="utf-8")
+    assert len(open_source(DataConfig(str(tmp_path / "a[b]*.csv"))).splits["train"]) == 8
+    pictures = tmp_path / "photos [new]"
+    for number, name in enumerate(("cat", "dog")):
+        (pictures / name).mkdir(parents=True)
+        for i in range(3):
+            picture(10 * number + i).save(pictures / name / f"{i}.png")
+    assert len(load(pictures, IMAGE, processor(), vit_config(["dog", "horse", "cat"])).train) > 0
 
 
 @pytest.mark.parametrize("shape", ["feature", "struct", "bytes"])

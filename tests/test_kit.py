@@ -218,6 +218,10 @@ def test_folders_that_are_no_place_for_a_kit(kits, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     first = make_kit({"dense": model}, tmp_path / "kit", QUICK)
     assert make_kit({"dense": model}, tmp_path / "kit", QUICK).facts == first.facts
+    (tmp_path / "kit" / "results.json").write_text("measured on the board", encoding="utf-8")
+    with pytest.raises(InputError, match="--target-results"):
+        make_kit({"dense": model}, tmp_path / "kit", QUICK)
+    assert (tmp_path / "kit" / "results.json").read_text(encoding="utf-8") == "measured on the board"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 1}', '{"format": 99}'])

@@ -62,10 +62,15 @@ def make_kit(models: Mapping[str, Path], folder: Path, config: BenchConfig, cool
         cooldown_s: rest before each turn.
 
     Raises:
-        InputError: the folder holds something else, a graph is missing, or the graphs take different inputs.
+        InputError: the folder holds something else or results, a graph is missing, or the graphs take different inputs.
     """
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / KIT).is_file())):
         raise InputError(f"{folder} holds something that is no kit; name a new folder")
+    if any(folder.glob("results*.json")):
+        raise InputError(
+            f"{folder} holds results, which a new kit would take away: read them back with "
+            "`prehab-export report OUT --target-results`, then move them, or name a new folder"
+        )
     graphs = {name: read_graph(path) for name, path in models.items()}
     if not graphs:
         raise InputError("there are no models to make a kit of")
