@@ -14,7 +14,7 @@ from test_pipeline import QUICK, TEXT, invoke, vit_options
 
 from converters.errors import InputError
 from converters.onnx import write
-from converters.onnx.coverage import VECTORS, coverage
+from converters.onnx.coverage import VECTORS, Coverage, Left, coverage
 from converters.onnx.export import export_onnx
 from converters.onnx.modes import BLOCK, FILE_NAMES, MODES
 from converters.onnx.quantize import quantize_graph
@@ -221,6 +221,20 @@ def test_what_stays_in_floating_point_is_told(tmp_path):
     assert told.share == pytest.approx(512 / (384 + 512 + 128 + 256 + 64))
 
 
+def test_much_in_floating_point_is_a_warning(capfd):
+    left = (
+        Left("Conv", tensors=3, weights=150, bytes=600, reason="slow"),
+        Left(VECTORS, tensors=9, weights=5, bytes=20, reason="short"),
+    )
+    quantization.tell_coverage("dense int8", Coverage(1000, left))
+    told = " ".join("".join(capfd.readouterr()).split())
+    assert "84.5% of 1,000 weights quantised" in told
+    assert "warning: 15.0% of the weights of dense int8 stay in floating point, in 3 tensors of Conv: slow" in told
+    assert VECTORS not in told
+    quantization.tell_coverage("dense int8", Coverage(10_000, left))
+    assert "warning" not in "".join(capfd.readouterr())
+
+
 def test_weights_that_come_out_larger_are_refused(tmp_path):
     weight = np.random.default_rng(0).standard_normal((1, 8)).astype(np.float32)
     one_product(tmp_path / "model.onnx", weight)
@@ -282,6 +296,7 @@ def test_a_run_with_quantised_graphs(vit_folder, tmp_path, capsys):
     for mode in ("int8", "int8-static"):
         assert (output / "artifact" / "onnx" / FILE_NAMES[mode]).is_file()
         assert f"compressed {mode}" in (output / "report" / "report.md").read_text()
+        assert "| weights quantised |" in (output / "report" / "report.md").read_text()
         assert FILE_NAMES[mode] in (output / "artifact" / "README.md").read_text()
     capsys.readouterr()
 
