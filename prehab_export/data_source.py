@@ -188,24 +188,17 @@ def _from_folder(path: Path, config: DataConfig) -> DatasetDict:
         reader_options("arrow", config)
         saved = datasets.load_from_disk(str(path))
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
-    place = str(_without_patterns(path))
-    builder = datasets.load_dataset_builder(place, config.data_config, cache_dir=_scratch())
+    if glob.has_magic(str(path.resolve())):
+        raise InputError(
+            f"{path.resolve()} holds one of * ? [ ], which reads as a pattern in a folder's name; rename it"
+        )
+    builder = datasets.load_dataset_builder(str(path), config.data_config, cache_dir=_scratch())
     options = reader_options(builder.name, config)
     if builder.name == "csv":
         files = [Path(file) for split in (builder.config.data_files or {}).values() for file in split]
         options |= table_options(files, options.get("sep", builder.config.sep), config)
-    splits = datasets.load_dataset(place, config.data_config, cache_dir=_scratch(), **options)
+    splits = datasets.load_dataset(str(path), config.data_config, cache_dir=_scratch(), **options)
     return _checked(splits, config)
-
-
-def _without_patterns(folder: Path) -> Path:
-    """The folder under a name without brackets and stars, which `datasets` would take for a pattern."""
-    if not glob.has_magic(str(folder)):
-        return folder
-    link = Path(_scratch()) / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
-    if not link.is_symlink():
-        link.symlink_to(folder.resolve(), target_is_directory=True)
-    return link
 
 
 def _from_hub(config: DataConfig) -> Source:
