@@ -131,6 +131,7 @@ def facts_of_card(model: str) -> dict:
         "calibrate": {"samples": 1},
         "config": {
             "seed": 0,
+            "adapter": None,
             "quantize": [],
             "truncate": {"budget": "parameters", "ratio": 0.5, "objective": "a", "allocation": "b",
                          "drift_correction": True},
@@ -166,7 +167,8 @@ def fit_result() -> dict:
     metric = {"metric": "accuracy", "value": 0.5, "samples": 3}
     device = {"cpu": NAME, "cores": 1, "os": "<b>", "runtime_version": "1"}
     return {"candidates": [row | {"recommended": True}], "budget": budget, "metric": metric, "verdict": f"{NAME} fits.",
-            "warning": "[/w]|", "model": NAME, "target": "ssh://[/h]", "device": device}  # fmt: skip
+            "warning": "[/w]|", "model": NAME, "target": "ssh://[/h]", "device": device,
+            "coverage": {"targeted_share": 0.5}}  # fmt: skip
 
 
 def test_a_fit(capsys, tmp_path):
@@ -234,7 +236,9 @@ def test_a_list_in_a_report_has_spaces():
     facts |= {"ort": {"files": [{"file": "model.ort"}, {"file": "model_int8.ort"}]}}
     facts |= {"prehab": {"strength": 1.0, "kept": False}}
     facts["config"] |= {"prehab": {"train": {"steps": 3}, "surrogate": "tail"}, "quantize": ["int8", "int4"]}
+    facts["config"] |= {"adapter": "my *lora*"}
     card = render("card.md.j2", facts)
+    assert r"version of **m** (with the adapter **my \*lora\*** merged into it, dense as well) for" in card
     assert "`onnx/model.ort`, `onnx/model_int8.ort`" in card
     assert "λ = 1.0 (did not help; not used)" in card
     assert "it needs.\nFactors in" in card
