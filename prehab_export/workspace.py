@@ -34,6 +34,8 @@ OPTIONS_FILE = "run.yaml"
 MARKER = "manifests/.prehab-export"
 CURRENT = "manifests/current.json"
 DIGESTS = "manifests/digests.json"
+# Records that are no stage's.
+RECORDS = frozenset({CURRENT, DIGESTS, "manifests/kits.json"})
 # Stages whose current result also stands in the run's folder, under the stage's name.
 SHOWN = frozenset({"artifact", "baseline", "report"})
 # Kits on their way to where they are measured.
@@ -294,7 +296,7 @@ class Workspace:
             if not (self.root / "stages" / path.parent.name / path.stem).is_dir():
                 path.unlink()
         for path in self.root.glob("manifests/*.json"):
-            if path.relative_to(self.root).as_posix() not in (CURRENT, DIGESTS):
+            if path.relative_to(self.root).as_posix() not in RECORDS:
                 path.unlink()
         for folder in (*self.root.glob("stages/*"), *self.root.glob("manifests/*")):
             if folder.is_dir() and not any(folder.iterdir()):

@@ -520,6 +520,36 @@ def test_results_of_other_options_are_out_of_sight_and_found_again(finished, tmp
     assert hashes(output / "report") == report
 
 
+def test_the_report_has_no_measurements_of_other_graphs(finished, tmp_path, capsys):
+    """A board's times of an earlier artifact must not stand beside this one's accuracy."""
+    output, board = tmp_path / "run", tmp_path / "board.json"
+    shutil.copytree(finished, output)
+    assert invoke("bench", output, "--target", f"kit:{tmp_path / 'kit'}") == 0
+    digest = hashlib.sha256((tmp_path / "kit" / "kit.json").read_bytes()).hexdigest()
+    made = json.loads((output / "manifests" / "kits.json").read_text())
+    graph = output / "artifact" / "onnx" / "model.onnx"
+    assert made[digest]["compressed"] == hashlib.sha256(graph.read_bytes()).hexdigest()
+    device = {
+        "cpu": "board",
+        "cores": 2,
+        "os": "Linux",
+        "runtime": "onnxruntime",
+        "runtime_version": "1",
+        "governor": None,
+    }
+    parity = {"parity": [{"model": "compressed", "max_abs": 0.0, "same_tokens": None}]}
+    empty = {"format": 1, "place": "board", "cases": [], "drift": [], "comparison": []}
+    board.write_text(json.dumps({"kit": digest, "device": device, **parity, **empty}))
+    assert invoke("report", output, "--target-results", board) == 0
+    assert list(json.loads((output / "report" / "report.json").read_text())["targets"]) == ["board"]
+    made[digest]["compressed"] = "of another graph"
+    (output / "manifests" / "kits.json").write_text(json.dumps(made))
+    capsys.readouterr()
+    assert invoke("report", output, "--target-results", board) == 0
+    assert "kit of other options" in capsys.readouterr().err
+    assert json.loads((output / "report" / "report.json").read_text())["targets"] == {}
+
+
 def test_work_done_again_that_comes_out_the_same_leaves_the_rest_valid(finished, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
