@@ -37,7 +37,7 @@ from prehab_export.progress import bar, say, warn
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import TASKS, Task
 from prehab_export.weight_files import WeightFiles, check_fit_in, weight_files
-from prehab_export.workspace import Workspace
+from prehab_export.workspace import DIGESTS, Workspace
 
 # Training text or images put aside, to decide what is kept; never trained on and never reported on.
 HELD_OUT = 512
@@ -111,11 +111,13 @@ class Session:
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """What the run starts from, by content: model, adapter, training data, task and seed."""
+        """What the run starts from, by content: model, adapter, training data, task and seed; whose code."""
         adapter = self.config.adapter
         source = {
             "model": fingerprint(self.config.model, revision=self.config.revision, sha256_of=self.digests.sha256_of),
             "adapter": None if adapter is None else self._folder_hash(Path(adapter)),
+            # Of a model that transformers knows and that brings its own code too, this decides which of the two runs.
+            "own_code": self.config.trust_remote_code,
             "data": self.data.fingerprint,
             "task": self.config.task,
             "seed": self.config.seed,
@@ -127,7 +129,7 @@ class Session:
     @cached_property
     def digests(self) -> DigestCache:
         """Hashes of the files that the run reads, remembered from one command to the next."""
-        return DigestCache(self.workspace.root / "manifests" / "digests.json")
+        return DigestCache(self.workspace.root / DIGESTS)
 
     def _folder_hash(self, folder: Path) -> dict[str, str]:
         return {path.name: self.digests.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
