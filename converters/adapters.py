@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -179,7 +179,8 @@ def _hide_factors(model: nn.Module, factored: Mapping[str, LowRankLinear]) -> No
 def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftModel:
     """Raises InputError naming the first thing in the adapter, or in the model, without a counterpart."""
     try:
-        config = PeftConfig.from_pretrained(str(adapter))
+        with _quiet():
+            config = PeftConfig.from_pretrained(str(adapter))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{adapter}: PEFT {version('peft')} cannot read this adapter's config: {error}") from error
     config.base_model_name_or_path = None  # PEFT warns about any change of name
@@ -196,6 +197,9 @@ def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftMo
         raise InputError(f"{adapter} is for another base: the model has no {plain_name(unexpected[0])}")
     if missing := _missing(loaded, result.missing_keys):
         raise InputError(f"{adapter} is for another base: it has no {plain_name(missing[0])}")
+    for key, tensor in get_peft_model_state_dict(loaded, adapter_name=ADAPTER_NAME).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"{adapter}: {plain_name(key)} holds NaN or Inf; the file is damaged or training diverged")
     return loaded
 
 

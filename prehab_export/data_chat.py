@@ -105,4 +105,17 @@ def _turn(turn: Any, place: str) -> dict[str, Any]:
         turn = {"role": role, "content": turn.pop("value", ""), **turn}
     if "role" not in turn:
         raise InputError(f"{place}: a turn has no role")
-    return {"content": ""} | turn
+    turn = {"content": ""} | turn
+    return turn | {"content": _content(turn["content"], place)}
+
+
+def _content(content: Any, place: str) -> Any:
+    """The text of a turn. Many templates write a list of parts as Python shows it."""
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        return content
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    plain = [text for text in texts if isinstance(text, str)]
+    if len(plain) < len(texts):
+        kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
+        raise InputError(f"{place}: a turn holds more than text ({', '.join(kinds) or 'unknown'}); take such rows out")
+    return "".join(plain)

@@ -103,7 +103,8 @@ def _input_column(rows: Dataset, config: DataConfig, fitting: Sequence[str], nam
     if len(found) == 1 or len(fitting) == 1:
         return (found or fitting)[0]
     if not fitting:
-        raise InputError(f"{config.data} has no column of {kind}; it has {listed(rows.column_names)}")
+        held = ", ".join(f"{name!r} ({_described(rows.features[name])})" for name in rows.column_names[:12])
+        raise InputError(f"{config.data} has no column of {kind}; it has {held or 'none'}")
     raise InputError(f"{config.data} has several columns of {kind}, {listed(fitting)}: choose with --input-column")
 
 
@@ -130,13 +131,28 @@ def _label_column(rows: Dataset, config: DataConfig, task: Task) -> str:
         rest = _spare_texts(rows, config, task, named)
         if len(rest) == 1:
             return rest[0]
-    scores = [name for name in _by_name(rows.column_names, LABEL_NAMES) if _is_float(rows.features[name])]
-    if scores and scores[0] not in possible:
-        raise InputError(
-            f"column {scores[0]!r} of {config.data} holds numbers with fractions, not one class a row (integers or "
+    raise InputError(_no_label(rows, config, task, possible))
+
+
+def _no_label(rows: Dataset, config: DataConfig, task: Task, possible: Sequence[str]) -> str:
+    unfit = [name for name in _by_name(rows.column_names, LABEL_NAMES) if name not in possible]
+    if unfit:
+        feature = rows.features[unfit[0]]
+        return (
+            f"column {unfit[0]!r} of {config.data} holds {_described(feature)}, not one class a row (integers or "
             "names); only classifiers are supported. Another column can be chosen with --label-column"
         )
-    raise InputError(
+    if task.name == "image-classification" and rows.column_names == _image_columns(rows):
+        return (
+            f"{config.data} holds images without labels: these are read from the names of folders, two at least, or "
+            "from a metadata.csv with the columns file_name and label"
+        )
+    if rows.column_names == _text_columns(rows)[:1]:
+        return (
+            f"{config.data} holds text without labels (names of folders are read as labels of images only); "
+            "give a table (csv, json, parquet) with a column of labels"
+        )
+    return (
         f"cannot tell which column of {config.data} holds the labels: it has {listed(rows.column_names)}; "
         "choose with --label-column"
     )
@@ -179,6 +195,16 @@ def _can_label(rows: Dataset, name: str) -> bool:
         return bool((np.isnan(values) | (values == np.rint(values))).all())
     whole = isinstance(feature, Value) and (feature.dtype.startswith(("int", "uint")) or feature.dtype == "bool")
     return whole or is_text(feature) or isinstance(feature, ClassLabel)
+
+
+def _described(feature: object) -> str:
+    if _is_float(feature):
+        return "numbers with fractions"
+    if isinstance(feature, Value):
+        return {"binary": "bytes", "large_binary": "bytes", "null": "nothing"}.get(feature.dtype, feature.dtype)
+    if isinstance(feature, dict):
+        return f"records of {', '.join(map(str, feature))}"
+    return "lists" if isinstance(feature, list) or hasattr(feature, "feature") else type(feature).__name__
 
 
 def _is_float(feature: object) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Image
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PilImage
-from PIL import UnidentifiedImageError
 from transformers import PreTrainedConfig
 
 from converters.errors import InputError
@@ -26,9 +26,11 @@ from prehab_export.tasks import Task
 
 # So many rows of a split are looked at before work starts; damage further on is found when the row is used.
 MOST_CHECKED = 20_000
+_ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 # What Pillow converts without loss of range or a doubt.
 _PLAIN_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"})
 _SIXTEEN_BITS = 65535
+_LYING = (5, 6, 7, 8)  # EXIF's orientations with rows for columns
 # What Pillow raises for damaged files.
 _DAMAGED = (OSError, ValueError, SyntaxError, EOFError, PilImage.DecompressionBombError)
 
@@ -95,14 +97,15 @@ class ImageSplit:
             return self.decoded(row).size, False
         source = file["path"] if file["bytes"] is None else BytesIO(file["bytes"])
         with PilImage.open(source) as image:
-            size, has_alpha = image.size, "A" in image.mode or "a" in image.mode or "transparency" in image.info
+            has_alpha, lies = image.mode in _ALPHA_MODES or "transparency" in image.info, _lies(image)
             if image.mode not in _PLAIN_MODES:
                 self._converted(image)
             elif image.format == "PNG":
                 image.verify()  # the checksums of all chunks
             elif image.format != "JPEG" or not _ends_as_jpeg(source):
                 image.load()
-        return size, has_alpha
+            size = image.size  # as loading leaves it, which turns TIFF files
+        return size[::-1] if lies else size, has_alpha
 
     def _converted(self, image: PilImage.Image) -> PilImage.Image:
         image = in_eight_bits(image)
@@ -156,6 +159,13 @@ def in_eight_bits(image: PilImage.Image) -> PilImage.Image:
         return image.convert("LA")
     # By way of RGBA: a palette that has transparency in bytes is converted with a warning otherwise.
     return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+
+
+def _lies(image: PilImage.Image) -> bool:
+    """Whether the image is shown with sides exchanged: cameras note how they were held."""
+    if image.format not in ("JPEG", "MPO") and "exif" not in image.info:  # asking would decode a PNG
+        return False
+    return image.getexif().get(ExifTags.Base.Orientation) in _LYING
 
 
 def _scaled(values: np.ndarray, mode: str) -> np.ndarray:

@@ -3,7 +3,8 @@
 Names are matched with the model's own (``id2label``), whatever their order, case or separators, and by any of the
 synonyms that a name lists ("tench, Tinca tinca"). Numbers are the model's classes. By position goes only what nothing
 better can be known of: a model whose classes have no names of their own, as many as the data has, or what was asked
-for. Anything else is refused: a class taken for another one is a wrong model and a wrong report, and nothing shows it.
+for. Shortened names ("neg", "pos") are taken where each has one class and each class one of them, and that is said.
+Anything else is refused: a class taken for another one is a wrong model and a wrong report, and nothing shows it.
 """
 
 import re
@@ -24,6 +25,7 @@ _WHOLE = re.compile(r"-?\d+(\.0*)?")
 _UNKNOWN = -2  # -1 stands for answers that are kept secret
 # A list of so many classes in the model's order is the model's own list, but for a few names (ImageNet's second crane).
 _SAME_LIST = 0.99
+_SHORTEST = 3  # letters of a shortened name
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def read_labels(
             row, or both sides' classes.
     """
     values = rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
-    missing = next((row for row, value in enumerate(values) if value is None or value != value), None)
+    missing = next((row for row, value in enumerate(values) if _is_missing(value)), None)
     if missing is not None:
         raise InputError(f"row {missing} of {split} has no label in column {column!r}")
     feature, model, warning = rows.features[column], _ModelClasses(model_config), None
@@ -56,7 +58,7 @@ def read_labels(
     elif by_position:
         raise InputError(f"--labels-by-position: column {column!r} has labels without an order; write numbers there")
     elif is_text(feature):
-        labels = _from_strings(values, model, column, split)
+        labels, warning = _from_strings(values, model, column, split)
     elif isinstance(feature, Value) and feature.dtype == "bool":
         labels = _from_booleans(values, model)
     else:
@@ -115,6 +117,31 @@ class _ModelClasses:
                 )
         return _whole(name) if _WHOLE.fullmatch(name.strip()) else None
 
+    def find_short(self, found: Sequence[tuple[str, int | None]]) -> list[int]:
+        """The classes of all names, of which some were not found: those may be shortened, or long for the model's.
+        None at all where a name may be of several classes, or a class has no name."""
+        if not self.are_named or len(found) != self.count:
+            return []
+        near = [
+            [at for at, full in self.names.items() if _is_shortened(name, full)] if own is None else [own]
+            for name, own in found
+        ]
+        every = [labels[0] for labels in near if len(labels) == 1]
+        return every if sorted(every) == sorted(self.names) else []
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def _is_shortened(name: str, full: str) -> bool:
+    """Whether one starts with the other, or with one of its synonyms."""
+    for synonym in full.split(","):
+        short, long = sorted((_folded(name), _folded(synonym)), key=len)
+        if len(short) >= _SHORTEST and long.startswith(short):
+            return True
+    return False
+
 
 def _index(entries: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
     index: dict[str, list[int]] = defaultdict(list)
@@ -157,18 +184,31 @@ def _from_class_names(
         return values, _by_position(
             [names[at] for at in strange], model, "since all other classes have the model's order", strange
         )
+    warning = None
+    if strange and (labels := model.find_short(list(zip(names, found, strict=True)))):
+        found, strange, warning = list(labels), [], _shortened(names, labels, model)
     used = [position for position in strange if (values == position).any()]
     if used:
         raise InputError(_unknown([names[at] for at in used], len(names), model, f"column {column!r}"))
     table = np.asarray([_UNKNOWN if label is None else label for label in found])
-    return np.where(values < 0, values, table[np.clip(values, 0, None)]), None
+    return np.where(values < 0, values, table[np.clip(values, 0, None)]), warning
+
+
+def _shortened(names: Sequence[str], labels: Sequence[int], model: _ModelClasses) -> str:
+    every = zip(names, labels, strict=True)
+    pairs = [(name, label) for name, label in every if _folded(name) != _folded(model.names[label])]
+    return f"classes of the data were taken for those of the model that start alike: {_shown(pairs, model)}"
 
 
 def _by_position(names: Sequence[str], model: _ModelClasses, why: str, at: Sequence[int] | None = None) -> str:
     positions = range(len(names)) if at is None else at
-    pairs = [f"{name!r} is {i} ({model.names.get(i, i)!r})" for i, name in zip(positions, names, strict=True)]
-    rest = f" and {len(pairs) - 6} more" if len(pairs) > 6 else ""
-    return f"classes of the data were taken by position, {why}: {', '.join(pairs[:6])}{rest}"
+    shown = _shown(list(zip(names, positions, strict=True)), model)
+    return f"classes of the data were taken by position, {why}: {shown}"
+
+
+def _shown(pairs: Sequence[tuple[str, int]], model: _ModelClasses) -> str:
+    words = [f"{name!r} is {label} ({model.names.get(label, label)!r})" for name, label in pairs[:6]]
+    return ", ".join(words) + (f" and {len(pairs) - 6} more" if len(pairs) > 6 else "")
 
 
 def _unknown(names: Sequence[str], count: int, model: _ModelClasses, place: str) -> str:
@@ -183,8 +223,13 @@ def _unknown(names: Sequence[str], count: int, model: _ModelClasses, place: str)
     )
 
 
-def _from_strings(values: Sequence[str], model: _ModelClasses, column: str, split: str) -> np.ndarray:
-    found = {value: model.find(value) for value in dict.fromkeys(values)}
+def _from_strings(
+    values: Sequence[str], model: _ModelClasses, column: str, split: str
+) -> tuple[np.ndarray, str | None]:
+    found, warning = {value: model.find(value) for value in dict.fromkeys(values)}, None
+    if None in found.values() and (labels := model.find_short(list(found.items()))):
+        warning = _shortened(list(found), labels, model)
+        found = dict(zip(found, labels, strict=True))
     strange = next((row for row, value in enumerate(values) if found[value] is None), None)
     if strange is not None:
         names = "" if model.are_named else ", which say nothing of its meaning"
@@ -193,7 +238,7 @@ def _from_strings(values: Sequence[str], model: _ModelClasses, column: str, spli
             f"know; its classes are {model.shown}{names}; write these names or their numbers (0 to {model.count - 1}), "
             "or put the data's names into id2label of the model's config.json"
         )
-    return np.asarray([found[value] for value in values], np.int64)
+    return np.asarray([found[value] for value in values], np.int64), warning
 
 
 def _from_booleans(values: Sequence[bool], model: _ModelClasses) -> np.ndarray:

@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, ReadInst
 from converters.errors import InputError
 from prehab_export.config import DataConfig
 from prehab_export.data_scratch import scratch_folder
-from prehab_export.data_tables import reader_options, table_options
+from prehab_export.data_tables import check_text, guess_encoding, reader_options, table_options
 from prehab_export.files import sha256_of
 
 DIGITS = "sklearn-digits"
@@ -69,18 +69,20 @@ def open_source(config: DataConfig, sha256_of: Callable[[Path], str] = sha256_of
         InputError: nothing there, a kind of file that is not read, or the hub out of reach.
     """
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is raised, too
     if config.data == DIGITS:
         return Source(_digits(), hashlib.sha256(DIGITS.encode()).hexdigest())  # the same rows for everyone
     path = Path(config.data)
     try:
         if path.is_file():
-            return Source(_from_file(path, config), _content_hash(path, [path], sha256_of))
+            return _without_indices(Source(_from_file(path, config), _content_hash(path, [path], sha256_of)))
         if path.is_dir():
             splits = _from_folder(path, config)
-            return Source(splits, _content_hash(path, [file for file in path.rglob("*") if file.is_file()], sha256_of))
+            files = [file for file in path.rglob("*") if file.is_file()]
+            return _without_indices(Source(splits, _content_hash(path, files, sha256_of)))
         if config.data.startswith((".", "~", "/")) or config.data.count("/") > 1 or path.suffix in FILE_READERS:
             raise InputError(f"no such file or folder: {config.data}")
-        return _from_hub(config)
+        return _without_indices(_from_hub(config))
     except InputError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # a script is the third
@@ -173,14 +175,16 @@ def _from_file(path: Path, config: DataConfig) -> DatasetDict:
         raise InputError(f"{path} is not a kind of file that is read here; give {', '.join(FILE_READERS)} or a folder")
     if not path.stat().st_size:
         raise InputError(f"{path} is empty")
+    _check_name(path)
     options = reader_options(reader, config)
+    check_text([path], reader, config)
     if reader == "csv":
         options.setdefault("sep", "\t" if path.suffix.lower() == ".tsv" else ",")
         options |= table_options([path], options["sep"], config)
     splits = datasets.load_dataset(
         reader, data_files={"train": glob.escape(str(path))}, cache_dir=_scratch(), **options
     )
-    return _checked(splits, config)
+    return _checked(splits, config) if reader == "csv" else splits
 
 
 def _from_folder(path: Path, config: DataConfig) -> DatasetDict:
@@ -192,13 +196,15 @@ def _from_folder(path: Path, config: DataConfig) -> DatasetDict:
         raise InputError(
             f"{path.resolve()} holds one of * ? [ ], which reads as a pattern in a folder's name; rename it"
         )
+    _check_name(path)
     builder = datasets.load_dataset_builder(str(path), config.data_config, cache_dir=_scratch())
     options = reader_options(builder.name, config)
+    files = [Path(file) for split in (builder.config.data_files or {}).values() for file in split]
+    check_text(files, builder.name, config)
     if builder.name == "csv":
-        files = [Path(file) for split in (builder.config.data_files or {}).values() for file in split]
         options |= table_options(files, options.get("sep", builder.config.sep), config)
     splits = datasets.load_dataset(str(path), config.data_config, cache_dir=_scratch(), **options)
-    return _checked(splits, config)
+    return _checked(splits, config) if builder.name == "csv" else splits
 
 
 def _from_hub(config: DataConfig) -> Source:
@@ -208,18 +214,34 @@ def _from_hub(config: DataConfig) -> Source:
         raise InputError("--no-header is for files that are here; download the data, or give them names there")
     splits = datasets.load_dataset(config.data, config.data_config, **options)
     identity = f"{config.data}\0{config.data_config}\0{builder.hash}"
-    return Source(_checked(splits, config), hashlib.sha256(identity.encode()).hexdigest())
+    splits = _checked(splits, config) if builder.name == "csv" else splits
+    return Source(splits, hashlib.sha256(identity.encode()).hexdigest())
 
 
 def _checked(splits: DatasetDict, config: DataConfig) -> DatasetDict:
     for split in splits.values():
         # What pandas makes of the fields that are too many: an index out of the first ones, the others move up.
-        if any(name.startswith("__index_level_") for name in split.column_names):
+        if _indices(split):
             raise InputError(
                 f"rows of {config.data} have more fields than its first row; quote texts that hold the delimiter, or "
                 "give the right one with --delimiter"
             )
     return splits
+
+
+def _check_name(path: Path) -> None:
+    if "::" in str(path.resolve()):
+        raise InputError(f"{path.resolve()} holds ::, which reads as a place inside an archive; rename it")
+
+
+def _without_indices(source: Source) -> Source:
+    """Pandas writes the numbers of rows that were shuffled or sorted out as a column of their own."""
+    splits = DatasetDict({name: split.remove_columns(_indices(split)) for name, split in source.splits.items()})
+    return Source(splits, source.fingerprint)
+
+
+def _indices(split: Dataset) -> list[str]:
+    return [name for name in split.column_names if name.startswith("__index_level_")]
 
 
 def _scratch() -> str:
@@ -239,7 +261,7 @@ def _reason(error: Exception, config: DataConfig) -> str:
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
-        likely = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        likely = guess_encoding(error.object) or "cp1252"
         return (
             f"its text is not {config.encoding or 'UTF-8'} ({error.reason}, byte {error.object[error.start]:#04x}); "
             f"say what it is, as in --encoding {likely}"

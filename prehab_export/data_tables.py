@@ -18,6 +18,9 @@ TEXT_READERS = ("csv", "json", "text")
 UTF_8 = "utf-8-sig"
 DELIMITERS = (",", ";", "\t", "|")
 _ROWS = 1000
+_HEAD = 1 << 16
+_ZEROS = 0.5  # of the upper bytes, in text that is mostly Latin
+_PACKED = (b"\x1f\x8b", b"PK", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # what `datasets` unpacks by itself
 _CHARACTERS = 1 << 20
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 # Names that tables have at their head, and hardly any row has.
@@ -53,6 +56,39 @@ def reader_options(reader: str, config: DataConfig) -> dict[str, Any]:
 def encoding_of(config: DataConfig) -> str:
     given = config.encoding
     return UTF_8 if given is None or codecs.lookup(given).name == "utf-8" else given
+
+
+def check_text(files: Iterable[Path], reader: str, config: DataConfig) -> None:
+    """Refuse what decodes without an error and is no text: two bytes a letter are taken for letters and zeros.
+
+    Raises:
+        InputError: a file with zeros in it.
+    """
+    if reader not in TEXT_READERS or config.encoding is not None:
+        return
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                head = file.read(_HEAD)
+        except OSError:  # the reader will say
+            continue
+        likely = guess_encoding(head)
+        if likely is not None:
+            raise InputError(f"{path} is not UTF-8 text; say what it is, as in --encoding {likely}")
+        if b"\0" in head and not head.startswith(_PACKED):
+            raise InputError(f"{path} holds zero bytes, which text does not; take them out, or give its --encoding")
+
+
+def guess_encoding(head: bytes) -> str | None:
+    """Of text in two or four bytes a letter, by its mark or by where its zeros stand."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    even, odd = head[0::2].count(0), head[1::2].count(0)
+    if max(even, odd) < _ZEROS * (len(head) // 2) or min(even, odd) > 0:
+        return None
+    return ("utf-16-le" if odd else "utf-16-be") if len(head) > 1 else None
 
 
 def table_options(files: Iterable[Path], delimiter: str, config: DataConfig) -> dict[str, Any]:

@@ -373,6 +373,31 @@ def test_another_vocabulary_is_refused_with_advice(replaced, tmp_path):
         merge_dense_adapter(model, tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("family", "config", "options"),
+    [
+        ("llama", LoraConfig, {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ("bert", IA3Config, {"target_modules": ["key"], "feedforward_modules": []}),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(family, config, options, value, tmp_path):
+    model = build(family)
+    train(model, tmp_path, config, **options)
+    whole = load_file(tmp_path / "adapter_model.safetensors")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name in whole:
+        damaged = {key: tensor.clone() for key, tensor in whole.items()}
+        damaged[name].view(-1)[0] = value
+        save_file(damaged, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(InputError, match="holds NaN or Inf"):
+            merge_dense_adapter(model, tmp_path)
+        if config is LoraConfig:
+            with pytest.raises(InputError, match="holds NaN or Inf"):
+                merge_into_factors(truncated(build(family)), tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -32,6 +32,7 @@ from converters.errors import InputError
 from prehab_export.cli import _parsed, cli
 from prehab_export.config import DataConfig, RunConfig, from_dict, to_yaml
 from prehab_export.data import load_data
+from prehab_export.data_labels import read_labels
 from prehab_export.data_source import open_source
 from prehab_export.data_text import chunked, start_tokens, token_windows
 from prehab_export.evaluation import evaluate, torch_predictor
@@ -360,6 +361,7 @@ def test_a_header_that_looks_like_data_can_be_said_to_be_one(tmp_path, word_toke
 
 READS = """
 from prehab_export.config import DataConfig
+from prehab_export.data_labels import read_labels
 from prehab_export.data_source import open_source
 open_source(DataConfig({path!r}))
 """
@@ -632,7 +634,7 @@ def test_class_names_of_which_some_are_unknown_are_refused(tmp_path, word_tokeni
         ([0, 1, 2, 1], "row 2 of train has label 2 .*2 classes"),
         ([0, 1, 1, -1], "row 3 of train has label -1"),
         (["positive", "great", "positive", "negative"], "row 1 of train has label 'great'.*'negative', 'positive'"),
-        (["positive", "negative", "", "negative"], "row 2 of train has label ''"),
+        (["positive", "negative", "", "negative"], "row 2 of train has no label"),
     ],
 )
 def test_a_label_outside_the_models_classes_names_its_row(tmp_path, word_tokenizer, labels, message):
@@ -1275,3 +1277,150 @@ def test_the_shared_language_model_is_judged_on_the_first_windows_of_the_text():
         expected = model(input_ids=windows, labels=windows).loss.item()
     assert found.loss == pytest.approx(expected, rel=1e-4)
     assert found.units == 2 * 255
+
+
+# ----------------------------------------------------------------- what new users bring
+
+
+@pytest.mark.parametrize("kind", ["classes", "strings"])
+@pytest.mark.parametrize(
+    ("names", "model_names", "expected"),
+    [
+        (["pos", "neg"], ["NEGATIVE", "POSITIVE"], [1, 0]),  # IMDb against SST-2
+        (["positive", "negative"], ["neg", "pos"], [1, 0]),
+        (["con", "neu", "entailment"], ["entailment", "neutral", "contradiction"], [2, 1, 0]),
+        (["cats", "dogs"], ["dog", "cat, house cat"], [1, 0]),
+    ],
+)
+def test_shortened_names_are_taken_where_they_leave_no_doubt_and_that_is_said(
+    tmp_path, word_tokenizer, kind, names, model_names, expected
+):
+    texts, _ = reviews(12)
+    picked = [at % len(names) for at in range(12)]
+    if kind == "classes":
+        features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        Dataset.from_dict({"text": texts, "label": picked}, features).to_parquet(tmp_path / "a.parquet")
+    else:
+        pandas.DataFrame({"text": texts, "label": [names[at] for at in picked]}).to_parquet(tmp_path / "a.parquet")
+    data = load(tmp_path / "a.parquet", TEXT, word_tokenizer, bert_config(enumerate(model_names)), train_split="train")
+    counts = np.bincount(labels_of(data.train) + labels_of(data.evaluation), minlength=len(names))
+    assert counts.tolist() == [12 // len(names)] * len(names)
+    every = encoded_labels(tmp_path / "a.parquet", bert_config(enumerate(model_names)))
+    assert every == [expected[at] for at in picked]
+    assert any("start alike" in warning and repr(names[0]) in warning for warning in data.description["warnings"])
+
+
+def encoded_labels(path, model_config):
+    return read_labels(Dataset.from_parquet(str(path)), "label", model_config, "train").values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("names", "model_names"),
+    [
+        (["cat", "dog"], ["catamaran", "dogsled", "tench"]),  # of a part of the classes nothing can be told
+        (["n", "p"], ["negative", "positive"]),
+        (["neg", "pos"], ["negative", "negligible"]),
+        (["pos", "posi"], ["positive", "possible"]),
+    ],
+)
+def test_shortened_names_in_doubt_are_refused(tmp_path, word_tokenizer, names, model_names):
+    texts, labels = reviews(12)
+    features = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    Dataset.from_dict({"text": texts, "label": labels}, features).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="unknown to the model"):
+        load(tmp_path / "a.parquet", TEXT, word_tokenizer, bert_config(enumerate(model_names)))
+
+
+def test_row_numbers_that_pandas_keeps_are_no_column(tmp_path, word_tokenizer):
+    texts, labels = reviews(20)
+    table = pandas.DataFrame({"text": texts, "label": labels}).sample(frac=1, random_state=0)
+    table.to_parquet(tmp_path / "numbers.parquet")
+    table.set_index(table["text"].map(hash).astype(str).rename(None)).to_parquet(tmp_path / "words.parquet")
+    Dataset.from_pandas(table).save_to_disk(tmp_path / "saved")
+    for name in ("numbers.parquet", "words.parquet", "saved"):
+        data = load(tmp_path / name, TEXT, word_tokenizer, bert_config())
+        assert data.description["columns"] == {"input": "text", "label": "label"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"text": "a film", "label": [0, 1]}, "column 'label' of .* holds lists, not one class a row"),
+        ({"text": "a film", "label": {"name": "x"}}, "column 'label' of .* holds records of name"),
+        ({"text": ["a", "film"], "label": 1}, r"no column of text; it has 'text' \(lists\), 'label' \(int64\)"),
+        ({"text": "a film"}, "holds text without labels"),
+    ],
+)
+def test_a_column_of_another_kind_is_refused_for_what_it_holds(tmp_path, word_tokenizer, rows, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([json.dumps(rows)] * 8))
+    with pytest.raises(InputError, match=message):
+        load(path, TEXT, word_tokenizer, bert_config())
+
+
+def test_images_of_one_folder_have_no_labels(tmp_path):
+    with pytest.raises(InputError, match="images without labels: these are read from the names of folders, two"):
+        load(image_folder(tmp_path, "tench"), IMAGE, processor(), vit_config(["tench", "cat"]))
+
+
+def test_an_empty_label_is_none(tmp_path, word_tokenizer):
+    path = write_csv(tmp_path / "a.csv", {"text": ["good", "bad", "fine"], "label": ["positive", "", "negative"]})
+    with pytest.raises(InputError, match="row 1 of train has no label"):
+        load(path, TEXT, word_tokenizer, bert_config())
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-16", "utf-32"])
+@pytest.mark.parametrize("kind", ["txt", "csv", "folder"])
+def test_two_bytes_a_letter_are_never_taken_for_letters(tmp_path, byte_tokenizer, encoding, kind):
+    path = tmp_path / ("a.csv" if kind == "csv" else "a.txt")
+    path.write_bytes(("text\n" + story(300).replace(",", "")).encode(encoding))
+    data, config = tmp_path if kind == "folder" else path, LlamaConfig(**SMALL, vocab_size=400)
+    with pytest.raises(InputError, match=f"--encoding {encoding}"):
+        load(data, GENERATION, byte_tokenizer, config, sequence_length=16)
+    read = load(data, GENERATION, byte_tokenizer, config, sequence_length=16, encoding=encoding)
+    assert "\0" not in byte_tokenizer.decode(first_batch(read.train)["input_ids"].flatten())
+
+
+def test_zero_bytes_are_no_text(tmp_path, byte_tokenizer):
+    (tmp_path / "a.txt").write_bytes(b"a film\0 was good " * 100)
+    with pytest.raises(InputError, match="holds zero bytes"):
+        load(tmp_path / "a.txt", GENERATION, byte_tokenizer, LlamaConfig(**SMALL, vocab_size=400), sequence_length=16)
+
+
+def test_images_that_cameras_turned_are_measured_as_they_are_shown(tmp_path):
+    folder = tmp_path / "photos"
+    turned = PilImage.Exif()
+    turned[0x0112] = 6
+    for name in ("tench", "cat"):
+        (folder / name).mkdir(parents=True)
+        for i in range(4):
+            exif = turned if i == 3 else PilImage.Exif()
+            picture(i).resize((16, 24)).save(folder / name / f"{i}.jpg", exif=exif)
+    loose = ViTImageProcessorPil(do_resize=False)
+    with pytest.raises(InputError, match=r"does not bring images to one size: .*24×16.*16×24"):
+        load(folder, IMAGE, loose, vit_config(["tench", "cat"]))
+
+
+def test_colours_by_lightness_are_no_transparency(tmp_path):
+    for name in ("tench", "cat"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            picture(i, "LAB").save(tmp_path / name / f"{i}.tif")
+    assert load(tmp_path, IMAGE, processor(), vit_config(["tench", "cat"])).description["warnings"] == []
+
+
+def test_parts_of_a_turn_are_its_text(tmp_path, byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    parts = [{"type": "text", "text": "a very "}, {"type": "text", "text": "good film"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
+    path, config = tmp_path / "a.jsonl", LlamaConfig(**SMALL, vocab_size=400)
+    path.write_text("\n".join([json.dumps({"messages": turns})] * 40))
+    data = load(path, GENERATION, tokenizer, config, sequence_length=32)
+    text = "".join(tokenizer.convert_ids_to_tokens(first_batch(data.train)["input_ids"].flatten()))
+    assert "user:ĠaĠveryĠgoodĠfilm" in text
+    assert "type" not in text
+    turns[0]["content"] = [{"type": "image", "image": "a.png"}, *parts]
+    path.write_text("\n".join([json.dumps({"messages": turns})] * 40))
+    with pytest.raises(InputError, match=r"row 0 of train.*holds more than text \(image\)"):
+        load(path, GENERATION, tokenizer, config, sequence_length=32)
