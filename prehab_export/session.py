@@ -17,6 +17,7 @@ from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear, dense_weight
 from converters.model_config import special_tokens
+from converters.onnx.write import EXTERNAL_DATA_THRESHOLD
 from converters.targets import target_layers
 from prehab_export.bench_config import BenchConfig, check_provider
 from prehab_export.config import AUTO, RunConfig
@@ -351,6 +352,8 @@ def disk_estimate(session: Session) -> int:
     prehabbed = weights + moments if config.prehab.train.steps else 0
     merged = weights if config.adapter else 0
     refitted = 2 * weights if config.quantize and config.quantize_refit else 0  # in float32 and quantised, for a while
+    # Weights beside a graph are never links: those of the artifact twice more, those of the dense graph once.
+    copies = (3 + len(config.quantize)) * weights if weights >= EXTERNAL_DATA_THRESHOLD else 0
     # Factored model after truncation and rehab, the artifact's graph, the dense graph, and the graph being replaced;
     # the artifact, and the one being replaced.
-    return moments + prehabbed + merged + refitted + (5 + len(config.quantize)) * weights + 2 * written
+    return moments + prehabbed + merged + refitted + (5 + len(config.quantize)) * weights + 2 * written + copies

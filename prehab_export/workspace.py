@@ -26,6 +26,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from converters.errors import InputError
+from converters.onnx.modes import DATA_SUFFIX
 from prehab_export.errors import StorageError, is_full, out_of_space
 from prehab_export.files import FileDigest, write_text_atomically
 
@@ -46,6 +47,8 @@ UNFINISHED = (
     *(f"{place}.partial" for place in ("stages/*/*", "manifests/*", "manifests/*/*", "targets/*")),
     KITS,
 )
+# How the names of files of external weights end.
+EXTERNAL_WEIGHTS = f".onnx{DATA_SUFFIX}"
 # Digits of a key in the name of a folder.
 KEY_DIGITS = 16
 RECORDED_VERSIONS = (
@@ -343,7 +346,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def link(source: str, target: str) -> None:
-    """Copy a file as a hard link, where the file system has them."""
+    """Copy a file as a hard link, where the file system has them. External weights of a graph are copied in full:
+    onnx reads none that have another name somewhere, since they might be anybody's file."""
+    if source.endswith(EXTERNAL_WEIGHTS):
+        shutil.copy2(source, target)
+        return
     try:
         Path(target).hardlink_to(source)
     except OSError:

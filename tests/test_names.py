@@ -123,8 +123,9 @@ def facts_of_card(model: str) -> dict:
             "metrics": {f"{a}_{b}": metrics for a in ("dense", "compressed") for b in ("pytorch", "onnx")},
             "compressed": {"onnx": {"max_relative": 1e-6}},
         },
-        "baseline": {"bytes": 1},
-        "export": {"bytes": 1},
+        "baseline": {"bytes": 1, "weight_bytes": 1, "dtype": "float32"},
+        "export": {"bytes": 1, "weight_bytes": 1, "dtype": "float32"},
+        "evaluation": {"window_start": None},
         "calibrate": {"samples": 1},
         "config": {
             "seed": 0,
@@ -162,8 +163,9 @@ def fit_result() -> dict:
     budget = {"p95_ms": 3.0, "memory_mb": None, "size_mb": None, "max_drop": None}
     metric = {"metric": "accuracy", "value": 0.5, "samples": 3}
     device = {"cpu": NAME, "cores": 1, "os": "<b>", "runtime_version": "1"}
-    return {"candidates": [row | {"recommended": True}], "budget": budget, "metric": metric, "verdict": f"{NAME} fits.",
-            "warning": "[/w]|", "model": NAME, "target": "ssh://[/h]", "device": device}  # fmt: skip
+    coverage = {"targeted_share": 0.6}
+    return {"candidates": [row | {"recommended": True}], "coverage": coverage, "budget": budget,
+            "metric": metric, "verdict": f"{NAME} fits.", "warning": "[/w]|", "model": NAME, "target": "ssh://[/h]", "device": device}  # fmt: skip
 
 
 def test_a_fit(capsys, tmp_path):

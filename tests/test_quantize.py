@@ -314,7 +314,7 @@ def test_a_text_run_with_blocks(bert_folder, reviews, tmp_path, monkeypatch):
 
 
 def test_ranks_fill_their_blocks_unless_told_otherwise():
-    def multiple(*modes, own=1):
+    def multiple(*modes, own=None):
         config = RunConfig(
             "m", "text-generation", DataConfig("d"), truncate=TruncateConfig(rank_multiple=own), quantize=modes
         )
@@ -323,6 +323,7 @@ def test_ranks_fill_their_blocks_unless_told_otherwise():
     assert multiple() == multiple("int8", "float16") == 1
     assert multiple("int4") == multiple("int8", "int8-blocks") == BLOCK
     assert multiple("int4", own=8) == 8
+    assert multiple("int4", own=1) == 1
 
 
 def test_weights_beside_the_graph_are_published_under_the_name_that_is_looked_for(
@@ -348,6 +349,12 @@ def test_weights_beside_the_graph_are_published_under_the_name_that_is_looked_fo
     for side in ("dense", "compressed"):
         name = FILE_NAMES["int4"]
         assert {file.name for file in (stage / side).iterdir()} == {name, f"{name}_data"}
+    # What is published can be read by onnx, which takes no weights that have a second name somewhere.
+    assert invoke("verify", output) == 0
+    for graph in (*sorted((output / "artifact" / "onnx").glob("*.onnx")), output / "baseline" / "onnx" / "model.onnx"):
+        assert write.data_file(graph).is_file()
+        onnx.load(graph)
+    assert invoke("quantize", output, "--quantize", "int8") == 0
 
 
 def test_an_unknown_mode_is_refused(vit_folder, tmp_path, capsys):
