@@ -165,7 +165,8 @@ def fit_result() -> dict:
     device = {"cpu": NAME, "cores": 1, "os": "<b>", "runtime_version": "1"}
     coverage = {"targeted_share": 0.6}
     return {"candidates": [row | {"recommended": True}], "coverage": coverage, "budget": budget,
-            "metric": metric, "verdict": f"{NAME} fits.", "warning": "[/w]|", "model": NAME, "target": "ssh://[/h]", "device": device}  # fmt: skip
+            "metric": metric, "verdict": f"{NAME} fits.", "warning": "[/w]|", "model": NAME, "target": "ssh://[/h]",
+            "device": device}  # fmt: skip
 
 
 def test_a_fit(capsys, tmp_path):
