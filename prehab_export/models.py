@@ -37,7 +37,11 @@ from prehab_export.progress import say
 from prehab_export.tasks import TASKS, Task
 from prehab_export.weight_files import check_has_weights
 
-_MODEL_FILES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py"})
+# What a model, its tokenizer or its processor is read from. Vocabularies have many names (PhoBERT's bpe.codes).
+_MODEL_FILES = frozenset(
+    {".json", ".safetensors", ".txt", ".model", ".jinja", ".py"}
+    | {".codes", ".bpe", ".vocab", ".tsv", ".spm", ".tiktoken", ".tokenizer"}
+)
 _ARCHITECTURES: dict[str, Mapping[str, str | Sequence[str]]] = {
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -385,10 +386,16 @@ def _replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if (reason := out_of_space(error)) is not None:
             raise StorageError(
-                f"cannot go on writing to {folder.parent}: {reason}; nothing half-written is left. "
-                "Free some space, then the same command goes on from here"
+                f"cannot go on with {folder}: {reason}; nothing half-written is left. "
+                f"Free some space{_where_else(folder)}, then the same command goes on from here"
             ) from error
         raise
+
+
+def _where_else(folder: Path) -> str:
+    """The places that lack room, where temporary files lie on another disk: nobody knows which of the two it was."""
+    temporary = Path(tempfile.gettempdir())
+    return "" if temporary.stat().st_dev == folder.parent.stat().st_dev else f" there or in {temporary}"
 
 
 def _same(shown: Path, source: Path) -> bool:

@@ -382,6 +382,13 @@ def test_the_fingerprint_follows_content_and_not_place_or_time(bert, tmp_path):
     assert fingerprint(str(bert)) != first
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "bpe.codes", "qwen.tiktoken", "source.spm", "chat_template.jinja"])
+def test_the_fingerprint_knows_the_vocabulary(name, bert):
+    first = fingerprint(str(bert))
+    (bert / name).write_text("another vocabulary")
+    assert fingerprint(str(bert)) != first
+
+
 def test_the_shared_models_load():
     if not SHARED.is_dir():
         pytest.skip("the shared models are not here")

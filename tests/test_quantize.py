@@ -1,6 +1,8 @@
 """Quantised graphs against PyTorch's own arithmetic, and the whole way from the command line."""
 
 import json
+from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -8,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 from runs import stage_folder
 from test_onnx_export import feed_of, make, relative
 from test_pipeline import QUICK, TEXT, invoke, vit_options
@@ -22,6 +25,7 @@ from converters.onnx.session import open_session
 from prehab_export import quantization
 from prehab_export.bench_graph import read_graph
 from prehab_export.config import DataConfig, RunConfig, TruncateConfig
+from prehab_export.errors import out_of_space
 
 # Largest |Δ| over max |logit| on tiny random models, where nothing averages out.
 ALLOWED = {"int8": 0.1, "int8-tables4": 1.0, "int8-static": 0.2, "int8-blocks": 0.1, "int4": 1.0, "float16": 2e-3}
@@ -41,6 +45,23 @@ def graphs(tmp_path_factory):
         return made[family]
 
     return graph
+
+
+@pytest.mark.parametrize("free", [0, 10**12])
+def test_half_a_file_is_told_as_the_full_disk_that_it_is(graphs, free, tmp_path, monkeypatch):
+    """onnx writes a graph with its shapes without looking whether it could, and then fails to read it."""
+    from onnx import shape_inference
+
+    def half(_source, target, *_options, **_more):
+        Path(target).write_bytes(b"half of a graph")
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shape_inference, "infer_shapes_path", half)
+    monkeypatch.setattr("shutil.disk_usage", lambda _place: usage(10**12, 10**12 - free, free))
+    with pytest.raises(OSError if free == 0 else DecodeError) as error:
+        quantize_graph(graphs("vit")[0], tmp_path / "int8.onnx", "int8")
+    assert (out_of_space(error.value) is None) == (free > 0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mode", MODES)
