@@ -28,6 +28,7 @@ from converters.model_config import (
     padding_token,
     positions,
     problem_type,
+    settle_architectures,
     text_config,
 )
 from converters.onnx.inputs import tells_token_types
@@ -59,6 +60,7 @@ def load_config(model: str, *, revision: str | None = None, trust_remote_code: b
     check_location(model)
     with readable(model, "config.json"), quiet():
         config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    settle_architectures(config)
     if asked := forget_kernels(config):
         _say_kernels_forgotten(model, asked)
     return config

@@ -29,6 +29,7 @@ from prehab_export.export import DIGESTS, export_artifact, export_baseline
 from prehab_export.latency_budget import cost_of, predicted_latency, time_ranks
 from prehab_export.ort_files import write_ort_files
 from prehab_export.parity import digests_of
+from prehab_export.preflight import check_runs
 from prehab_export.prehabilitation import prehab
 from prehab_export.progress import bar, say, warn
 from prehab_export.quantization import graph_hashes, graphs_of, quantize
@@ -70,6 +71,7 @@ def _merge(session: Session, folder: Path) -> None:
 
 def _calibrate(session: Session, folder: Path) -> None:
     model = session.load_dense()
+    check_runs(model, session.calibration, session.task)
     layers = session.layers(model)
     statistics = _statistics(session, model, layers)
     save_statistics(statistics, folder / STATISTICS)

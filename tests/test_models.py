@@ -15,6 +15,7 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     DeiTConfig,
+    DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DistilBertConfig,
     Gemma3Config,
@@ -217,6 +218,18 @@ def test_models_of_other_families_pass_for_their_task():
     ):
         config.architectures = [architecture.__name__]
         check_task(config, task)
+
+
+@pytest.mark.parametrize("model_class", [DeiTForImageClassification, ViTForImageClassification])
+def test_a_config_without_architectures_makes_the_model_that_the_task_names(tmp_path, model_class):
+    """DeiT has two classes for the task, and transformers looks for theirs among the configuration's."""
+    sizes = {**SMALL, "image_size": 8, "patch_size": 4}
+    save_folder(model_class(model_class.config_class(**sizes, num_labels=3)), tmp_path)
+    edit_config(tmp_path, architectures=None)
+    config = load_config(str(tmp_path))
+    check_task(config, IMAGE)
+    assert type(empty_model(config, IMAGE)) is model_class
+    assert type(load_model(str(tmp_path), IMAGE)) is model_class
 
 
 @pytest.mark.parametrize(
