@@ -340,7 +340,10 @@ def _benched_elsewhere(model: str | None, flags: dict[str, Any]) -> bool:
     config, output = _parsed(model, flags, inherit=True)
     place = bench_on_target(config, output, target)
     if place.is_dir():
-        click.echo(f"kit  {place}\nrun it there with  python run_kit.py")
+        if as_json:
+            click.echo(json.dumps({"kit": str(place)}, indent=2))
+        else:
+            click.echo(f"kit  {place}\nrun it there with  python run_kit.py")
         return True
     from prehab_export.targets.table import print_results
 

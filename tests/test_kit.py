@@ -300,7 +300,9 @@ def test_a_run_is_measured_here_and_by_a_kit(vit_folder, tmp_path, capsys):
     assert [row["model"] for row in results["cases"]] == ["dense", "compressed"]
     assert results["limits"]["cores"] == [min(os.sched_getaffinity(0))]
     assert "## Measured at local" in (output / "report" / "report.md").read_text()
-    assert invoke("bench", output, "--target", f"kit:{tmp_path / 'kit'}") == 0
+    capsys.readouterr()
+    assert invoke("bench", output, "--target", f"kit:{tmp_path / 'kit'}", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"kit": str(tmp_path / "kit")}
     assert run_kit(tmp_path / "kit", "--rounds", "1", "--out", str(tmp_path / "board.json")).returncode == 0
     assert invoke("report", output, "--target-results", tmp_path / "board.json") == 0
     assert "## Measured at board" in (output / "report" / "report.md").read_text()

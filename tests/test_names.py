@@ -5,10 +5,12 @@ import io
 import json
 import shutil
 
+import jinja2
 import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
+from jinja2 import nodes
 from markdown_it import MarkdownIt
 from rich.console import Console
 from test_bench import QUICK as QUICK_BENCH
@@ -212,3 +214,29 @@ def test_lines_and_bars(capsys, monkeypatch):
         advance(1, note="[/n]")
     assert NAME in terminal.getvalue()
     assert "[/n]" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("template", ["card.md.j2", "fit.md.j2", "kit.md.j2", "merged.md.j2", "report.md.j2"])
+def test_spaces_of_a_template_stand_in_its_text(template):
+    """What an expression gives is stripped, as a name is: a separator written as one would lose its space."""
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("prehab_export"))
+    source = environment.loader.get_source(environment, template)[0]
+    tree = environment.parse(source.replace("| metric", "").replace("| count", ""))
+    given = [part for output in tree.find_all(nodes.Output) for part in output.nodes]
+    while branches := [part for part in given if isinstance(part, nodes.CondExpr)]:
+        given = [part for part in given if part not in branches]
+        given += [part for branch in branches for part in (branch.expr1, branch.expr2) if part is not None]
+    constants = [part.value for part in given if isinstance(part, nodes.Const)]
+    assert [text for text in constants if str(text) != str(text).strip()] == []
+
+
+def test_a_list_in_a_report_has_spaces():
+    graphs = [{"mode": mode, "value": 0.5, "bytes": 1.0, "refit": {"kept": True}} for mode in ("int8", "int4")]
+    facts = facts_of_card("m") | {"quantize": {"graphs": [graph for graph in graphs for _ in range(2)]}}
+    facts |= {"ort": {"files": [{"file": "model.ort"}, {"file": "model_int8.ort"}]}}
+    facts |= {"prehab": {"strength": 1.0, "kept": False}}
+    facts["config"] |= {"prehab": {"train": {"steps": 3}, "surrogate": "tail"}, "quantize": ["int8", "int4"]}
+    card = render("card.md.j2", facts)
+    assert "`onnx/model.ort`, `onnx/model_int8.ort`" in card
+    assert "λ = 1.0 (did not help; not used)" in card
+    assert "it needs.\nFactors in" in card
