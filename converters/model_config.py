@@ -146,6 +146,13 @@ def architecture(config: PreTrainedConfig) -> str | None:
     return next(iter(_read(config, "architectures") or ()), None)
 
 
+def settle_architectures(config: PreTrainedConfig) -> None:
+    """No list of classes becomes an empty one, in place: transformers looks through it where a family has several
+    classes for one task (DeiT)."""
+    if _read(config, "architectures") is None:
+        config.architectures = []
+
+
 def code_references(config: PreTrainedConfig) -> Mapping[str, Any]:
     """Classes that come as code with the model, by the automatic class that stands for them."""
     return _read(config, "auto_map") or {}

@@ -20,6 +20,7 @@ _HOME = {
     "InputError": "converters.errors",
     "LowRankLinear": "converters.lowrank",
     "ParityError": "prehab_export.errors",
+    "StorageError": "prehab_export.errors",
     "PrehabConfig": "prehab_export.config",
     "RefineConfig": "prehab_export.config",
     "RefineSchedule": "prehab_export.config",

@@ -552,12 +552,12 @@ class _Adds(TorchDispatchMode):
     def start(self, residuals: dict[str, Tensor]) -> None:
         """Forget what was watched, and note what is found from here on in ``residuals``."""
         self.residuals = residuals
-        self.outputs: dict[str, int] = {}  # address of each watched tensor
+        self.outputs: dict[str, Tensor] = {}  # each watched tensor
         self.made_from: dict[int, set[str]] = {}  # by address of the data: names of the watched tensors it depends on
         self.alive: list[Tensor] = []  # or an address could be used twice
 
     def watch(self, name: str, output: Tensor) -> None:
-        self.outputs[name] = output.data_ptr()
+        self.outputs[name] = output
         self._mark(output, {name})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -565,9 +565,12 @@ class _Adds(TorchDispatchMode):
         if func in _ADDITIONS and isinstance(args[1], Tensor):
             for one, other in ((args[0], args[1]), (args[1], args[0])):
                 for name in self.made_from.get(one.data_ptr(), set()) - self.made_from.get(other.data_ptr(), set()):
-                    if one.data_ptr() == self.outputs[name] and one.shape == other.shape and name not in self.residuals:
-                        # Added in place, the stream would not be what it was by the time it is looked at.
-                        self.residuals[name] = other.clone() if func is torch.ops.aten.add_.Tensor else other
+                    if name in self.residuals or one.shape != other.shape:
+                        continue
+                    # Added in place, the stream would not be what it was by the time it is looked at.
+                    kept = other.clone() if func is torch.ops.aten.add_.Tensor else other
+                    if _is_all_of(one, self.outputs[name]):
+                        self.residuals[name] = _in_the_order_of(self.outputs[name], one, kept)
         result = func(*args, **(kwargs or {}))
         if names := set().union(*sources):
             for leaf in tree_leaves(result):
@@ -578,6 +581,20 @@ class _Adds(TorchDispatchMode):
     def _mark(self, tensor: Tensor, names: set[str]) -> None:
         self.made_from[tensor.data_ptr()] = self.made_from.get(tensor.data_ptr(), set()) | names
         self.alive.append(tensor)
+
+
+def _is_all_of(view: Tensor, whole: Tensor) -> bool:
+    """Whether these are the same numbers at the same place, in whatever order of axes."""
+    return view.data_ptr() == whole.data_ptr() and view.numel() == whole.numel() and view.dtype == whole.dtype
+
+
+def _in_the_order_of(output: Tensor, view: Tensor, other: Tensor) -> Tensor:
+    """What is added to a view of a layer's output, as it lies beside the output itself: convolutional networks add
+    B×d×h×w where their linears give B×h×w×d."""
+    if output.shape == view.shape and output.stride() == view.stride():
+        return other
+    laid_out = torch.empty_strided(view.shape, view.stride(), dtype=other.dtype, device=other.device)
+    return laid_out.copy_(other).as_strided(output.shape, output.stride())
 
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)

@@ -25,6 +25,7 @@ def clean_run(output: Path, *, dry_run: bool = False) -> list[Leftover]:
         if not dry_run:
             for leftover in leftovers:
                 workspace.remove(leftover)
+            workspace.forget_missing()
     return leftovers
 
 

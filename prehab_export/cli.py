@@ -18,7 +18,7 @@ from converters.errors import InputError
 from converters.onnx.modes import KV_CACHES, MODES
 from prehab_export import config as options
 from prehab_export.bench_config import PROVIDERS
-from prehab_export.errors import BudgetError, ParityError, StorageError, TargetError, out_of_space
+from prehab_export.errors import BudgetError, ParityError, StorageError, TargetError, is_full, out_of_space
 from prehab_export.sweep_methods import METHODS
 
 # Verb → the last stage that it brings up to date, and what it prints with --json.
@@ -55,7 +55,7 @@ def option(flag: str, path: str, help: str, **extra: Any) -> Option:
     The default shown is the config's own; a flag that is not given stays unset, so that saved options and the YAML
     file keep their say.
     """
-    FIELD_OF[flag.partition("/")[0].lstrip("-")] = path
+    FIELD_OF.update({name.lstrip("-"): path for name in flag.split("/")})
     kind, default = _field(path)
     if kind in (int, float):
         extra.setdefault("type", kind)
@@ -373,11 +373,13 @@ for _verb, (_until, _text) in VERBS.items():
 def _run(verb: str, model: str | None, flags: dict[str, Any], until: str, inherit: bool) -> None:
     force, as_json = flags.pop("force"), flags.pop("as_json")
     config, output = _parsed(model, flags, inherit)
+    redo = REDO[until] if force else ()
     if until == "baseline" and config.ort:
         until = "ort"  # an .ort file is made of a graph that has been verified
+        redo = (*redo, *(REDO[until] if force else ()))
     from prehab_export.pipeline import run as run_pipeline
 
-    workspace = run_pipeline(config, output, until=until, redo=REDO[until] if force else ())
+    workspace = run_pipeline(config, output, until=until, redo=redo)
     _show_result(workspace, verb, as_json)
     if config.min_speedup is not None and until in ("bench", "report"):
         from prehab_export.summary import check_speed
@@ -455,7 +457,9 @@ def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
     *sections, field = path.split(".")
     result = inner = dict(values)
     for section in sections:
-        inner[section] = inner = dict(inner.get(section) or {})
+        if not isinstance(inner.get(section), dict):  # nothing saved there, or no section: that is told when it is read
+            return result
+        inner[section] = inner = dict(inner[section])
     inner.pop(field, None)
     return result
 
@@ -660,7 +664,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with _tidy_ends():
             code = cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)
-    except (InputError, ParityError, BudgetError, TargetError, StorageError) as error:
+    except InputError as error:  # what cannot be read for want of room is no fault of the input
+        click.echo(
+            f"error: {error}{'; free some space, then the same command goes on' if is_full(error) else ''}", err=True
+        )
+        code = StorageError.exit_code if is_full(error) else error.exit_code
+    except (ParityError, BudgetError, TargetError, StorageError) as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
     except FloatingPointError as error:  # a loss that overflowed, with what to change

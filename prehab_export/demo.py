@@ -55,7 +55,7 @@ def run_demo(output: Path, threads: int | None = None) -> Workspace:
                 _train_vit(folder / NAME)
         workspace.select("dense", key)
         workspace.save_selection()
-    return run(replace(config, model=str(workspace.folder("dense") / NAME)), output)
+    return run(replace(config, model=str(workspace.folder("dense").resolve() / NAME)), output)
 
 
 def _train_vit(folder: Path) -> None:

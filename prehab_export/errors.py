@@ -7,11 +7,8 @@ from collections.abc import Iterator
 from converters.errors import InputError
 
 # What a file system says when no more can be written, whoever was writing.
-_OUT_OF_SPACE = tuple(
-    number
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO")
-    if (number := getattr(errno, name, None)) is not None
-)
+_FULL = tuple(number for name in ("ENOSPC", "EDQUOT") if (number := getattr(errno, name, None)) is not None)
+_OUT_OF_SPACE = (*_FULL, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class ParityError(RuntimeError):
@@ -38,18 +35,23 @@ class StorageError(RuntimeError):
     exit_code = 6
 
 
-def out_of_space(error: BaseException) -> str | None:
+def out_of_space(error: BaseException, reasons: tuple[int, ...] = _OUT_OF_SPACE) -> str | None:
     """What the file system said, if an error or one of its causes is that nothing more could be written; else None.
 
     Libraries that write from other languages (safetensors, Arrow) hand the system's words on as text.
     """
     for cause in _chain(error):
-        if isinstance(cause, OSError) and cause.errno is not None and cause.errno in _OUT_OF_SPACE:
+        if isinstance(cause, OSError) and cause.errno is not None and cause.errno in reasons:
             return os.strerror(cause.errno) + (f" ({cause.filename})" if cause.filename else "")
-        for number in _OUT_OF_SPACE:
+        for number in reasons:
             if os.strerror(number) in str(cause):
                 return os.strerror(number)
     return None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error or one of its causes is that the disk has no room, or the user none on it."""
+    return out_of_space(error, _FULL) is not None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -61,4 +63,4 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__ or cause.__context__
 
 
-__all__ = ["BudgetError", "InputError", "ParityError", "StorageError", "TargetError", "out_of_space"]
+__all__ = ["BudgetError", "InputError", "ParityError", "StorageError", "TargetError", "is_full", "out_of_space"]

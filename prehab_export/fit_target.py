@@ -48,8 +48,8 @@ def check_target(target: Target, threads: Sequence[int]) -> None:
 
 
 def place_of(target: Target) -> Row:
-    """What measurements at a target hold for: its name, and of this machine all that is known."""
-    return {"target": target.name, "machine": machine_facts() if target.name == "local" else None}
+    """What measurements at a target hold for: its name, and of this machine, where it is that, all that is known."""
+    return {"target": target.name, "machine": machine_facts() if target.name in ("local", "browser") else None}
 
 
 def measure_layers(

@@ -28,6 +28,7 @@ from converters.model_config import (
     padding_token,
     positions,
     problem_type,
+    settle_architectures,
     text_config,
 )
 from converters.onnx.inputs import tells_token_types
@@ -37,7 +38,11 @@ from prehab_export.progress import say
 from prehab_export.tasks import TASKS, Task
 from prehab_export.weight_files import check_has_weights
 
-_MODEL_FILES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".py"})
+# What a model, its tokenizer or its processor is read from. Vocabularies have many names (PhoBERT's bpe.codes).
+_MODEL_FILES = frozenset(
+    {".json", ".safetensors", ".txt", ".model", ".jinja", ".py"}
+    | {".codes", ".bpe", ".vocab", ".tsv", ".spm", ".tiktoken", ".tokenizer"}
+)
 _ARCHITECTURES: dict[str, Mapping[str, str | Sequence[str]]] = {
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     "text-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -55,6 +60,7 @@ def load_config(model: str, *, revision: str | None = None, trust_remote_code: b
     check_location(model)
     with readable(model, "config.json"), quiet():
         config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+    settle_architectures(config)
     if asked := forget_kernels(config):
         _say_kernels_forgotten(model, asked)
     return config

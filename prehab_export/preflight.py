@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from converters.errors import InputError
 from converters.onnx.export import check_exportable
 from converters.skeleton import skeleton
 from prehab_export.data import Samples
+from prehab_export.devices import device_of, moved
 from prehab_export.model_source import first_line
 from prehab_export.models import empty_model, make_model
 from prehab_export.session import Session
@@ -77,6 +78,27 @@ def check_exportable_model(
         kind = type(model).__name__
         reason = first_line(error) if kind in str(error) else f"{kind} cannot be exported: {first_line(error)}"
         raise InputError(f"{reason}; {ADVICE}") from error
+
+
+def check_runs(model: PreTrainedModel, samples: Samples, task: Task) -> None:
+    """Refuse data that the model itself does not take, tried with two samples.
+
+    Raises:
+        InputError: what it says about them, and what it was given.
+    """
+    batch = next(iter(samples.batches(min(2, len(samples)))))
+    try:
+        with torch.no_grad():
+            task.logits(model, moved(batch, device_of(model)))
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+            raise
+        given, maker = ", ".join(model_inputs(batch)), "image processor" if "pixel_values" in batch else "tokenizer"
+        raise InputError(
+            f"{type(model).__name__} does not run on the data ({type(error).__name__}: {first_line(error)}). "
+            f"It is given {given}, as its {maker} makes them: check that this {maker} is the model's own, with the "
+            "special tokens or sizes that it was trained with; a model that needs other inputs cannot be compressed"
+        ) from error
 
 
 def _smallest(samples: Samples, task: Task) -> Batch:

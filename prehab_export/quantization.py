@@ -16,6 +16,7 @@ from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import Feeds, quantize_graph
 from converters.onnx.session import open_session
 from converters.onnx.weights import replace_weights, weight_names
+from converters.onnx.write import data_file
 from prehab_export.bench_graph import read_graph
 from prehab_export.evaluation import Metrics, feeds_of
 from prehab_export.grid import GRIDS
@@ -78,6 +79,19 @@ def graphs_of(session: Session) -> dict[str, Path]:
         "compressed": root.folder("artifact") / "onnx" / "model.onnx",
         **quantized_graphs(session),
     }
+
+
+def graph_hashes(session: Session) -> dict[str, str]:
+    """Name → hash of what a graph of `graphs_of` is made of: its file, and that of its weights if it has one."""
+    workspace, hashes = session.workspace, {}
+    for name, graph in graphs_of(session).items():
+        stage = graph.relative_to(workspace.root / "stages").parts[0]
+        manifest = workspace.manifest(stage, workspace.current[stage])
+        assert manifest is not None
+        files = (graph, data_file(graph))
+        rows = [manifest["files"].get(file.relative_to(workspace.folder(stage)).as_posix()) for file in files]
+        hashes[name] = "+".join(row["sha256"] for row in rows if row is not None)
+    return hashes
 
 
 def _with_refit(

@@ -14,6 +14,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -208,7 +209,11 @@ def _key(m: int, n: int, copies: int, setting: Setting) -> str:
 
 
 def _keep(file: Path, curve: Curve) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, suffix=".tmp", delete=False) as part:
-        json.dump(asdict(curve), part)
-    os.replace(part.name, file)
+    """Where there is no room, or no right to write, it is measured again the next time: that is no reason to fail."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own: other runs may be writing the same.
+        with tempfile.TemporaryDirectory(dir=file.parent) as own:
+            part = Path(own, file.name)
+            part.write_text(json.dumps(asdict(curve)), encoding="utf-8")
+            os.replace(part, file)

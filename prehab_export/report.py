@@ -1,6 +1,7 @@
 """The report of a run (``report.json``, ``report.md``, plots) and the model card of its artifact."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from prehab_export.machine import machine_facts
 from prehab_export.plots import plot_prehab, plot_ranks, plot_roofline
 from prehab_export.rendering import render
 from prehab_export.session import Session
-from prehab_export.targets.results import kept_results
 from prehab_export.workspace import write_json
 
 # Stage → the JSON file that it leaves, in the order of the report.
@@ -29,10 +29,14 @@ STAGE_FACTS = {
 }
 
 
-def write_report(session: Session, folder: Path) -> None:
-    """Everything that is known of the run: all figures as JSON, the main ones as Markdown with plots."""
+def write_report(session: Session, folder: Path, targets: Mapping[str, Any]) -> None:
+    """Everything that is known of the run: all figures as JSON, the main ones as Markdown with plots.
+
+    Args:
+        targets: name → what was measured elsewhere (``targets.results``).
+    """
     facts = collect(session)
-    facts |= {"machine": machine_facts(), "targets": kept_results(session.workspace.root)}
+    facts |= {"machine": machine_facts(), "targets": targets}
     facts["size_warnings"] = size_warnings(facts)
     write_json(folder / "report.json", facts)
     plot_ranks(facts["truncate"]["layers"], folder / "ranks.png")

@@ -17,6 +17,7 @@ from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear, dense_weight
 from converters.model_config import special_tokens
+from converters.onnx.write import EXTERNAL_DATA_THRESHOLD
 from converters.targets import target_layers
 from prehab_export.bench_config import BenchConfig, check_provider
 from prehab_export.config import AUTO, RunConfig
@@ -37,7 +38,7 @@ from prehab_export.progress import bar, say, warn
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import TASKS, Task
 from prehab_export.weight_files import WeightFiles, check_fit_in, weight_files
-from prehab_export.workspace import Workspace
+from prehab_export.workspace import DIGESTS, Workspace
 
 # Training text or images put aside, to decide what is kept; never trained on and never reported on.
 HELD_OUT = 512
@@ -111,11 +112,13 @@ class Session:
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """What the run starts from, by content: model, adapter, training data, task and seed."""
+        """What the run starts from, by content: model, adapter, training data, task and seed; whose code."""
         adapter = self.config.adapter
         source = {
             "model": fingerprint(self.config.model, revision=self.config.revision, sha256_of=self.digests.sha256_of),
             "adapter": None if adapter is None else self._folder_hash(Path(adapter)),
+            # Of a model that transformers knows and that brings its own code too, this decides which of the two runs.
+            "own_code": self.config.trust_remote_code,
             "data": self.data.fingerprint,
             "task": self.config.task,
             "seed": self.config.seed,
@@ -127,7 +130,7 @@ class Session:
     @cached_property
     def digests(self) -> DigestCache:
         """Hashes of the files that the run reads, remembered from one command to the next."""
-        return DigestCache(self.workspace.root / "manifests" / "digests.json")
+        return DigestCache(self.workspace.root / DIGESTS)
 
     def _folder_hash(self, folder: Path) -> dict[str, str]:
         return {path.name: self.digests.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
@@ -349,6 +352,8 @@ def disk_estimate(session: Session) -> int:
     prehabbed = weights + moments if config.prehab.train.steps else 0
     merged = weights if config.adapter else 0
     refitted = 2 * weights if config.quantize and config.quantize_refit else 0  # in float32 and quantised, for a while
+    # Weights beside a graph are never links: those of the artifact twice more, those of the dense graph once.
+    copies = (3 + len(config.quantize)) * weights if weights >= EXTERNAL_DATA_THRESHOLD else 0
     # Factored model after truncation and rehab, the artifact's graph, the dense graph, and the graph being replaced;
     # the artifact, and the one being replaced.
-    return moments + prehabbed + merged + refitted + (5 + len(config.quantize)) * weights + 2 * written
+    return moments + prehabbed + merged + refitted + (5 + len(config.quantize)) * weights + 2 * written + copies

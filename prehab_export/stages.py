@@ -29,16 +29,17 @@ from prehab_export.export import DIGESTS, export_artifact, export_baseline
 from prehab_export.latency_budget import cost_of, predicted_latency, time_ranks
 from prehab_export.ort_files import write_ort_files
 from prehab_export.parity import digests_of
+from prehab_export.preflight import check_runs
 from prehab_export.prehabilitation import prehab
 from prehab_export.progress import bar, say, warn
-from prehab_export.quantization import graphs_of, quantize
+from prehab_export.quantization import graph_hashes, graphs_of, quantize
 from prehab_export.refinement import refine
 from prehab_export.rehabilitation import rehab
 from prehab_export.report import public_names, write_report
 from prehab_export.session import STATISTICS, Session, bench_config
 from prehab_export.statistics import Statistics, moments_size, save_statistics
 from prehab_export.strength_search import find_strength
-from prehab_export.targets.results import kept_results
+from prehab_export.targets.results import results_of
 from prehab_export.training import frozen_copy
 from prehab_export.truncation import Truncation
 from prehab_export.verification import publish_artifact, verify_in_fresh_process
@@ -70,6 +71,7 @@ def _merge(session: Session, folder: Path) -> None:
 
 def _calibrate(session: Session, folder: Path) -> None:
     model = session.load_dense()
+    check_runs(model, session.calibration, session.task)
     layers = session.layers(model)
     statistics = _statistics(session, model, layers)
     save_statistics(statistics, folder / STATISTICS)
@@ -286,6 +288,11 @@ def _bench(session: Session, folder: Path) -> None:
     write_json(folder / "bench.json", bench(graphs_of(session), bench_config(session), vocabulary))
 
 
+def _targets(session: Session) -> dict[str, Any]:
+    """What was measured elsewhere of these very graphs."""
+    return results_of(session.workspace.root, graph_hashes(session))
+
+
 def _needs_prehab(config: RunConfig) -> bool:
     return config.prehab.train.steps > 0
 
@@ -408,10 +415,10 @@ STAGES = {
         Stage("bench", _bench, lambda c: asdict(c.bench), ("artifact", "baseline", "quantize")),
         Stage(
             "report",
-            write_report,
+            lambda session, folder: write_report(session, folder, _targets(session)),
             asdict,
             (*_QUOTED, "artifact", "bench"),
-            outside=lambda session: {"targets": kept_results(session.workspace.root)},
+            outside=lambda session: {"targets": _targets(session)},
         ),
     )
 }

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from converters.dtypes import main_dtype, name_of
 from converters.folder import from_pretrained
 from converters.onnx.session import open_session
-from prehab_export.children import environment, python_module
+from prehab_export.children import dies_with_us, environment, python_module
 from prehab_export.config import RunConfig, from_dict
 from prehab_export.data import Samples
-from prehab_export.errors import InputError, ParityError
+from prehab_export.errors import InputError, ParityError, StorageError, is_full, out_of_space
 from prehab_export.evaluation import Metrics, evaluate, onnx_predictor, torch_predictor
 from prehab_export.parity import TOLERANCE, check_digests, check_graph, compare_logits, digests_of, load_reference
 from prehab_export.progress import bar
@@ -106,6 +106,7 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
 
     Raises:
         ParityError: what the other process found.
+        StorageError: it had no room, in this folder or for temporary files.
     """
     workspace = session.workspace
     request = {"config": asdict(session.config), "output": str(workspace.root), "current": workspace.current}
@@ -116,12 +117,15 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
         input=json.dumps(request),
         encoding="utf-8",
         check=False,
+        preexec_fn=dies_with_us(),
     )
     answer = json.loads(answer_path.read_text(encoding="utf-8")) if answer_path.is_file() else {}
     if "parity_error" in answer:
         raise ParityError(answer["parity_error"])
     if "input_error" in answer:
         raise InputError(answer["input_error"])
+    if process.returncode == StorageError.exit_code:
+        raise StorageError("the disk is full or fails where the artifact is verified; see above. Free some space there")
     if process.returncode or "metrics" not in answer:
         raise RuntimeError(f"the verification process ended with status {process.returncode}; its output is above")
 
@@ -143,12 +147,20 @@ def _main(answer_path: Path) -> None:
     session = Session(from_dict(RunConfig, request["config"]), Workspace(Path(request["output"]), request["current"]))
     prepare_process(session.config)
     try:
-        answer = verify(session)
-    except (ParityError, FloatingPointError) as error:  # a written model that overflows is not what was in memory
-        answer = {"parity_error": str(error)}
-    except InputError as error:
-        answer = {"input_error": str(error)}
-    write_json(answer_path, answer)
+        try:
+            answer = verify(session)
+        except (ParityError, FloatingPointError) as error:  # a written model that overflows is not what was in memory
+            answer = {"parity_error": str(error)}
+        except InputError as error:
+            if is_full(error):
+                raise
+            answer = {"input_error": str(error)}
+        write_json(answer_path, answer)
+    except Exception as error:  # the answer itself may find no room, so that the code must tell
+        if (reason := out_of_space(error)) is None:
+            raise
+        print(f"verification: {reason}", file=sys.stderr)
+        sys.exit(StorageError.exit_code)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,22 +23,33 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from converters.errors import InputError
-from prehab_export.errors import StorageError, out_of_space
+from converters.onnx.modes import DATA_SUFFIX
+from prehab_export.errors import StorageError, is_full, out_of_space
 from prehab_export.files import FileDigest, write_text_atomically
 
 OPTIONS_FILE = "run.yaml"
 # What makes a folder ours: only then is anything in it replaced or removed.
 MARKER = "manifests/.prehab-export"
 CURRENT = "manifests/current.json"
+DIGESTS = "manifests/digests.json"
+# Records that are no stage's.
+RECORDS = frozenset({CURRENT, DIGESTS, "manifests/kits.json"})
 # Stages whose current result also stands in the run's folder, under the stage's name.
 SHOWN = frozenset({"artifact", "baseline", "report"})
 # Kits on their way to where they are measured.
 KITS = ".kit-*"
 # What a killed process may leave.
-UNFINISHED = ("*.partial", "stages/*/*.partial", "manifests/*.partial", "manifests/*/*.partial", KITS)
+UNFINISHED = (
+    "*.partial",
+    *(f"{place}.partial" for place in ("stages/*/*", "manifests/*", "manifests/*/*", "targets/*")),
+    KITS,
+)
+# How the names of files of external weights end.
+EXTERNAL_WEIGHTS = f".onnx{DATA_SUFFIX}"
 # Digits of a key in the name of a folder.
 KEY_DIGITS = 16
 RECORDED_VERSIONS = (
@@ -65,7 +78,8 @@ def stage_key(stage: str, options: Mapping[str, Any], parents: Sequence[str] = (
 
 @dataclass(frozen=True)
 class Leftover:
-    """A result that no current option needs, and the bytes that it takes."""
+    """A result that no current option needs, and the bytes that are free without it and the others; ``key`` is the
+    name of its folder."""
 
     stage: str
     key: str
@@ -90,6 +104,7 @@ class Workspace:
 
         Raises:
             InputError: the folder exists and holds something that is not a run of ours, or is a file.
+            StorageError: the disk is full.
         """
         if root.exists() and not root.is_dir():
             raise InputError(f"{root} is a file; give a folder for the output")
@@ -99,6 +114,8 @@ class Workspace:
             (root / MARKER).parent.mkdir(parents=True, exist_ok=True)
             (root / MARKER).touch()
         except OSError as error:
+            if is_full(error):
+                raise StorageError(f"cannot write to {root}: {error.strerror}; free some space first") from error
             raise InputError(f"cannot write to {root}: {error.strerror}") from error
         return cls._reopened(root)
 
@@ -110,14 +127,16 @@ class Workspace:
     @classmethod
     def _reopened(cls, root: Path) -> "Workspace":
         workspace = cls(root)
-        for stage, key in (_read_json(root / CURRENT) or {}).items():
-            if workspace._manifest_path(stage, key).is_file():
-                workspace.select(stage, key)
+        workspace._read_selection()
         return workspace
+
+    def _read_selection(self) -> None:
+        kept = _read_json(self.root / CURRENT) or {}
+        self.current = {stage: key for stage, key in kept.items() if self._manifest_path(stage, key).is_file()}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process, and clear away what a killed one left.
+        """Hold the folder for this process, clear away what a killed one left, and see what the last one selected.
 
         Raises:
             InputError: another process is working in the folder.
@@ -127,6 +146,7 @@ class Workspace:
                 for pattern in UNFINISHED:
                     for stale in self.root.glob(pattern):
                         _remove(stale)
+                self._read_selection()
                 yield
         except Timeout as error:
             raise InputError(f"another run is working in {self.root}; wait for it or take another folder") from error
@@ -247,22 +267,56 @@ class Workspace:
             yield partial
 
     def leftovers(self) -> list[Leftover]:
-        """Results that are not current, and folders that no manifest speaks for."""
-        places = [path for path in self.root.glob("stages/*/*") if path.is_dir()]
+        """Results that are not current, and whatever else lies among results and no manifest speaks for: what an
+        earlier version left, say.
+
+        Raises:
+            InputError: the saved options cannot be read, so that nobody knows what they need.
+        """
         kept = {self.result(stage, key) for stage, key in self.current.items()}
-        return [
-            Leftover(place.parent.name, place.name, sum(p.stat().st_size for p in place.rglob("*") if p.is_file()))
-            for place in sorted(places)
-            if place not in kept
-        ]
+        places = [place for place in sorted(self.root.glob("stages/*/*")) if place not in kept]
+        starts = self._starting_points()
+        places = [place for place in places if not any(start.is_relative_to(place.resolve()) for start in starts)]
+        files = {place: [path.stat() for path in (place, *place.rglob("*")) if path.is_file()] for place in places}
+        names = Counter((facts.st_dev, facts.st_ino) for own in files.values() for facts in own)
+        found: list[Leftover] = []
+        counted: set[tuple[int, int]] = set()
+        for place, own in files.items():
+            # A file that something else names too, the artifact say, does not go; the others are counted once.
+            gone = {(f.st_dev, f.st_ino): f.st_size for f in own if f.st_nlink <= names[f.st_dev, f.st_ino]}
+            size = sum(size for file, size in gone.items() if file not in counted)
+            counted |= gone.keys()
+            found.append(Leftover(place.parent.name, place.name, size))
+        return found
 
     def remove(self, leftover: Leftover) -> None:
         """Take a result away for good; its manifest goes first."""
         self._manifest_path(leftover.stage, leftover.key).unlink(missing_ok=True)
-        _remove(self.result(leftover.stage, leftover.key))
-        for parent in (self.root / "stages" / leftover.stage, self.root / "manifests" / leftover.stage):
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
+        _remove(self.root / "stages" / leftover.stage / leftover.key)
+
+    def forget_missing(self) -> None:
+        """Remove manifests of what is not there, those of another layout included, and folders that are empty."""
+        for path in self.root.glob("manifests/*/*.json"):
+            if not (self.root / "stages" / path.parent.name / path.stem).is_dir():
+                path.unlink()
+        for path in self.root.glob("manifests/*.json"):
+            if path.relative_to(self.root).as_posix() not in RECORDS:
+                path.unlink()
+        for folder in (*self.root.glob("stages/*"), *self.root.glob("manifests/*")):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _starting_points(self) -> list[Path]:
+        """What the saved options start from; it may lie among the results, as the demo's model does."""
+        if not self.has_options:
+            return []
+        path = self.root / OPTIONS_FILE
+        try:
+            options = yaml.safe_load(path.read_text(encoding="utf-8"))
+            names = (options["model"], options.get("adapter"), options["data"]["data"])
+        except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{path} holds no options that can be read; give them anew with `run MODEL`") from error
+        return [Path(name).resolve() for name in names if name is not None]
 
     def save_options(self, text: str) -> None:
         write_text_atomically(self.root / OPTIONS_FILE, text)
@@ -293,7 +347,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def link(source: str, target: str) -> None:
-    """Copy a file as a hard link, where the file system has them."""
+    """Copy a file as a hard link, where the file system has them. External weights of a graph are copied in full:
+    onnx reads none that have another name somewhere, since they might be anybody's file."""
+    if source.endswith(EXTERNAL_WEIGHTS):
+        shutil.copy2(source, target)
+        return
     try:
         Path(target).hardlink_to(source)
     except OSError:
@@ -328,10 +386,16 @@ def _replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if (reason := out_of_space(error)) is not None:
             raise StorageError(
-                f"cannot go on writing to {folder.parent}: {reason}; nothing half-written is left. "
-                "Free some space, then the same command goes on from here"
+                f"cannot go on with {folder}: {reason}; nothing half-written is left. "
+                f"Free some space{_where_else(folder)}, then the same command goes on from here"
             ) from error
         raise
+
+
+def _where_else(folder: Path) -> str:
+    """The places that lack room, where temporary files lie on another disk: nobody knows which of the two it was."""
+    temporary = Path(tempfile.gettempdir())
+    return "" if temporary.stat().st_dev == folder.parent.stat().st_dev else f" there or in {temporary}"
 
 
 def _same(shown: Path, source: Path) -> bool:
@@ -352,4 +416,8 @@ def _remove(path: Path) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What we have written there; None where nothing is, or what a machine that lost its power left of it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None

@@ -12,9 +12,10 @@ from torch import nn
 from converters.lowrank import dense_weight
 from converters.targets import target_layers
 from prehab_export import drift, tasks
-from prehab_export.block_walk import BlockWalk, ModelWalk, NotAChain, find_blocks
+from prehab_export.block_walk import BlockWalk, ModelWalk, NotAChain, find_blocks, watched
 from prehab_export.calibration import calibrate
 from prehab_export.config import TruncateConfig
+from prehab_export.dataflow import TokenRows
 from prehab_export.drift import RIDGE, _by_input, _fitted, _gather, truncate_along
 from prehab_export.tasks import TASKS
 from prehab_export.training import frozen_copy
@@ -112,6 +113,68 @@ def test_the_residual_stream_is_found_without_names(family):
         with torch.no_grad():
             last = model.get_submodule(block.name).output.LayerNorm(last)
     torch.testing.assert_close(walk.dense_states[-1].flatten(0, -2), last.flatten(0, -2))
+
+
+class ChannelsFirst(nn.Module):
+    """A block of a convolutional network: the linear has channels last, the stream has them after the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        inner = torch.relu(self.narrow(x.permute(0, 2, 3, 1)))
+        return x + self.wide(inner).permute(0, 3, 1, 2)
+
+
+def test_the_residual_stream_lies_as_the_layer_gives_its_output():
+    """Sixteen channels of 16×16: a wrong order of axes has the right shape."""
+    torch.manual_seed(0)
+    block, x = ChannelsFirst(), torch.randn(2, 16, 16, 16)
+    rows = TokenRows((2, 16))
+    with torch.no_grad():
+        (seen,) = watched({"wide": block.wide}, rows, False, lambda: block(x))
+        expected = block(x)
+    torch.testing.assert_close(seen.residuals["wide"], x.permute(0, 2, 3, 1))
+    found = seen.residuals["wide"] + block.wide(seen.inputs["wide"])
+    torch.testing.assert_close(found.permute(0, 3, 1, 2), expected)
+
+
+HIERARCHIES = {
+    "convnextv2": transformers.ConvNextV2Config(
+        num_stages=2, hidden_sizes=[16, 32], depths=[2, 2], patch_size=2, num_labels=3
+    ),
+    "segformer": transformers.SegformerConfig(
+        hidden_sizes=[16, 32],
+        depths=[2, 2],
+        num_encoder_blocks=2,
+        num_attention_heads=[1, 2],
+        sr_ratios=[2, 1],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        mlp_ratios=[2, 2],
+        num_labels=3,
+    ),
+    "swin": transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=3
+    ),
+}
+
+
+@pytest.mark.parametrize("family", HIERARCHIES)
+def test_drift_is_corrected_where_there_are_fewer_tokens_in_every_stage(family):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageClassification.from_config(HIERARCHIES[family]).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    batches, layers = batches_for(IMAGE), target_layers(model)
+    statistics = calibrate(model, batches, IMAGE, layers)
+    plan = truncate(layers, statistics, STRONG)
+    result = along(model, IMAGE, batches, layers, statistics, plan)
+    assert not [note for note in result.notes if "other tokens" in note]
+    plain, corrected = plan.apply(frozen_copy(model)), result.apply(frozen_copy(model))
+    assert divergence(model, corrected, IMAGE, batches) < divergence(model, plain, IMAGE, batches)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])

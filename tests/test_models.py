@@ -15,6 +15,7 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     DeiTConfig,
+    DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
     DistilBertConfig,
     Gemma3Config,
@@ -219,6 +220,18 @@ def test_models_of_other_families_pass_for_their_task():
         check_task(config, task)
 
 
+@pytest.mark.parametrize("model_class", [DeiTForImageClassification, ViTForImageClassification])
+def test_a_config_without_architectures_makes_the_model_that_the_task_names(tmp_path, model_class):
+    """DeiT has two classes for the task, and transformers looks for theirs among the configuration's."""
+    sizes = {**SMALL, "image_size": 8, "patch_size": 4}
+    save_folder(model_class(model_class.config_class(**sizes, num_labels=3)), tmp_path)
+    edit_config(tmp_path, architectures=None)
+    config = load_config(str(tmp_path))
+    check_task(config, IMAGE)
+    assert type(empty_model(config, IMAGE)) is model_class
+    assert type(load_model(str(tmp_path), IMAGE)) is model_class
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -379,6 +392,13 @@ def test_the_fingerprint_follows_content_and_not_place_or_time(bert, tmp_path):
     edit_weights(copy, lambda tensors: tensors["classifier.bias"].add_(1))
     assert fingerprint(str(copy)) != first
     edit_config(bert, hidden_dropout_prob=0.3)
+    assert fingerprint(str(bert)) != first
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "bpe.codes", "qwen.tiktoken", "source.spm", "chat_template.jinja"])
+def test_the_fingerprint_knows_the_vocabulary(name, bert):
+    first = fingerprint(str(bert))
+    (bert / name).write_text("another vocabulary")
     assert fingerprint(str(bert)) != first
 
 

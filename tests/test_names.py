@@ -166,9 +166,10 @@ def fit_result() -> dict:
     budget = {"p95_ms": 3.0, "memory_mb": None, "size_mb": None, "max_drop": None}
     metric = {"metric": "accuracy", "value": 0.5, "samples": 3}
     device = {"cpu": NAME, "cores": 1, "os": "<b>", "runtime_version": "1"}
-    return {"candidates": [row | {"recommended": True}], "budget": budget, "metric": metric, "verdict": f"{NAME} fits.",
-            "warning": "[/w]|", "model": NAME, "target": "ssh://[/h]", "device": device,
-            "coverage": {"targeted_share": 0.5}}  # fmt: skip
+    coverage = {"targeted_share": 0.6}
+    return {"candidates": [row | {"recommended": True}], "coverage": coverage, "budget": budget,
+            "metric": metric, "verdict": f"{NAME} fits.", "warning": "[/w]|", "model": NAME, "target": "ssh://[/h]",
+            "device": device}  # fmt: skip
 
 
 def test_a_fit(capsys, tmp_path):

@@ -24,6 +24,7 @@ from converters.folder import save_folder
 from prehab_export import from_pretrained
 from prehab_export.cli import main
 from prehab_export.rendering import render
+from prehab_export.workspace import Workspace
 
 QUICK = [
     "--calibration-samples",
@@ -440,8 +441,6 @@ def test_nan_weights_name_the_tensor(vit_folder, tmp_path, capsys):
 
 
 def test_two_runs_in_one_folder_are_refused(vit_folder, tmp_path, capsys):
-    from prehab_export.workspace import Workspace
-
     with Workspace.open(tmp_path / "run").locked():
         assert invoke("run", *vit_options(vit_folder), "-o", tmp_path / "run") == 2
     assert "another run" in capsys.readouterr().err
@@ -521,6 +520,36 @@ def test_results_of_other_options_are_out_of_sight_and_found_again(finished, tmp
     assert hashes(output / "report") == report
 
 
+def test_the_report_has_no_measurements_of_other_graphs(finished, tmp_path, capsys):
+    """A board's times of an earlier artifact must not stand beside this one's accuracy."""
+    output, board = tmp_path / "run", tmp_path / "board.json"
+    shutil.copytree(finished, output)
+    assert invoke("bench", output, "--target", f"kit:{tmp_path / 'kit'}") == 0
+    digest = hashlib.sha256((tmp_path / "kit" / "kit.json").read_bytes()).hexdigest()
+    made = json.loads((output / "manifests" / "kits.json").read_text())
+    graph = output / "artifact" / "onnx" / "model.onnx"
+    assert made[digest]["compressed"] == hashlib.sha256(graph.read_bytes()).hexdigest()
+    device = {
+        "cpu": "board",
+        "cores": 2,
+        "os": "Linux",
+        "runtime": "onnxruntime",
+        "runtime_version": "1",
+        "governor": None,
+    }
+    parity = {"parity": [{"model": "compressed", "max_abs": 0.0, "same_tokens": None}]}
+    empty = {"format": 1, "place": "board", "cases": [], "drift": [], "comparison": []}
+    board.write_text(json.dumps({"kit": digest, "device": device, **parity, **empty}))
+    assert invoke("report", output, "--target-results", board) == 0
+    assert list(json.loads((output / "report" / "report.json").read_text())["targets"]) == ["board"]
+    made[digest]["compressed"] = "of another graph"
+    (output / "manifests" / "kits.json").write_text(json.dumps(made))
+    capsys.readouterr()
+    assert invoke("report", output, "--target-results", board) == 0
+    assert "kit of other options" in capsys.readouterr().err
+    assert json.loads((output / "report" / "report.json").read_text())["targets"] == {}
+
+
 def test_work_done_again_that_comes_out_the_same_leaves_the_rest_valid(finished, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
@@ -594,6 +623,102 @@ def test_clean_removes_what_no_current_option_needs(finished, tmp_path, capsys):
     assert invoke("clean", tmp_path) == 2
 
 
+def test_what_an_earlier_version_left_is_not_trusted_and_clean_removes_it(vit_folder, tmp_path):
+    """Its results lay directly under their stage, their manifests beside each other."""
+    output = tmp_path / "run"
+    old = {
+        "manifests/.prehab-export": "",
+        "manifests/calibrate.json": '{"key": "0", "files": {"calibrate.json": "0"}}',
+        "stages/calibrate/calibrate.json": "{}",
+        "stages/calibrate/statistics.safetensors": "moments",
+        "stages/truncate/model/config.json": "{}",
+        "artifact/config.json": "{}",
+    }
+    for name, text in old.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text(text)
+    assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 0
+    assert not (output / "artifact").exists()
+    (result,) = made(output)
+    assert invoke("clean", output) == 0
+    assert list(made(output)) == [result]
+    assert [path.name for path in (output / "stages").glob("*/*")] == [Path(result).stem]
+    assert [path.name for path in (output / "stages").iterdir()] == ["calibrate"]
+    assert not (output / "manifests" / "calibrate.json").exists()
+    assert invoke("calibrate", output) == 0
+    assert list(made(output)) == [result]
+
+
+def test_clean_keeps_what_the_options_start_from(vit_folder, tmp_path):
+    output = tmp_path / "run"
+    (output / "manifests").mkdir(parents=True)
+    (output / "manifests" / ".prehab-export").touch()
+    shutil.copytree(vit_folder, output / "stages" / "dense" / "0123" / "vit")
+    assert invoke("calibrate", *vit_options(output / "stages" / "dense" / "0123" / "vit"), "-o", output) == 0
+    assert invoke("clean", output) == 0
+    assert invoke("calibrate", output) == 0
+
+
+def test_clean_counts_what_it_frees(finished, tmp_path, capsys):
+    """The artifact's files are those of the export; taking one of their names away frees nothing."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    stage = stage_folder(output, "export")
+    other = stage.parents[1] / "artifact" / "0123"
+    shutil.copytree(stage / "model", other, copy_function=lambda source, target: os.link(source, target))
+    (other / "own.txt").write_bytes(b"0" * 10)
+    shutil.copytree(other, stage.parents[1] / "artifact" / "0124", copy_function=os.link)
+    capsys.readouterr()
+    assert invoke("clean", output, "--json") == 0
+    assert sum(row["bytes"] for row in json.loads(capsys.readouterr().out)) == 10
+
+
+def test_records_that_a_power_cut_left_empty_are_made_again(vit_folder, tmp_path):
+    output = tmp_path / "run"
+    assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 0
+    for record in (output / "manifests").rglob("*.json"):
+        record.write_text("")
+    assert invoke("calibrate", output) == 0
+    assert has_stage(output, "calibrate")
+
+
+def test_what_another_process_selected_counts_once_the_folder_is_ours(finished, tmp_path):
+    """Clean must not take away what a run has made between its start and its lock."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    before = Workspace.existing(output)
+    other = Workspace.existing(output)
+    other.current.pop("report")
+    other.save_selection()
+    with before.locked():
+        assert before.current == other.current
+
+
+def test_a_model_with_code_of_its_own_is_another_model(vit_folder, tmp_path):
+    output = tmp_path / "run"
+    assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 0
+    assert invoke("calibrate", output, "--trust-remote-code") == 0
+    assert len(made(output)) == 2
+
+
+def test_export_does_its_own_work_again_with_ort_files_too(finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    before = made(output)
+    assert invoke("export", output, "--ort", "--force") == 0
+    again = {place.partition("/")[0] for place, when in made(output).items() if before.get(place) != when}
+    assert again >= {"export", "baseline", "ort"}
+
+
+def test_the_demo_can_be_gone_on_with_from_another_folder(tmp_path, monkeypatch):
+    from prehab_export import demo
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "_train_vit", lambda folder: folder.mkdir())
+    monkeypatch.setattr(demo, "run", lambda config, _output: config)
+    assert Path(demo.run_demo(Path("demo-run"), 1).model).is_absolute()
+
+
 def test_saved_options_can_be_taken_back(vit_folder, tmp_path, capsys):
     output = tmp_path / "run"
     given = ["--quantize", "int4", "--include", "*mlp*", "--ratio", "0.5"]
@@ -605,6 +730,12 @@ def test_saved_options_can_be_taken_back(vit_folder, tmp_path, capsys):
     assert (saved["quantize"], saved["calibrate"]["include"], saved["truncate"]["ratio"]) == ([], [], 0.5)
     assert invoke("calibrate", output, "--unset", "quantise") == 2
     assert "did you mean quantize" in capsys.readouterr().err
+    assert invoke("calibrate", output, "--ort") == 0
+    assert invoke("calibrate", output, "--unset", "--no-ort") == 0  # by either of its names
+    assert yaml.safe_load((output / "run.yaml").read_text())["ort"] is False
+    (tmp_path / "flat.yaml").write_text("truncate: 0.5\n")
+    assert invoke("calibrate", output, "--config", tmp_path / "flat.yaml", "--unset", "ratio") == 2
+    assert "expected a section" in capsys.readouterr().err
     assert invoke("calibrate", output, "--unset", "task") == 2
     assert "--task is not given" in capsys.readouterr().err
 
@@ -648,6 +779,43 @@ def test_a_disk_that_fills_is_a_sentence_and_leaves_nothing_half_done(kind, vit_
     assert made(output) == {}
     monkeypatch.undo()
     assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 0
+
+
+def test_input_that_cannot_be_read_for_want_of_room_is_no_bad_input(vit_folder, tmp_path, monkeypatch, capsys):
+    """Data and models are unpacked into temporary folders and caches, which may be on a full disk."""
+    from prehab_export import data_source
+
+    def full():
+        Path("/dev/full").write_bytes(b"rows")
+
+    monkeypatch.setattr(data_source, "_digits", full)
+    assert invoke("calibrate", *vit_options(vit_folder), "-o", tmp_path / "run") == 6
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\n" + "good film,0\nbad film,1\n" * 20)
+    monkeypatch.setattr(data_source, "_from_file", lambda *_: full())
+    options = [vit_folder, "--task", "image-classification", "--data", data, *QUICK]
+    assert invoke("calibrate", *options, "-o", tmp_path / "other") == 6
+    error = capsys.readouterr().err
+    assert error.count("No space left on device") == error.count("free some space") == 2
+    assert "Traceback" not in error
+
+
+def test_verification_without_room_says_so(finished, tmp_path, monkeypatch, capfd):
+    from prehab_export import verification
+
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom prehab_export import verification\n"
+        "verification.verify = lambda _session: open('/dev/full', 'wb', buffering=0).write(b'rows')\n"
+        "verification._main(Path(sys.argv[1]))"
+    )
+    monkeypatch.setattr(verification, "python_module", lambda _name, place: [sys.executable, "-c", script, place])
+    assert invoke("verify", output, "--force") == 6
+    error = capfd.readouterr().err
+    assert "the disk is full" in error
+    assert "No space left on device" in error
+    assert "Traceback" not in error
 
 
 def test_files_that_were_not_touched_are_not_read_again(finished, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from converters.folder import save_folder
 from converters.skeleton import skeleton
 from prehab_export.data import Samples
 from prehab_export.models import empty_model, make_model
-from prehab_export.preflight import check_exportable_model
+from prehab_export.preflight import check_exportable_model, check_runs
 from prehab_export.tasks import TASKS
 
 GENERATION, TEXT, IMAGE = TASKS["text-generation"], TASKS["text-classification"], TASKS["image-classification"]
@@ -144,6 +144,39 @@ def test_a_run_is_refused_before_calibration_and_leaves_no_options(mamba_folder,
     assert not (output / "run.yaml").exists()
     assert not list(output.glob("stages/*"))
     assert invoke("calibrate", mamba_folder, *options, "-o", output, "--exclude", "*.dt_proj") == 0
+
+
+def test_data_that_the_model_does_not_take_are_refused_with_what_it_says(reviews, tmp_path, capsys):
+    """A BART looks for the end of the text, which this tokenizer never writes."""
+    config = transformers.BartConfig(
+        vocab_size=64,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        eos_token_id=3,
+        pad_token_id=0,
+        id2label={0: "negative", 1: "positive"},
+        label2id={"negative": 0, "positive": 1},
+    )
+    save_folder(transformers.BartForSequenceClassification(config), tmp_path / "bart", word_tokenizer())
+    options = ["--task", "text-classification", "--data", reviews, *QUICK, "-o", tmp_path / "out"]
+    assert invoke("calibrate", tmp_path / "bart", *options) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "BartForSequenceClassification does not run on the data" in said
+    assert "at least one <eos> token" in said
+    assert "check that this tokenizer is the model's own" in said
+
+
+def test_a_model_that_needs_other_inputs_is_told_what_it_was_given():
+    part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.Siglip2Config(vision_config=part, text_config=part, num_labels=3)
+    model = transformers.Siglip2ForImageClassification(config).eval()
+    with pytest.raises(InputError, match="is given pixel_values, as its image processor makes them"):
+        check_runs(model, pictures(32), IMAGE)
 
 
 def test_only_a_first_export_is_tried(vit_folder, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Quantised graphs against PyTorch's own arithmetic, and the whole way from the command line."""
 
 import json
+from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -8,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from google.protobuf.message import DecodeError
 from runs import stage_folder
 from test_onnx_export import feed_of, make, relative
 from test_pipeline import QUICK, TEXT, invoke, vit_options
@@ -22,6 +25,7 @@ from converters.onnx.session import open_session
 from prehab_export import quantization
 from prehab_export.bench_graph import read_graph
 from prehab_export.config import DataConfig, RunConfig, TruncateConfig
+from prehab_export.errors import out_of_space
 
 # Largest |Δ| over max |logit| on tiny random models, where nothing averages out.
 ALLOWED = {"int8": 0.1, "int8-tables4": 1.0, "int8-static": 0.2, "int8-blocks": 0.1, "int4": 1.0, "float16": 2e-3}
@@ -41,6 +45,23 @@ def graphs(tmp_path_factory):
         return made[family]
 
     return graph
+
+
+@pytest.mark.parametrize("free", [0, 10**12])
+def test_half_a_file_is_told_as_the_full_disk_that_it_is(graphs, free, tmp_path, monkeypatch):
+    """onnx writes a graph with its shapes without looking whether it could, and then fails to read it."""
+    from onnx import shape_inference
+
+    def half(_source, target, *_options, **_more):
+        Path(target).write_bytes(b"half of a graph")
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shape_inference, "infer_shapes_path", half)
+    monkeypatch.setattr("shutil.disk_usage", lambda _place: usage(10**12, 10**12 - free, free))
+    with pytest.raises(OSError if free == 0 else DecodeError) as error:
+        quantize_graph(graphs("vit")[0], tmp_path / "int8.onnx", "int8")
+    assert (out_of_space(error.value) is None) == (free > 0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -314,7 +335,7 @@ def test_a_text_run_with_blocks(bert_folder, reviews, tmp_path, monkeypatch):
 
 
 def test_ranks_fill_their_blocks_unless_told_otherwise():
-    def multiple(*modes, own=1):
+    def multiple(*modes, own=None):
         config = RunConfig(
             "m", "text-generation", DataConfig("d"), truncate=TruncateConfig(rank_multiple=own), quantize=modes
         )
@@ -323,6 +344,7 @@ def test_ranks_fill_their_blocks_unless_told_otherwise():
     assert multiple() == multiple("int8", "float16") == 1
     assert multiple("int4") == multiple("int8", "int8-blocks") == BLOCK
     assert multiple("int4", own=8) == 8
+    assert multiple("int4", own=1) == 1
 
 
 def test_weights_beside_the_graph_are_published_under_the_name_that_is_looked_for(
@@ -348,6 +370,12 @@ def test_weights_beside_the_graph_are_published_under_the_name_that_is_looked_fo
     for side in ("dense", "compressed"):
         name = FILE_NAMES["int4"]
         assert {file.name for file in (stage / side).iterdir()} == {name, f"{name}_data"}
+    # What is published can be read by onnx, which takes no weights that have a second name somewhere.
+    assert invoke("verify", output) == 0
+    for graph in (*sorted((output / "artifact" / "onnx").glob("*.onnx")), output / "baseline" / "onnx" / "model.onnx"):
+        assert write.data_file(graph).is_file()
+        onnx.load(graph)
+    assert invoke("quantize", output, "--quantize", "int8") == 0
 
 
 def test_an_unknown_mode_is_refused(vit_folder, tmp_path, capsys):

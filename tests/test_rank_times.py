@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -60,6 +61,19 @@ def test_what_is_timed_is_the_layer(rank):
         parts = [weights[f"weight_{copy}_{part}"] for part in range(1 if rank is None else 2)]
         assert [part.shape for part in parts] == ([(6, 5)] if rank is None else [(6, 3), (3, 5)])
         np.testing.assert_allclose(output, np.linalg.multi_dot([x, *parts]) if rank else x @ parts[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("reason", ["no folder", "no room"])
+def test_measurements_that_cannot_be_kept_are_no_reason_to_fail(reason, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    if reason == "no folder":
+        cache.write_text("a file stands there")
+    else:
+        write = Path.write_text
+        monkeypatch.setattr(Path, "write_text", lambda _path, text, **_: write(Path("/dev/full"), text))
+    curve = measure_rank_times([(16, 32)], SETTING, cache=cache).curves[16, 32]
+    assert curve.dense > 0
+    assert cache.is_file() or not list(cache.iterdir())
 
 
 def test_measured_once_and_then_looked_up(tmp_path, monkeypatch):

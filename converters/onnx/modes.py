@@ -18,3 +18,6 @@ BLOCK = 32
 # What a decoder keeps of past tokens: keys and values, or of low-rank layers the latents (`converters.onnx.latent`).
 FULL, LATENT_VALUES, LATENT = "full", "latent-values", "latent"
 KV_CACHES = (FULL, LATENT_VALUES, LATENT)
+
+# After the name of a graph: the file of weights that do not fit into it.
+DATA_SUFFIX = "_data"

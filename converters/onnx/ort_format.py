@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx
 
 from converters.errors import InputError
+from converters.full_disk import told_where_full
 from converters.onnx.quiet import quiet
 
 # A flatbuffer's offsets are 32 bits wide.
@@ -36,6 +37,7 @@ def write_ort(graph: Path, folder: Path) -> OrtFiles:
 
     Raises:
         InputError: no such graph, or one that the format cannot hold.
+        OSError: the disk is full.
     """
     if not graph.is_file():
         raise InputError(f"no ONNX graph at {graph}")
@@ -53,11 +55,11 @@ def write_ort(graph: Path, folder: Path) -> OrtFiles:
     folder.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(dir=folder, prefix=f".{graph.stem}."))
     try:
-        with quiet():
+        with quiet(), told_where_full(own):
             convert_onnx_models_to_ort(
                 graph, output_dir=own, optimization_styles=[OptimizationStyle.Fixed], enable_type_reduction=True
             )
-        (model,), (operators,) = own.rglob("*.ort"), own.rglob("*.config")
+            (model,), (operators,) = own.rglob("*.ort"), own.rglob("*.config")
         files = OrtFiles(folder / f"{graph.stem}.ort", folder / operators.name)
         _name_no_folder(operators, model)
         os.replace(operators, files.operators)

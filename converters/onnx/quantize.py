@@ -33,6 +33,7 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from converters.errors import InputError
+from converters.full_disk import told_where_full
 from converters.onnx.blocks import plain_products, products_in_blocks, tables_in_blocks
 from converters.onnx.modes import MODES
 from converters.onnx.quiet import quiet
@@ -66,6 +67,7 @@ def quantize_graph(
     Raises:
         InputError: an unknown mode, no such graph, not a graph, no sample where one is needed, or weights that
             came out larger.
+        OSError: the disk is full.
     """
     if mode not in MODES:
         raise InputError(f"unknown quantisation {mode!r}; expected one of {', '.join(MODES)}")
@@ -75,7 +77,7 @@ def quantize_graph(
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        with quiet():
+        with quiet(), told_where_full(folder):
             model = ir.load(source)
             before = _weight_bytes(model)
             threshold = 0 if has_external_data(model) else None

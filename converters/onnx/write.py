@@ -18,6 +18,8 @@ import onnx
 import onnx_ir as ir
 from onnx import ModelProto, TensorProto
 
+from converters.onnx.modes import DATA_SUFFIX
+
 # Field numbers of onnx.proto, with the wire type of length-delimited records.
 _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = (field << 3 | 2 for field in (7, 5, 9))
 # Smaller tensors stay in the message.
@@ -29,7 +31,7 @@ EXTERNAL_DATA_THRESHOLD = 1_900_000_000
 
 def data_file(graph: Path) -> Path:
     """Where a graph's weights lie if they are not in it: the name that the ecosystem looks for."""
-    return graph.with_name(f"{graph.name}_data")
+    return graph.with_name(f"{graph.name}{DATA_SUFFIX}")
 
 
 def has_external_data(model: ir.Model) -> bool:

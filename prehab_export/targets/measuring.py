@@ -1,6 +1,6 @@
 """``bench --target``: the graphs of a run, measured somewhere else, and the results kept with the run."""
 
-import os
+import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -10,10 +10,11 @@ from pathlib import Path
 
 from converters.errors import InputError
 from prehab_export.config import RunConfig
+from prehab_export.files import write_text_atomically
 from prehab_export.machine import usable_cores
 from prehab_export.pipeline import bring_up_to_date, opened
-from prehab_export.progress import say
-from prehab_export.quantization import graphs_of
+from prehab_export.progress import say, warn
+from prehab_export.quantization import graph_hashes, graphs_of
 from prehab_export.session import Session, bench_config
 from prehab_export.stages import STAGES
 from prehab_export.targets.browser import LOOPBACK, find_browser, find_web, measure_in_browser, serve_by_hand
@@ -21,9 +22,9 @@ from prehab_export.targets.kit import Kit, make_kit
 from prehab_export.targets.limits import Limits
 from prehab_export.targets.local import matrix, measure_locally
 from prehab_export.targets.remote import measure_remotely
-from prehab_export.targets.results import FOLDER, Json, read_results
+from prehab_export.targets.results import FOLDER, Json, read_results, remember_kit, results_of
 from prehab_export.targets.shell import Shell, adb, ssh
-from prehab_export.workspace import KITS, write_json
+from prehab_export.workspace import KITS
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ def keep_results(session: Session, results: Json, name: str) -> Path:
     folder = session.workspace.root / FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}.json"
-    part = file.with_suffix(".partial")
-    write_json(part, results)
-    os.replace(part, file)
+    write_text_atomically(file, json.dumps(results, indent=2) + "\n")
+    if session.workspace.has("artifact") and name not in results_of(session.workspace.root, graph_hashes(session)):
+        warn(f"{name} was measured with a kit of other options; the report will have it when they are back")
     if session.workspace.has("report"):
         bring_up_to_date(session, "report")
     return file
@@ -134,7 +135,9 @@ def read_back(config: RunConfig, output: Path, results: Sequence[Path]) -> None:
 
 
 def _kit(session: Session, folder: Path, target: Target) -> Kit:
-    return make_kit(graphs_of(session), folder, bench_config(session), target.cooldown_s)
+    kit = make_kit(graphs_of(session), folder, bench_config(session), target.cooldown_s)
+    remember_kit(session.workspace.root, kit.digest, graph_hashes(session))
+    return kit
 
 
 def _by_hand(session: Session, kit: Kit, target: Target) -> Path:

@@ -1,14 +1,18 @@
 """What a kit's runner writes, read back."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from converters.errors import InputError
+from prehab_export.files import write_text_atomically
 
 FORMAT = 1
 # Where a run keeps what was measured elsewhere.
 FOLDER = "targets"
+# Digest of a kit that the run has made → name and hash of each graph in it.
+MADE = Path("manifests", "kits.json")
 
 Json = dict[str, Any]
 
@@ -42,6 +46,29 @@ def check_results(results: Any, where: str, digest: str | None = None) -> None:
         raise InputError(f"{where} is damaged: a case lacks figures")
     if digest is not None and results["kit"] != digest:
         raise InputError(f"{where} was measured with another kit")
+
+
+def remember_kit(root: Path, digest: str, graphs: Mapping[str, str]) -> None:
+    """Note which graphs are in a kit, so that its results can be told from those of other options."""
+    made = _kits_made(root) | {digest: dict(graphs)}
+    write_text_atomically(root / MADE, json.dumps(made, indent=1) + "\n")
+
+
+def results_of(root: Path, graphs: Mapping[str, str]) -> dict[str, Json]:
+    """`kept_results`, but for those of kits that are known to hold other graphs than these (name → hash)."""
+    made = _kits_made(root)
+    return {
+        name: results
+        for name, results in kept_results(root).items()
+        if made.get(results["kit"], {}).items() <= graphs.items()
+    }
+
+
+def _kits_made(root: Path) -> dict[str, dict[str, str]]:
+    try:
+        return json.loads((root / MADE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or what a machine that lost its power left
+        return {}
 
 
 def kept_results(root: Path) -> dict[str, Json]:
