@@ -16,6 +16,7 @@ from prehab_export.config import AUTO, DataConfig
 from prehab_export.data_batches import Collate, Encoded, Encoder, encode
 from prehab_export.data_columns import Columns, choose_columns
 from prehab_export.data_images import check_shape
+from prehab_export.data_labels import label_names
 from prehab_export.data_source import Splits, choose_splits, held_out_count, open_source
 from prehab_export.data_text import start_tokens
 from prehab_export.files import sha256_of
@@ -104,13 +105,15 @@ def load_data(
         most = longest_input(model_config, task, trust_remote_code=trust_remote_code)
     length = _sequence_length(config, task, processor, most)
     start = _window_start(config, task, processor, length)
-    encoder = Encoder(task, processor, model_config, columns, length, start, config.labels_by_position)
+    if splits.evaluation is not None:
+        _check_same_columns(splits.evaluation, splits.evaluation_name, columns)
+    names = _label_names(splits, columns)
+    encoder = Encoder(task, processor, model_config, columns, length, start, config.labels_by_position, names)
     encoded = encode(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
     train, warnings, shape = _samples(encoded), list(encoded.warnings), encoded.image_shape
     if splits.evaluation is None:
         train, evaluation = _cut(train, task, seed)
     else:
-        _check_same_columns(splits.evaluation, splits.evaluation_name, columns)
         encoded = encode(splits.evaluation, splits.evaluation_name, encoder, config.eval_samples)
         evaluation = _samples(encoded)
         warnings += encoded.warnings
@@ -162,6 +165,14 @@ def _cut(samples: Samples, task: Task, seed: int) -> tuple[Samples, Samples]:
         return samples.first(keep), Samples(samples.rows[keep:], samples.collate)
     evaluation, train = samples.split(count, seed)
     return train, evaluation
+
+
+def _label_names(splits: Splits, columns: Columns) -> tuple[str, ...]:
+    """A split may lack some of the classes."""
+    if columns.label is None:
+        return ()
+    parts = [splits.train, *([] if splits.evaluation is None else [splits.evaluation])]
+    return tuple(sorted(set().union(*(label_names(part, columns.label) for part in parts))))
 
 
 def _check_same_columns(rows: Dataset, split: str, columns: Columns) -> None:

@@ -26,7 +26,8 @@ Collate = Callable[[Sequence[int]], Batch]
 class Encoder:
     """What it takes to turn rows into model inputs. ``processor`` is a tokenizer, or an image processor; ``length``
     is the longest text or the window in tokens, ``start`` the ids that a window starts with.
-    ``labels_by_position``: class names of the data stand in the model's order."""
+    ``labels_by_position``: class names of the data stand in the model's order. ``label_names``: those of all splits,
+    where labels are strings."""
 
     task: Task
     processor: Any
@@ -35,6 +36,7 @@ class Encoder:
     length: int | None
     start: tuple[int, ...] = ()
     labels_by_position: bool = False
+    label_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None
         windows = _windows(rows, split, encoder, most_windows)
         return Encoded(len(windows), lambda picked: _window_batch(windows[picked], len(encoder.start)))
     assert encoder.columns.label is not None
-    found = read_labels(rows, encoder.columns.label, encoder.model_config, split, encoder.labels_by_position)
+    found = read_labels(
+        rows, encoder.columns.label, encoder.model_config, split, encoder.labels_by_position, encoder.label_names
+    )
     warnings = () if found.warning is None else (found.warning,)
     if encoder.task.name == "image-classification":
         images = ImageSplit.of(rows, encoder.columns.input, encoder.model_config, split)

@@ -37,12 +37,18 @@ class Labels:
 
 
 def read_labels(
-    rows: Dataset, column: str, model_config: PreTrainedConfig, split: str, by_position: bool = False
+    rows: Dataset,
+    column: str,
+    model_config: PreTrainedConfig,
+    split: str,
+    by_position: bool = False,
+    others: Sequence[str] = (),
 ) -> Labels:
     """The model's class of every row.
 
     Args:
         by_position: class names of the data stand in the model's order, whatever they are.
+        others: names that other splits have, where names are strings.
 
     Raises:
         InputError: a label that is missing, unknown to the model, ambiguous or out of range; the message names the
@@ -58,13 +64,22 @@ def read_labels(
     elif by_position:
         raise InputError(f"--labels-by-position: column {column!r} has labels without an order; write numbers there")
     elif is_text(feature):
-        labels, warning = _from_strings(values, model, column, split)
+        labels, warning = _from_strings(values, model, column, split, others)
     elif isinstance(feature, Value) and feature.dtype == "bool":
         labels = _from_booleans(values, model)
     else:
         labels = _from_numbers(_whole_numbers(np.asarray(values), column, split), model, column, split)
     _check_range(labels, model.count, column, split)
     return Labels(labels, warning)
+
+
+def label_names(rows: Dataset, column: str) -> set[str]:
+    """The names of classes in a column of strings."""
+    if not is_text(rows.features[column]):
+        return set()
+    return {
+        value for value in rows.select_columns([column]).with_format("arrow")[:].column(column).to_pylist() if value
+    }
 
 
 class _ModelClasses:
@@ -224,9 +239,9 @@ def _unknown(names: Sequence[str], count: int, model: _ModelClasses, place: str)
 
 
 def _from_strings(
-    values: Sequence[str], model: _ModelClasses, column: str, split: str
+    values: Sequence[str], model: _ModelClasses, column: str, split: str, others: Sequence[str]
 ) -> tuple[np.ndarray, str | None]:
-    found, warning = {value: model.find(value) for value in dict.fromkeys(values)}, None
+    found, warning = {value: model.find(value) for value in dict.fromkeys([*values, *others])}, None
     if None in found.values() and (labels := model.find_short(list(found.items()))):
         warning = _shortened(list(found), labels, model)
         found = dict(zip(found, labels, strict=True))

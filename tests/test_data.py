@@ -1310,6 +1310,14 @@ def test_shortened_names_are_taken_where_they_leave_no_doubt_and_that_is_said(
     assert any("start alike" in warning and repr(names[0]) in warning for warning in data.description["warnings"])
 
 
+def test_a_split_may_lack_some_of_the_shortened_names(tmp_path, word_tokenizer):
+    write_csv(tmp_path / "train.csv", {"text": WORDS[:6], "label": ["pos", "neg"] * 3})
+    write_csv(tmp_path / "test.csv", {"text": WORDS[:3], "label": ["pos"] * 3})
+    data = load(tmp_path, TEXT, word_tokenizer, bert_config())
+    assert labels_of(data.train) == [1, 0] * 3
+    assert labels_of(data.evaluation) == [1] * 3
+
+
 def encoded_labels(path, model_config):
     return read_labels(Dataset.from_parquet(str(path)), "label", model_config, "train").values.tolist()
 
