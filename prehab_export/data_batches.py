@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from converters.errors import InputError
 from converters.model_config import vocabulary_size
-from prehab_export.data_chat import chat_columns, chat_texts
+from prehab_export.data_chat import chat_columns, chat_texts, unread_warnings
 from prehab_export.data_columns import Columns
 from prehab_export.data_images import ImageSplit, processed, processed_shape
 from prehab_export.data_labels import read_labels
@@ -61,7 +61,8 @@ def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None
     """
     if encoder.task.name == "text-generation":
         windows = _windows(rows, split, encoder, most_windows)
-        return Encoded(len(windows), lambda picked: _window_batch(windows[picked], len(encoder.start)))
+        warnings = unread_warnings(rows.features, encoder.columns.input)
+        return Encoded(len(windows), lambda picked: _window_batch(windows[picked], len(encoder.start)), warnings)
     assert encoder.columns.label is not None
     found = read_labels(
         rows, encoder.columns.label, encoder.model_config, split, encoder.labels_by_position, encoder.label_names

@@ -9,6 +9,8 @@ from datasets import Dataset, Features
 from converters.errors import InputError
 
 CHAT_NAMES = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue")
+# What belongs to a conversation and is kept beside it by some.
+_BESIDE = ("tools", "functions", "system", "system_prompt")
 # Roles as ShareGPT and its kin write them.
 _ROLES = {
     "human": "user",
@@ -45,6 +47,15 @@ def _holds_turns(feature: Any, name: str) -> bool:
         return {"role", "content"} <= set(inner) or {"from", "value"} <= set(inner)
     # Turns that do not all have the same keys are kept as JSON.
     return type(inner).__name__ == "Json" and name.lower() in CHAT_NAMES
+
+
+def unread_warnings(features: Features, column: str) -> tuple[str, ...]:
+    """What is to be said of columns that belong to the conversations of ``column`` and are not read."""
+    beside = [name for name in features if name.lower() in _BESIDE]
+    if not beside or column not in chat_columns(features):
+        return ()
+    names = ", ".join(map(repr, beside))
+    return (f"conversations of column {column!r} are read without {names}; turns of the role system are read",)
 
 
 def chat_texts(rows: Dataset, column: str, split: str, tokenizer: Any, start: str) -> Iterator[str]:

@@ -1432,3 +1432,15 @@ def test_parts_of_a_turn_are_its_text(tmp_path, byte_tokenizer):
     path.write_text("\n".join([json.dumps({"messages": turns})] * 40))
     with pytest.raises(InputError, match=r"row 0 of train.*holds more than text \(image\)"):
         load(path, GENERATION, tokenizer, config, sequence_length=32)
+
+
+def test_what_stands_beside_conversations_and_is_not_read_is_said(tmp_path, byte_tokenizer):
+    tokenizer = copy.deepcopy(byte_tokenizer)
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    turns = [{"role": "user", "content": "a very good film"}, {"role": "assistant", "content": "a very good film"}]
+    path, config = tmp_path / "a.jsonl", LlamaConfig(**SMALL, vocab_size=400)
+    for beside, said in (({}, False), ({"tools": [{"type": "function"}]}, True), ({"system": "be good"}, True)):
+        path.write_text("\n".join([json.dumps({"messages": turns} | beside)] * 40))
+        warnings = load(path, GENERATION, tokenizer, config, sequence_length=32).description["warnings"]
+        assert [f"are read without {name!r}" in warnings[0] for name in beside] == [True] * said
+        assert bool(warnings) == said
