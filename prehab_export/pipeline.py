@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from prehab_export.config import RunConfig, to_yaml
+from prehab_export.errors import ParityError
 from prehab_export.preflight import check_export
 from prehab_export.progress import say
 from prehab_export.session import Session, check, disk_estimate, prepare_process
@@ -42,9 +43,6 @@ def run(
     """
     with opened(config, output, _through(until), redo) as session:
         bring_up_to_date(session, until, redo)
-        # What was done again may have come out the same, and what stands after it is then valid as it is.
-        select_valid(session)
-        session.workspace.save_selection()
     return session.workspace
 
 
@@ -63,7 +61,10 @@ def opened(
     """
     with _checked(config, output, stages, redo) as session:
         session.workspace.save_options(to_yaml(config))
+        # What is to be done again stays as it is until that has been done: a kill before must not make leftovers of it.
+        select_valid(session)
         session.workspace.save_selection()
+        select_valid(session, redo)
         yield session
 
 
@@ -124,16 +125,24 @@ def bring_up_to_date(session: Session, until: str, redo: Collection[str] = ()) -
 
 def bring_up(session: Session, names: Sequence[str], redo: Collection[str] = ()) -> None:
     """`bring_up_to_date` of these stages alone, which come after those that they read."""
-    workspace = session.workspace
+    workspace, left = session.workspace, set(redo)
     for stage in (STAGES[name] for name in names):
         key = _key(session, stage)
         if key is None:
             continue
-        if stage.name not in redo and workspace.find(stage.name, key) is not None:
+        if stage.name not in left and workspace.find(stage.name, key) is not None:
             say(f"{stage.name}: up to date", style="dim")
-        else:
+            workspace.select(stage.name, key)
+            continue
+        try:
             _do(session, stage, key)
-        workspace.select(stage.name, key)
+        except ParityError:  # what was found here before does not hold either, nor what rests on it
+            workspace.discard(stage.name, key)
+            workspace.save_selection()
+            raise
+        left.discard(stage.name)
+        # What was done again may have come out the same, and what stands after it is then valid as it is.
+        select_valid(session, left)
         workspace.save_selection()
 
 

@@ -132,7 +132,11 @@ class Workspace:
 
     def _read_selection(self) -> None:
         kept = _read_json(self.root / CURRENT) or {}
-        self.current = {stage: key for stage, key in kept.items() if self._manifest_path(stage, key).is_file()}
+        self.current = {
+            stage: key
+            for stage, key in kept.items()
+            if self._manifest_path(stage, key).is_file() and self.result(stage, key).is_dir()
+        }
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -233,6 +237,11 @@ class Workspace:
             self.current.pop(stage, None)
         else:
             self.current[stage] = key
+
+    def discard(self, stage: str, key: str) -> None:
+        """Let the result under this key count no more; its files stay until they are replaced or cleaned."""
+        self._manifest_path(stage, key).unlink(missing_ok=True)
+        self.select(stage, None)
 
     def save_selection(self) -> None:
         """Keep what is current for the next command, and show the results that people look into.

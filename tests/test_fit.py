@@ -37,8 +37,9 @@ from prehab_export.fit_search import (
     pareto,
     tightened,
 )
-from prehab_export.fit_target import measure_layers, measure_models
+from prehab_export.fit_target import measure_layers, measure_models, place_of
 from prehab_export.fitting import FitRequest, fit, unsteady
+from prehab_export.machine import machine_facts
 from prehab_export.probe import Anchor, LayerProbe, layer_probes, probed_ranks, understood
 from prehab_export.targets.measuring import Target
 
@@ -296,6 +297,12 @@ def test_probed_ranks_reach_break_even_and_rise():
         ranks = probed_ranks(m, n)
         assert list(ranks) == sorted(set(ranks))
         assert ranks[-1] == break_even(m, n)
+
+
+def test_what_was_measured_on_this_machine_holds_for_no_other():
+    places = {name: place_of(Target(name))["machine"] for name in ("local", "browser", "ssh://board")}
+    assert places["local"] == places["browser"] == machine_facts()
+    assert places["ssh://board"] is None
 
 
 def test_layers_and_models_are_measured_by_kits(tmp_path):

@@ -586,6 +586,40 @@ def test_what_follows_work_that_came_out_otherwise_is_done_again(vit_folder, tmp
     assert all(torch.equal(value, exported.state_dict()[name]) for name, value in cut.state_dict().items())
 
 
+def test_work_done_again_that_is_killed_makes_no_leftovers_of_what_was_there(finished, tmp_path, monkeypatch):
+    import prehab_export.stages as stages
+
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    before = made(output)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "_statistics", killed)
+    assert invoke("calibrate", output, "--force") == 130
+    assert (output / "artifact").is_dir()
+    assert invoke("clean", output) == 0
+    assert made(output) == before
+
+
+def test_what_is_refuted_when_done_again_does_not_come_back(finished, tmp_path, monkeypatch):
+    from prehab_export import pipeline
+    from prehab_export.errors import ParityError
+
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+
+    def refuted(*_):
+        raise ParityError("the artifact answers otherwise")
+
+    monkeypatch.setattr(pipeline, "_do", refuted)
+    assert invoke("verify", output, "--force") == 3
+    assert not (output / "artifact").exists()
+    assert invoke("report", output) == 3  # verified again, not taken as verified before
+    assert not (output / "artifact").exists()
+
+
 @pytest.mark.parametrize("changed", [["--refine-steps", "2"], ["--refine-batch-size", "4"], ["--new-tokens", "3"]])
 def test_refinement_costs_no_stage_before_it(changed, finished, tmp_path):
     output = tmp_path / "run"
@@ -680,6 +714,15 @@ def test_records_that_a_power_cut_left_empty_are_made_again(vit_folder, tmp_path
         record.write_text("")
     assert invoke("calibrate", output) == 0
     assert has_stage(output, "calibrate")
+
+
+def test_results_that_someone_has_deleted_are_not_selected(finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    shutil.rmtree(stage_folder(output, "artifact"))
+    assert not has_stage(output, "artifact")
+    Workspace.existing(output).save_selection()
+    assert not (output / "artifact").exists()
 
 
 def test_what_another_process_selected_counts_once_the_folder_is_ours(finished, tmp_path):
