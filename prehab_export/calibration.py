@@ -76,7 +76,8 @@ def calibrate(
         progress: called with the number of samples done, after each batch.
 
     Raises:
-        InputError: no batch at all, a layer that no batch reaches, or NaN/Inf in a moment (naming the layer).
+        InputError: no batch at all, a layer that no batch reaches, one that keeps no gradients, or NaN/Inf in a
+            moment (naming the layer).
     """
     if labels not in FISHER_LABELS:
         raise InputError(f"Fisher labels must be one of {', '.join(FISHER_LABELS)}, not {labels!r}")
@@ -312,6 +313,11 @@ class _Tally:
                 self.gradients[name].add(values, valid, sizes.to(values.device))
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                raise InputError(
+                    f"the model runs {name} without keeping what gradients need (reversible layers do), so that no "
+                    "rise of the loss can be told; use --objective activation --allocation uniform"
+                )
             place, numbers = where(args[0])
             return _gradient_hook(lambda gradient: on_gradient(gradient, place, numbers))(module, args, output)
 

@@ -65,6 +65,29 @@ def test_all_layers_that_never_run_are_left_out_by_one_pattern():
     calibrate(model, batches(), task, layers)
 
 
+def test_layers_that_keep_no_gradients_are_refused_and_do_without():
+    """A Reformer's layers are reversible: what their backward pass needs is computed anew."""
+    torch.manual_seed(0)
+    config = transformers.ReformerConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_attention_heads=2,
+        attention_head_size=8,
+        feed_forward_size=24,
+        attn_layers=["local", "local"],
+        axial_pos_embds=False,
+        local_attn_chunk_length=4,
+        is_decoder=False,
+        max_position_embeddings=32,
+    )
+    model, task = transformers.ReformerForSequenceClassification(config).eval(), TASKS["text-classification"]
+    layers = target_layers(model)
+    with pytest.raises(InputError, match=r"without keeping what gradients need .* --objective activation"):
+        calibrate(model, batches(), task, layers)
+    statistics = calibrate(model, batches(), task, layers, gradients=False)
+    assert set(statistics.groups) == set(layers)
+
+
 def batches(lengths=((5, 3), (7, 7, 2)), seed=0):
     """Batches of token ids with right padding."""
     generator = torch.Generator().manual_seed(seed)
