@@ -40,11 +40,21 @@ def target_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequen
     for pattern in exclude:
         chosen -= {id(every[name]) for name in _matches(pattern, every, every)}
     if not chosen:
-        raise InputError(
-            "no layer is left to compress; choose layers with --include, or loosen --exclude "
-            f"(this model has {len(dense)} linear layers, e.g. {', '.join(list(dense)[:3]) or 'none'})"
-        )
+        raise InputError(f"no layer is left to compress: {_why_none(free, exclude)}")
     return {name: module for name, module in dense.items() if id(module) in chosen}
+
+
+def _why_none(free: Mapping[str, nn.Module], exclude: Sequence[str]) -> str:
+    """Why nothing was chosen, and what can be done."""
+    if exclude:
+        return "--exclude takes all of them; loosen it, or choose layers with --include"
+    if not free:
+        return "the model has no linear layer of its own weight (convolutions and other kinds stay as they are)"
+    names = [name for _, name in zip(range(3), free, strict=False)]
+    return (
+        "no linear layer lies in the model's repeated blocks (convolutions and other kinds stay as they are); "
+        f"those outside, such as {', '.join(names)}, can be named with --include"
+    )
 
 
 def _matches(pattern: str, allowed: Mapping[str, nn.Module], dense: Mapping[str, nn.Module]) -> list[str]:

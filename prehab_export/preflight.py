@@ -96,8 +96,9 @@ def check_runs(model: PreTrainedModel, samples: Samples, task: Task) -> None:
         given, maker = ", ".join(model_inputs(batch)), "image processor" if "pixel_values" in batch else "tokenizer"
         raise InputError(
             f"{type(model).__name__} does not run on the data ({type(error).__name__}: {first_line(error)}). "
-            f"It is given {given}, as its {maker} makes them: check that this {maker} is the model's own, with the "
-            "special tokens or sizes that it was trained with; a model that needs other inputs cannot be compressed"
+            f"It is given {given}, as its {maker} makes them: check that this {maker} and config.json are the model's "
+            "own, with the special tokens or sizes that it was trained with; a model that needs other inputs cannot be "
+            "compressed"
         ) from error
 
 

@@ -168,7 +168,7 @@ def test_data_that_the_model_does_not_take_are_refused_with_what_it_says(reviews
     said = " ".join(capsys.readouterr().err.split())
     assert "BartForSequenceClassification does not run on the data" in said
     assert "at least one <eos> token" in said
-    assert "check that this tokenizer is the model's own" in said
+    assert "check that this tokenizer and config.json are the model's own" in said
 
 
 def test_a_model_that_needs_other_inputs_is_told_what_it_was_given():

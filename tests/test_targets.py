@@ -69,6 +69,15 @@ def test_patterns():
         target_layers(bert, exclude=["*"])
 
 
+def test_a_model_of_convolutions_is_told_that_they_are_not_compressed():
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+    with pytest.raises(InputError, match=r"repeated blocks \(convolutions .*such as classifier\.1, can be named with"):
+        target_layers(model)
+    with pytest.raises(InputError, match="--exclude takes all of them"):
+        target_layers(model, include=["classifier.*"], exclude=["*"])
+
+
 def test_a_layer_with_several_names_is_found_by_any_and_goes_by_the_first():
     model = nn.Module()
     model.front = nn.Linear(8, 8)
