@@ -482,7 +482,7 @@ def test_asked_again_nothing_is_measured_again(config, root, device):
     "changed",
     [
         {"drift_correction": False},
-        {"gradient_shrinkage": 0.5},
+        pytest.param({"gradient_shrinkage": 0.5}, marks=pytest.mark.slow),
         pytest.param({"share_inputs": False}, marks=pytest.mark.slow),
     ],
 )

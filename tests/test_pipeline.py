@@ -461,10 +461,9 @@ def killed_at(stage: str, arguments: list[str], output: Path) -> None:
     "stage",
     [
         "truncate",
-        "artifact",
         *(
             pytest.param(s, marks=pytest.mark.slow)
-            for s in ("calibrate", "prehab", "rehab", "export", "baseline", "verify", "bench")
+            for s in ("artifact", "calibrate", "prehab", "rehab", "export", "baseline", "verify", "bench")
         ),
     ],
 )
