@@ -64,6 +64,8 @@ def save_folder(model: PreTrainedModel, folder: Path, processor: Any = None, max
         _finish_config(partial / "config.json", name_of(main_dtype(model)), guarded=bool(ranks_of(model)))
         if processor is not None:
             processor.save_pretrained(partial)
+        for weights in partial.glob("*.safetensors"):  # written for their owner alone; a folder is for all who may read
+            weights.chmod((partial / "config.json").stat().st_mode)
 
 
 def from_pretrained(

@@ -72,6 +72,13 @@ def test_round_trip_is_exact(family, tmp_path):
     assert not loaded.training
 
 
+def test_who_may_read_the_config_may_read_the_weights(tmp_path):
+    save_folder(truncated(build("bert"), 4), tmp_path / "out", max_shard_size="20KB")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) > 3
+    assert len(set(modes.values())) == 1
+
+
 def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path):
     (tmp_path / f".model.partial-{os.getpid()}").mkdir()
     save_folder(build("vit"), tmp_path / "model")
