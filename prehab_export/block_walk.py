@@ -224,10 +224,6 @@ class BlockWalk:
     def dense_states(self) -> list[Tensor]:
         return self._dense.states
 
-    @property
-    def student_states(self) -> list[Tensor]:
-        return self._student.states
-
     def _enter(self, batch: Batch, names: Sequence[str]) -> None:
         """Put both models in front of the first block, and note what the blocks are called with."""
         mask = self.task.token_mask(batch)

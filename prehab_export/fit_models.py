@@ -23,7 +23,6 @@ from prehab_export.compression import Samplesets, compress
 from prehab_export.evaluation import Metrics
 from prehab_export.export import export_model
 from prehab_export.fit_search import FLOAT32, Layers
-from prehab_export.models import empty_model
 from prehab_export.progress import bar, say, warn
 from prehab_export.quantization import activation_sample, tell_coverage
 from prehab_export.session import Session
@@ -79,8 +78,7 @@ class FitModels:
             load_file(folder / "losses.safetensors"),
             json.loads((folder / "index.json").read_text(encoding="utf-8")),
         )
-        empty = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
-        shapes = {name: dense_weight(layer).shape for name, layer in session.layers(empty).items()}
+        shapes = {name: dense_weight(layer).shape for name, layer in session.layers(session.empty_model).items()}
         losses = {tuple(names): tensors[str(at)] for at, names in enumerate(index)}
         return Layers(
             shapes={name: (shape[0], shape[1]) for name, shape in shapes.items()},

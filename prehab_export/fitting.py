@@ -24,7 +24,6 @@ from prehab_export.fit_report import write_fit
 from prehab_export.fit_search import FLOAT32, Candidate, Line, Search, chosen, corrected, distinct, finalists, pareto
 from prehab_export.fit_target import check_target, measure_layers, measure_models, place_of
 from prehab_export.latency_budget import layer_shapes, tokens_at_a_time
-from prehab_export.models import empty_model
 from prehab_export.pipeline import bring_up, opened_beside
 from prehab_export.probe import Anchor, LayerProbe, layer_probes, understood
 from prehab_export.progress import bar, say
@@ -97,8 +96,7 @@ class _Fit:
     def _anchors(self) -> list[tuple[Plan, str]]:
         """The dense model and a few cut ones, in every mode."""
         session, layers = self.session, self.layers
-        empty = empty_model(session.model_config, session.task, trust_remote_code=session.config.trust_remote_code)
-        linears, losses = session.layers(empty), (dict(layers.losses), dict(layers.joint))
+        linears, losses = session.layers(session.empty_model), (dict(layers.losses), dict(layers.joint))
         cuts = [ranks_by(linears, losses, replace(session.config.cut, ratio=removed)) for removed in ANCHORS]
         return [(plan, mode) for plan in (self.dense, *cuts) for mode in self.modes]
 

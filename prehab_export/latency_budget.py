@@ -6,7 +6,6 @@ from pathlib import Path
 from converters.lowrank import DenseLinear, dense_weight
 from prehab_export.allocation import Cost, parameters
 from prehab_export.config import AUTO
-from prehab_export.models import empty_model
 from prehab_export.progress import bar
 from prehab_export.rank_times import RankTimes, Setting, Shape, cache_folder, measure_rank_times
 from prehab_export.session import Session, bench_config
@@ -43,8 +42,7 @@ def predicted_latency(session: Session, truncation: Truncation) -> float | None:
 
 def layer_shapes(session: Session) -> list[Shape]:
     """(m, n) of every layer, and of every stack of layers with one input that may come to share a ``down``."""
-    trust = session.config.trust_remote_code
-    layers = session.layers(empty_model(session.model_config, session.task, trust_remote_code=trust))
+    layers = session.layers(session.empty_model)
     groups: dict[tuple[str, bool], list[DenseLinear]] = {}
     for name, group in session.workspace.read_json("calibrate", "calibrate.json")["groups"].items():
         groups.setdefault((group, layers[name].bias is None), []).append(layers[name])

@@ -38,7 +38,7 @@ from prehab_export.progress import bar, say, warn
 from prehab_export.statistics import Statistics, load_statistics
 from prehab_export.tasks import TASKS, Task
 from prehab_export.weight_files import WeightFiles, check_fit_in, weight_files
-from prehab_export.workspace import DIGESTS, Workspace
+from prehab_export.workspace import READ_FILES, Workspace
 
 # Training text or images put aside, to decide what is kept; never trained on and never reported on.
 HELD_OUT = 512
@@ -130,7 +130,7 @@ class Session:
     @cached_property
     def digests(self) -> DigestCache:
         """Hashes of the files that the run reads, remembered from one command to the next."""
-        return DigestCache(self.workspace.root / DIGESTS)
+        return DigestCache(self.workspace.root / READ_FILES)
 
     def _folder_hash(self, folder: Path) -> dict[str, str]:
         return {path.name: self.digests.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}

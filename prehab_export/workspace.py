@@ -35,9 +35,11 @@ OPTIONS_FILE = "run.yaml"
 # What makes a folder ours: only then is anything in it replaced or removed.
 MARKER = "manifests/.prehab-export"
 CURRENT = "manifests/current.json"
-DIGESTS = "manifests/digests.json"
+# Hashes of the files that a run reads from elsewhere, and of the graphs in the kits that it has made.
+READ_FILES = "manifests/digests.json"
+KITS_MADE = "manifests/kits.json"
 # Records that are no stage's.
-RECORDS = frozenset({CURRENT, DIGESTS, "manifests/kits.json"})
+RECORDS = frozenset({CURRENT, READ_FILES, KITS_MADE})
 # Stages whose current result also stands in the run's folder, under the stage's name.
 SHOWN = frozenset({"artifact", "baseline", "report"})
 # Kits on their way to where they are measured.

@@ -7,12 +7,11 @@ from typing import Any
 
 from converters.errors import InputError
 from prehab_export.files import write_text_atomically
+from prehab_export.workspace import KITS_MADE
 
 FORMAT = 1
 # Where a run keeps what was measured elsewhere.
 FOLDER = "targets"
-# Digest of a kit that the run has made → name and hash of each graph in it.
-MADE = Path("manifests", "kits.json")
 
 Json = dict[str, Any]
 
@@ -49,9 +48,10 @@ def check_results(results: Any, where: str, digest: str | None = None) -> None:
 
 
 def remember_kit(root: Path, digest: str, graphs: Mapping[str, str]) -> None:
-    """Note which graphs are in a kit, so that its results can be told from those of other options."""
+    """Note by a kit's digest which graphs are in it (name → hash), so that its results can be told from those of other
+    options."""
     made = _kits_made(root) | {digest: dict(graphs)}
-    write_text_atomically(root / MADE, json.dumps(made, indent=1) + "\n")
+    write_text_atomically(root / KITS_MADE, json.dumps(made, indent=1) + "\n")
 
 
 def results_of(root: Path, graphs: Mapping[str, str]) -> dict[str, Json]:
@@ -66,7 +66,7 @@ def results_of(root: Path, graphs: Mapping[str, str]) -> dict[str, Json]:
 
 def _kits_made(root: Path) -> dict[str, dict[str, str]]:
     try:
-        return json.loads((root / MADE).read_text(encoding="utf-8"))
+        return json.loads((root / KITS_MADE).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none yet, or what a machine that lost its power left
         return {}
 
