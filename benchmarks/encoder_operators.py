@@ -24,7 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from converters.onnx.quiet import quiet
-from prehab_export.machine import machine_facts
+from prehab_export.system.machine import machine_facts
 
 HEADS, WIDTH = 12, 64
 # Batch and tokens.

@@ -19,8 +19,8 @@ import click
 from latency import SHAPES, build, cut
 
 from converters.onnx.export import export_onnx
-from prehab_export.machine import machine_facts
-from prehab_export.session import quiet_libraries
+from prehab_export.pipeline.session import quiet_libraries
+from prehab_export.system.machine import machine_facts
 
 
 @click.command(help=__doc__)

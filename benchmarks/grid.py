@@ -18,8 +18,9 @@ import click
 
 import prehab_export as px
 from converters.onnx.modes import MODES
-from prehab_export.config import RunConfig, from_dict
-from prehab_export.machine import machine_facts
+from prehab_export.config.options import from_dict
+from prehab_export.config.run import RunConfig
+from prehab_export.system.machine import machine_facts
 
 
 @click.command(help=__doc__)

@@ -25,10 +25,10 @@ from converters.lowrank import Factors, dense_weight, factorize
 from converters.onnx.export import export_onnx
 from converters.onnx.modes import FILE_NAMES, MODES
 from converters.onnx.quantize import quantize_graph
-from prehab_export.allocation import parameters, uniform_rank
-from prehab_export.bench_config import BenchConfig
-from prehab_export.benchmark import bench
-from prehab_export.session import quiet_libraries
+from prehab_export.config.bench import BenchConfig
+from prehab_export.linalg.allocation import parameters, uniform_rank
+from prehab_export.measurement.benchmark import bench
+from prehab_export.pipeline.session import quiet_libraries
 
 # Operators that multiply by a weight.
 LINEAR = {"MatMul", "Gemm", "FusedMatMul"}

@@ -21,9 +21,9 @@ from latency import LLAMA, cut
 
 from converters.onnx.export import export_onnx
 from converters.onnx.modes import FULL, KV_CACHES
-from prehab_export.bench_config import BenchConfig
-from prehab_export.benchmark import bench
-from prehab_export.session import quiet_libraries
+from prehab_export.config.bench import BenchConfig
+from prehab_export.measurement.benchmark import bench
+from prehab_export.pipeline.session import quiet_libraries
 
 # Key and value heads: fewer than heads of queries; as many; as many, and no rotation of keys.
 SHAPES = ("llama-gqa", "llama-mha", "opt")

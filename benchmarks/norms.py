@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from prehab_export.machine import machine_facts
+from prehab_export.system.machine import machine_facts
 
 MICROSOFT = "com.microsoft"
 SIZES = [(1, 2048), (65, 192), (128, 768), (197, 768), (384, 768), (128, 2048)]

@@ -27,11 +27,11 @@ from matplotlib.figure import Figure
 from quality import RECIPES, Bench, Options
 
 import prehab_export as px
-from prehab_export.config import FISHER_LABELS
-from prehab_export.machine import machine_facts
-from prehab_export.progress import bar, say
-from prehab_export.session import held_out_split, quiet_libraries
-from prehab_export.sweep_methods import METHODS
+from prehab_export.config.calibrate import FISHER_LABELS
+from prehab_export.pipeline.session import held_out_split, quiet_libraries
+from prehab_export.pipeline.sweep_methods import METHODS
+from prehab_export.system.machine import machine_facts
+from prehab_export.system.terminal import bar, say
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 CUTS = ("svd-llm", "fisher", "drift")

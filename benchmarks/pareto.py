@@ -18,7 +18,7 @@ from typing import Any
 import click
 from matplotlib.figure import Figure
 
-from prehab_export.machine import machine_facts
+from prehab_export.system.machine import machine_facts
 
 COLOURS = {"float32": "tab:blue", "int8": "tab:green", "int8-tables4": "tab:olive", "int4": "tab:orange"}
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from converters.lowrank import DenseLinear, dense_weight
-from prehab_export.allocation import uniform_rank
-from prehab_export.config import Schedule
-from prehab_export.data import Samples
-from prehab_export.devices import device_of, moved
-from prehab_export.training import Loss, one_cycle, only_trainable, shuffled_batches
+from prehab_export.compression.training import Loss, one_cycle, only_trainable, shuffled_batches
+from prehab_export.config.training import Schedule
+from prehab_export.inputs.data.samples import Samples
+from prehab_export.inputs.devices import device_of, moved
+from prehab_export.linalg.allocation import uniform_rank
 
 PROX_FREQ = 10
 # ProxNuclearNorm's λ: the largest of 1e-4, 1e-3, 1e-2 and 1e-1 under which the task loss still fell.

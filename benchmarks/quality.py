@@ -30,20 +30,20 @@ from torch import nn
 import prehab_export as px
 from converters.onnx.export import export_onnx
 from converters.onnx.quantize import quantize_graph
-from converters.onnx.session import open_session
-from prehab_export.compression import Samplesets, compress
-from prehab_export.config import RefineConfig, RefineSchedule
-from prehab_export.data import Samples
-from prehab_export.devices import choose_device, prepare_determinism
-from prehab_export.eigenbasis import factor_bases
-from prehab_export.evaluation import onnx_predictor, torch_predictor
-from prehab_export.machine import machine_facts
-from prehab_export.progress import bar, say
-from prehab_export.refinement import refine
-from prehab_export.session import held_out_split, quiet_libraries
-from prehab_export.sweep_methods import METHODS
-from prehab_export.training import frozen_copy, labelled_loss, train
-from prehab_export.truncation import Decompositions, decompose_layers
+from converters.onnx.runtime import open_session
+from prehab_export.compression.bases import factor_bases
+from prehab_export.compression.closed_form import Samplesets, compress
+from prehab_export.compression.decompositions import Decompositions, decompose_layers
+from prehab_export.compression.refinement import refine
+from prehab_export.compression.training import frozen_copy, labelled_loss, train
+from prehab_export.config.training import RefineConfig, RefineSchedule
+from prehab_export.inputs.data.samples import Samples
+from prehab_export.inputs.devices import choose_device, prepare_determinism
+from prehab_export.inputs.evaluation import onnx_predictor, torch_predictor
+from prehab_export.pipeline.session import held_out_split, quiet_libraries
+from prehab_export.pipeline.sweep_methods import METHODS
+from prehab_export.system.machine import machine_facts
+from prehab_export.system.terminal import bar, say
 
 
 @dataclass(frozen=True)

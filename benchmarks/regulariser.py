@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 import prehab_export as px
 from converters.lowrank import DenseLinear, dense_weight
-from prehab_export.calibration import CalibrationWarning
-from prehab_export.config import PROXIMAL_SURROGATES, SURROGATES
-from prehab_export.machine import machine_facts
-from prehab_export.prehabilitation import Regulariser
-from prehab_export.session import quiet_libraries
-from prehab_export.tasks import Batch, Task
+from prehab_export.compression.calibration import CalibrationWarning
+from prehab_export.compression.regulariser import Regulariser
+from prehab_export.config.training import PROXIMAL_SURROGATES, SURROGATES
+from prehab_export.inputs.tasks import Batch, Task
+from prehab_export.pipeline.session import quiet_libraries
+from prehab_export.system.machine import machine_facts
 
 VARIANTS = [("gradient", name) for name in SURROGATES] + [("proximal", name) for name in PROXIMAL_SURROGATES]
 TASKS = {"bert-base": "text-classification", "vit-b16": "image-classification"}

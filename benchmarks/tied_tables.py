@@ -22,8 +22,8 @@ from converters.onnx.export import export_onnx
 from converters.onnx.generate import empty_cache, step_inputs
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import quantize_graph
-from converters.onnx.session import open_session
-from prehab_export.machine import machine_facts
+from converters.onnx.runtime import open_session
+from prehab_export.system.machine import machine_facts
 
 MODES = ("int8", "int8-tables4", "int8-blocks", "int4", "float16")
 WINDOW, WINDOWS = 128, 24

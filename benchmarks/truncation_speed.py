@@ -23,8 +23,8 @@ import click
 import torch
 from torch import Tensor
 
-from prehab_export.decomposition import damped, decompose, objective_value
-from prehab_export.machine import machine_facts
+from prehab_export.linalg.decomposition import damped, decompose, objective_value
+from prehab_export.system.machine import machine_facts
 
 Factors = Callable[[int], tuple[Tensor, Tensor]]
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from prehab_export.workspace import Workspace
+from prehab_export.pipeline.workspace import Workspace
 
 
 def stage_folder(output: Path, stage: str) -> Path:

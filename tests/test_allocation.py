@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from converters.errors import InputError
-from prehab_export.allocation import (
+from prehab_export.compression.moments import InputMoment, Statistics
+from prehab_export.compression.planning import ranks_by
+from prehab_export.compression.truncation import truncate
+from prehab_export.config.truncate import TruncateConfig
+from prehab_export.linalg.allocation import (
     Choice,
     _both_forms,
     _lower_hull,
@@ -21,10 +25,7 @@ from prehab_export.allocation import (
     spend,
     uniform,
 )
-from prehab_export.config import TruncateConfig
-from prehab_export.shrinkage import Sampling
-from prehab_export.statistics import InputMoment, Statistics
-from prehab_export.truncation import ranks_by, truncate
+from prehab_export.linalg.shrinkage import Sampling
 
 
 def spectrum_losses(size, seed, decay=0.7):

@@ -19,14 +19,15 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from converters.errors import InputError
-from prehab_export import machine
-from prehab_export.bench_config import PROVIDERS
-from prehab_export.bench_figures import ratio_interval
-from prehab_export.bench_graph import read_graph
-from prehab_export.bench_process import WorkerProcess
-from prehab_export.bench_worker import Case, Times, kernel_times, make_plan, open_session, serve, session_options
-from prehab_export.benchmark import BenchConfig, bench, format_bench, turns
-from prehab_export.machine import available_cores, machine_facts
+from converters.onnx.graph_facts import read_graph
+from prehab_export.cli.tables.bench import format_bench
+from prehab_export.config.bench import PROVIDERS, BenchConfig
+from prehab_export.measurement.benchmark import bench, turns
+from prehab_export.measurement.figures import ratio_interval
+from prehab_export.measurement.worker import Case, Times, kernel_times, make_plan, open_session, serve, session_options
+from prehab_export.measurement.worker_process import WorkerProcess
+from prehab_export.system import machine
+from prehab_export.system.machine import available_cores, machine_facts
 
 VOCAB, POSITIONS, HIDDEN = 50, 24, 16
 QUICK = {"threads": 1, "warmup": 0, "rounds": 2, "min_seconds": 0.0, "sequence_lengths": (8,), "new_tokens": 4}
@@ -377,7 +378,7 @@ def test_inputs_are_the_same_for_every_model(tmp_path):
 
 
 def test_worker_imports_only_the_runtime():
-    code = "import sys, prehab_export.bench_worker; print(*sys.modules)"
+    code = "import sys, prehab_export.measurement.worker; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     tops = {name.split(".")[0] for name in loaded.split()}
     assert "onnxruntime" in tops

@@ -6,13 +6,14 @@ from test_drift import CLASSIFY, STRONG, along, assert_same_products, batches_fo
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from converters.targets import target_layers
-from prehab_export.block_walk import BlockWalk, NotAChain, find_blocks
-from prehab_export.calibration import calibrate
-from prehab_export.training import frozen_copy
-from prehab_export.truncation import truncate
+from converters.selection import target_layers
+from prehab_export.compression.block_walk import BlockWalk
+from prehab_export.compression.blocks import NotAChain, find_blocks
+from prehab_export.compression.calibration import calibrate
+from prehab_export.compression.training import frozen_copy
+from prehab_export.compression.truncation import truncate
 
-pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.calibration.CalibrationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.compression.calibration.CalibrationWarning")
 
 
 class Block(nn.Module):

@@ -23,12 +23,20 @@ from small_models import build, truncated
 from converters.errors import InputError
 from converters.onnx.export import export_onnx
 from converters.onnx.quantize import quantize_graph
-from prehab_export.bench_config import BenchConfig
-from prehab_export.errors import ParityError, TargetError
-from prehab_export.files import cache_folder
-from prehab_export.targets import browser, measuring
-from prehab_export.targets.browser import WEB_ENTRY, find_browser, find_web, measure_in_browser, serve, serve_by_hand
-from prehab_export.targets.kit import KIT, make_kit, read_kit
+from prehab_export.config.bench import BenchConfig
+from prehab_export.measurement.targets import browser
+from prehab_export.measurement.targets.browser import (
+    WEB_ENTRY,
+    find_browser,
+    find_web,
+    measure_in_browser,
+    serve,
+    serve_by_hand,
+)
+from prehab_export.measurement.targets.kit import KIT, make_kit, read_kit
+from prehab_export.pipeline import target_bench as measuring
+from prehab_export.system.errors import ParityError, TargetError
+from prehab_export.system.files import cache_folder
 
 QUICK = BenchConfig(threads=1, sequence_lengths=(6,), warmup=0, rounds=2, min_seconds=0.0, new_tokens=4)
 TASKS = {"vit": "image-classification", "bert": "text-classification", "llama": "text-generation"}
@@ -355,8 +363,8 @@ def test_nothing_is_left_by_an_interrupt(kits, tmp_path, number):
     """A program that ends while the browser works takes the browser with it, even without a chance to tidy up."""
     code = (
         "from pathlib import Path\n"
-        "from prehab_export.targets.browser import measure_in_browser\n"
-        "from prehab_export.targets.kit import read_kit\n"
+        "from prehab_export.measurement.targets.browser import measure_in_browser\n"
+        "from prehab_export.measurement.targets.kit import read_kit\n"
         f"kit = read_kit(Path({str(kits('vit').folder)!r}))\n"
         "say = lambda line: print(line, flush=True)\n"
         f"measure_in_browser(kit, (1,), web=Path({str(cached_web())!r}), progress=say)\n"

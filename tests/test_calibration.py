@@ -8,13 +8,14 @@ import torch
 import transformers
 
 from converters.errors import InputError
-from converters.targets import target_layers
-from prehab_export.calibration import CalibrationWarning, calibrate, few_tokens, shared_inputs
-from prehab_export.config import TruncateConfig
-from prehab_export.shrinkage import Sampling, shrunk
-from prehab_export.statistics import load_statistics, save_statistics
-from prehab_export.tasks import TASKS
-from prehab_export.truncation import gradient_metric, truncate
+from converters.selection import target_layers
+from prehab_export.compression.calibration import CalibrationWarning, calibrate, few_tokens, shared_inputs
+from prehab_export.compression.metric import gradient_metric
+from prehab_export.compression.moments import load_statistics, save_statistics
+from prehab_export.compression.truncation import truncate
+from prehab_export.config.truncate import TruncateConfig
+from prehab_export.inputs.tasks import TASKS
+from prehab_export.linalg.shrinkage import Sampling, shrunk
 
 
 def bert(**changes):
@@ -316,7 +317,7 @@ def test_a_running_average():
     assert both.inputs[name].sampling == first.inputs[name].sampling
 
 
-@pytest.mark.filterwarnings("error::prehab_export.calibration.CalibrationWarning")
+@pytest.mark.filterwarnings("error::prehab_export.compression.calibration.CalibrationWarning")
 def test_moments_without_their_sampling_are_the_same():
     model, task = bert(), TASKS["text-classification"]
     layers = target_layers(model)
@@ -331,7 +332,7 @@ def test_moments_without_their_sampling_are_the_same():
         assert torch.allclose(plain.gradients[name], gradient, rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore::prehab_export.calibration.CalibrationWarning")
+@pytest.mark.filterwarnings("ignore::prehab_export.compression.calibration.CalibrationWarning")
 @pytest.mark.parametrize("floor", [0.0, 0.25])
 def test_moments_without_their_sampling_are_shrunk_as_configured_and_no_further(floor, tmp_path):
     """What is not known is no reason to give up G: factors are those of G at the configured share, saved or not."""

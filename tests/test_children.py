@@ -17,17 +17,17 @@ from test_bench import vision
 from test_pipeline import vit_options
 
 import prehab_export
-from prehab_export.bench_config import BenchConfig
-from prehab_export.benchmark import bench
-from prehab_export.children import end_with_all_of_it, find_program, python_module
-from prehab_export.config import DataConfig
-from prehab_export.current_folder import leave_current_folder, without_current_folder
-from prehab_export.data_source import open_source
-from prehab_export.errors import InputError
-from prehab_export.targets.kit import make_kit
-from prehab_export.targets.limits import Limits, run_limited
-from prehab_export.targets.local import measure_locally
-from prehab_export.targets.remote import _HASHES, _NEEDED
+from prehab_export.config.bench import BenchConfig
+from prehab_export.config.data import DataConfig
+from prehab_export.inputs.data.source import open_source
+from prehab_export.measurement.benchmark import bench
+from prehab_export.measurement.targets.kit import make_kit
+from prehab_export.measurement.targets.limits import Limits, run_limited
+from prehab_export.measurement.targets.local import measure_locally
+from prehab_export.measurement.targets.remote import _HASHES, _NEEDED
+from prehab_export.system.children import end_with_all_of_it, find_program, python_module
+from prehab_export.system.current_folder import leave_current_folder, without_current_folder
+from prehab_export.system.errors import InputError
 
 TRAPS = (
     *(
@@ -78,7 +78,7 @@ def test_the_program_itself(trapped):
     command = [sys.executable, "-m", "prehab_export", "run", "nowhere", "-o", "out", "--task", "text-generation"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": python_path()}, capture_output=True, text=True)
     assert (done.returncode, said(trapped)) == (2, ""), done.stderr
-    command = [sys.executable, "-m", "prehab_export.bench_worker"]  # asked nothing, it ends
+    command = [sys.executable, "-m", "prehab_export.measurement.worker"]  # asked nothing, it ends
     subprocess.run(command, env={**os.environ, "PYTHONPATH": python_path()}, stdin=subprocess.DEVNULL, check=True)
     assert said(trapped) == ""
 
@@ -276,7 +276,7 @@ def test_letters_that_the_terminal_lacks(bare):
     code = """
         import click
         from prehab_export.cli import cli, main
-        from prehab_export.progress import result_console, say
+        from prehab_export.system.terminal import result_console, say
 
         @cli.command()
         def tell():
@@ -302,7 +302,7 @@ def test_a_kit_on_a_bare_system(bare, tmp_path):
 def test_limits_that_a_system_lacks_are_refused(bare):
     code = """
         from prehab_export.errors import InputError
-        from prehab_export.targets.limits import Limits, run_limited
+        from prehab_export.measurement.targets.limits import Limits, run_limited
         import sys
         for limits in ({"memory_mb": 100}, {"cores": (0,)}):
             try:
@@ -350,7 +350,7 @@ def test_the_kit_runner_is_of_python_3_8():
     """It is read by the grammar of 3.8, and imports what every Python has, onnxruntime and numpy."""
     import ast
 
-    tree = ast.parse(files("prehab_export.targets").joinpath("kit_runner.py").read_text(encoding="utf-8"),
+    tree = ast.parse(files("prehab_export.measurement.targets").joinpath("kit_runner.py").read_text(encoding="utf-8"),
                      feature_version=(3, 8))  # fmt: skip
     names = {
         alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names

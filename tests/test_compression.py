@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from test_drift import STRONG, divergence, prepared
 from test_refinement import as_samples
 
-from prehab_export.compression import Samplesets, compress
-from prehab_export.objective_choice import choose_objectives, kinds_of
-from prehab_export.strength_search import find_strength
-from prehab_export.training import frozen_copy
+from prehab_export.compression.closed_form import Samplesets, compress
+from prehab_export.compression.objective_choice import choose_objectives, kinds_of
+from prehab_export.compression.strength_search import find_strength
+from prehab_export.compression.training import frozen_copy
 
 
 def sets(batches):

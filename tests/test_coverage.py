@@ -12,7 +12,7 @@ from test_pipeline import QUICK, TEXT, invoke
 
 from converters.coverage import coverage
 from converters.lowrank import dense_weight, low_rank_layers
-from converters.targets import target_layers
+from converters.selection import target_layers
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT_SIZES = SIZES | {"vocab_size": 64}

@@ -29,15 +29,17 @@ from transformers import (
 )
 
 from converters.errors import InputError
-from prehab_export.cli import _parsed, cli
-from prehab_export.config import DataConfig, RunConfig, from_dict, to_yaml
-from prehab_export.data import load_data
-from prehab_export.data_labels import read_labels
-from prehab_export.data_source import open_source
-from prehab_export.data_text import chunked, start_tokens, token_windows
-from prehab_export.evaluation import evaluate, torch_predictor
-from prehab_export.models import load_config, load_model, load_processor
-from prehab_export.tasks import TASKS
+from prehab_export.cli.commands import _parsed, cli
+from prehab_export.config.data import DataConfig
+from prehab_export.config.options import from_dict, to_yaml
+from prehab_export.config.run import RunConfig
+from prehab_export.inputs.data.labels import read_labels
+from prehab_export.inputs.data.loading import load_data
+from prehab_export.inputs.data.source import open_source
+from prehab_export.inputs.data.windows import chunked, start_tokens, token_windows
+from prehab_export.inputs.evaluation import evaluate, torch_predictor
+from prehab_export.inputs.models import load_config, load_model, load_processor
+from prehab_export.inputs.tasks import TASKS
 
 IMAGE, TEXT, GENERATION = TASKS["image-classification"], TASKS["text-classification"], TASKS["text-generation"]
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -11,20 +11,23 @@ from test_refinement import as_samples
 from converters.lowrank import Factors, low_rank_layers
 from converters.retruncation import relative_error, retruncate
 from converters.roots import damped, triangular_root, weighs
-from converters.targets import target_layers
-from prehab_export.calibration import CalibrationWarning, calibrate
-from prehab_export.config import PrehabConfig, RefineConfig, TrainConfig, TruncateConfig
-from prehab_export.decomposition import decompose, decompose_jointly
-from prehab_export.drift import truncate_along
-from prehab_export.eigenbasis import factor_bases
-from prehab_export.grid import GRIDS
-from prehab_export.grid_refit import refit_to_grid
-from prehab_export.prehabilitation import prehab
-from prehab_export.refinement import block_refiner
-from prehab_export.statistics import InputMoment, centred
-from prehab_export.truncation import decompose_layers, plan_ranks, truncate
+from converters.selection import target_layers
+from prehab_export.compression.bases import factor_bases
+from prehab_export.compression.calibration import CalibrationWarning, calibrate
+from prehab_export.compression.decompositions import decompose_layers
+from prehab_export.compression.drift import truncate_along
+from prehab_export.compression.grid_refit import refit_to_grid
+from prehab_export.compression.moments import InputMoment, centred
+from prehab_export.compression.planning import plan_ranks
+from prehab_export.compression.prehabilitation import prehab
+from prehab_export.compression.refinement import block_refiner
+from prehab_export.compression.truncation import truncate
+from prehab_export.config.training import PrehabConfig, RefineConfig, TrainConfig
+from prehab_export.config.truncate import TruncateConfig
+from prehab_export.linalg.decomposition import decompose, decompose_jointly
+from prehab_export.linalg.quantization_grid import GRIDS
 
-pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.calibration.CalibrationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.compression.calibration.CalibrationWarning")
 
 
 def expanded_llama():

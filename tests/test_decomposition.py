@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from converters.lowrank import balance
 from converters.roots import damped, square_root
-from prehab_export import krylov
-from prehab_export.decomposition import (
+from prehab_export.linalg import krylov
+from prehab_export.linalg.decomposition import (
     decompose,
     decompose_jointly,
     objective_value,

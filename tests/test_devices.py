@@ -16,34 +16,27 @@ from torch import nn
 
 from converters.errors import InputError
 from converters.folder import from_pretrained
-from converters.targets import target_layers
-from prehab_export import devices
-from prehab_export.bench_config import BenchConfig
-from prehab_export.calibration import calibrate
-from prehab_export.cli import main
-from prehab_export.compression import Samplesets, compress
-from prehab_export.config import (
-    DataConfig,
-    PrehabConfig,
-    RefineConfig,
-    RefineSchedule,
-    RehabConfig,
-    RunConfig,
-    Schedule,
-    TrainConfig,
-    TruncateConfig,
-)
-from prehab_export.data import Samples
-from prehab_export.drift import truncate_along
-from prehab_export.evaluation import evaluate, torch_predictor
-from prehab_export.prehabilitation import prehab
-from prehab_export.refinement import refine
-from prehab_export.rehabilitation import rehab
-from prehab_export.stages import STAGES
-from prehab_export.statistics import load_statistics, save_statistics
-from prehab_export.tasks import TASKS
-from prehab_export.training import frozen_copy, labelled_loss, optimise, train
-from prehab_export.truncation import truncate
+from converters.selection import target_layers
+from prehab_export.cli.commands import main
+from prehab_export.compression.calibration import calibrate
+from prehab_export.compression.closed_form import Samplesets, compress
+from prehab_export.compression.drift import truncate_along
+from prehab_export.compression.moments import load_statistics, save_statistics
+from prehab_export.compression.prehabilitation import prehab
+from prehab_export.compression.refinement import refine
+from prehab_export.compression.rehabilitation import rehab
+from prehab_export.compression.training import frozen_copy, labelled_loss, optimise, train
+from prehab_export.compression.truncation import truncate
+from prehab_export.config.bench import BenchConfig
+from prehab_export.config.data import DataConfig
+from prehab_export.config.run import RunConfig
+from prehab_export.config.training import PrehabConfig, RefineConfig, RefineSchedule, RehabConfig, Schedule, TrainConfig
+from prehab_export.config.truncate import TruncateConfig
+from prehab_export.inputs import devices
+from prehab_export.inputs.data.samples import Samples
+from prehab_export.inputs.evaluation import evaluate, torch_predictor
+from prehab_export.inputs.tasks import TASKS
+from prehab_export.pipeline.stages.table import STAGES
 
 FAMILIES = {"vit": "image-classification", "bert": "text-classification", "llama": "text-generation"}
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,16 +10,22 @@ from small_models import build, logits
 from torch import nn
 
 from converters.lowrank import dense_weight
-from converters.targets import target_layers
-from prehab_export import drift, tasks
-from prehab_export.block_walk import BlockWalk, ModelWalk, NotAChain, find_blocks, watched
-from prehab_export.calibration import calibrate
-from prehab_export.config import TruncateConfig
-from prehab_export.dataflow import TokenRows
-from prehab_export.drift import RIDGE, _by_input, _fitted, _gather, truncate_along
-from prehab_export.tasks import TASKS
-from prehab_export.training import frozen_copy
-from prehab_export.truncation import Plan, decompose_layers, plan_ranks, truncate
+from converters.selection import target_layers
+from prehab_export.compression import drift
+from prehab_export.compression.block_walk import BlockWalk
+from prehab_export.compression.blocks import NotAChain, find_blocks
+from prehab_export.compression.calibration import calibrate
+from prehab_export.compression.dataflow import TokenRows
+from prehab_export.compression.decompositions import decompose_layers
+from prehab_export.compression.drift import RIDGE, _by_input, _fitted, _gather, truncate_along
+from prehab_export.compression.model_walk import ModelWalk
+from prehab_export.compression.planning import Plan, plan_ranks
+from prehab_export.compression.recording import watched
+from prehab_export.compression.training import frozen_copy
+from prehab_export.compression.truncation import truncate
+from prehab_export.config.truncate import TruncateConfig
+from prehab_export.inputs import tasks
+from prehab_export.inputs.tasks import TASKS
 
 TEXT, IMAGE, CLASSIFY = (TASKS[n] for n in ("text-generation", "image-classification", "text-classification"))
 FAMILIES = {"llama": TEXT, "gpt2": TEXT, "opt": TEXT, "qwen2": TEXT, "bert": CLASSIFY, "vit": IMAGE}

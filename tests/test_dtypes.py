@@ -18,7 +18,7 @@ from test_pipeline import QUICK, invoke
 from converters.dtypes import cast_weights, loaded_dtypes, main_dtype
 from converters.errors import InputError
 from converters.folder import from_pretrained, save_folder
-from prehab_export.weight_files import check_fit_in, weight_files
+from prehab_export.inputs.stored_weights import check_fit_in, weight_files
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -339,11 +339,12 @@ def test_merging_keeps_the_dtype(bf16_llama, bf16_run, tmp_path):
 
 def test_a_fit_that_recommends_the_dense_model_keeps_its_dtype(vit_folder, tmp_path):
     """Where that changes no weight: the graph in the folder was not made of rounded ones."""
-    from prehab_export.config import DataConfig, RunConfig
-    from prehab_export.fit_models import FitModels
-    from prehab_export.session import Session
-    from prehab_export.truncation import Plan
-    from prehab_export.workspace import Workspace
+    from prehab_export.compression.planning import Plan
+    from prehab_export.config.data import DataConfig
+    from prehab_export.config.run import RunConfig
+    from prehab_export.pipeline.fitting.models import FitModels
+    from prehab_export.pipeline.session import Session
+    from prehab_export.pipeline.workspace import Workspace
 
     half = tmp_path / "half"
     shutil.copytree(vit_folder, half)

@@ -8,8 +8,9 @@ from test_drift import prepared
 from torch import nn
 
 from converters.lowrank import factors_of, low_rank_layers
-from prehab_export.eigenbasis import Basis, EigenbasisAdamW, factor_bases
-from prehab_export.training import frozen_copy
+from prehab_export.compression.bases import factor_bases
+from prehab_export.compression.training import frozen_copy
+from prehab_export.linalg.eigenbasis_adamw import Basis, EigenbasisAdamW
 
 OPTIONS = {"lr": 0.05, "weight_decay": 0.1}
 

@@ -14,16 +14,19 @@ from hypothesis import strategies as st
 from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.lowrank import LowRankLinear
-from converters.onnx.session import open_session
-from prehab_export import fitting
-from prehab_export.allocation import break_even, parameters
-from prehab_export.bench_config import BenchConfig
-from prehab_export.bench_graph import read_graph
-from prehab_export.budget import Budget, Figures, drop_of
-from prehab_export.cli import cli, main
-from prehab_export.config import CalibrateConfig, DataConfig, RunConfig, TruncateConfig
-from prehab_export.errors import BudgetError
-from prehab_export.fit_search import (
+from converters.onnx.graph_facts import read_graph
+from converters.onnx.runtime import open_session
+from prehab_export.cli.commands import cli, main
+from prehab_export.config.bench import BenchConfig
+from prehab_export.config.budget import Budget, Figures, drop_of
+from prehab_export.config.calibrate import CalibrateConfig
+from prehab_export.config.data import DataConfig
+from prehab_export.config.run import RunConfig
+from prehab_export.config.truncate import TruncateConfig
+from prehab_export.linalg.allocation import break_even, parameters
+from prehab_export.pipeline.fitting import fitting
+from prehab_export.pipeline.fitting.fitting import FitRequest, fit, unsteady
+from prehab_export.pipeline.fitting.search import (
     FLOAT32,
     Candidate,
     Knowledge,
@@ -37,11 +40,11 @@ from prehab_export.fit_search import (
     pareto,
     tightened,
 )
-from prehab_export.fit_target import measure_layers, measure_models, place_of
-from prehab_export.fitting import FitRequest, fit, unsteady
-from prehab_export.machine import machine_facts
-from prehab_export.probe import Anchor, LayerProbe, layer_probes, probed_ranks, understood
-from prehab_export.targets.measuring import Target
+from prehab_export.pipeline.fitting.survey import Anchor, LayerProbe, layer_probes, probed_ranks, understood
+from prehab_export.pipeline.fitting.target import measure_layers, measure_models, place_of
+from prehab_export.pipeline.target_bench import Target
+from prehab_export.system.errors import BudgetError
+from prehab_export.system.machine import machine_facts
 
 SHAPES = {"a": (24, 24), "b": (48, 24), "c": (24, 48)}
 

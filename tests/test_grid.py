@@ -18,12 +18,13 @@ from converters.lowrank import low_rank_layers
 from converters.onnx.export import export_onnx
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import quantize_graph
-from converters.onnx.session import open_session
+from converters.onnx.runtime import open_session
 from converters.onnx.weights import replace_weights, weight_names
-from prehab_export import quantization
-from prehab_export.decomposition import objective_value
-from prehab_export.evaluation import Metrics
-from prehab_export.grid import (
+from prehab_export.compression.grid_refit import refit_to_grid
+from prehab_export.compression.moments import InputMoment, Statistics
+from prehab_export.inputs.evaluation import Metrics
+from prehab_export.linalg.decomposition import objective_value
+from prehab_export.linalg.quantization_grid import (
     GRIDS,
     Feedback,
     Pair,
@@ -35,9 +36,8 @@ from prehab_export.grid import (
     refitted_ups,
     spread,
 )
-from prehab_export.grid_refit import refit_to_grid
-from prehab_export.shrinkage import Sampling
-from prehab_export.statistics import InputMoment, Statistics
+from prehab_export.linalg.shrinkage import Sampling
+from prehab_export.pipeline.stages import quantize as quantization
 
 GRID_NAMES = sorted(GRIDS)
 

@@ -48,6 +48,109 @@ def test_imports_go_down_only():
     assert len(order) == len(graph)
 
 
+# Rooms from the top floor down: each may import those below it, and nothing on its own floor or above.
+FLOORS = (
+    {"cli"},
+    {"pipeline"},
+    {"deployment", "measurement"},
+    {"compression"},
+    {"inputs", "linalg"},
+    {"config"},
+    {"system"},
+)
+ROOMS = {room for floor in FLOORS for room in floor}
+# What Python itself asks for by name.
+NO_ROOMS = {"__init__.py", "__init__.pyi", "__main__.py", "py.typed"}
+
+
+def room_of(module: str) -> str | None:
+    package, *rest = module.split(".")
+    return rest[0] if package == "prehab_export" and rest and rest[0] in ROOMS else None
+
+
+def floor_of(room: str) -> int:
+    return next(number for number, floor in enumerate(FLOORS) if room in floor)
+
+
+def test_the_house_has_these_rooms():
+    entries = {path.name for path in (ROOT / "prehab_export").iterdir() if path.name != "__pycache__"} - NO_ROOMS
+    assert entries == ROOMS
+    assert len(entries) <= 9
+    for room in ROOMS:
+        text = ast.get_docstring(ast.parse((ROOT / "prehab_export" / room / "__init__.py").read_text(encoding="utf-8")))
+        assert text is not None
+        assert "\n\n" not in text, room  # one paragraph
+
+
+def cross_imports() -> list[tuple[str, str, str]]:
+    """(module, where it imports from, name) of every import from one room into another."""
+    return [
+        (name, node.module, alias.name)
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("prehab_export")
+        for alias in node.names
+        if room_of(name) and room_of(f"{node.module}.{alias.name}") != room_of(name)
+    ]
+
+
+def test_rooms_import_downward_and_only_what_is_shown():
+    """What a room shows is in its stub; the one exception is what makes the stubs work."""
+    for name, module, imported in cross_imports():
+        if imported == "lazy_exports":
+            continue
+        mine, other = room_of(name), room_of(module)
+        assert module == f"prehab_export.{other}", f"{name} reaches into {module}"
+        assert mine is not None
+        assert other is not None
+        assert floor_of(other) > floor_of(mine), f"{name} imports {module}, which is not below it"
+        assert imported in import_module(module).__all__, f"{module} does not show {imported} to {name}"
+    for name, path in modules().items():  # no import of another form gets round that
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("prehab_export.") for alias in node.names), name
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, name
+
+
+def test_rooms_show_what_others_use_and_nothing_else():
+    used = {(room_of(module), imported) for _, module, imported in cross_imports()}
+    public = set(prehab_export.__all__)
+    for room in ROOMS:
+        for shown in import_module(f"prehab_export.{room}").__all__:
+            assert (room, shown) in used or shown in public, f"nobody uses {shown} of {room}"
+            assert getattr(import_module(f"prehab_export.{room}"), shown) is not None
+
+
+def test_no_module_hides_a_name_or_a_standard_module():
+    """A module named as a function of its package would stand in the function's place once it is imported."""
+    for name in modules():
+        last = name.rpartition(".")[2]
+        assert last not in sys.stdlib_module_names or last == "__main__", name
+        room = room_of(name)
+        if room is not None and name != f"prehab_export.{room}":
+            assert last not in import_module(f"prehab_export.{room}").__all__, name
+    assert not ROOMS & set(prehab_export.__all__)
+
+
+def test_no_two_classes_have_one_name():
+    found: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(name)
+    assert not {name: places for name, places in found.items() if len(places) > 1}
+
+
+def test_public_functions_take_seven_parameters_at_most():
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                taken = [argument.arg for argument in given if argument.arg not in ("self", "cls")]
+                assert len(taken) <= 7, f"{name}.{node.name}: {', '.join(taken)}"
+
+
 def test_importing_the_package_is_light():
     script = "import sys, prehab_export, converters; sys.exit(bool({'torch', 'onnxruntime'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
@@ -97,13 +200,13 @@ def test_every_text_has_an_encoding():
 
 
 def test_one_door_for_child_processes():
-    """`prehab_export.children` builds their command lines and environments, so that none looks into the current folder.
-    The kit's runner stands alone, and is a file whose folder is its own."""
+    """`prehab_export.system.children` builds their command lines and environments, so that none looks into the current
+    folder. The kit's runner stands alone, and is a file whose folder is its own."""
     for name, path in modules().items():
-        if name == "prehab_export.targets.kit_runner":
+        if name == "prehab_export.measurement.targets.kit_runner":
             continue
         text = path.read_text(encoding="utf-8")
-        if name != "prehab_export.children":
+        if name != "prehab_export.system.children":
             assert "sys.executable" not in text, name
             assert "shutil.which" not in text, name
         assert not {"multiprocessing", "os.system", "os.popen"} & set(re.findall(r"\b[a-z]+(?:\.[a-z]+)?\b", text)), (
@@ -159,7 +262,7 @@ def test_terminal_text_is_literal():
     """Names stand in nearly every line that is printed: looks are given as a style, never as markup in the text."""
     for name, path in modules().items():
         text = path.read_text(encoding="utf-8")
-        if name != "prehab_export.progress":
+        if name != "prehab_export.system.terminal":
             assert not re.search(r"\bConsole\((?!\))", text), name
         assert "rich.markup" not in text, name
         assert not re.search(r"[\"'] *\[/?(bold|dim|red|yellow|green)\]", text), name

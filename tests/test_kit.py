@@ -16,12 +16,13 @@ from test_pipeline import invoke, vit_options
 from converters.errors import InputError
 from converters.onnx.export import export_onnx
 from converters.onnx.quantize import quantize_graph
-from prehab_export.bench_config import BenchConfig
-from prehab_export.errors import ParityError, TargetError
-from prehab_export.targets.kit import KIT, RUNNER, make_kit, read_kit
-from prehab_export.targets.limits import Limits, run_limited
-from prehab_export.targets.local import matrix, measure_locally
-from prehab_export.targets.results import kept_results, read_results
+from prehab_export.config.bench import BenchConfig
+from prehab_export.measurement.targets.kit import KIT, RUNNER, make_kit, read_kit
+from prehab_export.measurement.targets.limits import Limits, run_limited
+from prehab_export.measurement.targets.local import matrix, measure_locally
+from prehab_export.measurement.targets.results import read_results
+from prehab_export.pipeline.target_results import kept_results
+from prehab_export.system.errors import ParityError, TargetError
 
 QUICK = BenchConfig(threads=1, sequence_lengths=(6,), warmup=0, rounds=2, min_seconds=0.0, new_tokens=4)
 TASKS = {"vit": "image-classification", "bert": "text-classification", "llama": "text-generation"}

@@ -16,7 +16,7 @@ from converters.onnx.generate import greedy_decode
 from converters.onnx.latent import kind_of_cache, rotate
 from converters.onnx.modes import MODES
 from converters.onnx.quantize import quantize_graph
-from converters.onnx.session import open_session
+from converters.onnx.runtime import open_session
 from converters.onnx.weights import replace_weights
 
 RANK = 6

@@ -40,8 +40,7 @@ from transformers import (
 from converters.errors import InputError
 from converters.folder import from_pretrained, save_folder
 from converters.model_config import forget_kernels
-from prehab_export.inspection import inspect_model
-from prehab_export.models import (
+from prehab_export.inputs.models import (
     check_task,
     empty_model,
     fingerprint,
@@ -52,7 +51,8 @@ from prehab_export.models import (
     longest_input,
     padding_id,
 )
-from prehab_export.tasks import TASKS
+from prehab_export.inputs.tasks import TASKS
+from prehab_export.pipeline.inspection import inspect_model
 
 IMAGE, TEXT, GENERATION = TASKS["image-classification"], TASKS["text-classification"], TASKS["text-generation"]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -17,17 +17,19 @@ from test_bench import QUICK as QUICK_BENCH
 from test_bench import vision
 from test_pipeline import QUICK, invoke
 
-from prehab_export import benchmark, progress
-from prehab_export.bench_config import BenchConfig
-from prehab_export.bench_table import format_bench
-from prehab_export.benchmark import bench
-from prehab_export.fit_report import HEADINGS, lines_of, print_fit
-from prehab_export.progress import bar, result_console, say, warn
-from prehab_export.rendering import code_span, escape_markdown, render
-from prehab_export.roofline import Ceilings
-from prehab_export.sweeping import print_sweep
-from prehab_export.targets.kit import make_kit
-from prehab_export.targets.table import print_results
+from prehab_export.cli.tables.bench import format_bench
+from prehab_export.cli.tables.fit import print_fit
+from prehab_export.cli.tables.sweep import print_sweep
+from prehab_export.cli.tables.target import print_results
+from prehab_export.config.bench import BenchConfig
+from prehab_export.measurement import benchmark
+from prehab_export.measurement.benchmark import bench
+from prehab_export.measurement.roofline import Ceilings
+from prehab_export.measurement.targets.kit import make_kit
+from prehab_export.pipeline.fitting.report import HEADINGS, lines_of
+from prehab_export.system import terminal as progress
+from prehab_export.system.rendering import code_span, escape_markdown, render
+from prehab_export.system.terminal import bar, result_console, say, warn
 
 NAME = "x[/v2]|*a*:smile:"
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])

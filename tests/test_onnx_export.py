@@ -57,7 +57,7 @@ from converters.onnx.export import export_onnx
 from converters.onnx.fuse import simplify_graph
 from converters.onnx.generate import greedy_decode
 from converters.onnx.inputs import ordinary_tokens, text_inputs
-from converters.onnx.session import open_session
+from converters.onnx.runtime import open_session
 from converters.onnx.write import write_graph
 
 TOLERANCE = 5e-6  # max |Δ| over max |logit|; PyTorch against itself with another attention differs by 1e-6

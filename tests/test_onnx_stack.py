@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_onnx_export import TASKS, make
 
 from converters.onnx import export
-from converters.onnx.session import open_session
+from converters.onnx.runtime import open_session
 from converters.onnx.stack import stack_products
 
 

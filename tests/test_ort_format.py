@@ -16,7 +16,7 @@ from converters.onnx import ort_format
 from converters.onnx.export import export_onnx
 from converters.onnx.ort_format import mobile_verdict, write_ort
 from converters.onnx.quantize import quantize_graph
-from prehab_export import ort_files
+from prehab_export.pipeline.stages import ort as ort_files
 
 TASKS = {"vit": "image-classification", "bert": "text-classification", "llama": "text-generation"}
 

@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
+import prehab_export.parity as parity
 import pytest
 import torch
 from small_models import build
 
-import prehab_export.parity as parity
 from converters.onnx.export import export_onnx
-from prehab_export.errors import ParityError
-from prehab_export.parity import TOLERANCE, check_graph, load_reference, reference_of, save_reference
-from prehab_export.tasks import TASKS
+from prehab_export.deployment.parity import TOLERANCE, check_graph, load_reference, reference_of, save_reference
+from prehab_export.inputs.tasks import TASKS
+from prehab_export.system.errors import ParityError
 
 TASK = TASKS["text-generation"]
 BATCHES = [{"input_ids": torch.tensor([[5, 9, 23, 7, 11, 3, 30, 8]])}]

@@ -22,9 +22,9 @@ from transformers import BartConfig, BartForSequenceClassification
 
 from converters.folder import save_folder
 from prehab_export import from_pretrained
-from prehab_export.cli import main
-from prehab_export.rendering import render
-from prehab_export.workspace import Workspace
+from prehab_export.cli.commands import main
+from prehab_export.pipeline.workspace import Workspace
+from prehab_export.system.rendering import render
 
 QUICK = [
     "--calibration-samples",
@@ -562,7 +562,7 @@ def test_work_done_again_that_comes_out_the_same_leaves_the_rest_valid(finished,
 
 def test_what_follows_work_that_came_out_otherwise_is_done_again(vit_folder, tmp_path, monkeypatch):
     """The artifact must be of the cut that the report quotes."""
-    import prehab_export.stages as stages
+    from prehab_export.pipeline.stages import compress as stages
 
     output = tmp_path / "run"
     options = [*vit_options(vit_folder), "-o", output]
@@ -586,7 +586,7 @@ def test_what_follows_work_that_came_out_otherwise_is_done_again(vit_folder, tmp
 
 
 def test_work_done_again_that_is_killed_makes_no_leftovers_of_what_was_there(finished, tmp_path, monkeypatch):
-    import prehab_export.stages as stages
+    from prehab_export.pipeline.stages import calibrate as stages
 
     output = tmp_path / "run"
     shutil.copytree(finished, output)
@@ -595,7 +595,7 @@ def test_work_done_again_that_is_killed_makes_no_leftovers_of_what_was_there(fin
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "_statistics", killed)
+    monkeypatch.setattr(stages, "gather_statistics", killed)
     assert invoke("calibrate", output, "--force") == 130
     assert (output / "artifact").is_dir()
     assert invoke("clean", output) == 0
@@ -603,8 +603,8 @@ def test_work_done_again_that_is_killed_makes_no_leftovers_of_what_was_there(fin
 
 
 def test_what_is_refuted_when_done_again_does_not_come_back(finished, tmp_path, monkeypatch):
-    from prehab_export import pipeline
-    from prehab_export.errors import ParityError
+    from prehab_export.pipeline import running as pipeline
+    from prehab_export.system.errors import ParityError
 
     output = tmp_path / "run"
     shutil.copytree(finished, output)
@@ -753,7 +753,7 @@ def test_export_does_its_own_work_again_with_ort_files_too(finished, tmp_path):
 
 
 def test_the_demo_can_be_gone_on_with_from_another_folder(tmp_path, monkeypatch):
-    from prehab_export import demo
+    from prehab_export.pipeline import demo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "_train_vit", lambda folder: folder.mkdir())
@@ -796,7 +796,7 @@ def test_a_disk_that_fills_is_a_sentence_and_leaves_nothing_half_done(kind, vit_
     """The device that is always full stands in for the disk; a library of another language hands its words on."""
     from safetensors import SafetensorError
 
-    import prehab_export.stages as stages
+    from prehab_export.pipeline.stages import calibrate as stages
 
     output = tmp_path / "run"
 
@@ -825,7 +825,7 @@ def test_a_disk_that_fills_is_a_sentence_and_leaves_nothing_half_done(kind, vit_
 
 def test_input_that_cannot_be_read_for_want_of_room_is_no_bad_input(vit_folder, tmp_path, monkeypatch, capsys):
     """Data and models are unpacked into temporary folders and caches, which may be on a full disk."""
-    from prehab_export import data_source
+    from prehab_export.inputs.data import source as data_source
 
     def full():
         Path("/dev/full").write_bytes(b"rows")
@@ -843,12 +843,12 @@ def test_input_that_cannot_be_read_for_want_of_room_is_no_bad_input(vit_folder, 
 
 
 def test_verification_without_room_says_so(finished, tmp_path, monkeypatch, capfd):
-    from prehab_export import verification
+    from prehab_export.pipeline.stages import verify as verification
 
     output = tmp_path / "run"
     shutil.copytree(finished, output)
     script = (
-        "import sys\nfrom pathlib import Path\nfrom prehab_export import verification\n"
+        "import sys\nfrom pathlib import Path\nfrom prehab_export.pipeline.stages import verify as verification\n"
         "verification.verify = lambda _session: open('/dev/full', 'wb', buffering=0).write(b'rows')\n"
         "verification._main(Path(sys.argv[1]))"
     )
@@ -862,7 +862,7 @@ def test_verification_without_room_says_so(finished, tmp_path, monkeypatch, capf
 
 def test_files_that_were_not_touched_are_not_read_again(finished, tmp_path, monkeypatch):
     """A verb on a large run must not read every stage, nor the model, from end to end."""
-    from prehab_export import files
+    from prehab_export.system import files
 
     output = tmp_path / "run"
     shutil.copytree(finished, output, copy_function=shutil.copy)  # with new times: read once, then remembered

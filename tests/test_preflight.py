@@ -11,10 +11,11 @@ import prehab_export.pipeline
 from converters.errors import InputError
 from converters.folder import save_folder
 from converters.skeleton import skeleton
-from prehab_export.data import Samples
-from prehab_export.models import empty_model, make_model
-from prehab_export.preflight import check_exportable_model, check_runs
-from prehab_export.tasks import TASKS
+from prehab_export.deployment.exportability import check_exportable_model
+from prehab_export.inputs.data.samples import Samples
+from prehab_export.inputs.models import empty_model, make_model
+from prehab_export.inputs.tasks import TASKS
+from prehab_export.inputs.trial import check_runs
 
 GENERATION, TEXT, IMAGE = TASKS["text-generation"], TASKS["text-classification"], TASKS["image-classification"]
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
@@ -85,9 +86,9 @@ def test_models_that_can_be_exported_pass(config, task, samples):
 
 def test_what_fails_before_any_export_is_no_refusal(monkeypatch):
     config = transformers.LlamaConfig(**DECODER, num_hidden_layers=1)
-    monkeypatch.setattr("prehab_export.preflight.check_exportable", lambda *a, **k: pytest.fail("was tried"))
+    monkeypatch.setattr("prehab_export.pipeline.preflight.check_exportable", lambda *a, **k: pytest.fail("was tried"))
     check(config, samples=Samples(np.arange(6), lambda rows: {"input_ids": torch.full((len(rows), 4), 10**6)}))
-    monkeypatch.setattr("prehab_export.preflight.skeleton", lambda *a: None)
+    monkeypatch.setattr("prehab_export.pipeline.preflight.skeleton", lambda *a: None)
     check(config)
 
 

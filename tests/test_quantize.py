@@ -19,13 +19,15 @@ from converters.errors import InputError
 from converters.onnx import write
 from converters.onnx.coverage import VECTORS, Coverage, Left, coverage
 from converters.onnx.export import export_onnx
+from converters.onnx.graph_facts import read_graph
 from converters.onnx.modes import BLOCK, FILE_NAMES, MODES
 from converters.onnx.quantize import quantize_graph
-from converters.onnx.session import open_session
-from prehab_export import quantization
-from prehab_export.bench_graph import read_graph
-from prehab_export.config import DataConfig, RunConfig, TruncateConfig
-from prehab_export.errors import out_of_space
+from converters.onnx.runtime import open_session
+from prehab_export.config.data import DataConfig
+from prehab_export.config.run import RunConfig
+from prehab_export.config.truncate import TruncateConfig
+from prehab_export.pipeline.stages import quantize as quantization
+from prehab_export.system.errors import out_of_space
 
 # Largest |Δ| over max |logit| on tiny random models, where nothing averages out.
 ALLOWED = {"int8": 0.1, "int8-tables4": 1.0, "int8-static": 0.2, "int8-blocks": 0.1, "int4": 1.0, "float16": 2e-3}

@@ -14,9 +14,9 @@ from runs import stage_folder
 from test_allocation import spectrum_losses
 from test_pipeline import invoke, vit_options
 
-from prehab_export import rank_times
-from prehab_export.allocation import _lower_hull, break_even, by_joint_loss, parameters, rank_menu
-from prehab_export.rank_times import Curve, RankTimes, Setting, grid, measure_rank_times
+from prehab_export.linalg.allocation import _lower_hull, break_even, by_joint_loss, parameters, rank_menu
+from prehab_export.measurement import rank_times
+from prehab_export.measurement.rank_times import Curve, RankTimes, Setting, grid, measure_rank_times
 
 SETTING = Setting(threads=1, tokens=4)
 

@@ -7,12 +7,12 @@ import torch
 from test_drift import STRONG, along, divergence, prepared
 
 from converters.lowrank import low_rank_layers
-from prehab_export.block_walk import hidden_of
-from prehab_export.config import RefineConfig, RefineSchedule
-from prehab_export.data import Samples
-from prehab_export.drift import truncate_along
-from prehab_export.refinement import block_refiner, factor_parameters, refine, relative_error
-from prehab_export.training import frozen_copy
+from prehab_export.compression.drift import truncate_along
+from prehab_export.compression.recording import hidden_of
+from prehab_export.compression.refinement import block_refiner, factor_parameters, refine, relative_error
+from prehab_export.compression.training import frozen_copy
+from prehab_export.config.training import RefineConfig, RefineSchedule
+from prehab_export.inputs.data.samples import Samples
 
 STEPS = RefineConfig(RefineSchedule(steps=30, batch_size=8, learning_rate=3e-3))
 

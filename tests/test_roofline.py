@@ -8,13 +8,13 @@ from small_models import build
 from torch.utils.flop_counter import FlopCounterMode
 
 from converters.onnx.export import export_onnx
+from converters.onnx.graph_facts import read_graph
 from converters.onnx.quantize import quantize_graph
-from prehab_export.bench_config import BenchConfig
-from prehab_export.bench_graph import read_graph
-from prehab_export.benchmark import bench
-from prehab_export.kernel_cost import multiply_adds
-from prehab_export.plots import plot_roofline
-from prehab_export.roofline import Ceilings, measure_ceilings, roofline_of
+from prehab_export.config.bench import BenchConfig
+from prehab_export.measurement.benchmark import bench
+from prehab_export.measurement.kernel_cost import multiply_adds
+from prehab_export.measurement.roofline import Ceilings, measure_ceilings, roofline_of
+from prehab_export.pipeline.report.plots import plot_roofline
 
 
 def test_multiply_adds_by_hand():

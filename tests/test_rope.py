@@ -8,8 +8,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from converters.onnx.export import export_onnx
 from converters.onnx.generate import greedy_decode
 from converters.onnx.rope import traceable_frequencies
-from converters.onnx.session import open_session
-from prehab_export.evaluation import feeds_of
+from converters.onnx.runtime import open_session
+from prehab_export.inputs.evaluation import feeds_of
 
 TRAINED = 16
 SIZES = {

@@ -28,8 +28,8 @@ from converters.lowrank import (
 )
 from converters.onnx.export import export_onnx
 from converters.onnx.generate import empty_cache, step_inputs
-from converters.onnx.session import open_session
-from prehab_export.inspection import inspect_model
+from converters.onnx.runtime import open_session
+from prehab_export.pipeline.inspection import inspect_model
 
 GROUPS = {
     "bert": [("query", "key", "value")],

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import prehab_export as px
-from prehab_export.evaluation import torch_predictor
-from prehab_export.training import frozen_copy
-from prehab_export.truncation import decompose_layers
+from prehab_export.compression.decompositions import decompose_layers
+from prehab_export.compression.training import frozen_copy
+from prehab_export.inputs.evaluation import torch_predictor
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 pytestmark = [

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.covariance import ledoit_wolf
 
-from prehab_export.shrinkage import ClusterSums, Sampling, shrunk
+from prehab_export.linalg.shrinkage import ClusterSums, Sampling, shrunk
 
 
 def sums_of(samples, sizes=None, dtype=torch.float64):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.roots import square_root
-from prehab_export import surrogates
-from prehab_export.surrogates import Frame, Nuclear, Spectral, StochasticStableRank, Tail, Whitened
+from prehab_export.linalg import surrogates
+from prehab_export.linalg.surrogates import Frame, Nuclear, Spectral, StochasticStableRank, Tail, Whitened
 
 SHAPES = [(8, 12), (12, 8), (10, 10)]
 FUNCTIONS = {"nuclear": surrogates.nuclear, "stable-rank": surrogates.stable_rank, "spectral": surrogates.spectral}

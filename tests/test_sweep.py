@@ -8,17 +8,14 @@ from click.testing import CliRunner
 
 from converters.errors import InputError
 from prehab_export import sweep
-from prehab_export.cli import cli
-from prehab_export.config import (
-    CalibrateConfig,
-    DataConfig,
-    RefineConfig,
-    RefineSchedule,
-    RunConfig,
-    TruncateConfig,
-    to_yaml,
-)
-from prehab_export.pipeline import run
+from prehab_export.cli.commands import cli
+from prehab_export.config.calibrate import CalibrateConfig
+from prehab_export.config.data import DataConfig
+from prehab_export.config.options import to_yaml
+from prehab_export.config.run import RunConfig
+from prehab_export.config.training import RefineConfig, RefineSchedule
+from prehab_export.config.truncate import TruncateConfig
+from prehab_export.pipeline.running import run
 
 
 @pytest.fixture(scope="module")

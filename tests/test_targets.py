@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from converters.errors import InputError
-from converters.targets import target_layers
+from converters.selection import target_layers
 
 
 def small(model_class, config_class, **changes):

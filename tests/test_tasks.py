@@ -11,9 +11,9 @@ from onnx import TensorProto, helper
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from converters.errors import InputError
-from prehab_export.config import TASK_NAMES
-from prehab_export.evaluation import evaluate, onnx_predictor, torch_predictor
-from prehab_export.tasks import TASKS
+from prehab_export.config.run import TASK_NAMES
+from prehab_export.inputs.evaluation import evaluate, onnx_predictor, torch_predictor
+from prehab_export.inputs.tasks import TASKS
 
 CLASSIFICATION = TASKS["text-classification"]
 GENERATION = TASKS["text-generation"]

@@ -9,14 +9,14 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from converters.errors import InputError
-from converters.targets import target_layers
-from prehab_export.calibration import calibrate
-from prehab_export.dataflow import TokenRows
-from prehab_export.drift import truncate_along
-from prehab_export.tasks import TASKS
-from prehab_export.truncation import truncate
+from converters.selection import target_layers
+from prehab_export.compression.calibration import calibrate
+from prehab_export.compression.dataflow import TokenRows
+from prehab_export.compression.drift import truncate_along
+from prehab_export.compression.truncation import truncate
+from prehab_export.inputs.tasks import TASKS
 
-pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.calibration.CalibrationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.compression.calibration.CalibrationWarning")
 CLASSIFY = TASKS["text-classification"]
 WIDTH = 16
 

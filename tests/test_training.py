@@ -11,27 +11,30 @@ import transformers
 from converters.errors import InputError
 from converters.lowrank import dense_weight, factorize, low_rank_layers
 from converters.roots import square_root
-from converters.targets import target_layers
-from prehab_export import calibrate, load_data, prehab, rehab, surrogates, truncate
-from prehab_export.config import (
+from converters.selection import target_layers
+from prehab_export import calibrate, load_data, prehab, rehab, truncate
+from prehab_export.compression.decompositions import decompose_layers
+from prehab_export.compression.metric import layer_metric
+from prehab_export.compression.planning import Plan, plan_ranks
+from prehab_export.compression.regulariser import Regulariser
+from prehab_export.compression.training import frozen_copy, labelled_loss, train
+from prehab_export.config.data import DataConfig
+from prehab_export.config.training import (
     LAYER_WEIGHTS,
     PROXIMAL_SURROGATES,
     REHAB_METHODS,
     SURROGATES,
     UPDATES,
     WHITENINGS,
-    DataConfig,
     PrehabConfig,
     RehabConfig,
     Schedule,
     TrainConfig,
-    TruncateConfig,
 )
-from prehab_export.evaluation import evaluate, torch_predictor
-from prehab_export.prehabilitation import Regulariser
-from prehab_export.tasks import TASKS
-from prehab_export.training import frozen_copy, labelled_loss, train
-from prehab_export.truncation import Plan, decompose_layers, layer_metric, plan_ranks
+from prehab_export.config.truncate import TruncateConfig
+from prehab_export.inputs.evaluation import evaluate, torch_predictor
+from prehab_export.inputs.tasks import TASKS
+from prehab_export.linalg import surrogates
 
 TASK = TASKS["image-classification"]
 LOSS = labelled_loss(TASK)
@@ -252,7 +255,7 @@ def test_layers_with_one_down_have_one_tail(whitening, digits):
     regulariser = Regulariser(layers, PrehabConfig(whitening=whitening, layer_weights="equal"), cut)
     group = next(iter(decomposed.groups))
     plan = Plan(dict.fromkeys(layers) | dict.fromkeys(group, 9), (group,))
-    with patch("prehab_export.prehabilitation.ranks_by", lambda *_: plan):
+    with patch("prehab_export.compression.prehabilitation.ranks_by", lambda *_: plan):
         regulariser.refresh(statistics)
     assert regulariser.ranks == {group: 9}
     model.zero_grad()
@@ -268,7 +271,7 @@ def test_layers_with_one_down_have_one_tail(whitening, digits):
     assert (found - expected).norm() < 1e-2 * expected.norm()
     config = PrehabConfig(whitening=whitening, layer_weights="equal", update="proximal", every=1)
     proximal = Regulariser(layers, config, cut)
-    with patch("prehab_export.prehabilitation.ranks_by", lambda *_: plan):
+    with patch("prehab_export.compression.prehabilitation.ranks_by", lambda *_: plan):
         proximal.refresh(statistics)
     proximal.shrink(0, 1.0)
     after = decompose_layers(layers, statistics, cut).groups[group].decomposition

@@ -3,7 +3,7 @@
 A block is a run of inputs of one output, or of entries of one row of a table. It is stored as unsigned numbers q of 4
 or 8 bits and a float32 step, and stands for ``(q − 2^(bits−1)) · step``. The largest entry of a block sets the step and
 is the most negative number, of which there is one more than of positive ones; others are rounded to the nearest,
-halves upwards. That is how ONNX Runtime's own quantiser rounds, and what `prehab_export.grid` fits factors to.
+halves upwards. That is how ONNX Runtime's own quantiser rounds, and what `prehab_export.linalg` fits factors to.
 
 Products become ``MatMulNBits``, look-ups ``GatherBlockQuantized``. The two read the same bytes in the same order, one
 as outputs × blocks × bytes, the other as rows × bytes. So a table and the output layer that is tied to it are one

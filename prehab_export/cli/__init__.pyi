@@ -1,0 +1,1 @@
+from prehab_export.cli.commands import main as main

@@ -1,0 +1,35 @@
+"""A look at a model, for the terminal."""
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from prehab_export.system import result_console
+
+
+def print_inspection(facts: dict[str, Any]) -> None:
+    """The same as a table on stdout."""
+    console = result_console()
+    console.print(f"{facts['model']}: {facts['architecture']}, {facts['task']}")
+    console.print(
+        f"{facts['parameters']:,} parameters, {facts['targeted_parameters']:,} of them "
+        f"({100 * facts['targeted_share']:.1f}%) in "
+        + (f"{facts['layers_factored']} two-factor layers" if facts["layers_factored"] else "layers to compress")
+    )
+    if facts["warning"] is not None and not facts["layers_factored"]:
+        console.print(f"warning: {facts['warning']}", style="yellow")
+    headings = ("layer", "out×in", "parameters", "rank", "kept", "shares input with", "stable rank", "99% in")
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in headings[::5] else "right", overflow="fold")
+    for row in facts["layers"]:
+        shape = "×".join(map(str, row["shape"]))
+        rank = row["rank"] or f"≤ {row['break_even_rank'] - 1}" if row["targeted"] else "stays dense"
+        group = row.get("input_group")
+        shared = group.rsplit(".", 1)[-1] if group and group != row["name"] else ""
+        stable = f"{row['stable_rank']:.1f}" if "stable_rank" in row else ""
+        energy = str(row.get("rank_of_99_percent", ""))
+        kept = f"{100 * row['share_kept']:.0f}%"
+        table.add_row(row["name"], shape, f"{row['parameters']:,}", str(rank), kept, shared, stable, energy)
+    console.print(table)

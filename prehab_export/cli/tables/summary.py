@@ -1,0 +1,64 @@
+"""What the command line says when a stage is done."""
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from prehab_export.pipeline import WHOLE_RUNS, Workspace, result_of, sizes_of
+from prehab_export.system import result_console
+
+
+def print_summary(workspace: Workspace, verb: str) -> None:
+    """A few lines on stdout: what it cost, what it gained, where things lie."""
+    console = result_console()
+    result = result_of(workspace, verb)
+    if verb in WHOLE_RUNS:
+        console.print(_table(result))
+        for warning in result["size_warnings"]:
+            console.print(f"warning: {warning}", style="yellow")
+        _print_speed(console, result)
+        _print_places(console, workspace)
+    elif result.get("skipped"):
+        console.print(f"{verb}: skipped, not asked for")
+    else:
+        place = workspace.root / "artifact" if verb == "verify" else workspace.folder(verb)
+        console.print(f"{verb}: done, in {place}")
+
+
+def _table(result: dict[str, Any]) -> Table:
+    metrics, truncation = result["verify"]["metrics"], result["truncate"]
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for heading in ("", "dense", "compressed"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for kind, label in (("pytorch", "PyTorch"), ("onnx", "ONNX Runtime")):
+        values = [f"{metrics[f'{side}_{kind}']['value']:.4f}" for side in ("dense", "compressed")]
+        table.add_row(f"{result['metric']['name']}, {label}", *values)
+    for key, label in (("targeted", "parameters, targeted layers"), ("total", "parameters, whole model")):
+        counts = [f"{truncation[f'{key}_parameters_{side}']:,}" for side in ("before", "after")]
+        table.add_row(label, *counts)
+    table.add_row("targeted share of the whole model", f"{truncation['coverage']['targeted_share']:.1%}", "")
+    weights = (f"{result[side]['weight_bytes'] / 1e6:.2f} {result[side]['dtype']}" for side in ("baseline", "export"))
+    table.add_row("weight files, MB", *weights)
+    table.add_row("ONNX file, MB", *(f"{result[side]['bytes'] / 1e6:.2f}" for side in ("baseline", "export")))
+    return table
+
+
+def _print_speed(console: Console, result: dict[str, Any]) -> None:
+    from prehab_export.cli.tables.bench import format_bench
+
+    console.print(format_bench(result["bench"]))
+    for row in result["bench"]["comparison"]:
+        if row["model"].startswith("compressed") and row["speedup"] < 1:
+            console.print(f"{row['model']} is slower than dense {sizes_of(row)}: {row['speedup']:.2f}×", style="yellow")
+
+
+def _print_places(console: Console, workspace: Workspace) -> None:
+    root = workspace.root
+    console.print(f"artifact  {root / 'artifact'}")
+    console.print(f"report    {root / 'report' / 'report.md'}")
+    if leftovers := workspace.leftovers():
+        size = sum(leftover.bytes for leftover in leftovers)
+        told = f"kept for options used before: {size / 1e6:,.0f} MB; prehab-export clean {root} frees them"
+        console.print(told, style="dim")

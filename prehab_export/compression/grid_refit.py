@@ -1,0 +1,79 @@
+"""A compressed model whose factors fit the grid of one kind of quantisation: other factors, near the same products."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from converters.lowrank import low_rank_layers, shared_groups
+from prehab_export.compression.metric import layer_metric
+from prehab_export.compression.moments import Statistics
+from prehab_export.linalg import Grid, Pair, Weighing, fit_to_grid
+
+
+@dataclass(frozen=True)
+class GridFit:
+    """What rounding costs layers with one ``down`` (``Weighing.cost``): factors snapped as they are, and refitted."""
+
+    layers: tuple[str, ...]
+    plain: float
+    refitted: float
+
+
+@torch.no_grad()
+def refit_to_grid(
+    model: nn.Module,
+    statistics: Statistics,
+    grid: Grid,
+    gradient_shrinkage: float,
+    *,
+    replaceable: Collection[str],
+    progress: Callable[[int], None] | None = None,
+) -> list[GridFit]:
+    """Put factors that lie on the grid into every two-factor layer, in place. A bias takes the mean of what is lost.
+
+    Args:
+        statistics: of the model before truncation.
+        gradient_shrinkage: as in ``TruncateConfig``.
+        replaceable: names of the parameters that may change; layers with another one stay as they are.
+        progress: called with the number of layers done.
+    """
+    layers = low_rank_layers(model)
+    groups = shared_groups(model)
+    followers = {name for group in groups for name in group[1:]}
+    units = {group[0]: group for group in groups}
+    fits = []
+    for leader in layers:
+        if leader in followers:
+            continue
+        names = units.get(leader, (leader,))
+        wanted = {f"{name}.up.{part}" for name in names for part, _ in layers[name].up.named_parameters()}
+        if wanted | {f"{leader}.down.weight"} <= set(replaceable):
+            fits.append(_refit(model, names, statistics, grid, gradient_shrinkage))
+        if progress is not None:
+            progress(len(names))
+    return fits
+
+
+def _refit(
+    model: nn.Module, names: tuple[str, ...], statistics: Statistics, grid: Grid, gradient_shrinkage: float
+) -> GridFit:
+    layers = [low_rank_layers(model)[name] for name in names]
+    metrics = [
+        layer_metric(name, layer, statistics, gradient_shrinkage) for name, layer in zip(names, layers, strict=True)
+    ]
+    gradients = tuple(metric.gradient_moment for metric in metrics)
+    weighing = Weighing(metrics[0].second_moment, gradients)
+    pair = Pair(tuple(layer.up.weight.double() for layer in layers), layers[0].down.weight.double())
+    fitted = fit_to_grid(pair, weighing, grid)
+    # As they are, no bias takes the mean of the error, so it counts.
+    raw = Weighing(statistics.input_of(names[0]).second_moment.to(pair.down), gradients)
+    fit = GridFit(names, raw.cost(pair, pair.snapped(grid), grid), weighing.cost(pair, fitted, grid))
+    for layer, metric, up, old in zip(layers, metrics, fitted.ups, pair.ups, strict=True):
+        if layer.bias is not None and metric.mean is not None:
+            lost = old @ (pair.down @ metric.mean) - up @ (fitted.down @ metric.mean)
+            layer.bias.copy_(layer.bias.double() + lost)
+        layer.up.weight.copy_(up)
+    layers[0].down.weight.copy_(fitted.down)
+    return fit

@@ -1,0 +1,151 @@
+"""What calibration knows of a model: input and gradient moments per layer, saved as safetensors."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from converters.errors import InputError
+from prehab_export.linalg import Sampling
+
+# A variance below this share of the mean square is what float32 leaves of a constant: rounding, of either sign.
+CONSTANT = 4 * torch.finfo(torch.float32).eps
+
+
+def centred(second_moment: Tensor, mean: Tensor) -> Tensor:
+    """E[x xᵀ] − μ μᵀ (n×n) in float64; 0 in rows and columns of features that are constant to float32's rounding."""
+    second, mean = second_moment.double(), mean.double()
+    covariance = second - torch.outer(mean, mean)
+    varies = covariance.diagonal() > CONSTANT * second.diagonal()
+    return covariance * varies * varies[:, None]
+
+
+@dataclass(frozen=True)
+class InputMoment:
+    """Moments of one input over ``tokens`` valid positions: second_moment E[x xᵀ] (n×n), mean E[x] (n).
+
+    sampling: how well the *centred* moment is known; the mean is a matter of far fewer tokens.
+    """
+
+    second_moment: Tensor
+    mean: Tensor
+    tokens: int
+    sampling: Sampling
+
+    def to(self, device: torch.device) -> "InputMoment":
+        return replace(self, second_moment=self.second_moment.to(device), mean=self.mean.to(device))
+
+    def centred(self) -> Tensor:
+        """Covariance E[x xᵀ] − μ μᵀ in float64: the metric when the mean error can be folded into a bias."""
+        return centred(self.second_moment, self.mean)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Moments of every targeted layer.
+
+    inputs: by input group; layers fed by the same tensor share one entry.
+    groups: layer name → input group (named after its first layer).
+    gradients: layer name → G = E[Σ g gᵀ] (m×m), g the gradient of one unit's loss; empty when not collected.
+    units: how many units (samples, or predicted tokens) the gradients were averaged over.
+    gradient_sampling: layer name → how well its G is known.
+    """
+
+    inputs: dict[str, InputMoment]
+    groups: dict[str, str]
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    units: int = 0
+    gradient_sampling: dict[str, Sampling] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the moments lie."""
+        return next(iter(self.inputs.values())).second_moment.device
+
+    def input_of(self, layer: str) -> InputMoment:
+        return self.inputs[self.groups[layer]]
+
+    def blended(self, fresh: "Statistics", share: float) -> "Statistics":
+        """``(1 − share)·self + share·fresh`` for every moment: a running average over a moving model. It counts as
+        known no better than ``self`` was."""
+        inputs = {name: _blend_inputs(old, fresh.inputs[name], share) for name, old in self.inputs.items()}
+        gradients = {name: old.lerp(fresh.gradients[name], share) for name, old in self.gradients.items()}
+        return replace(self, inputs=inputs, gradients=gradients)
+
+    def check_finite(self) -> None:
+        """Raises:
+        InputError: a moment holds NaN or Inf; the message names the layer.
+        """
+        for group, moment in self.inputs.items():
+            if not (moment.second_moment.isfinite().all() and moment.mean.isfinite().all()):
+                raise InputError(f"the input of {group} holds NaN or Inf on the calibration data; {_ADVICE}")
+        for layer, gradient in self.gradients.items():
+            if not gradient.isfinite().all():
+                raise InputError(f"the output gradient of {layer} holds NaN or Inf on the calibration data; {_ADVICE}")
+
+
+def _blend_inputs(old: InputMoment, fresh: InputMoment, share: float) -> InputMoment:
+    return InputMoment(
+        old.second_moment.lerp(fresh.second_moment, share),
+        old.mean.lerp(fresh.mean, share),
+        old.tokens,
+        old.sampling,
+    )
+
+
+_ADVICE = "check the data and the model before compressing; float16 overflows where bfloat16 and float32 do not"
+
+
+def save_statistics(statistics: Statistics, path: Path) -> None:
+    """Write moments as one safetensors file, counts and groups in its metadata."""
+    tensors = {f"gradient/{name}": tensor for name, tensor in statistics.gradients.items()}
+    for name, moment in statistics.inputs.items():
+        tensors[f"input/{name}"] = moment.second_moment
+        tensors[f"mean/{name}"] = moment.mean
+    facts = {
+        "groups": statistics.groups,
+        "tokens": {name: moment.tokens for name, moment in statistics.inputs.items()},
+        "units": statistics.units,
+        "input_sampling": {name: asdict(moment.sampling) for name, moment in statistics.inputs.items()},
+        "gradient_sampling": {name: asdict(sampling) for name, sampling in statistics.gradient_sampling.items()},
+    }
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path, metadata={"statistics": json.dumps(facts)})
+
+
+def moments_size(shapes: Iterable[tuple[int, int]], gradients: bool) -> int:
+    """Bytes that the moments of layers of these shapes (m×n) take at most."""
+    return sum(4 * (n * n + (m * m if gradients else 0)) for m, n in shapes)
+
+
+def load_statistics(path: Path, device: torch.device | str = "cpu") -> Statistics:
+    """Read what ``save_statistics`` wrote, from whatever device, to this one.
+
+    Raises:
+        InputError: the file is not of that kind.
+    """
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        if "statistics" not in (file.metadata() or {}):
+            raise InputError(f"{path} holds no calibration statistics; give a statistics.safetensors of a run")
+        facts = json.loads(file.metadata()["statistics"])
+        if "input_sampling" not in facts:
+            raise InputError(f"{path} was written without sampling errors; calibrate again")
+        names = list(file.keys())
+        inputs = {
+            name: InputMoment(
+                file.get_tensor(f"input/{name}"),
+                file.get_tensor(f"mean/{name}"),
+                tokens,
+                Sampling(**facts["input_sampling"][name]),
+            )
+            for name, tokens in facts["tokens"].items()
+        }
+        gradients = {
+            key.removeprefix("gradient/"): file.get_tensor(key) for key in names if key.startswith("gradient/")
+        }
+    sampling = {name: Sampling(**values) for name, values in facts["gradient_sampling"].items()}
+    return Statistics(inputs, facts["groups"], gradients, facts["units"], sampling)

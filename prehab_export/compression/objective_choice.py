@@ -1,0 +1,95 @@
+"""Which objective suits which kind of layer, by measurement.
+
+Two-sided whitening is the better metric on average, but it has been reported to hurt single kinds of layer (query and
+key of some language models), and a gradient moment from a small sample may mislead. So the truncated model is run
+once with ``fisher`` everywhere and once for every kind of layer with ``activation`` there, at the same ranks, on
+samples that calibration did not see. A kind changes sides when the model's output comes closer to the dense one by
+more than the measurement's own error. No labels are needed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from converters.lowrank import DenseLinear
+from prehab_export.compression.blocks import find_blocks
+from prehab_export.compression.decompositions import Decompositions, decompose_layers, with_groups
+from prehab_export.compression.moments import Statistics
+from prehab_export.compression.planning import plan_ranks
+from prehab_export.compression.training import frozen_copy
+from prehab_export.compression.truncation import truncate
+from prehab_export.config import TruncateConfig
+from prehab_export.inputs import Samples, Task, divergences, torch_predictor
+from prehab_export.linalg import Cost, parameters
+
+# How many standard errors of the paired difference a kind has to gain by.
+CONFIDENCE = 2.0
+
+
+@dataclass(frozen=True)
+class KindTrial:
+    """One kind of layer under ``activation`` instead of ``fisher``: mean change of the divergence from the dense
+    model's output in nats per sample (below 0 is better), its standard error, and what was chosen."""
+
+    kind: str
+    layers: int
+    change: float
+    standard_error: float
+    objective: str
+
+
+def kinds_of(model: nn.Module, layers: Mapping[str, DenseLinear]) -> dict[str, list[str]]:
+    """Layers by their place inside a block (``attention.query``), which is the same in every block."""
+    kinds: dict[str, list[str]] = {}
+    inside = {name: block.name for block in find_blocks(model, layers) for name in block.layers}
+    for name in layers:
+        kind = name.removeprefix(inside[name] + ".") if name in inside else name
+        kinds.setdefault(kind, []).append(name)
+    return kinds
+
+
+def choose_objectives(
+    model: nn.Module,
+    task: Task,
+    samples: Samples,
+    layers: Mapping[str, DenseLinear],
+    statistics: Statistics,
+    config: TruncateConfig,
+    *,
+    cost: Cost = parameters,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Decompositions, list[KindTrial]]:
+    """Decompositions of every layer under the objective that suits its kind, and what was measured.
+
+    Args:
+        samples: to judge by; not those of calibration.
+        cost: what the budget is counted in.
+        progress: called after each kind.
+    """
+    # Nothing is shared here: a group has one objective, and the trial is of one kind at a time.
+    apart = replace(config, share_inputs=False)
+    fisher = decompose_layers(layers, statistics, replace(apart, objective="fisher"))
+    activation = decompose_layers(layers, statistics, replace(apart, objective="activation"))
+    plan = plan_ranks(layers, fisher, config, cost)
+    reference = torch_predictor(model, task)
+
+    def divergence_with(switched: Sequence[str]) -> Tensor:
+        mixed = fisher.layers | {name: activation.layers[name] for name in switched}
+        cut = truncate(layers, statistics, config, decomposed=Decompositions(mixed), plan=plan)
+        candidate = torch_predictor(cut.apply(frozen_copy(model)), task)
+        return divergences(candidate, reference, samples.batches(batch_size), task)
+
+    base = divergence_with(())
+    chosen, trials = dict(fisher.layers), []
+    for kind, names in kinds_of(model, layers).items():
+        difference = divergence_with(names) - base
+        change, error = float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
+        objective = "activation" if change < -CONFIDENCE * error else "fisher"
+        if objective == "activation":
+            chosen |= {name: activation.layers[name] for name in names}
+        trials.append(KindTrial(kind, len(names), change, error, objective))
+        if progress is not None:
+            progress(1)
+    return with_groups(chosen, layers, statistics, config), trials

@@ -1,0 +1,111 @@
+"""Prehab (arXiv 2512.01980): a short fine-tuning that moves a model towards weights that truncation hurts less.
+
+Minimises ``L_task + λ · mean_ℓ w_ℓ R(M_ℓ) / R(M_ℓ at the start)`` over the weights, where ``M = G^½ W C^½`` is the
+whitened weight, R one of ``surrogates`` and w the weights of the layers, of mean 1. Either the surrogate's closed-form
+gradient joins ``.grad`` after the task's backward pass, or the weight takes proximal steps beside the optimiser. Every
+layer is evaluated once in a few steps, the layers taking turns so that all steps cost the same; the moments and ranks
+behind the surrogates are refreshed more seldom.
+"""
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from converters.lowrank import DenseLinear
+from prehab_export.compression.calibration import calibrate
+from prehab_export.compression.moments import Statistics
+from prehab_export.compression.regulariser import Regulariser
+from prehab_export.compression.training import frozen_copy, labelled_loss, one_cycle, train
+from prehab_export.config import PrehabConfig, TruncateConfig
+from prehab_export.inputs import Samples, Task
+from prehab_export.linalg import Cost, parameters
+
+# λ climbs by this factor over the warm-up half of the run.
+WARMUP_SPAN = 1e3
+
+
+def prehab(
+    model: nn.Module,
+    task: Task,
+    samples: Samples,
+    layers: Mapping[str, DenseLinear],
+    statistics: Statistics,
+    config: PrehabConfig,
+    truncation: TruncateConfig,
+    *,
+    fisher_labels: str = "data",
+    cost: Cost = parameters,
+    seed: int = 0,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    progress: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Fine-tune the model in place towards the truncation that will follow.
+
+    Args:
+        statistics: of the model as it is now, with gradients where ``config`` or ``truncation`` needs them.
+        truncation: how the model will be cut; sets the ranks that ``tail`` aims at.
+        cost: what the budget of ranks is counted in.
+        fisher_labels: labels behind the refreshed gradients, as in ``calibrate``.
+        evaluate: figures of the dense model (its metric), asked for at every refresh and at the end.
+
+    Returns:
+        One row a step: task_loss, surrogate (mean over layers, 1 at the start), strength, learning_rate, and the
+        figures of ``evaluate`` on the rows where it was asked. The surrogate is each layer's latest value.
+
+    Raises:
+        InputError: gradient moments are needed and the statistics hold none.
+    """
+    regulariser = Regulariser(layers, config, truncation, seed, cost)
+    regulariser.refresh(statistics)
+    current = statistics
+
+    def after_backward(step: int) -> dict[str, float]:
+        nonlocal current
+        row: dict[str, float] = {}
+        if step and step % config.refresh_every == 0:
+            batches = samples.subset(config.refresh_samples, seed=seed + step).batches(config.train.batch_size)
+            fresh = calibrate(
+                model,
+                batches,
+                task,
+                layers,
+                gradients=bool(current.gradients),
+                labels=fisher_labels,
+                sampling=False,  # it only moves a running average
+                keep_on=current.device,
+                seed=seed + step,
+            )
+            current = current.blended(fresh, 0.5)
+            regulariser.refresh(current)
+        if step % config.refresh_every == 0 and evaluate is not None:
+            row |= evaluate(model)
+        strength = _strength(step, config)
+        if config.update == "proximal":
+            regulariser.shrink(step, strength * config.train.learning_rate * one_cycle(step, config.train))
+        else:
+            regulariser.add_gradients(step, strength)
+        return row | {"surrogate": regulariser.value, "strength": strength}
+
+    teacher = frozen_copy(model) if config.train.distill > 0 else None
+    history = train(
+        model,
+        samples,
+        config.train,
+        list(model.parameters()),
+        labelled_loss(task, teacher, config.train.distill),
+        precision=task.precision,
+        seed=seed,
+        after_backward=after_backward,
+        progress=progress,
+    )
+    if evaluate is not None and history:
+        history[-1] |= evaluate(model)
+    return history
+
+
+def _strength(step: int, config: PrehabConfig) -> float:
+    strength = float(config.strength)  # a number by now, whatever was asked for
+    if config.schedule == "constant":
+        return strength
+    climbed = min(1.0, 2 * step / max(1, config.train.steps))
+    return strength * WARMUP_SPAN ** (climbed - 1)

@@ -1,0 +1,155 @@
+"""Refinement: tuning the factors to do what the dense model does, without labels.
+
+Two ways, one after the other. *Block-wise*, during the walk of ``drift.truncate_along``: as soon as a block has its
+factors, they are tuned to give the dense block's output from the student's own states of the calibration sample
+(AA-SVD, arXiv 2604.02119); only one block is ever differentiated. *End to end*: all factors together, towards the
+dense model's output distribution (KL divergence, per unit) and, if asked, its hidden states after every block. Its
+inputs need no labels and no moments, so this part may see as many different ones as there are.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from converters.lowrank import low_rank_layers
+from prehab_export.compression.bases import factor_bases
+from prehab_export.compression.block_walk import BlockWalk
+from prehab_export.compression.blocks import Block, find_blocks
+from prehab_export.compression.moments import Statistics
+from prehab_export.compression.recording import hidden_of
+from prehab_export.compression.training import divergence, optimise, train
+from prehab_export.config import RefineConfig
+from prehab_export.inputs import Batch, Samples, Task
+from prehab_export.linalg import Bases
+
+
+def block_refiner(
+    config: RefineConfig, seed: int, statistics: Statistics, progress: Callable[[int], None] | None = None
+) -> Callable[[BlockWalk, Block], None]:
+    """What ``truncate_along`` calls after each block: ``config.block_steps`` steps on that block alone.
+
+    The loss is the squared error of the block's output over the variance of the dense one. The tuned block is kept
+    only if its error over the whole sample is smaller.
+    """
+
+    def refine_block(walk: BlockWalk, block: Block) -> None:
+        inner = walk.student.get_submodule(block.name)
+        parameters = factor_parameters(inner)
+        if not parameters or not config.block_steps:
+            return
+        targets = walk.targets(block)
+
+        def error(number: int) -> Tensor:
+            return relative_error(walk.output(block, number), targets[number], walk.masks[number])
+
+        def whole() -> float:
+            with torch.no_grad():
+                return float(torch.stack([error(number) for number in range(len(targets))]).mean())
+
+        before, start = whole(), [parameter.detach().clone() for parameter in parameters]
+        generator = torch.Generator().manual_seed(seed)
+        order = [int(torch.randint(len(targets), (1,), generator=generator)) for _ in range(config.block_steps)]
+        with torch.enable_grad():
+            optimise(
+                parameters,
+                config.block_schedule,
+                lambda step: (error(order[step]), {}),
+                bases=factor_bases(walk.student, statistics, block.layers),
+                precision=walk.task.precision,
+            )
+        if not whole() < before:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, start, strict=True):
+                    parameter.copy_(value)
+        if progress is not None:
+            progress(1)
+
+    return refine_block
+
+
+def refine(
+    student: nn.Module,
+    teacher: nn.Module,
+    task: Task,
+    samples: Samples,
+    config: RefineConfig,
+    *,
+    bases: Bases | None = None,
+    seed: int = 0,
+    progress: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Tune all factors of ``student`` in place, end to end; returns one row of figures a step.
+
+    The loss is (1 − hidden_share)·KL(dense ‖ compressed) per unit + hidden_share·the mean over blocks of the hidden
+    states' relative error.
+
+    Args:
+        teacher: the dense model, frozen.
+        samples: to draw inputs from; their labels are not looked at.
+        bases: of the factors (``eigenbasis.factor_bases``).
+    """
+    blocks = [block.name for block in find_blocks(student, low_rank_layers(student))] if config.hidden_share else []
+    parameters = factor_parameters(student)
+    with _Outputs(student, blocks) as own, _Outputs(teacher, blocks) as dense:
+
+        def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+            with torch.no_grad():
+                target = task.unit_logits(task.logits(teacher, batch), batch)
+            value = divergence(task.unit_logits(task.logits(model, batch), batch), target)
+            figures = {"divergence": value.item()}
+            if blocks:
+                mask = task.token_mask(batch)
+                errors = [relative_error(own.seen[name], dense.seen[name], mask) for name in blocks]
+                hidden = torch.stack(errors).mean()
+                figures["hidden_error"] = hidden.item()
+                value = (1 - config.hidden_share) * value + config.hidden_share * hidden
+            return value, figures
+
+        return train(
+            student,
+            samples,
+            config.schedule,
+            parameters,
+            loss,
+            bases=bases,
+            precision=task.precision,
+            seed=seed,
+            progress=progress,
+        )
+
+
+def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Both factors and the biases of every compressed layer, each once."""
+    found = {id(p): p for layer in low_rank_layers(model).values() for p in layer.parameters()}
+    return list(found.values())
+
+
+def relative_error(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """‖output − target‖² over ‖target − mean‖², over real tokens; scalar."""
+    if mask is not None and mask.shape == target.shape[:-1]:
+        output, target = output[mask], target[mask]
+    output, target = output.float().flatten(0, -2), target.float().flatten(0, -2)
+    return (output - target).square().sum() / (target - target.mean(0)).square().sum().clamp_min(1e-12)
+
+
+class _Outputs:
+    """The latest output of the named blocks of a model."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.seen: dict[str, Tensor] = {}
+        self.handles = [model.get_submodule(name).register_forward_hook(self._keep(name)) for name in names]
+
+    def __enter__(self) -> "_Outputs":
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _keep(self, name: str) -> Callable:
+        def hook(_block: nn.Module, _args: Any, output: Any) -> None:
+            self.seen[name] = hidden_of(output)
+
+        return hook

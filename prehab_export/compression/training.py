@@ -1,0 +1,174 @@
+"""The one training loop, used before truncation (prehab) and after it (rehab).
+
+Short runs only: AdamW, a linear warm-up and a cosine to zero, optional distillation from a frozen teacher. Dropout
+stays off: a few hundred steps do not overfit through it, and the teacher and the statistics see the same network.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import cos, pi
+
+import torch
+from torch import Tensor, nn
+
+from prehab_export.config import Schedule
+from prehab_export.inputs import Batch, Samples, Task, device_of, gradient_scaler, moved
+from prehab_export.linalg import Bases, EigenbasisAdamW
+
+# (model, batch) → the loss to minimise, and figures for the history.
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, float]]]
+# Called between backward and the optimiser step: may add to .grad, returns figures for the history.
+AfterBackward = Callable[[int], dict[str, float]]
+
+
+def train(
+    model: nn.Module,
+    samples: Samples,
+    schedule: Schedule,
+    parameters: Sequence[nn.Parameter],
+    loss: Loss,
+    *,
+    bases: Bases | None = None,
+    precision: str = "float32",
+    seed: int = 0,
+    after_backward: AfterBackward | None = None,
+    progress: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Train ``parameters`` of the model in place; everything else stays frozen. Returns one row of figures a step.
+
+    Args:
+        bases: of parameters to be stepped in a basis of their own.
+        precision: the one that ``loss`` runs the model in (its task's).
+
+    Raises:
+        FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
+    """
+    batches, device = shuffled_batches(samples, schedule.batch_size, seed), device_of(model)
+    model.eval()
+    with only_trainable(model, parameters):
+        return optimise(
+            parameters,
+            schedule,
+            lambda _step: loss(model, moved(next(batches), device)),
+            bases=bases,
+            precision=precision,
+            after_backward=after_backward,
+            progress=progress,
+        )
+
+
+def optimise(
+    parameters: Sequence[nn.Parameter],
+    schedule: Schedule,
+    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
+    *,
+    bases: Bases | None = None,
+    precision: str = "float32",
+    after_backward: AfterBackward | None = None,
+    progress: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:
+    """Minimise ``loss_at(step)``, a loss and figures to note, over ``schedule.steps`` steps; one row a step.
+
+    In float16 the loss is scaled for its backward pass only: gradients are clipped, and ``after_backward`` sees them,
+    as they are. A step whose gradients overflow is not taken.
+
+    Raises:
+        FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
+    """
+    scaler = gradient_scaler(parameters[0].device, precision)
+    optimizer = EigenbasisAdamW(parameters, bases or {}, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, schedule))
+    history = []
+    for step in range(schedule.steps):
+        optimizer.zero_grad(set_to_none=True)
+        row: dict[str, float] = {"step": step, "learning_rate": float(rate.get_last_lr()[0])}
+        loss, figures = loss_at(step)
+        if not torch.isfinite(loss):
+            advice = "lower the learning rate" + (", or take --precision bfloat16" if scaler.is_enabled() else "")
+            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {advice}")
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, schedule.clip)
+        row |= figures | (after_backward(step) if after_backward else {})
+        if _step(scaler, optimizer, step):
+            rate.step()
+        history.append(row)
+        if progress is not None:
+            progress(row)
+    optimizer.zero_grad(set_to_none=True)
+    return history
+
+
+def _step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, step: int) -> bool:
+    """Take the step and return True; if its gradients overflowed, halve the scale instead and return False."""
+    before = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    if (after := scaler.get_scale()) < 1:
+        raise FloatingPointError(f"gradients overflow float16 at step {step}; take --precision bfloat16")
+    return after >= before
+
+
+@contextmanager
+def only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def shuffled_batches(samples: Samples, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Batches without end: each epoch a fresh permutation, fixed by the seed; short last batches are dropped."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(batch_size, len(samples))
+    while True:
+        order = torch.randperm(len(samples), generator=generator).tolist()
+        for start in range(0, len(order) - size + 1, size):
+            yield from samples.batches(size, indices=order[start : start + size])
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A teacher: the model as it is now, without gradients."""
+    # What a model keeps of its latest pass (a recurrent state) may be part of a graph, which cannot be copied.
+    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo: dict[int, object] = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
+    return copy.deepcopy(model, memo).eval().requires_grad_(False)
+
+
+def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float = 0.0) -> Loss:
+    """(1 − distill)·cross-entropy of the labels + distill·KL(teacher ‖ model), mean over units, in nats."""
+
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        logits = task.unit_logits(task.logits(model, batch), batch).float()
+        value = nn.functional.cross_entropy(logits, task.unit_labels(batch))
+        figures = {"task_loss": value.item()}
+        if teacher is not None and distill > 0:
+            with torch.no_grad():
+                target = task.unit_logits(task.logits(teacher, batch), batch)
+            apart = divergence(logits, target)
+            figures["distillation"] = apart.item()
+            value = (1 - distill) * value + distill * apart
+        return value, figures
+
+    return loss
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(target ‖ logits), mean over units, in nats; both (U, K)."""
+    return nn.functional.kl_div(
+        logits.float().log_softmax(-1), target.float().log_softmax(-1), reduction="batchmean", log_target=True
+    )
+
+
+def one_cycle(step: int, schedule: Schedule) -> float:
+    """The learning rate at a step, relative to its peak: a linear warm-up, then a cosine to zero."""
+    warmup = max(1, round(schedule.warmup * schedule.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + cos(pi * (step - warmup) / max(1, schedule.steps - warmup)))

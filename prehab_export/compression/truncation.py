@@ -1,0 +1,205 @@
+"""Truncation of a model's targeted layers: decompose each once, share out ranks, cut, balance, measure.
+
+One decomposition a layer serves every ratio and allocation, so it is kept (up to break-even rank, at the size of
+the dense weight) and only sliced. Layers with one input are also decomposed together, with one ``down`` between them,
+and the allocation takes whichever form predicts less loss.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from converters.errors import InputError
+from converters.lowrank import DenseLinear, Factors, balance, dense_weight, factorize
+from prehab_export.compression.decompositions import Decompositions, decompose_layers
+from prehab_export.compression.metric import Metric, layer_metric
+from prehab_export.compression.moments import Statistics
+from prehab_export.compression.planning import Plan, plan_ranks
+from prehab_export.config import TruncateConfig
+from prehab_export.inputs import device_of
+from prehab_export.linalg import Cost, Group, allocation, objective_value
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What became of one layer. ``rank`` None: it stays dense. ``metric``: the objective that chose its factors.
+    Losses in nats, per unit."""
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int | None
+    metric: str
+    objective: float
+    predicted_loss: float | None
+    parameters_before: int
+    parameters_after: int
+
+
+@dataclass(frozen=True)
+class Refit:
+    """New values of a layer that stays dense: weight m×n and bias, fitted to compressed layers before it."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """New weights of the targeted layers: factors, or for some that stay dense a refit; and what each layer cost.
+
+    Members of a ``shared`` group have the same ``down``. ``notes``: what the user should know.
+    """
+
+    factors: dict[str, Factors]
+    layers: list[LayerResult]
+    refits: dict[str, Refit] = field(default_factory=dict)
+    shared: tuple[Group, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Put the new weights into the model, in place; returns it.
+
+        Raises:
+            InputError: the model does not have these layers as dense linears of these shapes.
+        """
+        for name, refit in self.refits.items():
+            layer = model.get_submodule(name)
+            dense_weight(layer).copy_(refit.weight)
+            if isinstance(layer.bias, nn.Parameter) and refit.bias is not None:
+                layer.bias.copy_(refit.bias)
+        return factorize(model, self.factors)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
+
+    def units(self) -> list[tuple[int, int, int | None]]:
+        """(m, n, rank) of each layer, None for dense; layers with one ``down`` count as their stack."""
+        sizes = {layer.name: (layer.out_features, layer.in_features, layer.rank) for layer in self.layers}
+        stacks = [(sum(sizes[name][0] for name in group), *sizes[group[0]][1:]) for group in self.shared]
+        grouped = {name for group in self.shared for name in group}
+        return [*stacks, *(size for name, size in sizes.items() if name not in grouped)]
+
+    def summary(self) -> dict:
+        before = sum(layer.parameters_before for layer in self.layers)
+        after = sum(layer.parameters_after for layer in self.layers)
+        losses = [layer.predicted_loss for layer in self.layers if layer.predicted_loss is not None]
+        return {
+            "targeted_parameters_before": before,
+            "targeted_parameters_after": after,
+            "targeted_share_removed": 1 - after / before,
+            # One multiply-add a weight and token: for the targeted layers the two counts are the same.
+            "targeted_multiply_adds_per_token_before": before,
+            "targeted_multiply_adds_per_token_after": after,
+            "predicted_loss_increase": sum(losses) if losses else None,
+            "layers_factored": len(self.factors),
+            "layers_dense": len(self.layers) - len(self.factors),
+            "shared_inputs": [list(group) for group in self.shared],
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+
+def truncate(
+    layers: Mapping[str, DenseLinear],
+    statistics: Statistics,
+    config: TruncateConfig,
+    *,
+    decomposed: Decompositions | None = None,
+    plan: Plan | None = None,
+    cost: Cost = allocation.parameters,
+    progress: Callable[[int], None] | None = None,
+) -> Truncation:
+    """The factors of every targeted layer, balanced and in the layer's own dtype, and what they cost.
+
+    Args:
+        layers: dense layers by name; left as they are (see ``converters.lowrank.factorize``).
+        decomposed: decompositions of these very weights and statistics, when at hand.
+        plan: instead of what the allocation would choose.
+        cost: what the budget is counted in.
+
+    Raises:
+        InputError: gradient moments are needed and missing, or every layer would stay dense.
+    """
+    decomposed = decomposed or decompose_layers(layers, statistics, config, progress=progress)
+    plan = plan or plan_ranks(layers, decomposed, config, cost)
+
+    def metric_of(name: str) -> Metric:
+        # One at a time: in float64 all of them together are far larger than the model.
+        objective = decomposed.layers[name].objective
+        return layer_metric(name, layers[name], statistics, config.gradient_shrinkage, objective)
+
+    factors: dict[str, Factors] = {}
+    for group in plan.shared:
+        rank = plan.ranks[group[0]]
+        assert rank is not None
+        ups, down = decomposed.groups[group].decomposition.truncated(rank)
+        factors |= _cut(group, layers, ups, down, metric_of(group[0]).mean)
+    for name, rank in plan.ranks.items():
+        if rank is not None and name not in factors:
+            up, down = decomposed.layers[name].decomposition.truncated(rank)
+            factors |= _cut((name,), layers, (up,), down, metric_of(name).mean)
+    followers = {name for group in plan.shared for name in group[1:]}
+    results = [
+        _measure(name, layer, factors.get(name), metric_of(name), counts_down=name not in followers)
+        for name, layer in layers.items()
+    ]
+    if not factors:
+        reason, advice = "gets smaller", "remove more"
+        if config.latency is not None:
+            reason, advice = "is faster as two factors on this machine", "take --ratio to make the model smaller anyway"
+        raise InputError(f"no layer {reason} at {config.goal}; {advice}")
+    return Truncation(factors, results, shared=plan.shared)
+
+
+def _cut(
+    names: Sequence[str],
+    layers: Mapping[str, DenseLinear],
+    ups: Sequence[Tensor],
+    down: Tensor,
+    mean: Tensor | None,
+) -> dict[str, Factors]:
+    """Factors of one layer, or of several with one ``down``."""
+    device = device_of(layers[names[0]])
+    ups, down, biases = [up.to(device) for up in ups], down.to(device), []
+    for name, up in zip(names, ups, strict=True):
+        weight, bias = dense_weight(layers[name]).detach(), layers[name].bias
+        new = None if bias is None else bias.detach().clone()
+        if new is not None and mean is not None:
+            # E[(W − Ŵ)x] is known, so the bias takes it for free; the metric was centred to match.
+            new = (new.double() + weight.double() @ mean - up.double() @ (down.double() @ mean)).to(new.dtype)
+        biases.append(new)
+    return dict(zip(names, stored_factors(ups, down, biases, layers[names[0]].weight.dtype), strict=True))
+
+
+def stored_factors(
+    ups: Sequence[Tensor], down: Tensor, biases: Sequence[Tensor | None], dtype: torch.dtype
+) -> list[Factors]:
+    """Factors in the storage dtype, balanced together; one ``down`` tensor for all."""
+    stacked, down = balance(torch.cat(list(ups)).double(), down.double())
+    stored = down.to(dtype)
+    parts = stacked.split([len(up) for up in ups])
+    return [Factors(up.to(dtype), stored, bias) for up, bias in zip(parts, biases, strict=True)]
+
+
+def _measure(
+    name: str, layer: DenseLinear, pair: Factors | None, metric: Metric, counts_down: bool = True
+) -> LayerResult:
+    """The objective again, of the factors as stored: after balancing and the cast to the storage dtype."""
+    weight = dense_weight(layer).detach().double()
+    m, n = weight.shape
+    delta = torch.zeros_like(weight) if pair is None else weight - pair.up.double() @ pair.down.double()
+    return LayerResult(
+        name=name,
+        out_features=m,
+        in_features=n,
+        rank=None if pair is None else pair.rank,
+        metric=metric.objective,
+        objective=objective_value(delta, *metric.sides),
+        predicted_loss=metric.loss_of(delta),
+        parameters_before=m * n,
+        parameters_after=m * n if pair is None else pair.rank * (m + n if counts_down else m),
+    )

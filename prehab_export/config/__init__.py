@@ -1,0 +1,7 @@
+"""The room of options: one frozen dataclass a stage, checked when it is made, its way to and from YAML, and the errors
+that a user meets. It is light: the command line builds itself from it without loading torch. It imports ``system``.
+"""
+
+from prehab_export.system.exports import lazy_exports
+
+__getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -1,0 +1,224 @@
+"""Does a written model compute what the model in memory computes? References to keep, and the comparison."""
+
+import hashlib
+import inspect
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from converters.errors import InputError
+from converters.model_config import positions
+from converters.onnx.generate import decode_along
+from converters.onnx.runtime import open_session
+from prehab_export.inputs import Batch, Samples, Task, onnx_predictor
+from prehab_export.system import ParityError
+
+# Largest |Δ| of float32 logits, relative to the largest logit. Summation order alone accounts for about 1e-6.
+TOLERANCE = 1e-4
+GREEDY_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A prompt (1×T), the most likely tokens after it (1×K), and the logits that each was picked from (1×K×V)."""
+
+    prompt: Tensor
+    tokens: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model in memory answered: real batches of several shapes, their logits, a digest of every tensor,
+    and, for a decoder, how it goes on greedily."""
+
+    batches: list[Batch]
+    logits: list[Tensor]
+    digests: dict[str, str]
+    greedy: Continuation | None = None
+
+
+@dataclass(frozen=True)
+class GreedyComparison:
+    """A graph's logits, fed its own cache and the reference's tokens. ``relative``: the largest difference over the
+    largest reference logit. ``differing``: places where it would have picked another token."""
+
+    relative: float
+    differing: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest difference on one batch. ``relative`` is over the largest reference logit."""
+
+    shape: dict[str, list[int]]
+    max_abs: float
+    relative: float
+
+
+def reference_batches(samples: Samples, task: Task, model: PreTrainedModel) -> list[Batch]:
+    """Real inputs of several shapes: batches of 1, 2 and 5; for a decoder also several lengths and left padding."""
+    sizes = [min(size, len(samples)) for size in (1, 2, 5)]
+    batches = [next(iter(samples.batches(size, indices=list(range(size))))) for size in sizes]
+    if task.name != "text-generation":
+        return batches
+    length = batches[0]["input_ids"].shape[1]
+    cut = [
+        {key: value[:, :size] for key, value in batch.items()}
+        for batch, size in zip(batches, (length, max(2, length // 3), max(2, length // 2)), strict=True)
+    ]
+    padded = {key: value.clone() for key, value in cut[-1].items()}
+    padded["attention_mask"] = torch.ones_like(padded["input_ids"])
+    padded["attention_mask"][0, : cut[-1]["input_ids"].shape[1] // 3] = 0
+    if (
+        "position_ids" in inspect.signature(model.forward).parameters
+    ):  # GPT-2 and its kin count padding too unless they are told otherwise
+        padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    return [*cut, padded]
+
+
+@torch.inference_mode()
+def reference_of(model: PreTrainedModel, task: Task, batches: list[Batch]) -> Reference:
+    """Ask the model in memory."""
+    logits = [task.logits(model, batch).float().cpu().contiguous() for batch in batches]
+    greedy = _greedy(model, batches[0]["input_ids"]) if task.name == "text-generation" else None
+    return Reference(batches, logits, digests_of(model), greedy)
+
+
+def digests_of(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every tensor of the state, with its dtype and shape."""
+
+    def digest(tensor: Tensor) -> str:
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data.tobytes()).hexdigest()
+
+    return {name: digest(tensor) for name, tensor in model.state_dict().items()}
+
+
+def check_digests(expected: dict[str, str], found: dict[str, str]) -> None:
+    """Raises:
+    ParityError: a tensor on disk is not the one that was in memory.
+    """
+    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+    if wrong:
+        raise ParityError(
+            f"{len(wrong)} tensors differ after reloading the safetensors folder, the first is {wrong[0]}"
+        )
+
+
+def compare(reference: Reference, task: Task, session: onnxruntime.InferenceSession) -> list[Comparison]:
+    """The ONNX graph against the reference, batch by batch; positions that are padding do not count."""
+    predict = onnx_predictor(session, task)
+    return [
+        compare_logits(batch, expected, predict(batch), task)
+        for batch, expected in zip(reference.batches, reference.logits, strict=True)
+    ]
+
+
+def compare_logits(batch: Batch, expected: Tensor, actual: Tensor, task: Task) -> Comparison:
+    difference = (actual.float().cpu() - expected).abs()
+    mask = task.token_mask(batch)
+    if mask is not None and difference.shape[:2] == mask.shape:
+        difference, expected = difference[mask], expected[mask]
+    largest = float(difference.max())
+    shape = {key: list(value.shape) for key, value in batch.items() if key != "labels"}
+    return Comparison(shape, largest, largest / max(float(expected.abs().max()), 1e-12))
+
+
+def compare_greedy(reference: Reference, session: onnxruntime.InferenceSession) -> GreedyComparison | None:
+    """The graph along the reference's continuation; None where none was kept.
+
+    Two tokens may be as likely as each other, but for rounding. So the graph goes on with the reference's token,
+    whatever its own would have been, and what is judged is how far its logits are off.
+    """
+    if (greedy := reference.greedy) is None:
+        return None
+    actual = torch.from_numpy(decode_along(session, greedy.prompt.numpy(), greedy.tokens.numpy())).float()
+    largest = float((actual - greedy.logits).abs().max())
+    relative = largest / max(float(greedy.logits.abs().max()), 1e-12)
+    differing = (actual.argmax(-1) != greedy.tokens).any(0).nonzero().flatten()
+    return GreedyComparison(relative, tuple(differing.tolist()))
+
+
+def check_graph(reference: Reference, task: Task, path: Path, threads: int) -> dict[str, Any]:
+    """Hold a graph to the reference: logits of every batch, and greedy decoding with its own cache.
+
+    Returns:
+        The figures.
+
+    Raises:
+        ParityError: ONNX Runtime refuses the graph, or it computes something else.
+    """
+    try:
+        session = open_session(path, threads)
+        results = compare(reference, task, session)
+        greedy = compare_greedy(reference, session)
+    except InputError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions share no base class but this
+        raise ParityError(f"ONNX Runtime cannot run {path.parent.name}/{path.name}: {error}") from error
+    for result in results:
+        if not result.relative <= TOLERANCE:  # so written that NaN fails too
+            raise ParityError(
+                f"{path.name} is off by {result.relative:.2e} of the logits' scale on inputs {result.shape}; "
+                f"at most {TOLERANCE:.0e} is allowed"
+            )
+    figures: dict[str, Any] = {"max_relative": max(result.relative for result in results)}
+    if greedy is not None:
+        if not greedy.relative <= TOLERANCE:
+            tokens = ", and does not generate the same greedy tokens as PyTorch" if greedy.differing else ""
+            raise ParityError(
+                f"{path.name}, as it decodes from its own cache, is off by {greedy.relative:.2e} of the logits' "
+                f"scale{tokens}; at most {TOLERANCE:.0e} is allowed"
+            )
+        # Logits within the tolerance that put another token first: the two were as likely as each other.
+        figures |= {"greedy_max_relative": greedy.relative, "greedy_near_ties": len(greedy.differing)}
+    identical = None if greedy is None else not greedy.differing
+    return figures | {"greedy_tokens_identical": identical, "shapes": [asdict(result) for result in results]}
+
+
+def save_reference(reference: Reference, folder: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for at, (batch, logits) in enumerate(zip(reference.batches, reference.logits, strict=True)):
+        tensors |= {f"{at}/{key}": value.contiguous() for key, value in batch.items()} | {f"{at}//logits": logits}
+    if reference.greedy is not None:
+        tensors |= {f"greedy/{name}": value for name, value in vars(reference.greedy).items()}
+    facts = {"batches": str(len(reference.batches)), "digests": json.dumps(reference.digests)}
+    save_file({key: value.clone() for key, value in tensors.items()}, folder / "reference.safetensors", metadata=facts)
+
+
+def load_reference(folder: Path) -> Reference:
+    batches: list[Batch] = []
+    logits = []
+    with safe_open(folder / "reference.safetensors", framework="pt") as file:
+        facts, names = file.metadata(), list(file.keys())
+        for at in range(int(facts["batches"])):
+            prefix = f"{at}/"
+            own = {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
+            logits.append(own.pop("/logits"))
+            batches.append(own)
+        greedy = None
+        if "greedy/prompt" in names:
+            greedy = Continuation(*(file.get_tensor(f"greedy/{part.name}") for part in fields(Continuation)))
+    return Reference(batches, logits, json.loads(facts["digests"]), greedy)
+
+
+def _greedy(model: PreTrainedModel, prompt: Tensor) -> Continuation:
+    """The most likely token, again and again: not ``generate``, which obeys a model's own penalties and stops."""
+    prompt = prompt[:1, : max(1, min(16, prompt.shape[1] // 2))]
+    limit = positions(model.config) or 10**9
+    step, past, tokens, logits = prompt.to(model.device), None, [], []
+    for _ in range(max(1, min(GREEDY_TOKENS, limit - prompt.shape[1]))):
+        output: Any = model(input_ids=step, past_key_values=past, use_cache=True)
+        logits.append(output.logits[:, -1:])
+        step, past = logits[-1].argmax(-1), output.past_key_values
+        tokens.append(step)
+    return Continuation(prompt.cpu(), torch.cat(tokens, 1).cpu(), torch.cat(logits, 1).float().cpu())

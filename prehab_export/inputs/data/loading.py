@@ -1,0 +1,172 @@
+"""Data as tasks take it: samples in a fixed order, turned into batches when they are asked for."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedConfig
+
+from converters.errors import InputError
+from prehab_export.config import AUTO, DataConfig
+from prehab_export.inputs.data.columns import Columns, choose_columns
+from prehab_export.inputs.data.encoding import Encoded, Encoder, encode
+from prehab_export.inputs.data.images import check_shape
+from prehab_export.inputs.data.labels import label_names
+from prehab_export.inputs.data.samples import Samples, TaskData, cut_into_two
+from prehab_export.inputs.data.source import Splits, choose_splits, open_source
+from prehab_export.inputs.data.windows import start_tokens
+from prehab_export.inputs.models import longest_input
+from prehab_export.inputs.tasks import Task
+from prehab_export.system import sha256_of
+
+DEFAULT_WINDOW = 256
+# More than a short run will ever see, and a bound on the time that a huge corpus takes to tokenise.
+MOST_TRAINING_WINDOWS = 65536
+
+
+def load_data(
+    config: DataConfig,
+    task: Task,
+    processor: Any,
+    model_config: PreTrainedConfig,
+    seed: int,
+    *,
+    trust_remote_code: bool = False,
+    sha256_of: Callable[[Path], str] = sha256_of,
+) -> TaskData:
+    """Samples to train on and samples to judge by.
+
+    ``config.eval_samples`` takes the first windows of a language model, and random rows of a classifier, whose
+    splits are often sorted by class. A lone split gives up its last windows, or random rows, for evaluation.
+
+    Args:
+        processor: tokenizer or image processor, from `prehab_export.inputs.models.load_processor`.
+        trust_remote_code: build a model that comes as code, to see how long its input may be.
+        sha256_of: a file's hash; one that remembers saves reading large files again.
+
+    Raises:
+        InputError: data that is not there, has no rows, or does not fit the task or the model.
+    """
+    source = open_source(config, sha256_of)
+    splits = choose_splits(source, config)
+    columns = choose_columns(splits.train, config, task)
+    most = None
+    if task.name != "image-classification":
+        most = longest_input(model_config, task, trust_remote_code=trust_remote_code)
+    length = _sequence_length(config, task, processor, most)
+    start = _window_start(config, task, processor, length)
+    if splits.evaluation is not None:
+        _check_same_columns(splits.evaluation, splits.evaluation_name, columns)
+    names = _label_names(splits, columns)
+    encoder = Encoder(task, processor, model_config, columns, length, start, config.labels_by_position, names)
+    encoded = encode(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
+    train, warnings, shape = _samples(encoded), list(encoded.warnings), encoded.image_shape
+    if splits.evaluation is None:
+        train, evaluation = cut_into_two(train, task, seed)
+    else:
+        encoded = encode(splits.evaluation, splits.evaluation_name, encoder, config.eval_samples)
+        evaluation = _samples(encoded)
+        warnings += encoded.warnings
+        _check_same_shape(shape, encoded.image_shape, splits)
+    if shape is not None:
+        check_shape(shape, model_config, task, trust_remote_code)
+    if config.eval_samples is not None:
+        is_text = task.name == "text-generation"
+        evaluation = evaluation.first(config.eval_samples) if is_text else evaluation.subset(config.eval_samples, seed)
+    description = {
+        "data": config.data,
+        "config": config.data_config,
+        "columns": {name: column for name, column in asdict(columns).items() if column is not None},
+        "train_split": splits.train_name,
+        "eval_split": splits.evaluation_name,
+        "train_samples": len(train),
+        "eval_samples": len(evaluation),
+        "sequence_length": length,
+        "window_start": processor.convert_ids_to_tokens(start) if task.name == "text-generation" else None,
+        "labels_by_position": config.labels_by_position,
+        "warnings": list(dict.fromkeys(warnings)),
+    }
+    fingerprint = _fingerprint(source.fingerprint, config, description, splits.evaluation is None)
+    judging = json.dumps([fingerprint, splits.evaluation_name, config.eval_samples])
+    evaluation_fingerprint = hashlib.sha256(judging.encode()).hexdigest()
+    return TaskData(train, evaluation, fingerprint, evaluation_fingerprint, description)
+
+
+def _samples(encoded: Encoded) -> Samples:
+    return Samples(np.arange(encoded.count), encoded.collate)
+
+
+def _fingerprint(content: str, config: DataConfig, description: dict[str, Any], cut: bool) -> str:
+    """Of the content and of all that decides what is trained on; what judges is not part of it, but for whether it is
+    cut from the same split."""
+    deciding = ("config", "columns", "train_split", "sequence_length", "window_start", "labels_by_position")
+    used = {key: description[key] for key in deciding} | {"cut": cut}
+    used |= {"encoding": config.encoding, "delimiter": config.separator, "header": config.header}
+    return hashlib.sha256(json.dumps([content, used], sort_keys=True).encode()).hexdigest()
+
+
+def _label_names(splits: Splits, columns: Columns) -> tuple[str, ...]:
+    """A split may lack some of the classes."""
+    if columns.label is None:
+        return ()
+    parts = [splits.train, *([] if splits.evaluation is None else [splits.evaluation])]
+    return tuple(sorted(set().union(*(label_names(part, columns.label) for part in parts))))
+
+
+def _check_same_columns(rows: Dataset, split: str, columns: Columns) -> None:
+    for column in asdict(columns).values():
+        if column is not None and column not in rows.column_names:
+            raise InputError(f"the split {split} has no column {column!r}; it has {', '.join(rows.column_names)}")
+
+
+def _check_same_shape(train: tuple[int, ...] | None, evaluation: tuple[int, ...] | None, splits: Splits) -> None:
+    if train != evaluation:
+        raise InputError(
+            f"the image processor gives images of {splits.train_name} the shape {train}, of {splits.evaluation_name} "
+            f"{evaluation}; set do_resize and a size in preprocessor_config.json, or resize the images"
+        )
+
+
+def _window_start(config: DataConfig, task: Task, processor: Any, length: int | None) -> tuple[int, ...]:
+    """Ids that every window of a language model starts with."""
+    if task.name != "text-generation":
+        if config.window_start != AUTO:
+            raise InputError(f"--window-start is for windows of text; {task.name} has none")
+        return ()
+    if config.window_start == "none":
+        return ()
+    if config.window_start == "bos":
+        if processor.bos_token_id is None:
+            raise InputError("--window-start bos: the tokenizer has no BOS token; take --window-start none")
+        return (processor.bos_token_id,)
+    start = start_tokens(processor)
+    if length is not None and length <= len(start):
+        raise InputError(
+            f"a window of {length} tokens leaves nothing to predict after the {len(start)} that the tokenizer puts "
+            "before a text; give a larger --sequence-length, or --window-start none"
+        )
+    return start
+
+
+def _sequence_length(config: DataConfig, task: Task, processor: Any, most: int | None) -> int | None:
+    """Window of a language model, longest text of a classifier, in tokens; None where there is no bound."""
+    if task.name == "image-classification":
+        return None
+    bounds = {} if most is None else {f"the model's {most} positions": most}
+    limit = processor.model_max_length
+    if task.name == "text-classification" and limit < 1e9:  # transformers' "no limit" is 1e30
+        bounds[f"the {limit} tokens that its tokenizer allows (model_max_length in tokenizer_config.json)"] = limit
+    longest = min(bounds.values(), default=None)
+    if config.sequence_length is not None:
+        for bound, tokens in bounds.items():
+            if config.sequence_length > tokens:
+                raise InputError(f"--sequence-length {config.sequence_length} is more than {bound}")
+        return config.sequence_length
+    if task.name == "text-classification":
+        return longest
+    return DEFAULT_WINDOW if longest is None else min(DEFAULT_WINDOW, longest)

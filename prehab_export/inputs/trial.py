@@ -1,0 +1,32 @@
+"""Does the model run on the data at all? Found out with two samples."""
+
+import torch
+from transformers import PreTrainedModel
+
+from converters.errors import InputError
+from prehab_export.inputs.data.samples import Samples
+from prehab_export.inputs.devices import device_of, moved
+from prehab_export.inputs.model_source import first_line
+from prehab_export.inputs.tasks import Task, model_inputs
+
+
+def check_runs(model: PreTrainedModel, samples: Samples, task: Task) -> None:
+    """Refuse data that the model itself does not take, tried with two samples.
+
+    Raises:
+        InputError: what it says about them, and what it was given.
+    """
+    batch = next(iter(samples.batches(min(2, len(samples)))))
+    try:
+        with torch.no_grad():
+            task.logits(model, moved(batch, device_of(model)))
+    except Exception as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
+            raise
+        given, maker = ", ".join(model_inputs(batch)), "image processor" if "pixel_values" in batch else "tokenizer"
+        raise InputError(
+            f"{type(model).__name__} does not run on the data ({type(error).__name__}: {first_line(error)}). "
+            f"It is given {given}, as its {maker} makes them: check that this {maker} and config.json are the model's "
+            "own, with the special tokens or sizes that it was trained with; a model that needs other inputs cannot be "
+            "compressed"
+        ) from error

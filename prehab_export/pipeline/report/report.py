@@ -1,0 +1,39 @@
+"""The report of a run (``report.json``, ``report.md``, plots) and the model card of its artifact."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prehab_export.pipeline.report.card import collect
+from prehab_export.pipeline.report.plots import plot_prehab, plot_ranks, plot_roofline
+from prehab_export.pipeline.session import Session
+from prehab_export.system import machine_facts, render, write_json
+
+
+def write_report(session: Session, folder: Path, targets: Mapping[str, Any]) -> None:
+    """Everything that is known of the run: all figures as JSON, the main ones as Markdown with plots.
+
+    Args:
+        targets: name → what was measured elsewhere (``targets.results``).
+    """
+    facts = collect(session)
+    facts |= {"machine": machine_facts(), "targets": targets}
+    facts["size_warnings"] = size_warnings(facts)
+    write_json(folder / "report.json", facts)
+    plot_ranks(facts["truncate"]["layers"], folder / "ranks.png")
+    plot_roofline(facts["bench"], folder / "roofline.png")
+    if "prehab" in facts:
+        plot_prehab(facts["prehab"]["history"], facts["metric"]["name"], folder / "prehab.png")
+    (folder / "report.md").write_text(render("pipeline", "report.md.j2", facts), encoding="utf-8")
+
+
+def size_warnings(facts: dict[str, Any]) -> list[str]:
+    """What is to be said of a compressed graph that is no smaller than the dense one; of the weights it is said, and
+    noted, as they are written."""
+    dense, compressed = (facts[side]["bytes"] for side in ("baseline", "export"))
+    if compressed < dense:
+        return []
+    return [
+        f"the compressed graph ({compressed / 1e6:.1f} MB) is not smaller than the dense one ({dense / 1e6:.1f} MB); "
+        "remove more, with a higher --ratio"
+    ]

@@ -1,0 +1,64 @@
+"""The stages before anything is compressed: an adapter merged, moments gathered."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from converters.adapters import merge_dense_adapter
+from converters.folder import save_folder
+from converters.lowrank import DenseLinear, dense_weight
+from converters.model_config import ties_embeddings
+from prehab_export.compression import CalibrationWarning, Statistics, calibrate, doubts, moments_size, save_statistics
+from prehab_export.inputs import check_runs, device_of, room_for
+from prehab_export.pipeline.session import STATISTICS, Session
+from prehab_export.system import bar, say, warn, write_json
+
+
+def merge_adapter(session: Session, folder: Path) -> None:
+    model = session.load_given()
+    tied = ties_embeddings(model.config)
+    merge_dense_adapter(model, Path(str(session.config.adapter)))
+    if tied and not ties_embeddings(model.config):
+        say("  the adapter tells embedding and head apart: they are no longer tied, and both are stored")
+    save_folder(model, folder / "model", session.fresh_processor())
+
+
+def calibrate_dense(session: Session, folder: Path) -> None:
+    model = session.load_dense()
+    check_runs(model, session.calibration, session.task)
+    layers = session.layers(model)
+    statistics = gather_statistics(session, model, layers)
+    save_statistics(statistics, folder / STATISTICS)
+    warned = doubts(statistics)
+    for warning in warned:
+        warn(warning)
+    facts = {
+        "samples": len(session.calibration),
+        "tokens": {group: moment.tokens for group, moment in statistics.inputs.items()},
+        "layers": len(layers),
+        "input_groups": len(statistics.inputs),
+        "groups": statistics.groups,
+        "gradient_units": statistics.units,
+        "warnings": warned,
+    }
+    write_json(folder / "calibrate.json", facts)
+
+
+def gather_statistics(session: Session, model: PreTrainedModel, layers: Mapping[str, DenseLinear]) -> Statistics:
+    options = session.config
+    shapes = ((w.shape[0], w.shape[1]) for w in map(dense_weight, layers.values()))
+    with bar("calibrate", len(session.calibration)) as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # said once, by the stage
+        return calibrate(
+            model,
+            session.calibration.batches(options.data.batch_size),
+            session.task,
+            layers,
+            gradients=options.needs_gradients,
+            labels=options.calibrate.labels,
+            keep_on=room_for(moments_size(shapes, options.needs_gradients), device_of(model)),
+            seed=options.seed,
+            progress=advance,
+        )

@@ -1,0 +1,73 @@
+"""The stage that truncates, and what the stages around it need of it."""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from converters.coverage import coverage
+from converters.folder import save_folder
+from prehab_export.compression import Compression, Samplesets, Statistics, Truncation, compress, frozen_copy
+from prehab_export.deployment import digests_of
+from prehab_export.pipeline.latency_budget import cost_of, predicted_latency
+from prehab_export.pipeline.session import Session
+from prehab_export.pipeline.stages.export import DIGESTS
+from prehab_export.system import bar, say, warn, write_json
+
+
+def compressed_loss(session: Session, model: PreTrainedModel, statistics: Statistics) -> float:
+    """Held-out loss of the model as it would be compressed now; the model itself is left alone."""
+    return session.held_out_loss(_compressed(session, model, statistics).truncation.apply(frozen_copy(model)))
+
+
+def _compressed(session: Session, model: nn.Module, statistics: Statistics) -> Compression:
+    samples = Samplesets(session.calibration, session.held_out, session.config.data.batch_size)
+    return compress(
+        model,
+        session.task,
+        session.layers(model),
+        statistics,
+        samples,
+        session.config.cut,
+        session.config.refine,
+        cost=cost_of(session),
+        seed=session.config.seed,
+        progress=bar,
+    )
+
+
+def truncate_prepared(session: Session, folder: Path) -> None:
+    model, statistics = session.load_prepared()
+    covered = coverage(model, session.layers(model))
+    compression = _compressed(session, model, statistics)
+    for warning in compression.warnings:
+        warn(warning)
+    latency = predicted_latency(session, compression.truncation)
+    _say_what_was_removed(session, compression.truncation, latency)
+    compression.truncation.apply(model)
+    facts = compression.summary() | {
+        "total_parameters_before": covered.total,
+        "total_parameters_after": sum(parameter.numel() for parameter in model.parameters()),
+        "coverage": covered.facts(),
+        "predicted_latency": latency,
+    }
+    if covered.warning is not None:  # said at the start
+        facts["warnings"] = [covered.warning, *facts["warnings"]]
+    write_json(folder / "truncate.json", facts)
+    save_factored(session, model, folder)
+
+
+def save_factored(session: Session, model: PreTrainedModel, folder: Path) -> None:
+    model.cpu()
+    write_json(folder / DIGESTS, digests_of(model))
+    save_folder(model, folder / "model", session.fresh_processor())
+
+
+def _say_what_was_removed(session: Session, truncation: Truncation, latency: float | None) -> None:
+    options, removed = session.config.cut, truncation.summary()["targeted_share_removed"]
+    asked, found = options.ratio, removed
+    if options.latency is not None and latency is not None:
+        asked, found = options.latency, latency
+        say(f"  {removed:.0%} of the parameters removed; the layers should take {latency:.0%} of their dense time")
+    if abs(found - asked) > 0.03:
+        warn(f"{found:.0%} where {asked:.0%} was asked: ranks are whole and have a floor")

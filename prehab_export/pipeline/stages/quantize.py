@@ -1,0 +1,146 @@
+"""The quantised graphs of a run: compressed and dense alike, each measured by the task's own metric."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.folder import from_pretrained
+from converters.lowrank import low_rank_layers
+from converters.onnx.coverage import coverage
+from converters.onnx.graph_facts import read_graph
+from converters.onnx.modes import FILE_NAMES
+from converters.onnx.quantize import Feeds, quantize_graph
+from converters.onnx.runtime import open_session
+from converters.onnx.weights import replace_weights, weight_names
+from converters.onnx.write import data_file
+from prehab_export.compression import GridFit, refit_to_grid
+from prehab_export.deployment import tell_coverage
+from prehab_export.inputs import Metrics, feeds_of
+from prehab_export.linalg import GRIDS
+from prehab_export.pipeline.session import Session
+from prehab_export.pipeline.stages.verify import graph_metrics
+from prehab_export.system import bar, say, write_json
+
+# Ranges of activations need far fewer samples than moments.
+SAMPLE = 128
+
+
+def quantize(session: Session, folder: Path) -> None:
+    """``dense/`` and ``compressed/``, one graph a mode in each, and what each costs.
+
+    The compressed model's factors are fitted to the grid of each mode (``grid``), where that helps on held-out samples.
+    """
+    sources = {
+        "dense": session.workspace.folder("baseline") / "onnx" / "model.onnx",
+        "compressed": session.workspace.folder("export") / "model" / "onnx" / "model.onnx",
+    }
+    rows = []
+    for mode in session.config.quantize:
+        for side, source in sources.items():
+            say(f"  {side} {mode}")
+            sample = partial(activation_sample, session, source)
+            graph = quantize_graph(source, folder / side / FILE_NAMES[mode], mode, sample)
+            metrics, refit = graph_metrics(session, graph, f"{side} {mode}"), None
+            if side == "compressed" and session.config.quantize_refit and mode in GRIDS:
+                metrics, refit = _with_refit(session, source, graph, mode, metrics)
+            facts = {"model": side, "mode": mode, "bytes": read_graph(graph).file_bytes, **asdict(metrics)}
+            covered = coverage(source, graph)
+            tell_coverage(f"{side} {mode}", covered)
+            rows.append(facts | {"refit": refit, "weights_quantised": covered.share, "coverage": asdict(covered)})
+    write_json(folder / "quantize.json", {"graphs": rows})
+
+
+def graphs_of(session: Session) -> dict[str, Path]:
+    """Name → graph, of all that a finished run has to measure; the dense float32 one comes first."""
+    root = session.workspace
+    return {
+        "dense": root.folder("baseline") / "onnx" / "model.onnx",
+        "compressed": root.folder("artifact") / "onnx" / "model.onnx",
+        **quantized_graphs(session),
+    }
+
+
+def graph_hashes(session: Session) -> dict[str, str]:
+    """Name → hash of what a graph of `graphs_of` is made of: its file, and that of its weights if it has one."""
+    workspace, hashes = session.workspace, {}
+    for name, graph in graphs_of(session).items():
+        stage = graph.relative_to(workspace.root / "stages").parts[0]
+        manifest = workspace.manifest(stage, workspace.current[stage])
+        assert manifest is not None
+        files = (graph, data_file(graph))
+        rows = [manifest["files"].get(file.relative_to(workspace.folder(stage)).as_posix()) for file in files]
+        hashes[name] = "+".join(row["sha256"] for row in rows if row is not None)
+    return hashes
+
+
+def _with_refit(
+    session: Session, source: Path, graph: Path, mode: str, plain: Metrics
+) -> tuple[Metrics, dict[str, Any]]:
+    """Quantise again, the factors fitted to the grid; that takes the place of ``graph`` if held-out samples say so.
+
+    Returns:
+        The metrics of the graph that stands there now, and what the two cost.
+    """
+    held_out = partial(graph_metrics, session, samples=session.held_out)
+    folder = graph.with_name(f"{graph.name}.refitted")
+    try:
+        fits = _refitted(session, source, folder / "float32.onnx", mode)
+        sample = partial(activation_sample, session, source)
+        candidate = quantize_graph(folder / "float32.onnx", folder / graph.name, mode, sample)
+        before = held_out(graph, f"held-out loss, {mode}").loss
+        after = held_out(candidate, f"held-out loss, {mode} refitted").loss
+        refitted = graph_metrics(session, candidate, f"compressed {mode} refitted")
+        if kept := after < before:
+            for file in folder.glob(f"{graph.name}*"):  # with external data, if it has any
+                file.replace(graph.with_name(file.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    facts = {
+        "kept": kept,
+        "layers": sum(len(fit.layers) for fit in fits),
+        "objective_plain": sum(fit.plain for fit in fits),
+        "objective_refitted": sum(fit.refitted for fit in fits),
+        "held_out_loss_plain": before,
+        "held_out_loss_refitted": after,
+        "plain": asdict(plain),
+        "refitted": asdict(refitted),
+    }
+    return refitted if kept else plain, facts
+
+
+def _refitted(session: Session, source: Path, target: Path, mode: str) -> list[GridFit]:
+    """The graph in float32, its factors on the mode's grid."""
+    folder = session.workspace.folder("export") / "model"
+    model = from_pretrained(folder, dtype=torch.float32, trust_remote_code=session.config.trust_remote_code)
+    with bar(f"fit to {mode}", len(low_rank_layers(model))) as advance:
+        fits = refit_to_grid(
+            model,
+            session.load_prepared_statistics(),
+            GRIDS[mode],
+            session.config.cut.gradient_shrinkage,
+            replaceable=weight_names(source),
+            progress=advance,
+        )
+    replace_weights(source, target, model.state_dict())
+    return fits
+
+
+def quantized_graphs(session: Session) -> dict[str, Path]:
+    """Name (``dense int8``) → graph, of all that the run has."""
+    return {
+        f"{side} {mode}": session.workspace.folder("quantize") / side / FILE_NAMES[mode]
+        for mode in session.config.quantize
+        for side in ("dense", "compressed")
+    }
+
+
+def activation_sample(session: Session, graph: Path) -> Iterator[Feeds]:
+    """What to run a graph on, to find the ranges of its activations."""
+    inputs: list[Any] = open_session(graph, session.threads).get_inputs()
+    samples = session.calibration.subset(min(SAMPLE, len(session.calibration)), session.config.seed)
+    return (feeds_of(inputs, batch) for batch in samples.batches(session.config.data.batch_size))

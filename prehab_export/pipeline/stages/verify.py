@@ -1,0 +1,161 @@
+"""Verification: reopen what was written, in a fresh process, and hold it to what the model in memory answered."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from converters.dtypes import main_dtype, name_of
+from converters.errors import InputError
+from converters.folder import from_pretrained
+from converters.onnx.runtime import open_session
+from prehab_export.config import RunConfig, from_dict
+from prehab_export.deployment import TOLERANCE, check_digests, check_graph, compare_logits, digests_of, load_reference
+from prehab_export.inputs import Metrics, Samples, evaluate, onnx_predictor, torch_predictor
+from prehab_export.pipeline.session import Session, prepare_process
+from prehab_export.pipeline.workspace import Workspace
+from prehab_export.system import (
+    ParityError,
+    StorageError,
+    bar,
+    dies_with_us,
+    environment,
+    is_full,
+    out_of_space,
+    python_module,
+    write_json,
+)
+
+
+def verify(session: Session) -> dict[str, Any]:
+    """Check the exported folder and the dense graph.
+
+    Returns:
+        Every check with its figures, and the task metric of all that was written.
+
+    Raises:
+        ParityError: a reloaded tensor or answer differs, or a graph is off by more than the tolerance.
+    """
+    export, baseline = session.workspace.folder("export"), session.workspace.folder("baseline")
+    exported, dense = export / "model" / "onnx" / "model.onnx", baseline / "onnx" / "model.onnx"
+    reload, compressed_pytorch = _check_reload(session, export)
+    return {
+        "tolerance": TOLERANCE,
+        "compressed": {"reload": reload, "onnx": _check_graph(session, export, exported, "compressed")},
+        "dense": {"onnx": _check_graph(session, baseline, dense, "dense")},
+        "metrics": {
+            "dense_pytorch": json.loads((baseline / "metrics.json").read_text(encoding="utf-8")),
+            "dense_onnx": asdict(graph_metrics(session, dense, "dense model, ONNX Runtime")),
+            "compressed_pytorch": asdict(compressed_pytorch),
+            "compressed_onnx": asdict(graph_metrics(session, exported, "compressed model, ONNX Runtime")),
+        },
+    }
+
+
+def _check_reload(session: Session, export: Path) -> tuple[dict[str, Any], Metrics]:
+    model, facts = reloaded(session, export)
+    return facts, session.metrics(model, session.data.evaluation, "compressed model, PyTorch")
+
+
+def reloaded(session: Session, export: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The exported folder as ``from_pretrained`` gives it back: every tensor bit for bit, and the same answers.
+
+    Tensors are compared in the dtype in which they are stored; answers, and all that is done with the model, are of
+    the same weights in float32.
+
+    Raises:
+        ParityError: a reloaded tensor or answer differs.
+    """
+    reference = load_reference(export)
+    model = from_pretrained(export / "model", trust_remote_code=session.config.trust_remote_code)
+    check_digests(reference.digests, digests_of(model))
+    dtype = main_dtype(model)
+    if dtype != torch.float32:  # loaded anew, since what is made along the way depends on the dtype too
+        model = from_pretrained(
+            export / "model", dtype=torch.float32, trust_remote_code=session.config.trust_remote_code
+        )
+    predict = torch_predictor(model, session.task)
+    answers = [
+        compare_logits(batch, logits, predict(batch), session.task)
+        for batch, logits in zip(reference.batches, reference.logits, strict=True)
+    ]
+    worst = max(answer.relative for answer in answers)
+    if not all(answer.relative <= TOLERANCE for answer in answers):
+        raise ParityError(f"the reloaded model answers differently: max |Δ| is {worst:.2e} of the logits' scale")
+    facts = {"tensors": len(reference.digests), "dtype": name_of(dtype), "exact": True, "max_relative": worst}
+    return model, facts
+
+
+def _check_graph(session: Session, folder: Path, graph: Path, name: str) -> dict[str, Any]:
+    try:
+        return check_graph(load_reference(folder), session.task, graph, session.threads)
+    except ParityError as error:
+        raise ParityError(f"the {name} model: {error}") from error
+
+
+def graph_metrics(session: Session, graph: Path, description: str, samples: Samples | None = None) -> Metrics:
+    """The task metric of a graph on ONNX Runtime, over the evaluation split or these samples."""
+    runtime = open_session(graph, threads=session.threads)
+    samples = session.data.evaluation if samples is None else samples
+    with bar(description, len(samples)) as advance:
+        batches = samples.batches(session.config.data.batch_size)
+        return evaluate(onnx_predictor(runtime, session.task), batches, session.task, advance)
+
+
+def verify_in_fresh_process(session: Session, folder: Path) -> None:
+    """Run ``verify`` in a new interpreter, so that nothing in memory can stand in for what is on disk.
+
+    Raises:
+        ParityError: what the other process found.
+        StorageError: it had no room, in this folder or for temporary files.
+    """
+    workspace = session.workspace
+    request = {"config": asdict(session.config), "output": str(workspace.root), "current": workspace.current}
+    answer_path = folder / "verify.json"
+    process = subprocess.run(
+        python_module("prehab_export.pipeline.stages.verify", str(answer_path)),
+        env=environment(),
+        input=json.dumps(request),
+        encoding="utf-8",
+        check=False,
+        preexec_fn=dies_with_us(),
+    )
+    answer = json.loads(answer_path.read_text(encoding="utf-8")) if answer_path.is_file() else {}
+    if "parity_error" in answer:
+        raise ParityError(answer["parity_error"])
+    if "input_error" in answer:
+        raise InputError(answer["input_error"])
+    if process.returncode == StorageError.exit_code:
+        raise StorageError("the disk is full or fails where the artifact is verified; see above. Free some space there")
+    if process.returncode or "metrics" not in answer:
+        raise RuntimeError(f"the verification process ended with status {process.returncode}; its output is above")
+
+
+def _main(answer_path: Path) -> None:
+    request = json.load(sys.stdin)
+    session = Session(from_dict(RunConfig, request["config"]), Workspace(Path(request["output"]), request["current"]))
+    prepare_process(session.config)
+    try:
+        try:
+            answer = verify(session)
+        except (ParityError, FloatingPointError) as error:  # a written model that overflows is not what was in memory
+            answer = {"parity_error": str(error)}
+        except InputError as error:
+            if is_full(error):
+                raise
+            answer = {"input_error": str(error)}
+        write_json(answer_path, answer)
+    except Exception as error:  # the answer itself may find no room, so that the code must tell
+        if (reason := out_of_space(error)) is None:
+            raise
+        print(f"verification: {reason}", file=sys.stderr)
+        sys.exit(StorageError.exit_code)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

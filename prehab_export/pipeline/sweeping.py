@@ -1,0 +1,171 @@
+"""Several methods at several ratios, from one calibration and one decomposition a layer and objective.
+
+Every row is published by itself, so that a sweep that was killed, or is asked for more, computes only what is missing.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from converters.errors import InputError
+from prehab_export.compression import (
+    Decompositions,
+    Samplesets,
+    Statistics,
+    compress,
+    decompose_layers,
+    factor_bases,
+    frozen_copy,
+    refine,
+)
+from prehab_export.config import RunConfig
+from prehab_export.pipeline.report.plots import plot_sweep
+from prehab_export.pipeline.running import bring_up_to_date, opened_beside
+from prehab_export.pipeline.session import Session
+from prehab_export.pipeline.sweep_methods import METHODS, Method
+from prehab_export.pipeline.workspace import stage_key
+from prehab_export.system import bar, say, warn, write_json
+
+Row = dict[str, Any]
+
+
+def sweep(config: RunConfig, output: Path, methods: Sequence[str], ratios: Sequence[float]) -> Path:
+    """Measure every method at every ratio on the evaluation split; returns the folder with table and plot.
+
+    Args:
+        config: the run whose model, data, calibration and refinement are used; its own ratio and objective are not.
+        methods: names out of ``sweep_methods.METHODS``.
+
+    Raises:
+        InputError: bad input, found before anything slow.
+    """
+    chosen = [METHODS[name] for name in dict.fromkeys(methods)]
+    ratios = sorted(set(ratios))
+    if any(method.refined for method in chosen) and not config.refine.schedule.steps:
+        raise InputError("the method 'refined' needs --refine-steps above 0, or leave it out")
+    given = config
+    cuts = [method.at(ratio, config.cut) for method in chosen for ratio in ratios]
+    # Moments for the most demanding method serve them all.
+    config = replace(config, truncate=max(cuts, key=lambda cut: cut.needs_gradients))
+    with opened_beside(config, output, given) as session:
+        bring_up_to_date(session, "calibrate")
+        rows = _Rows(session).all(chosen, ratios)
+        with session.workspace.show("sweep") as folder:
+            dense, rest = rows[0], rows[1:]
+            write_json(folder / "sweep.json", {"dense": dense, "rows": rest, "coverage": session.coverage.facts()})
+            (folder / "sweep.md").write_text(_markdown(dense, rest), encoding="utf-8")
+            plot_sweep(dense, rest, folder / "sweep.png")
+    return session.workspace.root / "sweep"
+
+
+class _Rows:
+    """Rows of one sweep, each read where it is there and computed where it is not."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.parent = session.identity("calibrate")
+        self.model: PreTrainedModel | None = None
+        self.decomposed: Decompositions | None = None
+
+    def all(self, methods: Sequence[Method], ratios: Sequence[float]) -> list[Row]:
+        """The dense model's row, then one a method and ratio."""
+        evaluation = {"evaluation": self.session.data.evaluation_fingerprint}
+        rows = [self._row("sweep-dense", evaluation, lambda: {"method": "dense", "ratio": 0.0} | self._dense())]
+        for objective in dict.fromkeys(method.objective for method in methods):
+            self.decomposed = None  # of one objective at a time: they are as large as the model
+            for method in (m for m in methods if m.objective == objective):
+                for ratio in ratios:
+                    options = evaluation | self._options(method, ratio)
+                    name = f"sweep-{method.name}-{ratio:g}"
+                    rows.append(self._row(name, options, partial(self._measure, method, ratio)))
+        return rows
+
+    def _row(self, name: str, options: dict[str, Any], compute: Callable[[], Row]) -> Row:
+        workspace = self.session.workspace
+        key = stage_key(name, options, [self.parent])
+        if workspace.find(name, key) is None:
+            with workspace.publish(name, key, options) as folder:
+                write_json(folder / "row.json", compute())
+        row = json.loads((workspace.result(name, key) / "row.json").read_text(encoding="utf-8"))
+        say(f"  {name.removeprefix('sweep-')}: {row['metric']} {row['value']:.4f}")
+        return row
+
+    def _options(self, method: Method, ratio: float) -> dict[str, Any]:
+        config = self.session.config
+        refinement = asdict(config.refine) if method.refined else None
+        return {"truncate": asdict(method.at(ratio, config.cut)), "refine": refinement}
+
+    def _dense(self) -> Row:
+        return asdict(self.session.metrics(self._model(), self.session.data.evaluation, "dense"))
+
+    def _model(self) -> PreTrainedModel:
+        if self.model is None:
+            self.model = self.session.load_dense()
+        return self.model
+
+    def _measure(self, method: Method, ratio: float) -> Row:
+        session, model = self.session, self._model()
+        config, layers = session.config, session.layers(model)
+        cut = method.at(ratio, config.cut)
+        statistics = self._statistics()
+        if self.decomposed is None:
+            with bar(f"decompose for {method.objective}", len(layers)) as advance:
+                self.decomposed = decompose_layers(layers, statistics, cut, progress=advance)
+        started = time.monotonic()
+        samples = Samplesets(session.calibration, session.held_out, config.data.batch_size)
+        result = compress(
+            model,
+            session.task,
+            layers,
+            statistics,
+            samples,
+            cut,
+            config.refine if method.refined else None,
+            decomposed=self.decomposed,
+            seed=config.seed,
+            progress=bar,
+        )
+        for warning in result.warnings:
+            warn(warning)
+        candidate = result.truncation.apply(frozen_copy(model))
+        if method.refined:
+            with bar("refine", config.refine.schedule.steps) as advance:
+                refine(
+                    candidate,
+                    model,
+                    session.task,
+                    session.training,
+                    config.refine,
+                    bases=factor_bases(candidate, statistics),
+                    seed=config.seed,
+                    progress=lambda row: advance(1, note=f"divergence {row['divergence']:.4f}"),
+                )
+        seconds = time.monotonic() - started
+        metrics = asdict(session.metrics(candidate, session.data.evaluation, f"{method.name} {ratio:g}"))
+        facts = {key: value for key, value in result.truncation.summary().items() if key != "layers"}
+        return {"method": method.name, "ratio": ratio, **metrics, "seconds": seconds, **facts}
+
+    def _statistics(self) -> Statistics:
+        return self.session.load_statistics("calibrate")
+
+
+def sweep_cells(dense: Row, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    ratios = sorted({row["ratio"] for row in rows})
+    heading = [f"{dense['metric']}, dense {dense['value']:.4f}", *(f"{ratio:.0%} removed" for ratio in ratios)]
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        values = {row["ratio"]: row["value"] for row in rows if row["method"] == method}
+        body.append([method, *(f"{values[ratio]:.4f}" for ratio in ratios)])
+    return heading, body
+
+
+def _markdown(dense: Row, rows: list[Row]) -> str:
+    heading, body = sweep_cells(dense, rows)
+    lines = [heading, ["---"] * len(heading), *body]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -1,0 +1,197 @@
+"""``bench --target``: the graphs of a run, measured somewhere else, and the results kept with the run."""
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from converters.errors import InputError
+from prehab_export.config import RunConfig
+from prehab_export.measurement import (
+    LOOPBACK,
+    Json,
+    Kit,
+    Limits,
+    Shell,
+    adb,
+    find_browser,
+    find_web,
+    make_kit,
+    matrix,
+    measure_in_browser,
+    measure_locally,
+    measure_remotely,
+    read_results,
+    serve_by_hand,
+    ssh,
+)
+from prehab_export.pipeline.checks import bench_config
+from prehab_export.pipeline.running import bring_up_to_date, opened
+from prehab_export.pipeline.session import Session
+from prehab_export.pipeline.stages.quantize import graph_hashes, graphs_of
+from prehab_export.pipeline.stages.table import STAGES
+from prehab_export.pipeline.target_results import FOLDER, remember_kit, results_of
+from prehab_export.pipeline.workspace import KITS
+from prehab_export.system import say, usable_cores, warn, write_text_atomically
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to measure, and how.
+
+    name: ``local``, ``kit:FOLDER``, ``ssh://user@host:port``, ``adb``, ``adb:SERIAL`` or ``browser``.
+    python: the interpreter on another machine; keep: leave the kit there.
+    pin: run on so many cores only; memory_mb: with so much memory; both local.
+    matrix_memory_mb: sizes of the table threads × memory; none for no table.
+    browser: the browser's command; web: the dist folder of onnxruntime-web; by_hand: serve the page at host and port
+        to whoever opens it, until interrupted.
+    """
+
+    name: str
+    python: str = "python3"
+    keep: bool = False
+    cooldown_s: float = 0.0
+    pin: int | None = None
+    memory_mb: float | None = None
+    matrix_memory_mb: tuple[float, ...] = ()
+    browser: str | None = None
+    web: Path | None = None
+    by_hand: bool = False
+    host: str = "127.0.0.1"
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        if not re.match(r"(local$|kit:.|ssh://|adb(:|$)|browser$)", self.name):
+            raise InputError(
+                f"--target must be local, kit:FOLDER, ssh://user@host, adb[:serial] or browser, not {self.name!r}"
+            )
+        if self.name != "local" and (self.pin or self.memory_mb or self.matrix_memory_mb):
+            raise InputError("--pin-cores, --memory-limit and --matrix are for --target local")
+        if self.name != "browser" and (self.browser or self.web or self.by_hand):
+            raise InputError("--browser, --ort-web and --by-hand are for --target browser")
+        if self.cooldown_s < 0:
+            raise InputError(f"--cooldown must be 0 or more seconds, not {self.cooldown_s}")
+        if any(size <= 0 for size in self.matrix_memory_mb):
+            raise InputError("--matrix takes megabytes above 0")
+        self.limits()
+
+    def limits(self) -> Limits:
+        usable = usable_cores()
+        if self.pin is not None and not 1 <= self.pin <= len(usable):
+            raise InputError(f"--pin-cores must lie between 1 and {len(usable)}, the cores of this process")
+        return Limits(None if self.pin is None else tuple(usable[: self.pin]), self.memory_mb)
+
+    def shell(self) -> AbstractContextManager[Shell]:
+        if self.name.startswith("ssh://"):
+            return ssh(self.name)
+        return adb(self.name.partition(":")[2] or None)
+
+
+def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
+    """Bring the run up to the point where it could be measured, and measure it there; returns the file of results, or
+    the folder of the kit.
+
+    Raises:
+        InputError: bad input.
+        TargetError: the place cannot be reached, lacks something, or is lost on the way.
+        ParityError: a model gives other answers there.
+    """
+    if target.name.startswith(("ssh://", "adb")):
+        with target.shell() as shell:  # what cannot be reached is found out before anything slow
+            shell.run("true")
+    elif target.name == "browser":
+        target = replace(target, web=find_web(target.web))
+        if not target.by_hand:
+            find_browser(target.browser)
+    stages = list(STAGES)[: list(STAGES).index("bench")]
+    with opened(config, output, stages) as session:
+        bring_up_to_date(session, stages[-1])
+        if target.name.startswith("kit:"):
+            folder = Path(target.name.removeprefix("kit:"))
+            return _kit(session, folder, target).folder
+        with tempfile.TemporaryDirectory(dir=session.workspace.root, prefix=KITS.rstrip("*")) as own:
+            kit = _kit(session, Path(own, "kit"), target)
+            if target.by_hand:
+                return _by_hand(session, kit, target)
+            results = _measured(kit, target, _thread_counts(session))
+        return keep_results(session, results, _file_name(target.name))
+
+
+def keep_results(session: Session, results: Json, name: str) -> Path:
+    """Put results with the run, and into its report if there is one."""
+    folder = session.workspace.root / FOLDER
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{name}.json"
+    write_text_atomically(file, json.dumps(results, indent=2) + "\n")
+    if session.workspace.has("artifact") and name not in results_of(session.workspace.root, graph_hashes(session)):
+        warn(f"{name} was measured with a kit of other options; the report will have it when they are back")
+    if session.workspace.has("report"):
+        bring_up_to_date(session, "report")
+    return file
+
+
+def read_back(config: RunConfig, output: Path, results: Sequence[Path]) -> None:
+    """Take in what was measured by hand with a kit of this run.
+
+    Raises:
+        InputError: not a file of results.
+    """
+    read = {path: read_results(path) for path in results}
+    with opened(config, output) as session:
+        for path, values in read.items():
+            keep_results(session, values, _file_name(path.stem))
+
+
+def _kit(session: Session, folder: Path, target: Target) -> Kit:
+    kit = make_kit(graphs_of(session), folder, bench_config(session), target.cooldown_s)
+    remember_kit(session.workspace.root, kit.digest, graph_hashes(session))
+    return kit
+
+
+def _by_hand(session: Session, kit: Kit, target: Target) -> Path:
+    """Keeps what comes in, under the name of this target; returns the file."""
+
+    def keep(results: Json) -> None:
+        say(f"results came in; they are in {keep_results(session, results, 'browser-by-hand')}")
+
+    def opened_at(addresses: list[str]) -> None:
+        say(f"open {' or '.join(addresses)} in a browser and press Start; Ctrl-C ends this")
+        if target.host not in LOOPBACK:
+            say("whoever has that address can take the models; hand it on to nobody else")
+
+    serve_by_hand(kit, target.web, target.host, target.port, opened_at, keep)
+    file = session.workspace.root / FOLDER / "browser-by-hand.json"
+    if not file.is_file():
+        raise InputError("nobody measured anything before the page was closed")
+    return file
+
+
+def _thread_counts(session: Session) -> tuple[int, ...]:
+    config = bench_config(session)
+    return config.thread_counts or (config.threads,)
+
+
+def _measured(kit: Kit, target: Target, threads: tuple[int, ...]) -> Json:
+    if target.name == "browser":
+        return measure_in_browser(
+            kit, threads, browser=target.browser, web=target.web, progress=lambda line: say(f"  {line}")
+        )
+    if target.name != "local":
+        with target.shell() as shell:
+            return measure_remotely(
+                kit, shell, target.name.partition(":")[0], target.python, target.keep, lambda line: say(f"  {line}")
+            )
+    results = measure_locally(kit, target.limits())
+    if target.matrix_memory_mb:
+        results["matrix"] = matrix(kit, threads, target.matrix_memory_mb, lambda line: say(f"  {line}"))
+    return results
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
+
+
+__all__ = ["Target", "bench_on_target", "keep_results", "read_back"]

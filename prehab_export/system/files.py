@@ -1,0 +1,111 @@
+"""Content hashes of files, remembered where a file has not been touched; whole files or none; the cache folder."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from converters.errors import InputError
+from converters.onnx.modes import DATA_SUFFIX
+from prehab_export.system.errors import StorageError, out_of_space
+
+# How the names of files of external weights end.
+EXTERNAL_WEIGHTS = f".onnx{DATA_SUFFIX}"
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The file holds all of the text or what it held before."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def cache_folder() -> Path:
+    """This program's folder for what later runs may use again: in XDG_CACHE_HOME, which must be absolute to count."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "prehab-export"
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def link(source: str, target: str) -> None:
+    """Copy a file as a hard link, where the file system has them. External weights of a graph are copied in full:
+    onnx reads none that have another name somewhere, since they might be anybody's file."""
+    if source.endswith(EXTERNAL_WEIGHTS):
+        shutil.copy2(source, target)
+        return
+    try:
+        Path(target).hardlink_to(source)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Raises:
+    InputError: the file system of ``folder`` has less than ``needed`` bytes free.
+    """
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"{folder} needs about {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free; free some space "
+            f"(`prehab-export clean {folder}` takes away results of earlier options), or give a folder on another "
+            "disk with -o"
+        )
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A fresh sibling to write into, renamed to ``folder`` if the block succeeds, removed if it does not."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        remove(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        remove(folder)
+        partial.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if (reason := out_of_space(error)) is not None:
+            raise StorageError(
+                f"cannot go on with {folder}: {reason}; nothing half-written is left. "
+                f"Free some space{_where_else(folder)}, then the same command goes on from here"
+            ) from error
+        raise
+
+
+def _where_else(folder: Path) -> str:
+    """The places that lack room, where temporary files lie on another disk: nobody knows which of the two it was."""
+    temporary = Path(tempfile.gettempdir())
+    return "" if temporary.stat().st_dev == folder.parent.stat().st_dev else f" there or in {temporary}"
+
+
+def same_content(shown: Path, source: Path) -> bool:
+    """Whether a shown file is the result's: a hard link to it, or a copy with its size and time."""
+    if not (shown.is_file() and source.is_file()):
+        return False
+    ours, theirs = shown.stat(), source.stat()
+    if os.path.samestat(ours, theirs):
+        return True
+    return (ours.st_size, ours.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Any:
+    """What we have written there; None where nothing is, or what a machine that lost its power left of it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
