@@ -2,16 +2,16 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-# Adds to the amount done, with a short note on how it goes.
-Advance = Callable[..., None]
+from prehab_export.system.progress import Advance
 
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -54,11 +54,11 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def bar(description: str, total: int) -> Iterator[Advance]:
-    """Progress of ``total`` things. The value is called as ``advance(1, note="loss 0.31")``."""
-    description = printable(description)
+def bar(what: str, steps: int) -> Iterator[Advance]:
+    """Progress that a person watches: a `Progress`."""
+    what = printable(what)
     if not console.is_terminal:
-        with _lines(description, total) as advance:
+        with _lines(what, steps) as advance:
             yield advance
         return
     columns = (
@@ -69,13 +69,13 @@ def bar(description: str, total: int) -> Iterator[Advance]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", style="dim", markup=False),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(description, total=total, note="")
+    with RichProgress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=steps or None, note="")
         yield lambda amount=1, note="": progress.update(task, advance=amount, note=note)
 
 
 @contextmanager
-def _lines(description: str, total: int, every_s: float = 15.0) -> Iterator[Advance]:
+def _lines(what: str, steps: int, every_s: float = 15.0) -> Iterator[Advance]:
     done, last = 0, time.monotonic()
 
     def advance(amount: int = 1, note: str = "") -> None:
@@ -83,6 +83,7 @@ def _lines(description: str, total: int, every_s: float = 15.0) -> Iterator[Adva
         done += amount
         if time.monotonic() - last >= every_s:
             last = time.monotonic()
-            print(f"  {description}: {done} of {total} {note}".rstrip(), file=sys.stderr, flush=True)
+            amount_done = f"{done} of {steps}" if steps else f"{done}"
+            print(f"  {what}: {amount_done} {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield advance
