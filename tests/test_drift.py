@@ -19,13 +19,14 @@ from prehab_export.compression.dataflow import TokenRows
 from prehab_export.compression.decompositions import decompose_layers
 from prehab_export.compression.drift import RIDGE, _by_input, _fitted, _gather, truncate_along
 from prehab_export.compression.model_walk import ModelWalk
-from prehab_export.compression.planning import Plan, plan_ranks
+from prehab_export.compression.planning import plan_ranks
 from prehab_export.compression.recording import watched
 from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config.truncate import TruncateConfig
 from prehab_export.inputs import tasks
 from prehab_export.inputs.tasks import TASKS
+from prehab_export.measurement.worker import Plan
 
 TEXT, IMAGE, CLASSIFY = (TASKS[n] for n in ("text-generation", "image-classification", "text-classification"))
 FAMILIES = {"llama": TEXT, "gpt2": TEXT, "opt": TEXT, "qwen2": TEXT, "bert": CLASSIFY, "vit": IMAGE}

@@ -339,9 +339,9 @@ def test_merging_keeps_the_dtype(bf16_llama, bf16_run, tmp_path):
 
 def test_a_fit_that_recommends_the_dense_model_keeps_its_dtype(vit_folder, tmp_path):
     """Where that changes no weight: the graph in the folder was not made of rounded ones."""
-    from prehab_export.compression.planning import Plan
     from prehab_export.config.data import DataConfig
     from prehab_export.config.run import RunConfig
+    from prehab_export.measurement.worker import Plan
     from prehab_export.pipeline.fitting.models import FitModels
     from prehab_export.pipeline.session import Session
     from prehab_export.pipeline.workspace import Workspace

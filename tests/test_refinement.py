@@ -8,8 +8,9 @@ from test_drift import STRONG, along, divergence, prepared
 
 from converters.lowrank import low_rank_layers
 from prehab_export.compression.drift import truncate_along
+from prehab_export.compression.factored import factor_parameters
 from prehab_export.compression.recording import hidden_of
-from prehab_export.compression.refinement import block_refiner, factor_parameters, refine, relative_error
+from prehab_export.compression.refinement import block_refiner, refine, relative_error
 from prehab_export.compression.training import frozen_copy
 from prehab_export.config.training import RefineConfig, RefineSchedule
 from prehab_export.inputs.data.samples import Samples

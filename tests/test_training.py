@@ -15,7 +15,7 @@ from converters.selection import target_layers
 from prehab_export import calibrate, load_data, prehab, rehab, truncate
 from prehab_export.compression.decompositions import decompose_layers
 from prehab_export.compression.metric import layer_metric
-from prehab_export.compression.planning import Plan, plan_ranks
+from prehab_export.compression.planning import plan_ranks
 from prehab_export.compression.regulariser import Regulariser
 from prehab_export.compression.training import frozen_copy, labelled_loss, train
 from prehab_export.config.data import DataConfig
@@ -35,6 +35,7 @@ from prehab_export.config.truncate import TruncateConfig
 from prehab_export.inputs.evaluation import evaluate, torch_predictor
 from prehab_export.inputs.tasks import TASKS
 from prehab_export.linalg import surrogates
+from prehab_export.measurement.worker import Plan
 
 TASK = TASKS["image-classification"]
 LOSS = labelled_loss(TASK)

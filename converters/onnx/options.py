@@ -9,6 +9,7 @@ import torch
 
 from converters.errors import InputError
 from converters.onnx.export import FUSED_OPSET
+from converters.onnx.form import GraphForm
 from converters.onnx.latent import kind_of_cache
 from converters.onnx.modes import FILE_NAMES
 
@@ -34,6 +35,10 @@ class ExportOptions:
     kv_cache: str
     fuse: bool
     dtype: torch.dtype
+
+    @property
+    def form(self) -> GraphForm:
+        return GraphForm(self.inputs, self.image_size, self.fuse, self.kv_cache)
 
 
 def options_of(graph: Path) -> ExportOptions:

@@ -1,5 +1,6 @@
-from prehab_export.compression.bases import factor_bases as factor_bases
+from prehab_export.compression.calibrated import Calibrated as Calibrated
 from prehab_export.compression.calibration import CalibrationWarning as CalibrationWarning
+from prehab_export.compression.calibration import Gather as Gather
 from prehab_export.compression.calibration import calibrate as calibrate
 from prehab_export.compression.calibration import doubts as doubts
 from prehab_export.compression.calibration import shared_inputs as shared_inputs
@@ -9,6 +10,7 @@ from prehab_export.compression.closed_form import compress as compress
 from prehab_export.compression.decompositions import Decompositions as Decompositions
 from prehab_export.compression.decompositions import decompose_layers as decompose_layers
 from prehab_export.compression.drift import truncate_along as truncate_along
+from prehab_export.compression.factored import Factored as Factored
 from prehab_export.compression.grid_refit import GridFit as GridFit
 from prehab_export.compression.grid_refit import refit_to_grid as refit_to_grid
 from prehab_export.compression.metric import layer_metric as layer_metric
@@ -16,12 +18,14 @@ from prehab_export.compression.moments import Statistics as Statistics
 from prehab_export.compression.moments import load_statistics as load_statistics
 from prehab_export.compression.moments import moments_size as moments_size
 from prehab_export.compression.moments import save_statistics as save_statistics
-from prehab_export.compression.planning import Plan as Plan
+from prehab_export.compression.planning import RankPlan as RankPlan
 from prehab_export.compression.planning import ranks_by as ranks_by
 from prehab_export.compression.prehabilitation import prehab as prehab
+from prehab_export.compression.refinement import block_refiner as block_refiner
 from prehab_export.compression.refinement import refine as refine
 from prehab_export.compression.rehabilitation import rehab as rehab
 from prehab_export.compression.strength_search import find_strength as find_strength
+from prehab_export.compression.training import Trainable as Trainable
 from prehab_export.compression.training import frozen_copy as frozen_copy
 from prehab_export.compression.training import labelled_loss as labelled_loss
 from prehab_export.compression.training import train as train

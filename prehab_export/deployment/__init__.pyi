@@ -3,6 +3,7 @@ from prehab_export.deployment.exporting import export_exact as export_exact
 from prehab_export.deployment.ort_parity import SAMPLES as SAMPLES
 from prehab_export.deployment.ort_parity import largest_difference as largest_difference
 from prehab_export.deployment.parity import TOLERANCE as TOLERANCE
+from prehab_export.deployment.parity import Reference as Reference
 from prehab_export.deployment.parity import check_digests as check_digests
 from prehab_export.deployment.parity import check_graph as check_graph
 from prehab_export.deployment.parity import compare_logits as compare_logits

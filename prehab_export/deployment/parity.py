@@ -64,7 +64,7 @@ class Comparison:
     relative: float
 
 
-def reference_batches(samples: Samples, task: Task, model: PreTrainedModel) -> list[Batch]:
+def reference_batches(model: PreTrainedModel, task: Task, samples: Samples) -> list[Batch]:
     """Real inputs of several shapes: batches of 1, 2 and 5; for a decoder also several lengths and left padding."""
     sizes = [min(size, len(samples)) for size in (1, 2, 5)]
     batches = [next(iter(samples.batches(size, indices=list(range(size))))) for size in sizes]

@@ -26,6 +26,7 @@ from prehab_export.system import (
     dies_with_us,
     environment,
     is_full,
+    named,
     out_of_space,
     python_module,
     write_json,
@@ -102,9 +103,8 @@ def graph_metrics(session: Session, graph: Path, description: str, samples: Samp
     """The task metric of a graph on ONNX Runtime, over the evaluation split or these samples."""
     runtime = open_session(graph, threads=session.threads)
     samples = session.data.evaluation if samples is None else samples
-    with bar(description, len(samples)) as advance:
-        batches = samples.batches(session.config.data.batch_size)
-        return evaluate(onnx_predictor(runtime, session.task), batches, session.task, advance)
+    batches = samples.batches(session.config.data.batch_size)
+    return evaluate(onnx_predictor(runtime, session.task), session.task, batches, progress=named(bar, description))
 
 
 def verify_in_fresh_process(session: Session, folder: Path) -> None:
