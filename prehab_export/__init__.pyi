@@ -12,6 +12,8 @@ from converters.lowrank import factorize as factorize
 from converters.onnx.export import export_onnx as export_onnx
 from converters.registration import register_auto_model as register_auto_model
 from converters.selection import target_layers as target_layers
+from prehab_export.compression import Calibrated as Calibrated
+from prehab_export.compression import Factored as Factored
 from prehab_export.compression import Samplesets as Samplesets
 from prehab_export.compression import Statistics as Statistics
 from prehab_export.compression import calibrate as calibrate

@@ -1271,7 +1271,7 @@ def test_the_shared_language_model_is_judged_on_the_first_windows_of_the_text():
     config = load_config(folder)
     data = load(SHARED / "data" / "wikitext2", task, load_processor(folder, task), config, eval_samples=2)
     model = load_model(folder, task)
-    found = evaluate(torch_predictor(model, task), data.evaluation.batches(2), task)
+    found = evaluate(torch_predictor(model, task), task, data.evaluation.batches(2))
     text = (SHARED / "data" / "wikitext2" / "test.txt").read_text()[:20000]
     ids = load_processor(folder, task)(text).input_ids[: 2 * 256]  # this tokenizer puts nothing before a text
     windows = torch.tensor(ids).view(2, 256)

@@ -31,7 +31,7 @@ def with_rival(tokens, factor):
 
 
 def export(model, folder):
-    return export_onnx(model, folder / "model.onnx", "text-generation").path
+    return export_onnx(model, "text-generation", folder / "model.onnx").path
 
 
 def test_a_near_tie_is_no_failure(tokens, tmp_path):

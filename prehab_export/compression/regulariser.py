@@ -131,9 +131,9 @@ class Regulariser:
             term.latest = float(value)
             term.held = (term.weight / term.start / len(self.terms) * gradient).contiguous()
         for unit, term in self.terms.items():
-            assert term.held is not None  # a unit that has no gradient yet is due
-            for name, part in self._parts(unit, strength * term.held):
-                add_weight_gradient(self.calibrated.layers[name], part)
+            if term.held is not None:
+                for name, part in self._parts(unit, strength * term.held):
+                    add_weight_gradient(self.calibrated.layers[name], part)
 
     @torch.no_grad()
     def shrink(self, step: int, rate: float) -> None:
