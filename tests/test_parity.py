@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-import prehab_export.parity as parity
 import pytest
 import torch
 from small_models import build
 
 from converters.onnx.export import export_onnx
+from converters.onnx.runtime import open_session
 from prehab_export.deployment.parity import TOLERANCE, check_graph, load_reference, reference_of, save_reference
 from prehab_export.inputs.tasks import TASKS
 from prehab_export.system.errors import ParityError
@@ -57,7 +57,7 @@ def test_another_token_for_more_than_rounding_is_a_failure(tokens, tmp_path):
 def test_a_cache_that_is_not_right_is_noticed(damage, tokens, tmp_path, monkeypatch):
     """Even where it changes no token."""
     model = build("llama")
-    session = parity.open_session(export(model, tmp_path), 1)
+    session = open_session(export(model, tmp_path), 1)
 
     class Damaged:
         get_inputs, get_outputs = session.get_inputs, session.get_outputs

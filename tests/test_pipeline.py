@@ -218,7 +218,7 @@ def test_text_generation(llama_folder, prose, tmp_path, capsys):
         assert "Windows of 24 tokens, without a token at their start." in (tmp_path / "run" / place).read_text()
     report["evaluation"]["window_start"] = ["<s>"]
     for template in ("report.md.j2", "card.md.j2"):
-        assert "Windows of 24 tokens, each starting with `<s>`." in render(template, report)
+        assert "Windows of 24 tokens, each starting with `<s>`." in render("pipeline", template, report)
 
 
 def test_a_cache_of_latents(llama_folder, prose, tmp_path, capsys):
@@ -862,13 +862,13 @@ def test_verification_without_room_says_so(finished, tmp_path, monkeypatch, capf
 
 def test_files_that_were_not_touched_are_not_read_again(finished, tmp_path, monkeypatch):
     """A verb on a large run must not read every stage, nor the model, from end to end."""
-    from prehab_export.system import files
+    from prehab_export.system import digests
 
     output = tmp_path / "run"
     shutil.copytree(finished, output, copy_function=shutil.copy)  # with new times: read once, then remembered
     assert invoke("report", output) == 0
     read = []
-    monkeypatch.setattr(files, "sha256_of", lambda path: read.append(path) or "")
+    monkeypatch.setattr(digests, "sha256_of", lambda path: read.append(path) or "")
     assert invoke("report", output) == 0
     assert read == []
 

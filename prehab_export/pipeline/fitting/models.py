@@ -28,14 +28,14 @@ from prehab_export.compression import (
     frozen_copy,
 )
 from prehab_export.config import drop_of
-from prehab_export.deployment import tell_coverage
+from prehab_export.deployment import reloaded, tell_coverage
 from prehab_export.inputs import Metrics
 from prehab_export.pipeline.fitting.search import FLOAT32, Layers
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.export import export_model
 from prehab_export.pipeline.stages.quantize import activation_sample
 from prehab_export.pipeline.stages.table import STAGES
-from prehab_export.pipeline.stages.verify import graph_metrics, reloaded
+from prehab_export.pipeline.stages.verify import graph_metrics
 from prehab_export.pipeline.workspace import stage_key
 from prehab_export.system import bar, link, say, warn, write_json
 
@@ -128,7 +128,7 @@ class FitModels:
         result.truncation.apply(model)
         model.cpu()
         export_model(session.on_cpu, model, folder)
-        reloaded(session.on_cpu, folder)
+        reloaded(folder, session.on_cpu.task, trust_remote_code=config.trust_remote_code)
 
     def graph(self, plan: RankPlan, mode: str) -> Path:
         """The ONNX graph of a plan in a mode."""
