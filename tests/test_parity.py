@@ -67,7 +67,7 @@ def test_a_cache_that_is_not_right_is_noticed(damage, tokens, tmp_path, monkeypa
             past = next(value for name, value in feeds.items() if name.startswith("past_key_values"))
             return [damage(logits) if past.shape[2] else logits, *rest]
 
-    monkeypatch.setattr(parity, "open_session", lambda *_: Damaged())
+    monkeypatch.setattr("prehab_export.deployment.parity.open_session", lambda *_: Damaged())
     with pytest.raises(ParityError, match="decodes from its own cache"):
         check_graph(reference_of(model, TASK, BATCHES), TASK, tmp_path / "model.onnx", 1)
 
