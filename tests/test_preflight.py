@@ -178,7 +178,7 @@ def test_a_model_that_needs_other_inputs_is_told_what_it_was_given():
     config = transformers.Siglip2Config(vision_config=part, text_config=part, num_labels=3)
     model = transformers.Siglip2ForImageClassification(config).eval()
     with pytest.raises(InputError, match="is given pixel_values, as its image processor makes them"):
-        check_runs(model, pictures(32), IMAGE)
+        check_runs(model, IMAGE, pictures(32))
 
 
 def test_only_a_first_export_is_tried(vit_folder, tmp_path, monkeypatch):
