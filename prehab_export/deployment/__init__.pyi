@@ -6,7 +6,6 @@ from prehab_export.deployment.parity import TOLERANCE as TOLERANCE
 from prehab_export.deployment.parity import Reference as Reference
 from prehab_export.deployment.parity import check_digests as check_digests
 from prehab_export.deployment.parity import check_graph as check_graph
-from prehab_export.deployment.parity import compare_logits as compare_logits
 from prehab_export.deployment.parity import digests_of as digests_of
 from prehab_export.deployment.parity import load_reference as load_reference
 from prehab_export.deployment.parity import reference_batches as reference_batches

@@ -10,12 +10,7 @@ from typing import Any
 from converters.errors import InputError
 from converters.onnx.runtime import open_session
 from prehab_export.config import RunConfig, from_dict
-from prehab_export.deployment import (
-    TOLERANCE,
-    check_graph,
-    load_reference,
-    reloaded,
-)
+from prehab_export.deployment import TOLERANCE, check_graph, load_reference, reloaded
 from prehab_export.inputs import Metrics, Samples, evaluate, onnx_predictor
 from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.workspace import Workspace
