@@ -81,3 +81,13 @@ def test_the_reference_is_read_back_as_it_was(tmp_path):
     for name, value in vars(reference.greedy).items():
         assert torch.equal(getattr(again.greedy, name), value)
     assert torch.equal(again.logits[0], reference.logits[0])
+
+
+def test_one_reference_makes_one_file(tmp_path):
+    """What stands on an export that came out the same stays valid only if all of it came out the same."""
+    reference = reference_of(build("llama"), TASK, BATCHES)
+    made = set()
+    for _ in range(12):
+        save_reference(reference, tmp_path)
+        made.add((tmp_path / "reference.safetensors").read_bytes())
+    assert len(made) == 1
