@@ -25,17 +25,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from converters.errors import InputError
-from prehab_export.system import (
-    FileDigest,
-    StorageError,
-    is_full,
-    link,
-    read_json,
-    remove,
-    replacing,
-    same_content,
-    write_text_atomically,
-)
+from converters.publishing import PARTIAL, write_text
+from prehab_export.system import FileDigest, StorageError, is_full, link, read_json, remove, replacing, same_content
 
 OPTIONS_FILE = "run.yaml"
 # What makes a folder ours: only then is anything in it replaced or removed.
@@ -52,8 +43,7 @@ SHOWN = frozenset({"artifact", "baseline", "report"})
 KITS = ".kit-*"
 # What a killed process may leave.
 UNFINISHED = (
-    "*.partial",
-    *(f"{place}.partial" for place in ("stages/*/*", "manifests/*", "manifests/*/*", "targets/*")),
+    *(f"{place}*{PARTIAL}" for place in ("", "stages/*/", "manifests/", "manifests/*/", "targets/")),
     KITS,
 )
 # Digits of a key in the name of a folder.
@@ -259,7 +249,7 @@ class Workspace:
         outdated = [stage for stage in sorted(SHOWN) if not self._is_shown(stage)]
         for stage in outdated:
             self.hide(stage)
-        write_text_atomically(self.root / CURRENT, json.dumps(self.current, indent=2, sort_keys=True) + "\n")
+        write_text(self.root / CURRENT, json.dumps(self.current, indent=2, sort_keys=True) + "\n")
         for stage in outdated:
             if stage in self.current:
                 with replacing(self.root / stage) as partial:
@@ -334,7 +324,7 @@ class Workspace:
         return [Path(name).resolve() for name in names if name is not None]
 
     def save_options(self, text: str) -> None:
-        write_text_atomically(self.root / OPTIONS_FILE, text)
+        write_text(self.root / OPTIONS_FILE, text)
 
     @property
     def has_options(self) -> bool:
@@ -354,4 +344,4 @@ class Workspace:
     def _write_manifest(self, stage: str, key: str, manifest: Mapping[str, Any]) -> None:
         path = self._manifest_path(stage, key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, json.dumps(manifest, indent=2, default=str) + "\n")
+        write_text(path, json.dumps(manifest, indent=2, default=str) + "\n")

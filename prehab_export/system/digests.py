@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prehab_export.system.files import write_text_atomically
+from converters.publishing import write_text
 
 
 def sha256_of(path: Path) -> str:
@@ -72,4 +72,4 @@ class DigestCache:
         """Remember what was asked for; files that nobody asks for any more are forgotten."""
         self._known = {name: digest for name, digest in self._known.items() if name in self._asked}
         rows = {name: [digest.size, digest.mtime_ns, digest.sha256] for name, digest in self._known.items()}
-        write_text_atomically(self.path, json.dumps(rows, indent=0) + "\n")
+        write_text(self.path, json.dumps(rows, indent=0) + "\n")

@@ -34,6 +34,7 @@ from urllib.parse import unquote, urlsplit
 import psutil
 
 from converters.errors import InputError
+from converters.publishing import published_folder
 from prehab_export.measurement.targets.kit import Kit
 from prehab_export.measurement.targets.results import Json, check_results
 from prehab_export.system import (
@@ -350,15 +351,10 @@ def find_web(given: Path | None) -> Path:
             "onnxruntime-web is not here, and there is no npm to get it; install npm, or give its dist folder with "
             "--ort-web"
         )
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".npm-") as own:
+    with published_folder(place, replace=True) as dist, tempfile.TemporaryDirectory(dir=dist.parent) as own:
         archive = _packed(npm, Path(own))
         check_integrity(archive, WEB_SHA512)
-        unpacked = Path(own, "dist")
-        unpacked.mkdir()
-        _unpack(archive, unpacked)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(unpacked, place)
+        _unpack(archive, dist)
     return place
 
 
