@@ -260,7 +260,7 @@ def test_a_run_on_a_bare_system_in_a_folder_of_traps(bare, trapped, vit_folder, 
 def test_a_bench_on_a_bare_system(bare, tmp_path):
     code = """
         import sys
-        from prehab_export.bench_process import WorkerProcess
+        from prehab_export.measurement.worker_process import WorkerProcess
         case = {"threads": 1, "batch": 1, "sequence": None, "new_tokens": 1, "vocab_size": None}
         with WorkerProcess("m", 60) as worker:
             request = {"model": sys.argv[1], "provider": "CPUExecutionProvider", "case": case}
@@ -275,7 +275,7 @@ def test_letters_that_the_terminal_lacks(bare):
     """A figure with ≈ is no reason to fail where the terminal has another alphabet."""
     code = """
         import click
-        from prehab_export.cli import cli, main
+        from prehab_export.cli.commands import cli, main
         from prehab_export.system.terminal import result_console, say
 
         @cli.command()
@@ -301,7 +301,7 @@ def test_a_kit_on_a_bare_system(bare, tmp_path):
 
 def test_limits_that_a_system_lacks_are_refused(bare):
     code = """
-        from prehab_export.errors import InputError
+        from converters.errors import InputError
         from prehab_export.measurement.targets.limits import Limits, run_limited
         import sys
         for limits in ({"memory_mb": 100}, {"cores": (0,)}):

@@ -363,13 +363,13 @@ def test_a_header_that_looks_like_data_can_be_said_to_be_one(tmp_path, word_toke
 
 READS = """
 from prehab_export.config import DataConfig
-from prehab_export.data_labels import read_labels
-from prehab_export.data_source import open_source
+from prehab_export.inputs.data.labels import read_labels
+from prehab_export.inputs.data.source import open_source
 open_source(DataConfig({path!r}))
 """
 OWNER = """
 import time
-from prehab_export.data_scratch import scratch_folder
+from prehab_export.inputs.data.scratch import scratch_folder
 print(scratch_folder(), flush=True)
 time.sleep({seconds})
 """

@@ -174,7 +174,7 @@ def test_adapters_that_cannot_be_merged_are_refused_before_anything_is_loaded(be
 def test_a_merge_that_fails_leaves_nothing(bert, tmp_path, monkeypatch):
     artifact, adapter = bert
     before = {path.name for path in tmp_path.iterdir()}
-    monkeypatch.setattr("prehab_export.deployment.merging.export_exact", lambda *_, **__: json.loads("no graph"))
+    monkeypatch.setattr("prehab_export.pipeline.merging.export_exact", lambda *_, **__: json.loads("no graph"))
     with pytest.raises(ValueError, match="Expecting value"):
         merge_lora(artifact, adapter, tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == before

@@ -862,13 +862,13 @@ def test_verification_without_room_says_so(finished, tmp_path, monkeypatch, capf
 
 def test_files_that_were_not_touched_are_not_read_again(finished, tmp_path, monkeypatch):
     """A verb on a large run must not read every stage, nor the model, from end to end."""
-    from prehab_export.system import files
+    from prehab_export.system import digests
 
     output = tmp_path / "run"
     shutil.copytree(finished, output, copy_function=shutil.copy)  # with new times: read once, then remembered
     assert invoke("report", output) == 0
     read = []
-    monkeypatch.setattr(files, "sha256_of", lambda path: read.append(path) or "")
+    monkeypatch.setattr(digests, "sha256_of", lambda path: read.append(path) or "")
     assert invoke("report", output) == 0
     assert read == []
 
