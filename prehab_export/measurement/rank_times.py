@@ -6,7 +6,6 @@ the model has, so that its weights come from where they will come from, cache or
 is interpolated. What was measured once for a machine, runtime, number of threads and of tokens is kept for later runs.
 """
 
-import hashlib
 import json
 import time
 from bisect import bisect_left
@@ -25,7 +24,7 @@ import onnxruntime
 from converters.onnx.runtime import session_options
 from converters.publishing import write_text
 from prehab_export.linalg import break_even
-from prehab_export.system import cache_folder, machine_facts
+from prehab_export.system import cache_folder, machine_facts, sha256_of_text
 
 Shape = tuple[int, int]
 
@@ -203,7 +202,7 @@ def _key(m: int, n: int, copies: int, setting: Setting) -> str:
     facts = machine_facts()
     known = [facts["cpu"], facts["vector_extensions"], facts["available_cores"], facts["libraries"]["onnxruntime"]]
     text = json.dumps([*known, m, n, copies, asdict(setting), LOWEST, POINTS, ROUNDS, TURN_SECONDS])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return sha256_of_text(text)[:24]
 
 
 def _keep(file: Path, curve: Curve) -> None:

@@ -10,7 +10,6 @@ next run clears away.
 into (`SHOWN`) the current one is also shown beside ``run.yaml``, as hard links.
 """
 
-import hashlib
 import json
 import shutil
 from collections import Counter
@@ -26,7 +25,17 @@ from filelock import FileLock, Timeout
 
 from converters.errors import InputError
 from converters.publishing import PARTIAL, write_text
-from prehab_export.system import FileDigest, StorageError, is_full, link, read_json, remove, replacing, same_content
+from prehab_export.system import (
+    FileDigest,
+    StorageError,
+    is_full,
+    link,
+    read_json,
+    remove,
+    replacing,
+    same_content,
+    sha256_of_text,
+)
 
 OPTIONS_FILE = "run.yaml"
 # What makes a folder ours: only then is anything in it replaced or removed.
@@ -69,7 +78,7 @@ def stage_key(stage: str, options: Mapping[str, Any], parents: Sequence[str] = (
     False
     """
     facts = {"stage": stage, "options": options, "parents": list(parents), "version": version("prehab-export")}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return sha256_of_text(json.dumps(facts, sort_keys=True, default=str))
 
 
 @dataclass(frozen=True)
@@ -205,7 +214,7 @@ class Workspace:
         manifest = self.manifest(stage, key)
         assert manifest is not None, f"{stage} has no result under {key}"
         content = [[name, facts["sha256"]] for name, facts in sorted(manifest["files"].items())]
-        return f"{key}:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
+        return f"{key}:{sha256_of_text(json.dumps(content))}"
 
     def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
         return read_json(self._manifest_path(stage, key))

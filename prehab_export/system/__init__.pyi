@@ -8,6 +8,9 @@ from prehab_export.system.children import python_script as python_script
 from prehab_export.system.digests import DigestCache as DigestCache
 from prehab_export.system.digests import FileDigest as FileDigest
 from prehab_export.system.digests import sha256_of as sha256_of
+from prehab_export.system.digests import sha256_of_all as sha256_of_all
+from prehab_export.system.digests import sha256_of_text as sha256_of_text
+from prehab_export.system.digests import sha512_integrity as sha512_integrity
 from prehab_export.system.errors import BudgetError as BudgetError
 from prehab_export.system.errors import ParityError as ParityError
 from prehab_export.system.errors import StorageError as StorageError

@@ -1,7 +1,9 @@
-"""Content hashes of files, remembered where a file has not been touched."""
+"""Digests of texts and of files, the latter remembered where a file has not been touched."""
 
 import hashlib
 import json
+from base64 import b64encode
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,22 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, streamed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha512_integrity(path: Path) -> str:
+    """SHA-512 of a file's content in base64, as npm's registry tells it."""
+    with path.open("rb") as file:
+        return b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+
+
+def sha256_of_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of_all(digests: Mapping[str, str]) -> str:
+    """One digest of several files, name → SHA-256 in the order of the mapping: names count, too."""
+    return sha256_of_text("".join(f"{name}\0{digest}\n" for name, digest in digests.items()))
 
 
 @dataclass

@@ -7,7 +7,6 @@ A kit is the models themselves, so an address says who may have it: its path beg
 is served and nothing taken.
 """
 
-import hashlib
 import hmac
 import json
 import os
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -45,6 +43,7 @@ from prehab_export.system import (
     end_with_all_of_it,
     environment,
     find_program,
+    sha512_integrity,
 )
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
@@ -385,8 +384,7 @@ def check_integrity(archive: Path, expected: str) -> None:
     """Raises:
     InputError: the archive is not the one whose SHA-512 (base64, as npm writes it) this program was made with.
     """
-    with archive.open("rb") as file:
-        found = b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+    found = sha512_integrity(archive)
     if not hmac.compare_digest(found, expected):
         raise InputError(
             f"onnxruntime-web {WEB_VERSION} came as something else than what this program was made with (sha512 "

@@ -8,7 +8,6 @@
 Wherever it is taken, the runner checks the answers first and then measures the models in turns.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -30,7 +29,7 @@ from converters.publishing import published_folder
 from prehab_export.config import BenchConfig
 from prehab_export.measurement.targets.results import FORMAT, Json
 from prehab_export.measurement.worker import Case, make_plan
-from prehab_export.system import link, render
+from prehab_export.system import link, render, sha256_of
 
 KIT, RUNNER = "kit.json", "run_kit.py"
 
@@ -49,7 +48,7 @@ class Kit:
     @property
     def digest(self) -> str:
         """SHA-256 of kit.json, which holds those of all other files."""
-        return _digest(self.folder / KIT)
+        return sha256_of(self.folder / KIT)
 
 
 def make_kit(models: Mapping[str, Path], folder: Path, config: BenchConfig, cooldown_s: float = 0.0) -> Kit:
@@ -118,7 +117,7 @@ def _written(graphs: Mapping[str, GraphFacts], folder: Path, config: BenchConfig
     (folder / "README.md").write_text(render("measurement", "kit.md.j2", facts), encoding="utf-8")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     facts["files"] = {
-        name: {"sha256": _digest(folder / name), "bytes": (folder / name).stat().st_size} for name in names
+        name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in names
     }
     (folder / KIT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
@@ -204,8 +203,3 @@ def _record(case: Case, graphs: Mapping[str, GraphFacts], slugs: Mapping[str, st
         "new_tokens": case.new_tokens if tokens else None,
         "expected_tokens": tokens or None,
     }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,12 +14,12 @@ from converters.genai import write_genai_config
 from converters.onnx.export import OnnxExport
 from converters.onnx.modes import FULL
 from prehab_export.deployment import (
-    check_digests,
-    digests_of,
+    check_tensor_digests,
     export_exact,
     reference_batches,
     reference_of,
     save_reference,
+    tensor_digests,
 )
 from prehab_export.inputs import WIDTHS, WeightFiles, weight_files
 from prehab_export.pipeline.session import Session
@@ -37,7 +37,7 @@ def export_artifact(session: Session, folder: Path) -> None:
     """
     model = from_pretrained(session.factored_folder(), trust_remote_code=session.config.trust_remote_code)
     held = json.loads((session.factored_folder().parent / DIGESTS).read_text(encoding="utf-8"))
-    check_digests(held, digests_of(model))
+    check_tensor_digests(held, tensor_digests(model))
     export_model(session, model, folder)
 
 
@@ -49,7 +49,7 @@ def export_model(session: Session, model: PreTrainedModel, folder: Path) -> None
     """
     dtype = DTYPES[session.artifact_dtype]
     cast_weights(model, dtype)
-    digests = digests_of(model)
+    digests = tensor_digests(model)
     save_folder(model, folder / "model", session.fresh_processor())
     cast_weights(model, torch.float32)
     written = weight_files(str(folder / "model"))

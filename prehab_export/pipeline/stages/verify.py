@@ -15,7 +15,14 @@ from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.onnx.runtime import open_session
 from prehab_export.config import RunConfig, from_dict
-from prehab_export.deployment import TOLERANCE, check_digests, check_graph, compare_logits, digests_of, load_reference
+from prehab_export.deployment import (
+    TOLERANCE,
+    check_graph,
+    check_tensor_digests,
+    compare_logits,
+    load_reference,
+    tensor_digests,
+)
 from prehab_export.inputs import Metrics, Samples, evaluate, onnx_predictor, torch_predictor
 from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.workspace import Workspace
@@ -73,7 +80,7 @@ def reloaded(session: Session, export: Path) -> tuple[PreTrainedModel, dict[str,
     """
     reference = load_reference(export)
     model = from_pretrained(export / "model", trust_remote_code=session.config.trust_remote_code)
-    check_digests(reference.digests, digests_of(model))
+    check_tensor_digests(reference.digests, tensor_digests(model))
     dtype = main_dtype(model)
     if dtype != torch.float32:  # loaded anew, since what is made along the way depends on the dtype too
         model = from_pretrained(
