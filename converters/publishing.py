@@ -66,7 +66,7 @@ def published_files(*files: Path) -> Iterator[Path]:
         os.replace(fresh / last.name, last)
 
 
-def write_text(path: Path, text: str) -> None:
+def publish_text(path: Path, text: str) -> None:
     """Write a file of text, UTF-8; it holds all of the text or what it held before.
 
     Raises:

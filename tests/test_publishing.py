@@ -10,7 +10,7 @@ import pytest
 
 from converters import owned_folders
 from converters.owned_folders import OwnedFolder
-from converters.publishing import PARTIAL, published_files, published_folder, write_text
+from converters.publishing import PARTIAL, publish_text, published_files, published_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -141,19 +141,19 @@ def test_a_graph_by_itself_is_replaced_in_one_step(tmp_path, monkeypatch):
 
 def test_text_is_all_of_it_or_what_was_there(tmp_path):
     place = tmp_path / "a.json"
-    write_text(place, "λ\n")
+    publish_text(place, "λ\n")
     assert place.read_bytes() == "λ\n".encode()
     (tmp_path / "plain").write_text("")
     assert place.stat().st_mode == (tmp_path / "plain").stat().st_mode
     os.link(place, tmp_path / "shown")
     with pytest.raises(UnicodeEncodeError):
-        write_text(place, "half\ud800")
+        publish_text(place, "half\ud800")
     assert place.read_bytes() == "λ\n".encode()
-    write_text(place, "new")
+    publish_text(place, "new")
     assert (tmp_path / "shown").read_bytes() == "λ\n".encode()  # another name of what was there keeps that
     assert names(tmp_path) == ["a.json", "plain", "shown"]
     with pytest.raises(OSError, match="No such file"):
-        write_text(tmp_path / "none" / "a.json", "text")
+        publish_text(tmp_path / "none" / "a.json", "text")
 
 
 HOLDS = """
@@ -242,11 +242,11 @@ def test_many_at_once(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from converters.publishing import published_files, write_text
+from converters.publishing import published_files, publish_text
 for turn in range(40):
     with published_files(Path(sys.argv[1]) / "graph") as fresh:
         (fresh / "graph").write_text("x" * 1000)
-    write_text(Path(sys.argv[1]) / "text", "x" * 1000)
+    publish_text(Path(sys.argv[1]) / "text", "x" * 1000)
 """
     started = [subprocess.Popen([sys.executable, "-c", code, tmp_path]) for _ in range(4)]
     end = time.monotonic() + 60

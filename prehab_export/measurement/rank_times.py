@@ -22,7 +22,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from converters.onnx.runtime import session_options
-from converters.publishing import write_text
+from converters.publishing import publish_text
 from prehab_export.linalg import break_even
 from prehab_export.system import cache_folder, machine_facts, sha256_of_text
 
@@ -209,4 +209,4 @@ def _keep(file: Path, curve: Curve) -> None:
     """Where there is no room, or no right to write, it is measured again the next time: that is no reason to fail."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(asdict(curve)))
+        publish_text(file, json.dumps(asdict(curve)))

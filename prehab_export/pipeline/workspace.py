@@ -24,7 +24,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from converters.errors import InputError
-from converters.publishing import PARTIAL, write_text
+from converters.publishing import PARTIAL, publish_text
 from prehab_export.system import (
     FileDigest,
     StorageError,
@@ -258,7 +258,7 @@ class Workspace:
         outdated = [stage for stage in sorted(SHOWN) if not self._is_shown(stage)]
         for stage in outdated:
             self.hide(stage)
-        write_text(self.root / CURRENT, json.dumps(self.current, indent=2, sort_keys=True) + "\n")
+        publish_text(self.root / CURRENT, json.dumps(self.current, indent=2, sort_keys=True) + "\n")
         for stage in outdated:
             if stage in self.current:
                 with replacing(self.root / stage) as partial:
@@ -333,7 +333,7 @@ class Workspace:
         return [Path(name).resolve() for name in names if name is not None]
 
     def save_options(self, text: str) -> None:
-        write_text(self.root / OPTIONS_FILE, text)
+        publish_text(self.root / OPTIONS_FILE, text)
 
     @property
     def has_options(self) -> bool:
@@ -353,4 +353,4 @@ class Workspace:
     def _write_manifest(self, stage: str, key: str, manifest: Mapping[str, Any]) -> None:
         path = self._manifest_path(stage, key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(manifest, indent=2, default=str) + "\n")
+        publish_text(path, json.dumps(manifest, indent=2, default=str) + "\n")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converters.publishing import write_text
+from converters.publishing import publish_text
 
 
 def sha256_of(path: Path) -> str:
@@ -90,4 +90,4 @@ class DigestCache:
         """Remember what was asked for; files that nobody asks for any more are forgotten."""
         self._known = {name: digest for name, digest in self._known.items() if name in self._asked}
         rows = {name: [digest.size, digest.mtime_ns, digest.sha256] for name, digest in self._known.items()}
-        write_text(self.path, json.dumps(rows, indent=0) + "\n")
+        publish_text(self.path, json.dumps(rows, indent=0) + "\n")

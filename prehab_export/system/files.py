@@ -11,7 +11,7 @@ from typing import Any
 
 from converters.errors import InputError
 from converters.onnx.modes import DATA_SUFFIX
-from converters.publishing import published_folder, write_text
+from converters.publishing import publish_text, published_folder
 from prehab_export.system.errors import StorageError, out_of_space
 
 # How the names of files of external weights end.
@@ -26,7 +26,7 @@ def cache_folder() -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value of JSON types; the file holds all of it or what it held before."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    publish_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def link(source: str, target: str) -> None:

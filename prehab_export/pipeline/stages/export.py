@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from converters.dtypes import DTYPES, cast_weights
 from converters.folder import from_pretrained, save_folder
 from converters.genai import write_genai_config
+from converters.number_formats import NUMBER_FORMATS
 from converters.onnx.export import OnnxExport
 from converters.onnx.modes import FULL
 from prehab_export.deployment import (
@@ -21,7 +22,7 @@ from prehab_export.deployment import (
     save_reference,
     tensor_digests,
 )
-from prehab_export.inputs import WIDTHS, WeightFiles, weight_files
+from prehab_export.inputs import WeightFiles, weight_files
 from prehab_export.pipeline.session import Session
 from prehab_export.system import warn, write_json
 
@@ -66,7 +67,7 @@ def _saves_nothing(written: WeightFiles, graph_bytes: int, source: WeightFiles) 
     of_source = f"the source's weights ({source.bytes / 1e6:.1f} MB of {source.dtype})"
     warnings = []
     if written.bytes >= source.bytes:
-        wider = WIDTHS[written.dtype] > WIDTHS[source.dtype]
+        wider = NUMBER_FORMATS[written.dtype].bytes > NUMBER_FORMATS[source.dtype].bytes
         advice = "--dtype auto keeps the source's number format" if wider else "remove more, with a higher --ratio"
         of_written = f"the compressed weights ({written.bytes / 1e6:.1f} MB of {written.dtype})"
         warnings.append(f"{of_written} are not smaller than {of_source}; {advice}")
