@@ -1,4 +1,5 @@
-"""The files of a run: shown under two names, replaced whole, read back, taken away; and whether there is room."""
+"""The files of a run: shown under two names, replaced whole, read back, taken away; whether there is room; and where
+things are kept from one run to the next."""
 
 import json
 import os
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from platformdirs import user_cache_path
 
 from converters.errors import InputError
 from converters.onnx.modes import DATA_SUFFIX
@@ -19,9 +22,9 @@ EXTERNAL_WEIGHTS = f".onnx{DATA_SUFFIX}"
 
 
 def cache_folder() -> Path:
-    """This program's folder for what later runs may use again: in XDG_CACHE_HOME, which must be absolute to count."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "prehab-export"
+    """This program's folder for what later runs may use again, where the system keeps such folders: in XDG_CACHE_HOME,
+    which must be absolute to count, or ``~/.cache`` on Linux."""
+    return user_cache_path("prehab-export", appauthor=False)
 
 
 def write_json(path: Path, value: Any) -> None:
