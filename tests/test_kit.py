@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import psutil
 import pytest
 from small_models import build, truncated
@@ -57,6 +58,18 @@ def own_kit(kits, tmp_path):
 def run_kit(folder, *arguments, **options):
     command = [sys.executable, str(folder / RUNNER), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, **options)
+
+
+def test_a_kit_takes_nothing_from_the_graph_that_it_was_made_of(tmp_path):
+    """onnx reads no weights in a file that has another name somewhere."""
+    graph = tmp_path / "model.onnx"
+    export_onnx(build("vit"), graph, TASKS["vit"], external_data_threshold=0)
+    (tmp_path / "link.onnx").symlink_to(graph)
+    kit = make_kit({"direct": graph, "by a link": tmp_path / "link.onnx"}, tmp_path / "kit", QUICK)
+    for path in (graph, *(kit.folder / model["file"] for model in kit.facts["models"])):
+        assert path.with_name("model.onnx_data").is_file()
+        onnx.load(path)
+    assert not any(path.is_symlink() for path in kit.folder.rglob("*"))
 
 
 @pytest.mark.parametrize("family", list(TASKS))

@@ -90,10 +90,10 @@ def reference_of(model: PreTrainedModel, task: Task, batches: list[Batch]) -> Re
     """Ask the model in memory."""
     logits = [task.logits(model, batch).float().cpu().contiguous() for batch in batches]
     greedy = _greedy(model, batches[0]["input_ids"]) if task.name == "text-generation" else None
-    return Reference(batches, logits, digests_of(model), greedy)
+    return Reference(batches, logits, tensor_digests(model), greedy)
 
 
-def digests_of(model: nn.Module) -> dict[str, str]:
+def tensor_digests(model: nn.Module) -> dict[str, str]:
     """SHA-256 of every tensor of the state, with its dtype and shape."""
 
     def digest(tensor: Tensor) -> str:
@@ -103,7 +103,7 @@ def digests_of(model: nn.Module) -> dict[str, str]:
     return {name: digest(tensor) for name, tensor in model.state_dict().items()}
 
 
-def check_digests(expected: dict[str, str], found: dict[str, str]) -> None:
+def check_tensor_digests(expected: dict[str, str], found: dict[str, str]) -> None:
     """Raises:
     ParityError: a tensor on disk is not the one that was in memory.
     """

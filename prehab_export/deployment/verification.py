@@ -8,7 +8,13 @@ from transformers import PreTrainedModel
 
 from converters.dtypes import main_dtype, name_of
 from converters.folder import from_pretrained
-from prehab_export.deployment.parity import TOLERANCE, check_digests, compare_logits, digests_of, load_reference
+from prehab_export.deployment.parity import (
+    TOLERANCE,
+    check_tensor_digests,
+    compare_logits,
+    load_reference,
+    tensor_digests,
+)
 from prehab_export.inputs import Task, torch_predictor
 from prehab_export.system import ParityError
 
@@ -30,7 +36,7 @@ def reloaded(export: Path, task: Task, *, trust_remote_code: bool = False) -> tu
     """
     reference = load_reference(export)
     model = from_pretrained(export / "model", trust_remote_code=trust_remote_code)
-    check_digests(reference.digests, digests_of(model))
+    check_tensor_digests(reference.digests, tensor_digests(model))
     dtype = main_dtype(model)
     if dtype != torch.float32:  # loaded anew, since what is made along the way depends on the dtype too
         model = from_pretrained(export / "model", dtype=torch.float32, trust_remote_code=trust_remote_code)

@@ -25,7 +25,6 @@ from prehab_export.inputs.models import load_processor as load_processor
 from prehab_export.inputs.models import longest_input as longest_input
 from prehab_export.inputs.models import make_model as make_model
 from prehab_export.inputs.models import task_of as task_of
-from prehab_export.inputs.stored_weights import WIDTHS as WIDTHS
 from prehab_export.inputs.stored_weights import WeightFiles as WeightFiles
 from prehab_export.inputs.stored_weights import check_fit_in as check_fit_in
 from prehab_export.inputs.stored_weights import weight_files as weight_files

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
+from converters.number_formats import ARRAY_FORMATS
 from prehab_export.inputs.devices import device_of, moved
 from prehab_export.inputs.tasks import Batch, Task, sample_count
 from prehab_export.system import Progress, silent
@@ -18,15 +19,6 @@ if TYPE_CHECKING:  # a torch model is measured without loading onnxruntime
     from onnxruntime import InferenceSession
 
 Predict = Callable[[Batch], Tensor]
-
-_NUMPY_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-}
 
 
 @dataclass(frozen=True)
@@ -148,9 +140,9 @@ def feeds_of(inputs: Sequence[Any], batch: Batch) -> dict[str, np.ndarray]:
 
 
 def _feed(node: Any, batch: Batch) -> np.ndarray:
-    if node.type not in _NUMPY_TYPES:
+    if node.type not in ARRAY_FORMATS:
         raise InputError(f"the graph's input {node.name} is a {node.type}, which NumPy cannot hold")
-    dtype = _NUMPY_TYPES[node.type]
+    dtype = np.dtype(ARRAY_FORMATS[node.type])
     if node.name.startswith("past_key_values."):
         lengths = [size if isinstance(size, int) else 0 for size in node.shape[1:]]
         return np.zeros([sample_count(batch), *lengths], dtype)

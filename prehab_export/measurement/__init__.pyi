@@ -3,9 +3,9 @@ from prehab_export.measurement.rank_times import Curve as Curve
 from prehab_export.measurement.rank_times import RankTimes as RankTimes
 from prehab_export.measurement.rank_times import Setting as Setting
 from prehab_export.measurement.rank_times import Shape as Shape
-from prehab_export.measurement.rank_times import cache_folder as cache_folder
 from prehab_export.measurement.rank_times import layer_graph as layer_graph
 from prehab_export.measurement.rank_times import measure_rank_times as measure_rank_times
+from prehab_export.measurement.rank_times import rank_times_folder as rank_times_folder
 from prehab_export.measurement.targets.browser import LOOPBACK as LOOPBACK
 from prehab_export.measurement.targets.browser import find_browser as find_browser
 from prehab_export.measurement.targets.browser import find_web as find_web

@@ -6,10 +6,7 @@ the model has, so that its weights come from where they will come from, cache or
 is interpolated. What was measured once for a machine, runtime, number of threads and of tokens is kept for later runs.
 """
 
-import hashlib
 import json
-import os
-import tempfile
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -25,8 +22,9 @@ import onnx_ir as ir
 import onnxruntime
 
 from converters.onnx.runtime import session_options
+from converters.publishing import publish_text
 from prehab_export.linalg import break_even
-from prehab_export.system import files, machine_facts
+from prehab_export.system import cache_folder, machine_facts, sha256_of_text
 
 Shape = tuple[int, int]
 
@@ -123,9 +121,9 @@ def measure_rank_times(
     return RankTimes(setting, curves)
 
 
-def cache_folder() -> Path:
+def rank_times_folder() -> Path:
     """Where measurements are kept for later runs."""
-    return files.cache_folder() / "rank-times"
+    return cache_folder() / "rank-times"
 
 
 def grid(m: int, n: int) -> tuple[int, ...]:
@@ -204,15 +202,11 @@ def _key(m: int, n: int, copies: int, setting: Setting) -> str:
     facts = machine_facts()
     known = [facts["cpu"], facts["vector_extensions"], facts["available_cores"], facts["libraries"]["onnxruntime"]]
     text = json.dumps([*known, m, n, copies, asdict(setting), LOWEST, POINTS, ROUNDS, TURN_SECONDS])
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return sha256_of_text(text)[:24]
 
 
 def _keep(file: Path, curve: Curve) -> None:
     """Where there is no room, or no right to write, it is measured again the next time: that is no reason to fail."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own: other runs may be writing the same.
-        with tempfile.TemporaryDirectory(dir=file.parent) as own:
-            part = Path(own, file.name)
-            part.write_text(json.dumps(asdict(curve)), encoding="utf-8")
-            os.replace(part, file)
+        publish_text(file, json.dumps(asdict(curve)))

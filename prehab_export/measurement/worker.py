@@ -31,16 +31,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from converters.number_formats import ARRAY_FORMATS
 from prehab_export.measurement.kernel_cost import of_event
 
-NUMPY_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-}
 SAMPLE_EVERY_S = 0.002
 SEED = 0
 STATUS = Path("/proc/self/status")
@@ -180,10 +173,10 @@ def _shape(node: Any, wanted: tuple[Any, ...]) -> tuple[int, ...]:
     return wanted
 
 
-def _numpy_type(node: Any) -> type[np.generic]:
-    if node.type not in NUMPY_TYPES:
+def _numpy_type(node: Any) -> np.dtype[Any]:
+    if node.type not in ARRAY_FORMATS:
         raise ValueError(f"the graph's input {node.name} is a {node.type}, which the bench cannot make up")
-    return NUMPY_TYPES[node.type]
+    return np.dtype(ARRAY_FORMATS[node.type])
 
 
 def _present(past: str, outputs: list[str]) -> int:

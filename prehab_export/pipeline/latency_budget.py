@@ -6,7 +6,7 @@ from pathlib import Path
 from converters.lowrank import DenseLinear, dense_weight
 from prehab_export.compression import Truncation
 from prehab_export.config import AUTO
-from prehab_export.measurement import Setting, Shape, cache_folder, measure_rank_times
+from prehab_export.measurement import Setting, Shape, measure_rank_times, rank_times_folder
 from prehab_export.pipeline.checks import bench_config
 from prehab_export.pipeline.session import TIMES, Session
 from prehab_export.system import bar, write_json
@@ -17,7 +17,7 @@ def time_ranks(session: Session, folder: Path) -> None:
     shapes = layer_shapes(session)
     setting = Setting(session.threads, tokens_at_a_time(session))
     with bar("time layers", len(set(shapes))) as advance:
-        times = measure_rank_times(shapes, setting, cache=cache_folder(), progress=advance)
+        times = measure_rank_times(shapes, setting, cache=rank_times_folder(), progress=advance)
     write_json(folder / TIMES, times.to_json())
 
 

@@ -1,6 +1,5 @@
 """``bench --target``: the graphs of a run, measured somewhere else, and the results kept with the run."""
 
-import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from prehab_export.pipeline.stages.quantize import graph_hashes, graphs_of
 from prehab_export.pipeline.stages.table import STAGES
 from prehab_export.pipeline.target_results import FOLDER, remember_kit, results_of
 from prehab_export.pipeline.workspace import KITS
-from prehab_export.system import say, usable_cores, warn, write_text_atomically
+from prehab_export.system import say, usable_cores, warn, write_json
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def keep_results(session: Session, results: Json, name: str) -> Path:
     folder = session.workspace.root / FOLDER
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}.json"
-    write_text_atomically(file, json.dumps(results, indent=2) + "\n")
+    write_json(file, results)
     if session.workspace.has("artifact") and name not in results_of(session.workspace.root, graph_hashes(session)):
         warn(f"{name} was measured with a kit of other options; the report will have it when they are back")
     if session.workspace.has("report"):

@@ -7,7 +7,6 @@ A kit is the models themselves, so an address says who may have it: its path beg
 is served and nothing taken.
 """
 
-import hashlib
 import hmac
 import json
 import os
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -34,6 +32,7 @@ from urllib.parse import unquote, urlsplit
 import psutil
 
 from converters.errors import InputError
+from converters.publishing import published_folder
 from prehab_export.measurement.targets.kit import Kit
 from prehab_export.measurement.targets.results import Json, check_results
 from prehab_export.system import (
@@ -44,6 +43,7 @@ from prehab_export.system import (
     end_with_all_of_it,
     environment,
     find_program,
+    sha512_integrity,
 )
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
@@ -350,15 +350,10 @@ def find_web(given: Path | None) -> Path:
             "onnxruntime-web is not here, and there is no npm to get it; install npm, or give its dist folder with "
             "--ort-web"
         )
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".npm-") as own:
+    with published_folder(place, replace=True) as dist, tempfile.TemporaryDirectory(dir=dist.parent) as own:
         archive = _packed(npm, Path(own))
         check_integrity(archive, WEB_SHA512)
-        unpacked = Path(own, "dist")
-        unpacked.mkdir()
-        _unpack(archive, unpacked)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(unpacked, place)
+        _unpack(archive, dist)
     return place
 
 
@@ -389,8 +384,7 @@ def check_integrity(archive: Path, expected: str) -> None:
     """Raises:
     InputError: the archive is not the one whose SHA-512 (base64, as npm writes it) this program was made with.
     """
-    with archive.open("rb") as file:
-        found = b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+    found = sha512_integrity(archive)
     if not hmac.compare_digest(found, expected):
         raise InputError(
             f"onnxruntime-web {WEB_VERSION} came as something else than what this program was made with (sha512 "

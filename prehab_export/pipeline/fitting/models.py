@@ -1,6 +1,5 @@
 """The models that a fit makes: cut, exported, quantised and judged, each published by itself."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ from prehab_export.pipeline.stages.quantize import activation_sample
 from prehab_export.pipeline.stages.table import STAGES
 from prehab_export.pipeline.stages.verify import graph_metrics
 from prehab_export.pipeline.workspace import stage_key
-from prehab_export.system import bar, link, say, warn, write_json
+from prehab_export.system import bar, link, say, sha256_of_text, warn, write_json
 
 Row = dict[str, Any]
 
@@ -197,7 +196,7 @@ class FitModels:
 def slug_of(plan: RankPlan) -> str:
     """A plan's short name: ``dense``, or a hash of its ranks."""
     facts = plan_facts(plan)
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10] if facts["ranks"] else "dense"
+    return sha256_of_text(json.dumps(facts))[:10] if facts["ranks"] else "dense"
 
 
 def plan_facts(plan: RankPlan) -> Row:

@@ -15,7 +15,7 @@ from prehab_export.compression import (
     compress,
     frozen_copy,
 )
-from prehab_export.deployment import digests_of
+from prehab_export.deployment import tensor_digests
 from prehab_export.pipeline.latency_budget import predicted_latency
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.export import DIGESTS
@@ -65,7 +65,7 @@ def truncate_prepared(session: Session, folder: Path) -> None:
 
 def save_factored(session: Session, model: PreTrainedModel, folder: Path) -> None:
     model.cpu()
-    write_json(folder / DIGESTS, digests_of(model))
+    write_json(folder / DIGESTS, tensor_digests(model))
     save_folder(model, folder / "model", session.fresh_processor())
 
 

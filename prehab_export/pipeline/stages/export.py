@@ -12,19 +12,20 @@ from transformers import PreTrainedModel
 from converters.dtypes import DTYPES, cast_weights
 from converters.folder import from_pretrained, save_folder
 from converters.genai import write_genai_config
+from converters.number_formats import NUMBER_FORMATS
 from converters.onnx.export import OnnxExport
 from converters.onnx.form import GraphForm
 from converters.onnx.modes import FULL
 from prehab_export.deployment import (
     Reference,
-    check_digests,
-    digests_of,
+    check_tensor_digests,
     export_exact,
     reference_batches,
     reference_of,
     save_reference,
+    tensor_digests,
 )
-from prehab_export.inputs import WIDTHS, WeightFiles, weight_files
+from prehab_export.inputs import WeightFiles, weight_files
 from prehab_export.pipeline.session import Session
 from prehab_export.system import warn, write_json
 
@@ -40,7 +41,7 @@ def export_artifact(session: Session, folder: Path) -> None:
     """
     model = from_pretrained(session.factored_folder(), trust_remote_code=session.config.trust_remote_code)
     held = json.loads((session.factored_folder().parent / DIGESTS).read_text(encoding="utf-8"))
-    check_digests(held, digests_of(model))
+    check_tensor_digests(held, tensor_digests(model))
     export_model(session, model, folder)
 
 
@@ -52,7 +53,7 @@ def export_model(session: Session, model: PreTrainedModel, folder: Path) -> None
     """
     dtype = DTYPES[session.artifact_dtype]
     cast_weights(model, dtype)
-    digests = digests_of(model)
+    digests = tensor_digests(model)
     save_folder(model, folder / "model", session.fresh_processor())
     cast_weights(model, torch.float32)
     written = weight_files(str(folder / "model"))
@@ -71,7 +72,7 @@ def _saves_nothing(written: WeightFiles, graph_bytes: int, source: WeightFiles) 
     of_source = f"the source's weights ({source.bytes / 1e6:.1f} MB of {source.dtype})"
     warnings = []
     if written.bytes >= source.bytes:
-        wider = WIDTHS[written.dtype] > WIDTHS[source.dtype]
+        wider = NUMBER_FORMATS[written.dtype].bytes > NUMBER_FORMATS[source.dtype].bytes
         advice = "--dtype auto keeps the source's number format" if wider else "remove more, with a higher --ratio"
         of_written = f"the compressed weights ({written.bytes / 1e6:.1f} MB of {written.dtype})"
         warnings.append(f"{of_written} are not smaller than {of_source}; {advice}")
