@@ -31,12 +31,18 @@ def published_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         fresh = own / "fresh"  # not the owned folder itself, which is closed to others
         fresh.mkdir()
         yield fresh
+        before = own / "before"
         if folder.exists() or folder.is_symlink():
             if replace:
-                os.replace(folder, own / "before")  # taken out at once: a half of it would look like all of it
+                os.replace(folder, before)  # taken out at once: a half of it would look like all of it
             else:
                 folder.rmdir()
-        os.replace(fresh, folder)
+        try:
+            os.replace(fresh, folder)
+        except OSError:  # a file in it that is open, on Windows
+            if before.exists():
+                os.replace(before, folder)
+            raise
 
 
 @contextmanager
