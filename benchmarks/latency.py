@@ -23,6 +23,7 @@ import transformers
 import prehab_export as px
 from converters.lowrank import Factors, dense_weight, factorize
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.modes import FILE_NAMES, MODES
 from converters.onnx.quantize import quantize_graph
 from prehab_export.config.bench import BenchConfig
@@ -96,7 +97,7 @@ def make_graphs(
         left = cut(model, share, multiple) if share else 1.0
         name = f"{share:.0%} removed" if share else "dense"
         graph = folder / name.replace("% ", "-") / "model.onnx"
-        export_onnx(model, graph, SHAPES[shape][0], text_inputs=("input_ids", "attention_mask"))
+        export_onnx(model, SHAPES[shape][0], graph, GraphForm(text_inputs=("input_ids", "attention_mask")))
         del model
         variants = {name: graph}
         for mode in modes:

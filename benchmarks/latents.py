@@ -20,6 +20,7 @@ import transformers
 from latency import LLAMA, cut
 
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.modes import FULL, KV_CACHES
 from prehab_export.config.bench import BenchConfig
 from prehab_export.measurement.benchmark import bench
@@ -57,12 +58,12 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         model = build(shape, blocks)
         graphs = {"dense": Path(folder, "dense.onnx")}
-        per_token = {"dense": export_onnx(model, graphs["dense"], "text-generation").cache_bytes_per_token}
+        per_token = {"dense": export_onnx(model, "text-generation", graphs["dense"]).cache_bytes_per_token}
         cut(model, removed, 16)
         for kind in KV_CACHES:
             name = f"{removed:.0%} removed, {kind}"
             graphs[name] = Path(folder, f"{kind}.onnx")
-            export = export_onnx(model, graphs[name], "text-generation", kv_cache=kind)
+            export = export_onnx(model, "text-generation", graphs[name], GraphForm(kv_cache=kind))
             per_token[name] = export.cache_bytes_per_token
             if kind != FULL:
                 assert not export.warnings, export.warnings

@@ -558,7 +558,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     vision(tmp_path / "m.onnx")
     code = """
         from pathlib import Path
-        from prehab_export.benchmark import BenchConfig, bench
+        from prehab_export.config import BenchConfig
+        from prehab_export.measurement import bench
         bench({"m": Path("m.onnx")}, BenchConfig(rounds=10**6), progress=lambda line: print(line, flush=True))
     """
     parent = subprocess.Popen(

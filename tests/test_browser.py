@@ -22,6 +22,7 @@ from small_models import build, truncated
 
 from converters.errors import InputError
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.quantize import quantize_graph
 from prehab_export.config.bench import BenchConfig
 from prehab_export.measurement.targets import browser
@@ -64,9 +65,12 @@ def kits(tmp_path_factory):
             folder = tmp_path_factory.mktemp(family)
             graphs = {
                 "dense": export_onnx(
-                    build(family), folder / "dense" / "model.onnx", TASKS[family], external_data_threshold=1000
+                    build(family),
+                    TASKS[family],
+                    folder / "dense" / "model.onnx",
+                    GraphForm(external_data_threshold=1000),
                 ).path,
-                "low rank": export_onnx(truncated(build(family), 6), folder / "low" / "model.onnx", TASKS[family]).path,
+                "low rank": export_onnx(truncated(build(family), 6), TASKS[family], folder / "low" / "model.onnx").path,
             }
             graphs["low rank int8"] = quantize_graph(graphs["low rank"], folder / "low" / "int8.onnx", "int8")
             made[family] = make_kit(graphs, folder / "kit", QUICK)

@@ -39,8 +39,8 @@ def kits(tmp_path_factory):
             folder = tmp_path_factory.mktemp(family)
             dense, small = build(family), truncated(build(family), 6)
             graphs = {
-                "dense": export_onnx(dense, folder / "dense" / "model.onnx", TASKS[family]).path,
-                "low rank": export_onnx(small, folder / "low" / "model.onnx", TASKS[family]).path,
+                "dense": export_onnx(dense, TASKS[family], folder / "dense" / "model.onnx").path,
+                "low rank": export_onnx(small, TASKS[family], folder / "low" / "model.onnx").path,
             }
             graphs["low rank int8"] = quantize_graph(graphs["low rank"], folder / "low" / "int8.onnx", "int8")
             made[family] = make_kit(graphs, folder / "kit", QUICK)

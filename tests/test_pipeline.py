@@ -218,7 +218,7 @@ def test_text_generation(llama_folder, prose, tmp_path, capsys):
         assert "Windows of 24 tokens, without a token at their start." in (tmp_path / "run" / place).read_text()
     report["evaluation"]["window_start"] = ["<s>"]
     for template in ("report.md.j2", "card.md.j2"):
-        assert "Windows of 24 tokens, each starting with `<s>`." in render(template, report)
+        assert "Windows of 24 tokens, each starting with `<s>`." in render("pipeline", template, report)
 
 
 def test_a_cache_of_latents(llama_folder, prose, tmp_path, capsys):

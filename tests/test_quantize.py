@@ -19,6 +19,7 @@ from converters.errors import InputError
 from converters.onnx import write
 from converters.onnx.coverage import VECTORS, Coverage, Left, coverage
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.graph_facts import read_graph
 from converters.onnx.modes import BLOCK, FILE_NAMES, MODES
 from converters.onnx.quantize import quantize_graph
@@ -42,7 +43,7 @@ def graphs(tmp_path_factory):
         if family not in made:
             path = tmp_path_factory.mktemp("graph") / "model.onnx"
             task = {"vit": "image-classification", "bert": "text-classification"}.get(family, "text-generation")
-            export_onnx(make(family, 6), path, task)
+            export_onnx(make(family, 6), task, path)
             made[family] = path, {value.name: feed_of(value) for value in open_session(path).get_inputs()}
         return made[family]
 
@@ -182,7 +183,7 @@ def test_a_table_and_what_is_tied_to_it_are_one(mode, width, tmp_path):
 def test_smaller_numbers_make_smaller_files(family, tmp_path):
     """Tied or not, with products of any kind; next to nothing is left in floating point."""
     source = tmp_path / "model.onnx"
-    export_onnx(make(family), source, "text-generation")
+    export_onnx(make(family), "text-generation", source)
     feeds = {value.name: feed_of(value) for value in open_session(source).get_inputs()}
     expected = open_session(source).run(["logits"], feeds)[0]
     sizes = {"float32": source.stat().st_size}
@@ -294,7 +295,7 @@ def test_mistakes_are_named_and_leave_nothing(graphs, tmp_path):
 
 def test_external_data_stays_external(tmp_path):
     source = tmp_path / "big" / "model.onnx"
-    export_onnx(make("vit", 6), source, "image-classification", external_data_threshold=100)
+    export_onnx(make("vit", 6), "image-classification", source, GraphForm(external_data_threshold=100))
     feeds = {value.name: feed_of(value) for value in open_session(source).get_inputs()}
     expected = open_session(source).run(["logits"], feeds)[0]
     for mode in MODES:

@@ -38,7 +38,7 @@ needs_sshd = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory):
     folder = tmp_path_factory.mktemp("remote")
-    graph = export_onnx(build("vit"), folder / "model.onnx", "image-classification").path
+    graph = export_onnx(build("vit"), "image-classification", folder / "model.onnx").path
     config = BenchConfig(threads=1, warmup=0, rounds=2, min_seconds=0.0)
     return make_kit({"dense": graph, "same": graph}, folder / "kit", config)
 

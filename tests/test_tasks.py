@@ -97,7 +97,7 @@ def test_accuracy_and_loss_do_not_depend_on_how_samples_are_batched(classifier):
     batches = list(classifier_batches())
     whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
     done = []
-    parts = evaluate(torch_predictor(classifier, CLASSIFICATION), batches, CLASSIFICATION, done.append)
+    parts = evaluate(torch_predictor(classifier, CLASSIFICATION), batches, CLASSIFICATION, progress=done.append)
     at_once = evaluate(torch_predictor(classifier, CLASSIFICATION), [whole], CLASSIFICATION)
     guesses = classifier(**{k: v for k, v in whole.items() if k != "labels"}).logits.argmax(-1)
     assert parts.value == at_once.value == (guesses == whole["labels"]).double().mean().item()

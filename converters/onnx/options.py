@@ -11,6 +11,7 @@ from onnx_ir.tensor_adapters import to_torch_dtype
 
 from converters.errors import InputError
 from converters.onnx.export import FUSED_OPSET
+from converters.onnx.form import GraphForm
 from converters.onnx.latent import kind_of_cache
 from converters.onnx.modes import FILE_NAMES
 
@@ -29,6 +30,10 @@ class ExportOptions:
     kv_cache: str
     fuse: bool
     dtype: torch.dtype
+
+    @property
+    def form(self) -> GraphForm:
+        return GraphForm(self.inputs, self.image_size, self.fuse, self.kv_cache)
 
 
 def options_of(graph: Path) -> ExportOptions:

@@ -4,6 +4,7 @@ from prehab_export.config.bench import at_least as at_least
 from prehab_export.config.bench import check_provider as check_provider
 from prehab_export.config.budget import Budget as Budget
 from prehab_export.config.budget import Figures as Figures
+from prehab_export.config.budget import Miss as Miss
 from prehab_export.config.budget import drop_of as drop_of
 from prehab_export.config.calibrate import FISHER_LABELS as FISHER_LABELS
 from prehab_export.config.calibrate import CalibrateConfig as CalibrateConfig

@@ -25,6 +25,7 @@ T = TypeVar("T")
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build a config from nested mappings, the inverse of ``dataclasses.asdict``.
 
+    >>> from prehab_export.config import TruncateConfig
     >>> from_dict(TruncateConfig, {"ratio": 0.5}).ratio
     0.5
 

@@ -1,4 +1,5 @@
 from prehab_export.inputs.data.loading import load_data as load_data
+from prehab_export.inputs.data.samples import Batches as Batches
 from prehab_export.inputs.data.samples import Samples as Samples
 from prehab_export.inputs.data.samples import TaskData as TaskData
 from prehab_export.inputs.devices import choose_device as choose_device

@@ -105,9 +105,7 @@ def _write_graphs(model: PreTrainedModel, artifact: Path, made: Path, threads: i
     model = model.to(options.dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     example = _example(model, task, options)
     reference = reference_of(model, task, [example])
-    export = export_exact(
-        model, made / GRAPH, task, reference, options.inputs, threads, options.kv_cache, fuse=options.fuse
-    )
+    export = export_exact(model, task, made / GRAPH, options.form, reference, threads=threads)
     if task.name == "text-generation":
         write_genai_config(model, made, GRAPH, export.inputs)
     graphs = [made / GRAPH]

@@ -15,7 +15,7 @@ from typing import Any
 
 from converters.errors import InputError
 from converters.onnx.graph_facts import read_graph
-from prehab_export.compression import Plan, ranks_by
+from prehab_export.compression import RankPlan, ranks_by
 from prehab_export.config import PARAMETERS, Budget, Figures, RunConfig
 from prehab_export.inputs import Metrics
 from prehab_export.pipeline.checks import bench_config
@@ -101,11 +101,11 @@ class _Fit:
         self.layers, self.dense = self.models.layers, self.models.dense
         self.modes = (FLOAT32, *dict.fromkeys(session.config.quantize))
 
-    def _anchors(self) -> list[tuple[Plan, str]]:
+    def _anchors(self) -> list[tuple[RankPlan, str]]:
         """The dense model and a few cut ones, in every mode."""
         session, layers = self.session, self.layers
-        linears, losses = session.layers(session.empty_model), (dict(layers.losses), dict(layers.joint))
-        cuts = [ranks_by(linears, losses, replace(session.config.cut, ratio=removed)) for removed in ANCHORS]
+        losses = (dict(layers.losses), dict(layers.joint))
+        cuts = [ranks_by(layers.shapes, losses, replace(session.config.cut, ratio=removed)) for removed in ANCHORS]
         return [(plan, mode) for plan in (self.dense, *cuts) for mode in self.modes]
 
     def _search(self) -> tuple[Search, Line, list[Row]]:
@@ -135,7 +135,7 @@ class _Fit:
         )
         return Search(self.layers, known), drops, told["rows"]
 
-    def _anchor(self, plan: Plan, mode: str) -> Anchor:
+    def _anchor(self, plan: RankPlan, mode: str) -> Anchor:
         graph = self.models.graph(plan, mode)
         units = self.layers.units(plan.ranks, plan.shared)
         return Anchor(f"{slug_of(plan)}-{mode}", mode, units, read_graph(graph).file_bytes / 1e6, graph)
@@ -265,8 +265,8 @@ def unsteady(probe: Sequence[Row], finals: Sequence[Row]) -> str | None:
     )
 
 
-def _plan(candidate: Candidate) -> Plan:
-    return Plan(candidate.ranks, candidate.shared)
+def _plan(candidate: Candidate) -> RankPlan:
+    return RankPlan(candidate.ranks, candidate.shared)
 
 
 def _slug(candidate: Candidate) -> str:
