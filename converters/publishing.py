@@ -31,39 +31,57 @@ def published_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         fresh = own / "fresh"  # not the owned folder itself, which is closed to others
         fresh.mkdir()
         yield fresh
+        before = own / "before"
         if folder.exists() or folder.is_symlink():
             if replace:
-                os.replace(folder, own / "before")  # taken out at once: a half of it would look like all of it
+                os.replace(folder, before)  # taken out at once: a half of it would look like all of it
             else:
                 folder.rmdir()
-        os.replace(fresh, folder)
+        try:
+            os.replace(fresh, folder)
+        except OSError:  # a file in it that is open, on Windows
+            if before.exists():
+                os.replace(before, folder)
+            raise
 
 
 @contextmanager
 def published_files(*files: Path) -> Iterator[Path]:
     """A fresh folder to write files into that belong together, each under its own name; they take their places if the
-    block succeeds. The last of them is what makes them complete: it comes last, and has to be written. Of the others,
-    one that is not written is not there afterwards.
+    block succeeds, as by `move_together`.
 
     Args:
-        files: their places, all in one folder.
+        files: their places, all in one folder; the last one is what makes them complete.
 
     Raises:
-        OSError: the disk is full.
+        OSError: the disk is full, or the last one was not written.
     """
-    *others, last = (file.absolute() for file in files)
-    with _beside(last) as own:
+    places = [file.absolute() for file in files]
+    with _beside(places[-1]) as own:
         fresh = own / "fresh"
         fresh.mkdir()
         yield fresh
-        if any(place.exists() for other in others for place in (other, fresh / other.name)):
-            last.unlink(missing_ok=True)  # from here on it would stand among others that are not its own
-        for other in others:
-            if (fresh / other.name).exists():
-                os.replace(fresh / other.name, other)
-            else:
-                other.unlink(missing_ok=True)
-        os.replace(fresh / last.name, last)
+        move_together(fresh, *places)
+
+
+def move_together(folder: Path, *files: Path) -> None:
+    """Take files that belong together out of a folder on the same disk to their places.
+
+    The last one comes last, and never stands beside others that are not its own. Of the others, one that is not in the
+    folder is not in its place afterwards either.
+
+    Raises:
+        OSError: the last one is not in the folder.
+    """
+    *others, last = files
+    if any(place.exists() for other in others for place in (other, folder / other.name)):
+        last.unlink(missing_ok=True)
+    for other in others:
+        if (folder / other.name).exists():
+            os.replace(folder / other.name, other)
+        else:
+            other.unlink(missing_ok=True)
+    os.replace(folder / last.name, last)
 
 
 def publish_text(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from test_bench import vision
 from test_pipeline import vit_options
 
 import prehab_export
+from converters.errors import InputError
 from prehab_export.config.bench import BenchConfig
 from prehab_export.config.data import DataConfig
 from prehab_export.inputs.data.source import open_source
@@ -27,7 +28,6 @@ from prehab_export.measurement.targets.local import measure_locally
 from prehab_export.measurement.targets.remote import _HASHES, _NEEDED
 from prehab_export.system.children import end_with_all_of_it, find_program, python_module
 from prehab_export.system.current_folder import leave_current_folder, without_current_folder
-from prehab_export.system.errors import InputError
 
 TRAPS = (
     *(

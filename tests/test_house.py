@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -265,6 +266,51 @@ def test_terminal_text_is_literal():
             assert not re.search(r"\bConsole\((?!\))", text), name
         assert "rich.markup" not in text, name
         assert not re.search(r"[\"'] *\[/?(bold|dim|red|yellow|green)\]", text), name
+
+
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def _moves(call: ast.Call) -> bool:
+    """Whether a call puts a file somewhere else; ``Path.replace`` takes one argument, that of texts two."""
+    function = ast.unparse(call.func)
+    if function in ("os.replace", "os.rename", "os.renames", "shutil.move"):
+        return True
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    return name == "rename" or (name == "replace" and len(call.args) == 1 and not call.keywords)
+
+
+def test_one_place_publishes_files():
+    """Everything else writes through `converters.publishing`. The kit's runner stands alone."""
+    allowed = {"converters.publishing", "prehab_export.measurement.targets.kit_runner"}
+    found = {name for name, path in modules().items() for call in calls(ast.parse(path.read_text())) if _moves(call)}
+    assert found == allowed
+
+
+def importers(library: str) -> set[str]:
+    """Modules of ours that import a library, at any depth in them."""
+    found = set()
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            taken = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            taken += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            found |= {name for module in taken if module.partition(".")[0] == library}
+    return found
+
+
+def test_one_place_for_each_basic_thing():
+    digests = {"prehab_export.system.digests", "prehab_export.deployment.parity"}  # of files and texts; of tensors
+    assert importers("hashlib") == digests | {"prehab_export.measurement.targets.kit_runner"}
+    assert importers("filelock") == {"converters.owned_folders", "prehab_export.pipeline.workspace"}
+    assert importers("fcntl") | importers("msvcrt") == set()
+    assert importers("platformdirs") == {"prehab_export.system.files"}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in modules().items()}
+    for pattern, place in {
+        r"\b(linalg|torch)\.cholesky": "converters.roots",
+        r"\"(B?F16|F32|F64|tensor\()": "converters.number_formats",
+    }.items():
+        assert {name for name, text in texts.items() if re.search(pattern, text)} - {place} == set(), pattern
 
 
 def test_no_pickle():

@@ -66,6 +66,23 @@ def test_only_what_may_be_replaced_is(tmp_path):
     assert names(file) == ["c"]
 
 
+def test_what_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+    place, original = tmp_path / "place", os.replace
+    with published_folder(place) as fresh:
+        (fresh / "old").write_text("1")
+
+    def replace(source, target):
+        if source.name == "fresh":
+            raise PermissionError("open elsewhere")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(PermissionError), published_folder(place, replace=True):
+        pass
+    assert names(place) == ["old"]
+    assert names(tmp_path) == ["place"]
+
+
 def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "thesis").write_text("years of work")

@@ -18,6 +18,7 @@ from converters.onnx.quantize import Feeds, quantize_graph
 from converters.onnx.runtime import open_session
 from converters.onnx.weights import replace_weights, weight_names
 from converters.onnx.write import data_file
+from converters.publishing import move_together
 from prehab_export.compression import GridFit, refit_to_grid
 from prehab_export.deployment import tell_coverage
 from prehab_export.inputs import Metrics, feeds_of
@@ -96,8 +97,7 @@ def _with_refit(
         after = held_out(candidate, f"held-out loss, {mode} refitted").loss
         refitted = graph_metrics(session, candidate, f"compressed {mode} refitted")
         if kept := after < before:
-            for file in folder.glob(f"{graph.name}*"):  # with external data, if it has any
-                file.replace(graph.with_name(file.name))
+            move_together(folder, data_file(graph), graph)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     facts = {
