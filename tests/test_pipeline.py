@@ -342,7 +342,7 @@ def test_inspect(finished, vit_folder, capsys):
 
 def test_a_wrong_artifact_is_fatal_and_nothing_is_published(vit_folder, tmp_path, monkeypatch, capsys):
     """The exporter writes a weight that is not the model's: the fresh process must notice."""
-    import prehab_export.export as export
+    from prehab_export.pipeline.stages import export
 
     original = export.save_folder
 
@@ -569,8 +569,8 @@ def test_what_follows_work_that_came_out_otherwise_is_done_again(vit_folder, tmp
     assert invoke("verify", *options) == 0
     artifact, original = hashes(output / "artifact"), stages._compressed
 
-    def otherwise(session, model, statistics):
-        result = original(session, model, statistics)
+    def otherwise(session, calibrated):
+        result = original(session, calibrated)
         for pair in result.truncation.factors.values():
             pair.up.mul_(0.5)
         return result
@@ -595,7 +595,7 @@ def test_work_done_again_that_is_killed_makes_no_leftovers_of_what_was_there(fin
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "gather_statistics", killed)
+    monkeypatch.setattr(stages, "gather", killed)
     assert invoke("calibrate", output, "--force") == 130
     assert (output / "artifact").is_dir()
     assert invoke("clean", output) == 0
