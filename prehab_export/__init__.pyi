@@ -3,6 +3,7 @@ from converters.adapters import MergeReport as MergeReport
 from converters.adapters import merge_dense_adapter as merge_dense_adapter
 from converters.adapters import merge_into_factors as merge_into_factors
 from converters.coverage import Coverage as Coverage
+from converters.coverage import ParameterGroup as ParameterGroup
 from converters.coverage import coverage as coverage
 from converters.dtypes import cast_weights as cast_weights
 from converters.errors import InputError as InputError
