@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from converters.folder import from_pretrained
-from converters.lowrank import low_rank_layers
 from converters.onnx.coverage import coverage
 from converters.onnx.graph_facts import read_graph
 from converters.onnx.modes import FILE_NAMES
@@ -25,7 +24,7 @@ from prehab_export.inputs import Metrics, feeds_of
 from prehab_export.linalg import GRIDS
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.verify import graph_metrics
-from prehab_export.system import bar, say, write_json
+from prehab_export.system import bar, named, say, write_json
 
 # Ranges of activations need far fewer samples than moments.
 SAMPLE = 128
@@ -117,15 +116,14 @@ def _refitted(session: Session, source: Path, target: Path, mode: str) -> list[G
     """The graph in float32, its factors on the mode's grid."""
     folder = session.workspace.folder("export") / "model"
     model = from_pretrained(folder, dtype=torch.float32, trust_remote_code=session.config.trust_remote_code)
-    with bar(f"fit to {mode}", len(low_rank_layers(model))) as advance:
-        fits = refit_to_grid(
-            model,
-            session.load_prepared_statistics(),
-            GRIDS[mode],
-            session.config.cut.gradient_shrinkage,
-            replaceable=weight_names(source),
-            progress=advance,
-        )
+    fits = refit_to_grid(
+        model,
+        session.load_prepared_statistics(),
+        GRIDS[mode],
+        session.config.cut.gradient_shrinkage,
+        replaceable=weight_names(source),
+        progress=named(bar, f"fit to {mode}"),
+    )
     replace_weights(source, target, model.state_dict())
     return fits
 
