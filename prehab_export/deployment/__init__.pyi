@@ -11,4 +11,4 @@ from prehab_export.deployment.parity import load_reference as load_reference
 from prehab_export.deployment.parity import reference_batches as reference_batches
 from prehab_export.deployment.parity import reference_of as reference_of
 from prehab_export.deployment.parity import save_reference as save_reference
-from prehab_export.deployment.quantization import tell_coverage as tell_coverage
+from prehab_export.deployment.quantization import tell_quantized as tell_quantized

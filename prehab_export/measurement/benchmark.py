@@ -20,7 +20,7 @@ from pathlib import Path
 from converters.errors import InputError
 from converters.onnx.graph_facts import GraphFacts, read_graph
 from prehab_export.config import PROVIDERS, BenchConfig, at_least, check_provider
-from prehab_export.measurement.figures import Row, Samples, case_row, compare_rows
+from prehab_export.measurement.figures import Row, Timings, case_row, compare_rows
 from prehab_export.measurement.roofline import as_row, measure_ceilings, roofline_of
 from prehab_export.measurement.worker_process import WorkerProcess
 from prehab_export.system import machine_facts
@@ -76,16 +76,16 @@ def bench(
         say(f"ceilings of this machine at {threads} thread(s)")
         ceilings[threads] = measure_ceilings(threads, PROVIDERS[config.provider], config.timeout_s)
     for case, peaks in zip(cases, memory, strict=True):
-        loads, samples = _latency(graphs, config, case, say)
+        loads, timings = _latency(graphs, config, case, say)
         profiles = {name: _profile(name, graph, config, case, say) for name, graph in graphs.items()}
         new = [
-            case_row(name, case, loads[name] | peaks[name], samples[name], graph) | {"operators": profiles[name]}
+            case_row(name, case, loads[name] | peaks[name], timings[name], graph) | {"operators": profiles[name]}
             for name, graph in graphs.items()
         ]
         for row in new:
             row |= roofline_of(row, graphs[row["model"]].weight_bytes, ceilings[case["threads"]])
         rows += new
-        comparison += compare_rows(new, samples)
+        comparison += compare_rows(new, timings)
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     settings |= RUNTIME | {"execution_provider": PROVIDERS[config.provider], "vocab_size": vocab_size}
     measured = {"ceilings": [as_row(peaks) for peaks in ceilings.values()], "cases": rows, "comparison": comparison}
@@ -167,8 +167,8 @@ def _profile(name: str, graph: GraphFacts, config: BenchConfig, case: Row, say: 
 
 def _latency(
     graphs: Mapping[str, GraphFacts], config: BenchConfig, case: Row, say: Progress
-) -> tuple[dict[str, Row], dict[str, Samples]]:
-    """Loads and samples of every model, each in a worker of its own, turn by turn."""
+) -> tuple[dict[str, Row], dict[str, Timings]]:
+    """Loads and timings of every model, each in a worker of its own, turn by turn."""
     with ExitStack() as stack:
         workers = {name: stack.enter_context(WorkerProcess(name + _sizes(case), config.timeout_s)) for name in graphs}
         loads = {name: _load(worker, graphs[name], config, case) for name, worker in workers.items()}
@@ -178,7 +178,7 @@ def _latency(
         for number, name in turns(list(graphs), config.rounds):
             say(f"latency{_sizes(case)}: round {number + 1} of {config.rounds}, {name}")
             answers[name].append(workers[name].ask(action="turn", min_runs=1, min_seconds=config.min_seconds))
-    return loads, {name: Samples.of(rounds) for name, rounds in answers.items()}
+    return loads, {name: Timings.of(rounds) for name, rounds in answers.items()}
 
 
 def turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:

@@ -18,7 +18,7 @@ LEAST_ROUNDS = 5  # with fewer there is nothing to draw from, and the interval w
 
 
 @dataclass(frozen=True)
-class Samples:
+class Timings:
     """What one model's turns came to, in milliseconds: one array per round."""
 
     total: list[np.ndarray]
@@ -26,7 +26,7 @@ class Samples:
     step: list[np.ndarray]
 
     @classmethod
-    def of(cls, turns: list[Row]) -> "Samples":
+    def of(cls, turns: list[Row]) -> "Timings":
         """From a worker's answers, one for each round."""
         total, first, step = (
             [np.asarray(turn[key]) for turn in turns] for key in ("total_ms", "first_token_ms", "step_ms")
@@ -34,8 +34,8 @@ class Samples:
         return cls(total, first, step)
 
 
-def case_row(name: str, case: Row, taken: Row, samples: Samples, graph: GraphFacts) -> Row:
-    total, step = np.concatenate(samples.total), np.concatenate(samples.step)
+def case_row(name: str, case: Row, taken: Row, timings: Timings, graph: GraphFacts) -> Row:
+    total, step = np.concatenate(timings.total), np.concatenate(timings.step)
     batch = case["batch"]
     row = {
         "model": name,
@@ -47,28 +47,28 @@ def case_row(name: str, case: Row, taken: Row, samples: Samples, graph: GraphFac
         **{
             f"p{percent}_{end}_ms": value
             for percent in PERCENTILES
-            for end, value in zip(("low", "high"), percentile_interval(samples.total, percent), strict=True)
+            for end, value in zip(("low", "high"), percentile_interval(timings.total, percent), strict=True)
         },
         "mean_ms": total.mean(),
         "throughput_per_s": batch * 1e3 / total.mean(),
         "file_mb": graph.file_bytes / 1e6,
-        "time_to_first_token_ms": _percentile(np.concatenate(samples.first_token), 50) if graph.decodes else None,
+        "time_to_first_token_ms": _percentile(np.concatenate(timings.first_token), 50) if graph.decodes else None,
         "inter_token_p50_ms": _percentile(step, 50),
         "inter_token_p90_ms": _percentile(step, 90),
         "tokens_per_s": batch * 1e3 / step.mean() if step.size else None,
-        "round_p50_ms": [_finite(np.median(values)) for values in samples.total],
+        "round_p50_ms": [_finite(np.median(values)) for values in timings.total],
     }
     return {key: _finite(value) for key, value in (row | taken).items()}
 
 
-def compare_rows(rows: list[Row], samples: Mapping[str, Samples]) -> list[Row]:
+def compare_rows(rows: list[Row], timings: Mapping[str, Timings]) -> list[Row]:
     """Each further model against the first, in one case."""
     baseline = rows[0]
-    return [_compare(baseline, row, samples[baseline["model"]], samples[row["model"]]) for row in rows[1:]]
+    return [_compare(baseline, row, timings[baseline["model"]], timings[row["model"]]) for row in rows[1:]]
 
 
-def _compare(base: Row, row: Row, base_samples: Samples, samples: Samples) -> Row:
-    low, high = ratio_interval(base_samples.total, samples.total)
+def _compare(base: Row, row: Row, base_timings: Timings, timings: Timings) -> Row:
+    low, high = ratio_interval(base_timings.total, timings.total)
     compared = {
         "model": row["model"],
         "baseline": base["model"],

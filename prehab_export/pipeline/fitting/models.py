@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from converters.dtypes import DTYPES, cast_weights, holds_exactly
 from converters.folder import save_folder
 from converters.lowrank import dense_weight
-from converters.onnx.coverage import coverage
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import quantize_graph
+from converters.onnx.quantized_weights import count_quantized
 from prehab_export.compression import Decompositions, Plan, Samplesets, compress, decompose_layers, frozen_copy
 from prehab_export.config import drop_of
-from prehab_export.deployment import tell_coverage
+from prehab_export.deployment import tell_quantized
 from prehab_export.inputs import Metrics
 from prehab_export.pipeline.fitting.search import FLOAT32, Layers
 from prehab_export.pipeline.session import Session
@@ -153,7 +153,7 @@ class FitModels:
         source = self.graph(plan, FLOAT32)
         graph = folder / FILE_NAMES[mode]
         quantize_graph(source, graph, mode, partial(activation_sample, self.session.on_cpu, source))
-        tell_coverage(f"{slug_of(plan)} {mode}", coverage(source, graph))
+        tell_quantized(f"{slug_of(plan)} {mode}", count_quantized(source, graph))
 
     def metrics(self, plan: Plan, mode: str, split: str = "evaluation") -> Metrics:
         """Of the graph, on ONNX Runtime."""
