@@ -20,11 +20,14 @@ from rich.console import Console
 
 from converters.errors import InputError
 from converters.onnx.graph_facts import read_graph
+from converters.onnx.runtime import open_session
 from prehab_export.cli.tables.bench import format_bench
 from prehab_export.config.bench import PROVIDERS, BenchConfig
 from prehab_export.measurement.benchmark import bench, turns
+from prehab_export.measurement.feeds import Case, prepare_request
 from prehab_export.measurement.figures import ratio_interval
-from prehab_export.measurement.worker import Case, Times, kernel_times, make_plan, open_session, serve, session_options
+from prehab_export.measurement.operator_times import kernel_times
+from prehab_export.measurement.worker import Times, serve
 from prehab_export.measurement.worker_process import WorkerProcess
 from prehab_export.system import machine
 from prehab_export.system.machine import available_cores, machine_facts
@@ -34,7 +37,7 @@ QUICK = {"threads": 1, "warmup": 0, "rounds": 2, "min_seconds": 0.0, "sequence_l
 
 
 def opened(path):
-    return open_session(str(path), session_options(1), "CPUExecutionProvider")
+    return open_session(path)
 
 
 def weights(name, *shape, scale=0.1):
@@ -239,7 +242,7 @@ def test_a_provider_that_is_not_there(tmp_path):
 def test_a_provider_that_does_not_start_is_not_replaced(tmp_path):
     """ONNX Runtime goes on with the CPU's kernels and a log line; a measurement must not."""
     with pytest.raises(Exception, match=r"did not start|not in available provider"):
-        open_session(str(vision(tmp_path / "m.onnx")), session_options(1), PROVIDERS["cuda"])
+        open_session(vision(tmp_path / "m.onnx"), provider=PROVIDERS["cuda"])
 
 
 @pytest.mark.usefixtures("no_orphans")
@@ -328,11 +331,11 @@ def test_table(tmp_path):
 def test_texts_end_with_the_tokens_that_models_look_for(tmp_path):
     session = opened(encoder(tmp_path / "m.onnx"))
     case = Case(threads=1, batch=3, sequence=9, new_tokens=1, vocab_size=VOCAB, end_tokens=[2, 5])
-    ids = make_plan(session, case).prefill["input_ids"].numpy()
+    ids = prepare_request(session, case).prefill["input_ids"].numpy()
     assert ids[:, -2:].tolist() == [[2, 5]] * 3
     assert not np.isin(ids[:, :-2], [2, 5]).any()
     assert 0 <= ids.min() <= ids.max() < VOCAB
-    short = make_plan(session, replace(case, sequence=2)).prefill["input_ids"].numpy()
+    short = prepare_request(session, replace(case, sequence=2)).prefill["input_ids"].numpy()
     assert short.shape == (3, 2)
 
 
@@ -340,7 +343,7 @@ def test_texts_end_with_the_tokens_that_models_look_for(tmp_path):
 def test_decode_feeds_the_cache_back(tmp_path, batch):
     """Prefill and steps end at the logits that one pass over all the tokens gives."""
     session = opened(decoder(tmp_path / "m.onnx"))
-    plan = make_plan(session, Case(threads=1, batch=batch, sequence=5, new_tokens=6, vocab_size=VOCAB))
+    request = prepare_request(session, Case(threads=1, batch=batch, sequence=5, new_tokens=6, vocab_size=VOCAB))
     seen = []
 
     class Recorder:
@@ -349,11 +352,11 @@ def test_decode_feeds_the_cache_back(tmp_path, batch):
             return seen[-1]
 
     times = Times()
-    serve(SimpleNamespace(**vars(plan) | {"session": Recorder()}), times)
+    serve(SimpleNamespace(**vars(request) | {"session": Recorder()}), times)
     assert (len(times.total_ms), len(times.first_token_ms), len(times.step_ms)) == (1, 1, 5)
     assert times.total_ms[0] == pytest.approx(times.first_token_ms[0] + sum(times.step_ms))
 
-    ids = np.concatenate([feeds["input_ids"].numpy() for feeds in (plan.prefill, *plan.steps)], axis=1)
+    ids = np.concatenate([feeds["input_ids"].numpy() for feeds in (request.prefill, *request.steps)], axis=1)
     assert ids.shape == (batch, 10)
     assert ids.max() < VOCAB
     empty = np.zeros((batch, 1, 0, HIDDEN), np.float32)
@@ -371,8 +374,8 @@ def test_decode_feeds_the_cache_back(tmp_path, batch):
 
 def test_inputs_are_the_same_for_every_model(tmp_path):
     case = Case(threads=1, batch=2, sequence=8, new_tokens=4, vocab_size=VOCAB)
-    plans = [make_plan(opened(encoder(tmp_path / n)), case) for n in ("a.onnx", "b.onnx")]
-    ids = [plan.prefill["input_ids"].numpy() for plan in plans]
+    requests = [prepare_request(opened(encoder(tmp_path / n)), case) for n in ("a.onnx", "b.onnx")]
+    ids = [request.prefill["input_ids"].numpy() for request in requests]
     np.testing.assert_array_equal(*ids)
     assert len(np.unique(ids[0])) > 1
 
@@ -558,7 +561,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     vision(tmp_path / "m.onnx")
     code = """
         from pathlib import Path
-        from prehab_export.benchmark import BenchConfig, bench
+        from prehab_export import BenchConfig, bench
         bench({"m": Path("m.onnx")}, BenchConfig(rounds=10**6), progress=lambda line: print(line, flush=True))
     """
     parent = subprocess.Popen(
