@@ -24,16 +24,12 @@ from converters.errors import InputError
 from converters.onnx.export import export_onnx
 from converters.onnx.quantize import quantize_graph
 from prehab_export.config.bench import BenchConfig
-from prehab_export.measurement.targets import browser
-from prehab_export.measurement.targets.browser import (
-    WEB_ENTRY,
-    find_browser,
-    find_web,
-    measure_in_browser,
-    serve,
-    serve_by_hand,
-)
+from prehab_export.measurement.targets import chromium, page_server, web_runtime
+from prehab_export.measurement.targets.browser import measure_in_browser, serve_by_hand
+from prehab_export.measurement.targets.chromium import find_browser
 from prehab_export.measurement.targets.kit import KIT, make_kit, read_kit
+from prehab_export.measurement.targets.page_server import serve
+from prehab_export.measurement.targets.web_runtime import WEB_ENTRY, find_web
 from prehab_export.pipeline import target_bench as measuring
 from prehab_export.system.errors import ParityError, TargetError
 from prehab_export.system.files import cache_folder
@@ -44,11 +40,11 @@ TASKS = {"vit": "image-classification", "bert": "text-classification", "llama": 
 
 def cached_web():
     """onnxruntime-web, if an earlier use has put it there; tests download nothing."""
-    folder = cache_folder() / f"onnxruntime-web-{browser.WEB_VERSION}"
+    folder = cache_folder() / f"onnxruntime-web-{web_runtime.WEB_VERSION}"
     return folder if (folder / WEB_ENTRY).is_file() else None
 
 
-CHROMIUM = next((path for name in browser.BROWSERS if (path := shutil.which(name))), None)
+CHROMIUM = next((path for name in chromium.BROWSERS if (path := shutil.which(name))), None)
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None or cached_web() is None,
     reason="needs Chromium, and onnxruntime-web as one use of --target browser leaves it in the cache",
@@ -183,7 +179,7 @@ def test_names_that_somebody_else_has_made_lead_here(kits, web, host, status):
 def test_only_our_page_may_send(kits, web):
     with serve(kits("vit"), web) as served:
         assert ask(served, "/other", "POST", b"{}")[0] == 403
-        for length in ("-1", "many", str(browser.LARGEST_POST + 1)):
+        for length in ("-1", "many", str(page_server.LARGEST_POST + 1)):
             assert ask(served, "/results", "POST", b"", **{"Content-Length": length})[0] == 403
         assert served.messages.empty()
         assert ask(served, "/progress", "POST", b"half")[0] == 204
@@ -309,7 +305,7 @@ def test_the_package_is_what_was_pinned(package, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="something else than what this program was made with"):
         find_web(None)
     assert not list(place.iterdir())
-    monkeypatch.setattr(browser, "WEB_SHA512", digest)
+    monkeypatch.setattr(web_runtime, "WEB_SHA512", digest)
     folder = find_web(None)
     assert sorted(path.name for path in folder.iterdir()) == ["ort-wasm.wasm", WEB_ENTRY]
     assert [path.name for path in place.iterdir()] == [folder.name]
