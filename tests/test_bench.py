@@ -16,6 +16,7 @@ import onnxruntime
 import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from progress_record import ProgressRecord
 from rich.console import Console
 
 from converters.errors import InputError
@@ -168,9 +169,9 @@ def no_orphans():
 def test_two_vision_models(tmp_path):
     big = vision(tmp_path / "dense" / "model.onnx", hidden=40_000, external=True)
     small = vision(tmp_path / "small.onnx", hidden=64)
-    said = []
+    record = ProgressRecord()
     config = BenchConfig(**QUICK | {"batch_sizes": (1, 3), "rounds": 5})
-    result = bench({"dense": big.parent, "small": small}, config, progress=said.append)
+    result = bench({"dense": big.parent, "small": small}, config, progress=record)
 
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert str(tmp_path) not in json.dumps(result)
@@ -209,7 +210,9 @@ def test_two_vision_models(tmp_path):
     assert 0 < compared["speedup_low"] <= compared["speedup_high"]
     assert compared["size_ratio"] == pytest.approx(other["file_mb"] / dense["file_mb"])
     assert 0 < compared["model_memory_ratio"] < compared["memory_ratio"] < 1
-    first_case = [line.rsplit(" ", 1)[1] for line in said if "round" in line and "batch 1" in line]
+    record.check_all_done("bench")
+    # Each note twice: while its step is done, and once it is.
+    first_case = [note.split(":")[0] for note in record.notes[::2] if "round" in note and "batch 1" in note]
     assert first_case == ["dense", "small", "small", "dense", "dense", "small", "small", "dense", "dense", "small"]
 
 
@@ -546,14 +549,14 @@ def test_time_limit(program):
 
 @pytest.mark.usefixtures("no_orphans")
 def test_interrupt_leaves_no_worker(tmp_path):
-    def interrupt(line):
-        if "round 2" in line:
+    def interrupt(note):
+        if "round 2" in note:
             assert psutil.Process().children()
             raise KeyboardInterrupt
 
     path = vision(tmp_path / "m.onnx")
     with pytest.raises(KeyboardInterrupt):
-        bench({"a": path, "b": path}, BenchConfig(**QUICK), progress=interrupt)
+        bench({"a": path, "b": path}, BenchConfig(**QUICK), progress=ProgressRecord(interrupt))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
@@ -562,10 +565,16 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     code = """
         from pathlib import Path
         from prehab_export import BenchConfig, bench
-        bench({"m": Path("m.onnx")}, BenchConfig(rounds=10**6), progress=lambda line: print(line, flush=True))
+        from progress_record import ProgressRecord
+        told = ProgressRecord(lambda note: print(note, flush=True))
+        bench({"m": Path("m.onnx")}, BenchConfig(rounds=10**6), progress=told)
     """
     parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     while "round 2" not in parent.stdout.readline():
         assert parent.poll() is None

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from progress_record import ProgressRecord
 
 from converters.errors import InputError
 from converters.folder import from_pretrained
@@ -309,13 +310,15 @@ def test_what_was_measured_on_this_machine_holds_for_no_other():
 
 
 def test_layers_and_models_are_measured_by_kits(tmp_path):
-    probes = list(layer_probes([(24, 16), (24, 16), (16, 16)], 5, (FLOAT32, "int8"), tmp_path / "layers"))
+    record, shapes = ProgressRecord(), [(24, 16), (24, 16), (16, 16)]
+    probes = layer_probes(shapes, 5, (FLOAT32, "int8"), tmp_path / "layers", record)
     assert {p.copies for p in probes if p.shape == (24, 16)} == {2}
-    rows = measure_layers(probes, 5, (1,), Target("local"), tmp_path / "kits")
+    rows = measure_layers(probes, 5, (1,), Target("local"), tmp_path / "kits", record)
     assert [row["model"] for row in rows] == [p.slug for p in probes]
     whole = {p.slug: p.graph for p in probes if p.shape == (16, 16) and p.mode == FLOAT32}
     config = BenchConfig(threads=1, batch_sizes=(5,), warmup=0, rounds=1, min_seconds=0.0)
-    results = measure_models(whole, config, (1,), Target("local"), tmp_path / "kits")
+    results = measure_models(whole, config, (1,), Target("local"), tmp_path / "kits", record)
+    record.check_all_done("write layer graphs", "time layers", "measure here")
     assert [row["model"] for row in results["rows"]] == list(whole)
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in (*rows, *results["rows"]))
     assert results["device"]["runtime_version"]
@@ -379,11 +382,11 @@ def device(monkeypatch):
     """Notes what is asked of it."""
     asked = []
 
-    def layers(probes, tokens, threads, target, folder):
+    def layers(probes, tokens, threads, target, folder, progress):
         asked.append("layers")
         return fake_layers(probes, threads)
 
-    def models(models, config, threads, target, folder):
+    def models(models, config, threads, target, folder, progress):
         asked.append("models")
         return fake_models(models, threads)
 
@@ -455,7 +458,7 @@ def test_what_is_slower_than_predicted_is_asked_for_once_more(config, root, devi
     dense = recommended(result_of(fit(config, root, FitRequest(Budget(p95_ms=1000.0)))))
     del device[:]
 
-    def slower(models, config, threads, target, folder):
+    def slower(models, config, threads, target, folder, progress):
         device.append("models")
         told = fake_models(models, threads)
         cut = [row for row in told["rows"] if not row["model"].startswith("dense")]

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from progress_record import ProgressRecord
 from runs import stage_folder
 from test_allocation import spectrum_losses
 from test_pipeline import invoke, vit_options
@@ -78,9 +79,10 @@ def test_measurements_that_cannot_be_kept_are_no_reason_to_fail(reason, tmp_path
 
 def test_measured_once_and_then_looked_up(tmp_path, monkeypatch):
     shapes = [(64, 32), (64, 32), (16, 32)]
-    done = []
-    first = measure_rank_times(shapes, SETTING, cache=tmp_path, progress=done.append)
-    assert sum(done) == 2
+    record = ProgressRecord()
+    first = measure_rank_times(shapes, SETTING, cache=tmp_path, progress=record)
+    record.check_all_done("time layers")
+    assert record.works[0].steps == 2
     for curve in first.curves.values():
         assert min(curve.dense, *curve.seconds) > 0
     monkeypatch.setattr(rank_times, "_measured", lambda *_: pytest.fail("measured again"))

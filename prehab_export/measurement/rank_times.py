@@ -26,7 +26,7 @@ import onnxruntime
 
 from converters.onnx.runtime import CPU, session_options
 from prehab_export.linalg import break_even
-from prehab_export.system import files, machine_facts
+from prehab_export.system import Progress, files, machine_facts, silent, step
 
 Shape = tuple[int, int]
 
@@ -99,35 +99,37 @@ def measure_rank_times(
     setting: Setting,
     *,
     cache: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = silent,
 ) -> RankTimes:
     """Time every shape that the layers have.
 
     Args:
         shapes: (m, n) of each layer, as often as it occurs.
         cache: a folder to look measurements up in, and to keep them in.
-        progress: called with 1 after each shape.
     """
-    curves = {}
-    for (m, n), count in Counter(shapes).items():
-        copies = max(1, min(count, MOST_BYTES // (4 * m * n)))
-        file = None if cache is None else cache / f"{_key(m, n, copies, setting)}.json"
-        if file is not None and file.is_file():
-            values = json.loads(file.read_text(encoding="utf-8"))
-            curve = Curve(values["dense"], tuple(values["ranks"]), tuple(values["seconds"]))
-        else:
-            curve = _measured(m, n, copies, setting)
-            if file is not None:
-                _keep(file, curve)
-        curves[m, n] = curve
-        if progress is not None:
-            progress(1)
+    counts, curves = Counter(shapes), {}
+    with progress("time layers", len(counts)) as advance:
+        for (m, n), count in counts.items():
+            with step(advance, f"{m}×{n}"):
+                curves[m, n] = _curve(m, n, max(1, min(count, MOST_BYTES // (4 * m * n))), setting, cache)
     return RankTimes(setting, curves)
 
 
 def cache_folder() -> Path:
     """Where measurements are kept for later runs."""
     return files.cache_folder() / "rank-times"
+
+
+def _curve(m: int, n: int, copies: int, setting: Setting, cache: Path | None) -> Curve:
+    """Looked up, or measured and kept."""
+    file = None if cache is None else cache / f"{_key(m, n, copies, setting)}.json"
+    if file is not None and file.is_file():
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return Curve(values["dense"], tuple(values["ranks"]), tuple(values["seconds"]))
+    curve = _measured(m, n, copies, setting)
+    if file is not None:
+        _keep(file, curve)
+    return curve
 
 
 def grid(m: int, n: int) -> tuple[int, ...]:

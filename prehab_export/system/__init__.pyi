@@ -26,8 +26,10 @@ from prehab_export.system.files import write_text_atomically as write_text_atomi
 from prehab_export.system.machine import available_cores as available_cores
 from prehab_export.system.machine import machine_facts as machine_facts
 from prehab_export.system.machine import usable_cores as usable_cores
+from prehab_export.system.progress import Advance as Advance
 from prehab_export.system.progress import Progress as Progress
 from prehab_export.system.progress import silent as silent
+from prehab_export.system.progress import step as step
 from prehab_export.system.rendering import render as render
 from prehab_export.system.terminal import bar as bar
 from prehab_export.system.terminal import result_console as result_console

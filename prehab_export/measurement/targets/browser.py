@@ -7,16 +7,19 @@ onnxruntime-web lies on this machine.
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from queue import Empty
 
 from converters.errors import InputError
-from prehab_export.measurement.targets.chromium import can_sandbox, chromium, find_browser
+from prehab_export.measurement.targets.chromium import can_sandbox, find_browser, headless_chromium
 from prehab_export.measurement.targets.kit import Kit
 from prehab_export.measurement.targets.page_server import Served, serve
 from prehab_export.measurement.targets.results import Json, check_results
+from prehab_export.measurement.targets.rounds import follow, rounds_of
+from prehab_export.measurement.targets.watched import Watch
 from prehab_export.measurement.targets.web_runtime import find_web
-from prehab_export.system import ParityError, TargetError
+from prehab_export.system import ParityError, Progress, TargetError, say, silent, step
 
 TIMEOUT_S = 900.0
 
@@ -28,7 +31,7 @@ def measure_in_browser(
     browser: str | None = None,
     web: Path | None = None,
     provider: str = "wasm",
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = silent,
     timeout_s: float = TIMEOUT_S,
 ) -> Json:
     """The results of the kit in a headless Chromium: a fresh browser for each number of threads (a page cannot change
@@ -39,16 +42,16 @@ def measure_in_browser(
         ParityError: a model gives other answers there.
         TargetError: the browser dies, takes too long, or the page fails.
     """
-    say = progress or (lambda _: None)
     command, folder = find_browser(browser), find_web(web)
     if not can_sandbox():
-        say("the browser runs without its sandbox, which it refuses to root")
+        _tell_of_no_sandbox()
     merged: Json = {}
-    with serve(kit, folder) as served:
+    steps = rounds_of(kit, threads) + len(kit.facts["models"])
+    with serve(kit, folder) as served, progress("measure in a browser", steps) as advance:
 
         def visit(question: str) -> Json:
             address = f"{served.address}?auto=1&provider={provider}&{question}"
-            results = _visited(command, address, served, say, timeout_s)
+            results = _visited(command, address, served, follow(advance), timeout_s)
             check_results(results, "what the page sent", kit.digest)
             return results
 
@@ -57,11 +60,18 @@ def measure_in_browser(
             results = visit(f"threads={count}&rounds={rounds}")
             merged = results if not merged else _joined(merged, results)
         for model in kit.facts["models"]:
-            heap = visit(f"threads={threads[0]}&rounds=1&only={model['slug']}")["heap_mb"]
+            with step(advance, f"{model['name']}: its heap"):
+                heap = visit(f"threads={threads[0]}&rounds=1&only={model['slug']}")["heap_mb"]
             for row in merged["cases"]:
                 if row["model"] == model["name"]:
                     row["heap_mb"] = heap
     return merged
+
+
+@cache
+def _tell_of_no_sandbox() -> None:
+    """Once is enough."""
+    say("  the browser runs without its sandbox, which it refuses to root")
 
 
 def _joined(first: Json, second: Json) -> Json:
@@ -69,9 +79,9 @@ def _joined(first: Json, second: Json) -> Json:
     return first | {key: [*first[key], *second[key]] for key in lists}
 
 
-def _visited(command: str, address: str, served: Served, say: Callable[[str], None], timeout_s: float) -> Json:
+def _visited(command: str, address: str, served: Served, watch: Watch, timeout_s: float) -> Json:
     """What the page at ``address`` sends in the end."""
-    with chromium(command, address) as process:
+    with headless_chromium(command, address) as process:
         waited = 0.0
         while True:
             try:
@@ -88,7 +98,7 @@ def _visited(command: str, address: str, served: Served, say: Callable[[str], No
                 continue
             waited = 0.0
             if what == "progress":
-                say(text)
+                watch(text)
             elif what == "failed":
                 raise ParityError(text) if "is off by" in text else TargetError(f"the page failed: {text}")
             else:

@@ -28,7 +28,7 @@ def find_browser(given: str | None) -> str:
 
 
 @contextmanager
-def chromium(command: str, address: str) -> Iterator[subprocess.Popen]:
+def headless_chromium(command: str, address: str) -> Iterator[subprocess.Popen]:
     """A headless browser in a group of its own, with a profile of its own; all of it is gone at the end."""
     with tempfile.TemporaryDirectory(prefix="prehab-export-browser-", ignore_cleanup_errors=True) as profile:
         arguments = [

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import IO
 from urllib.parse import urlsplit
 
 from converters.errors import InputError
+from prehab_export.measurement.targets.watched import Watch, finish
 from prehab_export.system import TargetError, environment, find_program
 
 # What ssh returns for its own failures, whatever the command returned.
@@ -42,7 +42,7 @@ class Shell:
     push: Callable[[str, str], list[str]] | None = None
     pull: Callable[[str, str], list[str]] | None = None
 
-    def run(self, line: str, watch: Callable[[str], None] | None = None) -> tuple[int, str, str]:
+    def run(self, line: str, watch: Watch | None = None) -> tuple[int, str, str]:
         """Run a shell line there, its stdin held open until it ends; returns exit code, stdout and stderr.
 
         Args:
@@ -62,36 +62,8 @@ class Shell:
             errors="replace",
             env=environment(),
         )
-        errors: list[str] = []
-        failures: list[Exception] = []
-
-        def read_errors() -> None:
-            assert process.stderr is not None
-            for text in process.stderr:
-                errors.append(text)
-                if watch is not None and not failures:
-                    try:
-                        watch(text.rstrip("\n"))
-                    except Exception as error:
-                        failures.append(error)
-                        process.kill()  # else both ends would wait for each other
-
-        reader = Thread(target=read_errors, daemon=True)
-        reader.start()
-        try:
-            assert process.stdout is not None
-            output = process.stdout.read()
-            process.wait()
-        finally:
-            process.kill()  # of our end; a runner there ends when its stdin closes
-            process.wait()
-            reader.join()
-            for stream in (process.stdin, process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
-        if failures:
-            raise failures[0]
-        return self._judged(process.returncode, output, "".join(errors))
+        output, errors = finish(process, watch)  # a runner there ends when its stdin closes, which this end's is then
+        return self._judged(process.returncode, output, errors)
 
     def put(self, source: Path, target: str) -> None:
         """Copy a file there; it appears under its name when it is complete.

@@ -143,9 +143,8 @@ class _Fit:
     def _probe(self, anchors: Sequence[Anchor], tokens: int, folder: Path) -> None:
         say(f"probe {self.request.target.name}", style="bold")
         shapes = layer_shapes(self.session)
-        with bar("write layer graphs", len(set(shapes))) as advance:
-            probes = list(layer_probes(shapes, tokens, self.modes, folder / "layers", advance))
-        rows = measure_layers(probes, tokens, self.request.threads, self.request.target, folder / "kits")
+        probes = layer_probes(shapes, tokens, self.modes, folder / "layers", bar)
+        rows = measure_layers(probes, tokens, self.request.threads, self.request.target, folder / "kits", bar)
         models = {anchor.slug: anchor.graph for anchor in anchors}
         rows += self._measure(models, self.request.threads, folder)["rows"]
         shutil.rmtree(folder / "layers")
@@ -159,7 +158,7 @@ class _Fit:
     def _measure(self, models: Mapping[str, Path], threads: Sequence[int], folder: Path) -> Row:
         say(f"  time {len(models)} models")
         config = bench_config(self.session)
-        results = measure_models(models, config, threads, self.request.target, folder / "kits")
+        results = measure_models(models, config, threads, self.request.target, folder / "kits", bar)
         shutil.rmtree(folder / "kits", ignore_errors=True)
         return results
 
@@ -167,8 +166,7 @@ class _Fit:
         """The result as JSON types, and the candidate that is recommended; None where none keeps to the budget."""
         budget = self.request.budget
         search, drops, probed = self._search()
-        with bar("search", len(search.known)) as advance:
-            candidates = search.all(budget, advance)
+        candidates = search.all(budget, bar)
         few = finalists(candidates, budget, FINALISTS)
         final, tried = self._tried(few)
         best = chosen(tried, budget)
@@ -176,7 +174,7 @@ class _Fit:
         if best is None and within and all(budget.distance(replace(own, drop=None)) for _, own in tried):
             # What was predicted to fit does not: predictions were low, and now it is known by how much.
             nearer = corrected(budget, tried)
-            more = [c for c in search.all(nearer) if not nearer.misses(c.predicted)]
+            more = [c for c in search.all(nearer, bar) if not nearer.misses(c.predicted)]
             if more:
                 few = finalists(more, nearer, FINALISTS)
                 again, further = self._tried(few)

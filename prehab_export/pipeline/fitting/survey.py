@@ -6,7 +6,7 @@ time, memory and size: between them everything else is read off (``fit_search``)
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from converters.onnx.quantize import quantize_graph
 from prehab_export.linalg import break_even
 from prehab_export.measurement import Curve, RankTimes, Setting, Shape, layer_graph
 from prehab_export.pipeline.fitting.search import FLOAT32, Knowledge, Layers, Line, Setup
+from prehab_export.system import Progress, silent, step
 
 Row = Mapping[str, Any]
 
@@ -80,28 +81,38 @@ def layer_probes(
     tokens: int,
     modes: Sequence[str],
     folder: Path,
-    progress: Callable[[int], object] = lambda _: None,
-) -> Iterator[LayerProbe]:
+    progress: Progress = silent,
+) -> list[LayerProbe]:
     """Write the graphs of every shape in every mode.
 
     Args:
         shapes: (m, n) of each layer, as often as it occurs.
         tokens: rows that go through a layer at a time.
-        progress: called with 1 after each shape.
     """
-    for (m, n), count in Counter(shapes).items():
-        copies = max(1, min(count, MOST_BYTES // (4 * m * n)))
-        for rank in (None, *probed_ranks(m, n)):
-            name = f"{case_of((m, n))}-{'dense' if rank is None else f'r{rank}'}"
-            source = folder / f"{name}-{FLOAT32}.onnx"
-            folder.mkdir(parents=True, exist_ok=True)
-            ir.save(layer_graph(m, n, rank, copies, tokens), source)
-            for mode in modes:
-                graph = folder / f"{name}-{mode}.onnx"
-                if mode != FLOAT32:
-                    quantize_graph(source, graph, mode, partial(_sample, (m, n), tokens), may_grow=True)
-                yield LayerProbe(f"{name}-{mode}", mode, (m, n), rank, copies, graph)
-        progress(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = Counter(shapes)
+    probes: list[LayerProbe] = []
+    with progress("write layer graphs", len(counts)) as advance:
+        for (m, n), count in counts.items():
+            with step(advance, f"{m}×{n}"):
+                copies = max(1, min(count, MOST_BYTES // (4 * m * n)))
+                for rank in (None, *probed_ranks(m, n)):
+                    probes += _written((m, n), rank, copies, tokens, modes, folder)
+    return probes
+
+
+def _written(
+    shape: Shape, rank: int | None, copies: int, tokens: int, modes: Sequence[str], folder: Path
+) -> Iterator[LayerProbe]:
+    """The graphs of one shape at one rank, None for dense."""
+    name = f"{case_of(shape)}-{'dense' if rank is None else f'r{rank}'}"
+    source = folder / f"{name}-{FLOAT32}.onnx"
+    ir.save(layer_graph(*shape, rank, copies, tokens), source)
+    for mode in modes:
+        graph = folder / f"{name}-{mode}.onnx"
+        if mode != FLOAT32:
+            quantize_graph(source, graph, mode, partial(_sample, shape, tokens), may_grow=True)
+        yield LayerProbe(f"{name}-{mode}", mode, shape, rank, copies, graph)
 
 
 def layer_input(shape: Shape, tokens: int) -> dict[str, np.ndarray]:
