@@ -17,14 +17,14 @@ from test_pipeline import invoke, vit_options
 
 from prehab_export.linalg.allocation import _lower_hull, break_even, by_joint_loss, parameters, rank_menu
 from prehab_export.measurement import rank_times
-from prehab_export.measurement.rank_times import Curve, RankTimes, Setting, grid, measure_rank_times
+from prehab_export.measurement.rank_times import Curve, RankTimes, Setting, measure_rank_times, measured_ranks
 
 SETTING = Setting(threads=1, tokens=4)
 
 
 def by_parameters(m, n, _copies, _setting):
     """Times of a machine on which every parameter costs the same."""
-    ranks = grid(m, n)
+    ranks = measured_ranks(m, n)
     return Curve(1e-9 * m * n, ranks, tuple(1e-9 * rank * (m + n) for rank in ranks))
 
 
@@ -33,8 +33,8 @@ def dense_is_fastest(m, n, _copies, _setting):
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000))
-def test_the_grid_rises_to_break_even(m, n):
-    ranks = grid(m, n)
+def test_the_measured_ranks_rise_to_break_even(m, n):
+    ranks = measured_ranks(m, n)
     assert list(ranks) == sorted(set(ranks))
     assert ranks[0] >= 1
     assert ranks[-1] == break_even(m, n)

@@ -132,10 +132,10 @@ def _curve(m: int, n: int, copies: int, setting: Setting, cache: Path | None) ->
     return curve
 
 
-def grid(m: int, n: int) -> tuple[int, ...]:
+def measured_ranks(m: int, n: int) -> tuple[int, ...]:
     """The ranks to measure: evenly spread on a logarithmic scale up to break-even, in multiples of the lowest.
 
-    >>> grid(768, 768)
+    >>> measured_ranks(768, 768)
     (8, 16, 24, 40, 72, 128, 224, 384)
     """
     most = break_even(m, n)
@@ -146,7 +146,7 @@ def grid(m: int, n: int) -> tuple[int, ...]:
 
 
 def _measured(m: int, n: int, copies: int, setting: Setting) -> Curve:
-    ranks = grid(m, n)
+    ranks = measured_ranks(m, n)
     runs = [_runner(m, n, rank, copies, setting) for rank in (None, *ranks)]
     for run in runs:
         run()  # ONNX Runtime plans its memory on the first run

@@ -156,13 +156,13 @@ def _copy_model(name: str, slug: str, graph: GraphFacts, folder: Path) -> Json:
     }
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(source: Path, destination: Path) -> None:
     """A second name for the file where the disk allows it, else a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    destination.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source.resolve(), target)
+        os.link(source.resolve(), destination)
     except OSError:
-        shutil.copyfile(source, target)
+        shutil.copyfile(source, destination)
 
 
 def _tolerance(kind: str) -> float:

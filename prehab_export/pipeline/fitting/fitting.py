@@ -1,6 +1,6 @@
 """The fit: the most accurate model within a budget on the device where it will run, or the proof that none was found.
 
-The target is used twice: once for the probe (``probe``), from which everything is predicted (``fit_search``), and once
+The target is used twice: once for the survey (``survey``), from which everything is predicted (``search``), and once
 to measure the finalists. Whatever takes long is published by itself, so that a fit that was killed, or is asked again
 with another budget, computes only what is missing.
 """
@@ -32,7 +32,7 @@ from prehab_export.pipeline.fitting.search import (
     finalists,
     pareto,
 )
-from prehab_export.pipeline.fitting.survey import Anchor, LayerProbe, layer_probes, understood
+from prehab_export.pipeline.fitting.survey import Anchor, LayerGraph, understood, write_layer_graphs
 from prehab_export.pipeline.fitting.target import check_target, measure_layers, measure_models, place_of
 from prehab_export.pipeline.latency_budget import layer_shapes, tokens_at_a_time
 from prehab_export.pipeline.running import bring_up, opened_beside
@@ -119,12 +119,12 @@ class _Fit:
             "anchors": [anchor.slug for anchor in anchors],
         }
         parents = [self.models.graph_identity(plan, mode) for plan, mode in plans]
-        folder = self.models.stage("fit-probe", options, parents, partial(self._probe, anchors, tokens))
-        told = json.loads((folder / "probe.json").read_text(encoding="utf-8"))
-        probes = [LayerProbe(**row | {"shape": tuple(row["shape"]), "graph": Path()}) for row in told["layers"]]
+        folder = self.models.stage("fit-survey", options, parents, partial(self._survey, anchors, tokens))
+        told = json.loads((folder / "survey.json").read_text(encoding="utf-8"))
+        graphs = [LayerGraph(**row | {"shape": tuple(row["shape"]), "path": Path()}) for row in told["layers"]]
         reference = self.models.metrics(self.dense, FLOAT32, "held-out").loss
         penalties = {mode: self.models.metrics(self.dense, mode, "held-out").loss - reference for mode in self.modes}
-        known = understood(told["rows"], self.layers, probes, anchors, penalties, tokens)
+        known = understood(told["rows"], self.layers, graphs, anchors, penalties, tokens)
         if self.request.budget.memory_mb is not None and any(row.memory is None for row in known.values()):
             raise InputError(
                 f"{self.request.target.name} does not tell how much memory a model takes; leave out --memory"
@@ -140,16 +140,16 @@ class _Fit:
         units = self.layers.units(plan.ranks, plan.shared)
         return Anchor(f"{slug_of(plan)}-{mode}", mode, units, read_graph(graph).file_bytes / 1e6, graph)
 
-    def _probe(self, anchors: Sequence[Anchor], tokens: int, folder: Path) -> None:
-        say(f"probe {self.request.target.name}", style="bold")
+    def _survey(self, anchors: Sequence[Anchor], tokens: int, folder: Path) -> None:
+        say(f"survey {self.request.target.name}", style="bold")
         shapes = layer_shapes(self.session)
-        probes = layer_probes(shapes, tokens, self.modes, folder / "layers", bar)
-        rows = measure_layers(probes, tokens, self.request.threads, self.request.target, folder / "kits", bar)
+        graphs = write_layer_graphs(shapes, tokens, self.modes, folder / "layers", bar)
+        rows = measure_layers(graphs, tokens, self.request.threads, self.request.target, folder / "kits", bar)
         models = {anchor.slug: anchor.graph for anchor in anchors}
         rows += self._measure(models, self.request.threads, folder)["rows"]
         shutil.rmtree(folder / "layers")
-        asked = [{k: v for k, v in asdict(probe).items() if k != "graph"} for probe in probes]
-        write_json(folder / "probe.json", {"layers": asked, "rows": rows})
+        asked = [{k: v for k, v in asdict(graph).items() if k != "path"} for graph in graphs]
+        write_json(folder / "survey.json", {"layers": asked, "rows": rows})
 
     def _place(self) -> Row:
         """What a measurement depends on besides the models."""
@@ -165,7 +165,7 @@ class _Fit:
     def run(self) -> tuple[Row, Candidate | None]:
         """The result as JSON types, and the candidate that is recommended; None where none keeps to the budget."""
         budget = self.request.budget
-        search, drops, probed = self._search()
+        search, drops, surveyed = self._search()
         candidates = search.all(budget, bar)
         few = finalists(candidates, budget, FINALISTS)
         final, tried = self._tried(few)
@@ -206,9 +206,9 @@ class _Fit:
             "metric": asdict(dense),
             "coverage": self.session.coverage.facts(),
             "verdict": verdict,
-            "warning": unsteady(probed, final["rows"]),
+            "warning": unsteady(surveyed, final["rows"]),
             "candidates": rows,
-            "measured": {"probe": probed, "finalists": final["rows"]},
+            "measured": {"survey": surveyed, "finalists": final["rows"]},
         }
         return result, best
 
@@ -247,18 +247,18 @@ class _Fit:
         )
 
 
-def unsteady(probe: Sequence[Row], finals: Sequence[Row]) -> str | None:
+def unsteady(survey: Sequence[Row], finals: Sequence[Row]) -> str | None:
     """A warning where the dense model, measured both times, was far faster or slower the second time."""
     before, after = (
         {row["threads"]: row["p95_ms"] for row in rows if row["model"] == f"dense-{FLOAT32}"}
-        for rows in (probe, finals)
+        for rows in (survey, finals)
     )
     off = [(before[count], after[count]) for count in after if not 1 / STEADY < after[count] / before[count] < STEADY]
     if not off:
         return None
     (then, now), *_ = off
     return (
-        f"The device was not steady: the dense model's p95 was {then:.2f} ms at the probe and {now:.2f} ms beside the "
+        f"The device was not steady: the dense model's p95 was {then:.2f} ms in the survey and {now:.2f} ms beside the "
         "finalists. Ask again when it has nothing else to do."
     )
 

@@ -20,7 +20,7 @@ from prehab_export.measurement import (
     measure_locally,
     measure_remotely,
 )
-from prehab_export.pipeline.fitting.survey import LayerProbe, case_of
+from prehab_export.pipeline.fitting.survey import LayerGraph, case_of
 from prehab_export.pipeline.target_bench import Target
 from prehab_export.system import Progress, available_cores, machine_facts, silent, step
 
@@ -56,7 +56,7 @@ def place_of(target: Target) -> Row:
 
 
 def measure_layers(
-    probes: Sequence[LayerProbe],
+    graphs: Sequence[LayerGraph],
     tokens: int,
     threads: Sequence[int],
     target: Target,
@@ -69,13 +69,13 @@ def measure_layers(
         folder: a place for the kits.
     """
     config = replace(LAYERS, thread_counts=tuple(threads), batch_sizes=(tokens,))
-    shapes = [list(group) for _, group in groupby(probes, key=lambda probe: probe.shape)]
+    shapes = [list(group) for _, group in groupby(graphs, key=lambda graph: graph.shape)]
     rows = []
     with progress("time layers", len(shapes)) as advance:
         for group in shapes:
             case = case_of(group[0].shape)
             with step(advance, case):
-                models = {probe.slug: probe.graph for probe in group}
+                models = {graph.slug: graph.path for graph in group}
                 rows += _measured(models, config, target, folder / case, memory=False)["rows"]
     return rows
 
