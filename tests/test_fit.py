@@ -25,8 +25,10 @@ from prehab_export.config.data import DataConfig
 from prehab_export.config.run import RunConfig
 from prehab_export.config.truncate import TruncateConfig
 from prehab_export.linalg.allocation import break_even, parameters
-from prehab_export.pipeline.fitting import fitting
-from prehab_export.pipeline.fitting.fitting import FitRequest, fit, unsteady
+from prehab_export.pipeline.fitting import finals, surveying
+from prehab_export.pipeline.fitting.finals import unsteady
+from prehab_export.pipeline.fitting.fitting import fit
+from prehab_export.pipeline.fitting.request import FitRequest
 from prehab_export.pipeline.fitting.search import (
     FLOAT32,
     Candidate,
@@ -390,8 +392,9 @@ def device(monkeypatch):
         asked.append("models")
         return fake_models(models, threads)
 
-    monkeypatch.setattr(fitting, "measure_layers", layers)
-    monkeypatch.setattr(fitting, "measure_models", models)
+    monkeypatch.setattr(surveying, "measure_layers", layers)
+    for visits in (surveying, finals):
+        monkeypatch.setattr(visits, "measure_models", models)
     return asked
 
 
@@ -466,7 +469,7 @@ def test_what_is_slower_than_predicted_is_asked_for_once_more(config, root, devi
             row |= {"p50_ms": 1.2 * row["p50_ms"], "p95_ms": 1.2 * row["p95_ms"]}
         return told
 
-    monkeypatch.setattr(fitting, "measure_models", slower)
+    monkeypatch.setattr(finals, "measure_models", slower)
     limit = 0.86 * dense["measured"]["p95_ms"]
     row = recommended(result_of(fit(config, root, FitRequest(Budget(p95_ms=limit)))))
     assert row["measured"]["p95_ms"] <= limit

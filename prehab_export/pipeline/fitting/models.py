@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,13 +21,13 @@ from prehab_export.compression import Decompositions, Plan, Samplesets, compress
 from prehab_export.config import drop_of
 from prehab_export.deployment import tell_quantized
 from prehab_export.inputs import Metrics
+from prehab_export.pipeline.fitting.published import Published
 from prehab_export.pipeline.fitting.search import FLOAT32, Layers
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.export import export_model
 from prehab_export.pipeline.stages.quantize import activation_sample
 from prehab_export.pipeline.stages.table import STAGES
 from prehab_export.pipeline.stages.verify import graph_metrics, reloaded
-from prehab_export.pipeline.workspace import stage_key
 from prehab_export.system import bar, link, say, warn, write_json
 
 Row = dict[str, Any]
@@ -39,19 +38,9 @@ class FitModels:
     computed where it is not."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
-        self.calibrated, self.baseline = session.identity("calibrate"), session.identity("baseline")
-        # Of each stage's result in this fit.
-        self._identities = {"baseline": self.baseline}
-
-    def stage(self, name: str, options: Row, parents: Sequence[str], work: Callable[[Path], None]) -> Path:
-        """The folder that ``work`` fills, once for these options and for the results that it reads."""
-        workspace, key = self.session.workspace, stage_key(name, options, parents)
-        if workspace.find(name, key) is None:
-            with workspace.publish(name, key, options) as folder:
-                work(folder)
-        self._identities[name] = workspace.identity(name, key)
-        return workspace.result(name, key)
+        self.session, self.published = session, Published(session)
+        self.modes = (FLOAT32, *dict.fromkeys(session.config.quantize))
+        self._calibrated = self.published.identity("calibrate")
 
     @cached_property
     def dense(self) -> Plan:
@@ -72,7 +61,7 @@ class FitModels:
     def layers(self) -> Layers:
         """Shapes and predicted losses; of the weights nothing is needed once these are known."""
         session, cut = self.session, self.session.config.cut
-        folder = self.stage("fit-spectra", self._cut_options(), [self.calibrated], self._write_spectra)
+        folder = self.published.result("fit-spectra", self._cut_options(), [self._calibrated], self._write_spectra)
         tensors, index = (
             load_file(folder / "losses.safetensors"),
             json.loads((folder / "index.json").read_text(encoding="utf-8")),
@@ -96,7 +85,9 @@ class FitModels:
     def _made(self, plan: Plan) -> Path:
         """``model/`` with its graph, exported and reopened, of a plan that cuts something."""
         options = plan_facts(plan) | self._cut_options() | self._export_options()
-        return self.stage(f"fit-model-{slug_of(plan)}", options, [self.calibrated], partial(self._make, plan))
+        return self.published.result(
+            f"fit-model-{slug_of(plan)}", options, [self._calibrated], partial(self._make, plan)
+        )
 
     def _cut_options(self) -> Row:
         """What decides the factors besides a plan's ranks: the options that choose the ranks are left out."""
@@ -136,14 +127,14 @@ class FitModels:
 
     def graph_identity(self, plan: Plan, mode: str) -> str:
         """Of the result that holds the `graph`, for the keys of what is measured of it."""
-        return self._identities[self._graph(plan, mode)[0]]
+        return self.published.identity(self._graph(plan, mode)[0])
 
     def _graph(self, plan: Plan, mode: str) -> tuple[str, Path]:
         """The stage that holds a graph, and the graph."""
         slug = slug_of(plan)
         if mode != FLOAT32:
-            stage, parents = f"fit-graph-{slug}-{mode}", [self.calibrated, self.graph_identity(plan, FLOAT32)]
-            folder = self.stage(stage, {"mode": mode}, parents, partial(self._quantize, plan, mode))
+            stage, parents = f"fit-graph-{slug}-{mode}", [self._calibrated, self.graph_identity(plan, FLOAT32)]
+            folder = self.published.result(stage, {"mode": mode}, parents, partial(self._quantize, plan, mode))
             return stage, folder / FILE_NAMES[mode]
         if slug == "dense":
             return "baseline", self.session.workspace.folder("baseline") / "onnx" / "model.onnx"
@@ -160,7 +151,7 @@ class FitModels:
         name = f"fit-{split}-{slug_of(plan)}-{mode}"
         judging = {"evaluation": self.session.data.evaluation_fingerprint} if split == "evaluation" else {}
         options = {"split": split, **judging}
-        folder = self.stage(
+        folder = self.published.result(
             name, options, [self.graph_identity(plan, mode)], partial(self._evaluate, plan, mode, split)
         )
         return Metrics(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))

@@ -4,8 +4,9 @@ A row is ``model``, ``threads``, ``p50_ms`` and ``p95_ms`` of a request, and ``p
 that serves the model alone; None where the target does not tell.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,11 @@ def place_of(target: Target) -> Row:
     return {"target": target.name, "machine": machine_facts() if target.name in ("local", "browser") else None}
 
 
+def visit_facts(target: Target, bench: BenchConfig) -> Row:
+    """What a visit to a target depends on besides the models."""
+    return {**place_of(target), "bench": asdict(bench)}
+
+
 def measure_layers(
     graphs: Sequence[LayerGraph],
     tokens: int,
@@ -66,7 +72,7 @@ def measure_layers(
     """The times of all layer graphs, a kit a shape: those of one shape take the same input and turns with each other.
 
     Args:
-        folder: a place for the kits.
+        folder: a place for the kits, gone afterwards.
     """
     config = replace(LAYERS, thread_counts=tuple(threads), batch_sizes=(tokens,))
     shapes = [list(group) for _, group in groupby(graphs, key=lambda graph: graph.shape)]
@@ -77,6 +83,7 @@ def measure_layers(
             with step(advance, case):
                 models = {graph.slug: graph.path for graph in group}
                 rows += _measured(models, config, target, folder / case, memory=False)["rows"]
+    shutil.rmtree(folder)
     return rows
 
 
@@ -92,7 +99,7 @@ def measure_models(
 
     Args:
         config: the first batch size and the first length of it are the case.
-        folder: a place for the kit.
+        folder: a place for the kit, gone afterwards.
     """
     config = replace(
         config,
@@ -100,7 +107,9 @@ def measure_models(
         batch_sizes=config.batch_sizes[:1],
         sequence_lengths=config.sequence_lengths[:1],
     )
-    return _measured(models, config, target, folder / "models", progress=progress)
+    results = _measured(models, config, target, folder / "models", progress=progress)
+    shutil.rmtree(folder)
+    return results
 
 
 def _measured(
