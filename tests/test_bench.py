@@ -26,7 +26,7 @@ from prehab_export.cli.tables.bench import format_bench
 from prehab_export.config.bench import PROVIDERS, BenchConfig
 from prehab_export.measurement.benchmark import bench, turns
 from prehab_export.measurement.feeds import Case, prepare_request
-from prehab_export.measurement.figures import ratio_interval
+from prehab_export.measurement.figures import percentile_interval, ratio_interval
 from prehab_export.measurement.operator_times import kernel_times
 from prehab_export.measurement.worker import Times, serve
 from prehab_export.measurement.worker_process import WorkerProcess
@@ -606,6 +606,14 @@ def test_ratio_interval():
     low, high = ratio_interval([rng.normal(2, 0.1, 50) for _ in range(20)], [rng.normal(1, 0.1, 50) for _ in range(20)])
     assert 1.9 < low < 2 < high < 2.1
     assert ratio_interval([np.ones(9)] * 4, [np.ones(9)] * 4) == (None, None)
+
+
+def test_rounds_are_drawn_whole():
+    """Runs of one round are no news of each other: six rounds say as little with 50 runs in each as with one."""
+    few, many = ([np.full(runs, float(level)) for level in range(6)] for runs in (1, 50))
+    assert percentile_interval(many, 50) == pytest.approx(percentile_interval(few, 50))
+    low, high = percentile_interval(many, 50)
+    assert low <= 1 < 4 <= high
 
 
 # ---- the machine

@@ -1,15 +1,17 @@
 """The figures that stand in a bench's result, from the times and memory that its workers answered."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import bootstrap
 
 from converters.onnx.graph_facts import GraphFacts
 
 Row = dict[str, Any]
+Interval = tuple[float | None, float | None]
 
 PERCENTILES = (50, 90, 99)
 CONFIDENCE = 0.95
@@ -88,36 +90,42 @@ def _compare(base: Row, row: Row, base_timings: Timings, timings: Timings) -> Ro
     return {key: _finite(value) for key, value in compared.items()}
 
 
-def ratio_interval(
-    baseline: list[np.ndarray], model: list[np.ndarray], resamples: int = RESAMPLES
-) -> tuple[float | None, float | None]:
-    """A bootstrap interval (`CONFIDENCE`) of median(baseline) / median(model).
+def ratio_interval(baseline: list[np.ndarray], model: list[np.ndarray]) -> Interval:
+    """Of median(baseline) / median(model); both models' turns of a round are drawn together."""
 
-    Rounds are drawn with replacement, both models' turns of a round together; None with fewer than `LEAST_ROUNDS`.
+    def ratio(drawn: np.ndarray) -> float:
+        return np.median(_pooled(baseline, drawn)) / np.median(_pooled(model, drawn))
+
+    return _interval(len(baseline), ratio)
+
+
+def percentile_interval(rounds: list[np.ndarray], percent: float) -> Interval:
+    """Of a percentile of all runs."""
+    return _interval(len(rounds), lambda drawn: float(np.percentile(_pooled(rounds, drawn), percent)))
+
+
+def _interval(rounds: int, statistic: Callable[[np.ndarray], float]) -> Interval:
+    """A bootstrap interval (`CONFIDENCE`), whole rounds drawn with replacement; None with fewer than `LEAST_ROUNDS`.
+
+    Args:
+        statistic: of the rounds with these numbers.
     """
-    rounds = len(baseline)
     if rounds < LEAST_ROUNDS:
         return None, None
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, rounds, (resamples, rounds))
-    ratios = [
-        np.median(np.concatenate([baseline[i] for i in draw])) / np.median(np.concatenate([model[i] for i in draw]))
-        for draw in draws
-    ]
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    found = bootstrap(
+        (np.arange(rounds),),
+        statistic,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=False,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def percentile_interval(
-    rounds: list[np.ndarray], percent: float, resamples: int = RESAMPLES
-) -> tuple[float | None, float | None]:
-    """A bootstrap interval (`CONFIDENCE`) of a percentile of all runs, whole rounds drawn with replacement."""
-    if len(rounds) < LEAST_ROUNDS:
-        return None, None
-    draws = np.random.default_rng(0).integers(0, len(rounds), (resamples, len(rounds)))
-    values = [np.percentile(np.concatenate([rounds[i] for i in draw]), percent) for draw in draws]
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+def _pooled(rounds: list[np.ndarray], drawn: np.ndarray) -> np.ndarray:
+    return np.concatenate([rounds[number] for number in drawn])
 
 
 def _model_memory(row: Row) -> float | None:
