@@ -34,7 +34,7 @@ from prehab_export.pipeline.stages.quantize import graph_hashes, graphs_of
 from prehab_export.pipeline.stages.table import STAGES
 from prehab_export.pipeline.target_results import FOLDER, remember_kit, results_of
 from prehab_export.pipeline.workspace import KITS
-from prehab_export.system import say, usable_cores, warn, write_json
+from prehab_export.system import bar, say, usable_cores, warn, write_json
 
 
 @dataclass(frozen=True)
@@ -175,17 +175,13 @@ def _thread_counts(session: Session) -> tuple[int, ...]:
 
 def _measured(kit: Kit, target: Target, threads: tuple[int, ...]) -> Json:
     if target.name == "browser":
-        return measure_in_browser(
-            kit, threads, browser=target.browser, web=target.web, progress=lambda line: say(f"  {line}")
-        )
+        return measure_in_browser(kit, threads, browser=target.browser, web=target.web, progress=bar)
     if target.name != "local":
         with target.shell() as shell:
-            return measure_remotely(
-                kit, shell, target.name.partition(":")[0], target.python, target.keep, lambda line: say(f"  {line}")
-            )
-    results = measure_locally(kit, target.limits())
+            return measure_remotely(kit, shell, target.name.partition(":")[0], target.python, target.keep, bar)
+    results = measure_locally(kit, target.limits(), progress=bar)
     if target.matrix_memory_mb:
-        results["matrix"] = matrix(kit, threads, target.matrix_memory_mb, lambda line: say(f"  {line}"))
+        results["matrix"] = matrix(kit, threads, target.matrix_memory_mb, bar)
     return results
 
 

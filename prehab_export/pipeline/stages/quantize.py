@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from converters.folder import from_pretrained
-from converters.onnx.coverage import coverage
 from converters.onnx.graph_facts import read_graph
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import Feeds, quantize_graph
+from converters.onnx.quantized_weights import count_quantized
 from converters.onnx.runtime import open_session
 from converters.onnx.weights import replace_weights, weight_names
 from converters.onnx.write import data_file
 from converters.publishing import move_together
 from prehab_export.compression import GridFit, refit_to_grid
-from prehab_export.deployment import tell_coverage
+from prehab_export.deployment import tell_quantized
 from prehab_export.inputs import Metrics, feeds_of
 from prehab_export.linalg import GRIDS
 from prehab_export.pipeline.session import Session
@@ -49,9 +49,9 @@ def quantize(session: Session, folder: Path) -> None:
             if side == "compressed" and session.config.quantize_refit and mode in GRIDS:
                 metrics, refit = _with_refit(session, source, graph, mode, metrics)
             facts = {"model": side, "mode": mode, "bytes": read_graph(graph).file_bytes, **asdict(metrics)}
-            covered = coverage(source, graph)
-            tell_coverage(f"{side} {mode}", covered)
-            rows.append(facts | {"refit": refit, "weights_quantised": covered.share, "coverage": asdict(covered)})
+            counted = count_quantized(source, graph)
+            tell_quantized(f"{side} {mode}", counted)
+            rows.append(facts | {"refit": refit, "weights_quantised": counted.share, "coverage": asdict(counted)})
     write_json(folder / "quantize.json", {"graphs": rows})
 
 
