@@ -62,6 +62,7 @@ from prehab_export.config import RefineSchedule as RefineSchedule
 from prehab_export.config import RehabConfig as RehabConfig
 from prehab_export.config import RunConfig as RunConfig
 from prehab_export.config import Schedule as Schedule
+from prehab_export.config import Target as Target
 from prehab_export.config import TrainConfig as TrainConfig
 from prehab_export.config import TruncateConfig as TruncateConfig
 from prehab_export.inputs import TASKS as TASKS
@@ -83,7 +84,6 @@ from prehab_export.linalg import Sampling as Sampling
 from prehab_export.measurement import bench as bench
 from prehab_export.pipeline import FitRequest as FitRequest
 from prehab_export.pipeline import Leftover as Leftover
-from prehab_export.pipeline import Target as Target
 from prehab_export.pipeline import Workspace as Workspace
 from prehab_export.pipeline import fit as fit
 from prehab_export.pipeline import inspect_model as inspect_model

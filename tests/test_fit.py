@@ -23,6 +23,7 @@ from prehab_export.config.budget import Budget, Figures, drop_of
 from prehab_export.config.calibrate import CalibrateConfig
 from prehab_export.config.data import DataConfig
 from prehab_export.config.run import RunConfig
+from prehab_export.config.target import Target
 from prehab_export.config.truncate import TruncateConfig
 from prehab_export.linalg.allocation import break_even, parameters
 from prehab_export.pipeline.fitting import finals, surveying
@@ -45,7 +46,6 @@ from prehab_export.pipeline.fitting.search import (
 )
 from prehab_export.pipeline.fitting.survey import Anchor, LayerGraph, surveyed_ranks, understood, write_layer_graphs
 from prehab_export.pipeline.fitting.target import measure_layers, measure_models, place_of
-from prehab_export.pipeline.target_bench import Target
 from prehab_export.system.errors import BudgetError
 from prehab_export.system.machine import machine_facts
 

@@ -23,11 +23,11 @@ from small_models import build
 from converters.errors import InputError
 from converters.onnx.export import export_onnx
 from prehab_export.config.bench import BenchConfig
+from prehab_export.config.target import Target
 from prehab_export.measurement.targets.kit import make_kit
 from prehab_export.measurement.targets.limits import Limits, run_limited
 from prehab_export.measurement.targets.remote import _HASHES, measure_remotely
 from prehab_export.measurement.targets.shell import adb, ssh
-from prehab_export.pipeline.target_bench import Target
 from prehab_export.system.errors import ParityError, TargetError
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")

@@ -15,7 +15,6 @@ from prehab_export.pipeline.sweep_methods import METHODS as METHODS
 from prehab_export.pipeline.sweeping import Row as Row
 from prehab_export.pipeline.sweeping import sweep as sweep
 from prehab_export.pipeline.sweeping import sweep_cells as sweep_cells
-from prehab_export.pipeline.target_bench import Target as Target
 from prehab_export.pipeline.target_bench import bench_on_target as bench_on_target
 from prehab_export.pipeline.target_bench import read_back as read_back
 from prehab_export.pipeline.workspace import OPTIONS_FILE as OPTIONS_FILE

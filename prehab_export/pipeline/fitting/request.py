@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 
 from converters.errors import InputError
-from prehab_export.config import Budget
-from prehab_export.pipeline.target_bench import Target
+from prehab_export.config import Budget, Target
 
 
 @dataclass(frozen=True)

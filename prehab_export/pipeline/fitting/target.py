@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import InputError
-from prehab_export.config import BenchConfig
+from prehab_export.config import BenchConfig, Target
 from prehab_export.measurement import (
     find_browser,
     find_web,
+    limits_of,
     make_kit,
     measure_in_browser,
     measure_locally,
     measure_remotely,
+    shell_of,
 )
 from prehab_export.pipeline.fitting.survey import LayerGraph, case_of
-from prehab_export.pipeline.target_bench import Target
 from prehab_export.system import Progress, available_cores, machine_facts, silent, step
 
 Row = dict[str, Any]
@@ -45,7 +46,7 @@ def check_target(target: Target, threads: Sequence[int]) -> None:
         find_web(target.web)
         find_browser(target.browser)
     elif target.name != "local":
-        with target.shell() as shell:
+        with shell_of(target) as shell:
             shell.run("true")
     elif (most := available_cores()) < max(threads):
         raise InputError(f"--threads {max(threads)} is more than the {most} cores that this process may use")
@@ -123,13 +124,13 @@ def _measured(
 ) -> Row:
     kit = make_kit(models, folder, config, target.cooldown_s)
     if target.name == "local":
-        results = measure_locally(kit, target.limits(), () if memory else ("--no-memory",), progress=progress)
+        results = measure_locally(kit, limits_of(target), () if memory else ("--no-memory",), progress=progress)
     elif target.name == "browser":
         results = measure_in_browser(
             kit, config.thread_counts, browser=target.browser, web=target.web, progress=progress
         )
     else:
-        with target.shell() as shell:
+        with shell_of(target) as shell:
             place = target.name.partition(":")[0]
             results = measure_remotely(kit, shell, place, target.python, target.keep, progress)
     return {"device": results["device"], "rows": [{key: row.get(key) for key in FIGURES} for row in results["cases"]]}
