@@ -17,6 +17,7 @@ from test_pipeline import invoke, vit_options
 
 from converters.errors import InputError
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.quantize import quantize_graph
 from prehab_export.config.bench import BenchConfig
 from prehab_export.measurement.targets.kit import KIT, RUNNER, make_kit, read_kit
@@ -64,7 +65,7 @@ def run_kit(folder, *arguments, **options):
 def test_a_kit_takes_nothing_from_the_graph_that_it_was_made_of(tmp_path):
     """onnx reads no weights in a file that has another name somewhere."""
     graph = tmp_path / "model.onnx"
-    export_onnx(build("vit"), graph, TASKS["vit"], external_data_threshold=0)
+    export_onnx(build("vit"), TASKS["vit"], graph, GraphForm(external_data_threshold=0))
     (tmp_path / "link.onnx").symlink_to(graph)
     kit = make_kit({"direct": graph, "by a link": tmp_path / "link.onnx"}, tmp_path / "kit", QUICK)
     for path in (graph, *(kit.folder / model["file"] for model in kit.facts["models"])):
