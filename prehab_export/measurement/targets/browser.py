@@ -39,10 +39,10 @@ from prehab_export.system import (
     ParityError,
     TargetError,
     cache_folder,
-    dies_with_us,
-    end_with_all_of_it,
+    die_with_parent,
     environment,
     find_program,
+    kill_process_tree,
     sha512_integrity,
 )
 
@@ -277,12 +277,12 @@ def _chromium(command: str, address: str) -> Iterator[subprocess.Popen]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             env=environment(),
-            preexec_fn=dies_with_us(),
+            preexec_fn=die_with_parent(),
         )
         try:
             yield process
         finally:
-            end_with_all_of_it(process)
+            kill_process_tree(process)
 
 
 def _can_sandbox() -> bool:

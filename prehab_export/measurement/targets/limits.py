@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import InputError
-from prehab_export.system import dies_with_us, environment, usable_cores
+from prehab_export.system import die_with_parent, environment, usable_cores
 
 try:
     import resource
@@ -69,7 +69,7 @@ def run_limited(command: Sequence[str], limits: Limits, timeout_s: float | None 
     Raises:
         InputError: it took longer than ``timeout_s``.
     """
-    bind = dies_with_us()
+    bind = die_with_parent()
     with _memory_limit(limits.memory_mb) as (kind, enter):
 
         def prepare() -> None:  # in the child, before the command
