@@ -30,6 +30,7 @@ from prehab_export.config.bench import BenchConfig
 from prehab_export.linalg.allocation import parameters, uniform_rank
 from prehab_export.measurement.benchmark import bench
 from prehab_export.pipeline.session import quiet_libraries
+from prehab_export.system.terminal import bar
 
 # Operators that multiply by a weight.
 LINEAR = {"MatMul", "Gemm", "FusedMatMul"}
@@ -77,7 +78,7 @@ def main(
             config = BenchConfig(
                 threads=count, batch_sizes=batches, sequence_lengths=lengths, rounds=rounds, new_tokens=new_tokens
             )
-            run = bench(graphs, config, progress=lambda line: click.echo(line, err=True))
+            run = bench(graphs, config, progress=bar)
             add_ideals(run, kept)
             result["runs"].append(run)
             for row in run["comparison"]:

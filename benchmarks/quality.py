@@ -289,7 +289,7 @@ class Bench:
         """Tune the compressed model in place to do what ``teacher`` does, without labels."""
         samples = self.training if self.options.refine_on == "training" else self.calibration
         factored = self.factored(model, statistics, self.options.eigenbasis)
-        return refine(factored, teacher, samples, RefineConfig(schedule), seed=seed, progress=bar)
+        return refine(factored, samples, RefineConfig(schedule), teacher=teacher, seed=seed, progress=bar)
 
     def factored(self, model: nn.Module, statistics: px.Statistics, eigenbasis: bool) -> Factored:
         return Factored.of(model, self.task, statistics) if eigenbasis else Factored(model, self.task)

@@ -3,6 +3,7 @@ from converters.adapters import MergeReport as MergeReport
 from converters.adapters import merge_dense_adapter as merge_dense_adapter
 from converters.adapters import merge_into_factors as merge_into_factors
 from converters.coverage import Coverage as Coverage
+from converters.coverage import ParameterGroup as ParameterGroup
 from converters.coverage import coverage as coverage
 from converters.dtypes import cast_weights as cast_weights
 from converters.errors import InputError as InputError
@@ -61,6 +62,7 @@ from prehab_export.config import RefineSchedule as RefineSchedule
 from prehab_export.config import RehabConfig as RehabConfig
 from prehab_export.config import RunConfig as RunConfig
 from prehab_export.config import Schedule as Schedule
+from prehab_export.config import Target as Target
 from prehab_export.config import TrainConfig as TrainConfig
 from prehab_export.config import TruncateConfig as TruncateConfig
 from prehab_export.inputs import TASKS as TASKS
@@ -82,7 +84,6 @@ from prehab_export.linalg import Sampling as Sampling
 from prehab_export.measurement import bench as bench
 from prehab_export.pipeline import FitRequest as FitRequest
 from prehab_export.pipeline import Leftover as Leftover
-from prehab_export.pipeline import Target as Target
 from prehab_export.pipeline import Workspace as Workspace
 from prehab_export.pipeline import fit as fit
 from prehab_export.pipeline import inspect_model as inspect_model

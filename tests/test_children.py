@@ -324,8 +324,12 @@ def test_nothing_is_called_in_a_child_but_on_linux(monkeypatch):
     """Windows' Python refuses a ``preexec_fn``."""
     given = []
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **options: given.append(options["preexec_fn"]) or ended)
-    ended = subprocess.CompletedProcess([], 0, "", "")
+
+    def start(*_, **options):
+        given.append(options["preexec_fn"])
+        raise subprocess.SubprocessError
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     run_limited(["anything"], Limits())
     assert given == [None]
 

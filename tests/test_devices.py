@@ -263,7 +263,7 @@ def test_everything_up_to_the_artifact_stays_on_the_device_in_float32(family, pr
         Calibrated(model, task, statistics), sets, config, after_block=block_refiner(refinement, statistics)
     ).truncation
     student, teacher = truncation.apply(frozen_copy(model)).requires_grad_(True), frozen_copy(model)
-    refine(Factored(student, task), teacher, samples, refinement)
+    refine(Factored(student, task), samples, refinement, teacher=teacher)
 
     def held_out(candidate):
         return evaluate(torch_predictor(candidate, task), task, samples.batches(8)).loss

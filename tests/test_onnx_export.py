@@ -525,6 +525,7 @@ def test_sessions_state_their_threads(exported):
     session = open_session(exported("vit")[1].path, threads=2)
     options = session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_a_graph_written_piece_by_piece_is_the_one_that_onnx_reads(exported, tmp_path):

@@ -14,7 +14,8 @@ mode              products with a weight             activations
 Embedding tables are in blocks in every integer mode, of 4 bits in ``int8-tables4`` and ``int4``, of 8 bits elsewhere;
 an output layer that is tied to a table is a product on the same bytes (`converters.onnx.blocks`). Products of
 activations stay as they are, and so do convolutions: with int8 weights, ONNX Runtime's takes three times as long as in
-float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``). `converters.onnx.coverage` tells what stays.
+float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``). `converters.onnx.quantized_weights` tells
+what stays.
 A block of a product is 32 inputs of one output: ranks in multiples of it waste nothing. Weights that are multiplied
 head by head have three axes, and there the kernels know one scale a weight only.
 """

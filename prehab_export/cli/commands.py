@@ -349,7 +349,8 @@ def _benched_elsewhere(model: str | None, flags: dict[str, Any]) -> bool:
         if given := [flag for flag, field in TARGET_FIELDS.items() if own[field] not in defaults]:
             raise InputError(f"--{given[0].replace('_', '-')} needs --target")
         return False
-    from prehab_export.pipeline import Target, bench_on_target
+    from prehab_export.config import Target
+    from prehab_export.pipeline import bench_on_target
 
     target = Target(**own)
     del flags["force"]
@@ -592,7 +593,8 @@ def fit(model: str | None, target: str, python: str, threads: tuple[int, ...], *
     config, output = _parsed(model, flags, inherit=True)
     metric = "perplexity" if config.task == "text-generation" else "accuracy"
     budget = Budget.parsed(**limits, metric=metric)
-    from prehab_export.pipeline import FitRequest, Target
+    from prehab_export.config import Target
+    from prehab_export.pipeline import FitRequest
     from prehab_export.pipeline import fit as run_fit
 
     try:

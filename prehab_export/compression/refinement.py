@@ -64,10 +64,10 @@ def block_refiner(config: RefineConfig, statistics: Statistics, *, seed: int = 0
 
 def refine(
     factored: Factored,
-    teacher: nn.Module,
     samples: Samples,
     config: RefineConfig,
     *,
+    teacher: nn.Module,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Row]:
@@ -77,8 +77,8 @@ def refine(
     states' relative error.
 
     Args:
-        teacher: the dense model, frozen.
         samples: to draw inputs from; their labels are not looked at.
+        teacher: the dense model, frozen.
     """
     student, task = factored.model, factored.task
     blocks = [block.name for block in find_blocks(student, low_rank_layers(student))] if config.hidden_share else []

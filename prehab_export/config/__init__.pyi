@@ -20,6 +20,7 @@ from prehab_export.config.options import to_yaml as to_yaml
 from prehab_export.config.run import TASK_NAMES as TASK_NAMES
 from prehab_export.config.run import RunConfig as RunConfig
 from prehab_export.config.run import with_absolute_paths as with_absolute_paths
+from prehab_export.config.target import Target as Target
 from prehab_export.config.training import LAYER_WEIGHTS as LAYER_WEIGHTS
 from prehab_export.config.training import REHAB_METHODS as REHAB_METHODS
 from prehab_export.config.training import SCHEDULES as SCHEDULES

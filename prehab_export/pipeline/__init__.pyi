@@ -1,9 +1,9 @@
 from prehab_export.pipeline.cleaning import clean_run as clean_run
 from prehab_export.pipeline.demo import run_demo as run_demo
-from prehab_export.pipeline.fitting.fitting import FitRequest as FitRequest
 from prehab_export.pipeline.fitting.fitting import fit as fit
 from prehab_export.pipeline.fitting.report import HEADINGS as HEADINGS
 from prehab_export.pipeline.fitting.report import lines_of as lines_of
+from prehab_export.pipeline.fitting.request import FitRequest as FitRequest
 from prehab_export.pipeline.inspection import inspect_model as inspect_model
 from prehab_export.pipeline.merging import merge_lora as merge_lora
 from prehab_export.pipeline.report.speed import WHOLE_RUNS as WHOLE_RUNS
@@ -15,7 +15,6 @@ from prehab_export.pipeline.sweep_methods import METHODS as METHODS
 from prehab_export.pipeline.sweeping import Row as Row
 from prehab_export.pipeline.sweeping import sweep as sweep
 from prehab_export.pipeline.sweeping import sweep_cells as sweep_cells
-from prehab_export.pipeline.target_bench import Target as Target
 from prehab_export.pipeline.target_bench import bench_on_target as bench_on_target
 from prehab_export.pipeline.target_bench import read_back as read_back
 from prehab_export.pipeline.workspace import OPTIONS_FILE as OPTIONS_FILE
