@@ -59,7 +59,7 @@ def _layer(shape: str, keeps: tuple[float, ...], options: dict[str, Any]) -> dic
     c = _moment(n, generator).to(options["device"])
     most = int(max(keeps) * m * n / (m + n))
     ways: dict[str, Callable[[], Factors]] = {
-        "ours": lambda: decompose(weight, c, most=most).truncated,
+        "ours": lambda: decompose(weight, c, max_rank=most).truncated,
         "svd-llm": lambda: _svd_llm(weight, c, most),
     }
     if options["all_ranks"]:

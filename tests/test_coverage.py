@@ -155,10 +155,10 @@ def test_the_share_is_always_said(bert_folder, reviews, tmp_path, capsys):
     output = tmp_path / "run"
     arguments = [bert_folder, "--task", "text-classification", "--data", reviews, "-o", output, *QUICK]
     assert invoke("calibrate", *arguments, *TEXT) == 0
-    assert "of the model's parameters lie in the layers to compress" in capsys.readouterr().err
+    assert "of the model's parameters are in the layers to compress" in capsys.readouterr().err
     assert invoke("sweep", output, "--method", "svd", "--ratio", "0.5", "--json") == 0
     captured = capsys.readouterr()
-    assert "of the model's parameters lie in the layers to compress" in captured.err
+    assert "of the model's parameters are in the layers to compress" in captured.err
     coverage_facts = json.loads(captured.out)["coverage"]
     assert invoke("inspect", bert_folder, "--json") == 0
     facts = json.loads(capsys.readouterr().out)

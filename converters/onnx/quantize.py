@@ -31,7 +31,7 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from converters.errors import InputError
-from converters.full_disk import told_where_full
+from converters.full_disk import explaining_full_disk
 from converters.onnx.blocks import plain_products, products_in_blocks, tables_in_blocks
 from converters.onnx.modes import MODES
 from converters.onnx.quiet import quiet
@@ -73,7 +73,7 @@ def quantize_graph(
     _check(source)
     if mode == "int8-static" and sample is None:
         raise InputError("int8-static needs a sample to find the ranges of activations on")
-    with published_files(data_file(target), target) as folder, quiet(), told_where_full(folder):
+    with published_files(data_file(target), target) as folder, quiet(), explaining_full_disk(folder):
         model = ir.load(source)
         before = _weight_bytes(model)
         threshold = 0 if has_external_data(model) else None

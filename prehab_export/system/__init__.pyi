@@ -1,8 +1,8 @@
 from prehab_export.system.children import KILLED as KILLED
-from prehab_export.system.children import dies_with_us as dies_with_us
-from prehab_export.system.children import end_with_all_of_it as end_with_all_of_it
+from prehab_export.system.children import die_with_parent as die_with_parent
 from prehab_export.system.children import environment as environment
 from prehab_export.system.children import find_program as find_program
+from prehab_export.system.children import kill_process_tree as kill_process_tree
 from prehab_export.system.children import python_module as python_module
 from prehab_export.system.children import python_script as python_script
 from prehab_export.system.digests import DigestCache as DigestCache

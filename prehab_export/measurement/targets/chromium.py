@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from converters.errors import InputError
-from prehab_export.system import dies_with_us, end_with_all_of_it, environment, find_program
+from prehab_export.system import die_with_parent, environment, find_program, kill_process_tree
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
@@ -46,12 +46,12 @@ def headless_chromium(command: str, address: str) -> Iterator[subprocess.Popen]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             env=environment(),
-            preexec_fn=dies_with_us(),
+            preexec_fn=die_with_parent(),
         )
         try:
             yield process
         finally:
-            end_with_all_of_it(process)
+            kill_process_tree(process)
 
 
 def can_sandbox() -> bool:

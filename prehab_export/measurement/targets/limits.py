@@ -15,7 +15,7 @@ from pathlib import Path
 
 from converters.errors import InputError
 from prehab_export.measurement.targets.watched import Watch, finish
-from prehab_export.system import dies_with_us, environment, usable_cores
+from prehab_export.system import die_with_parent, environment, usable_cores
 
 try:
     import resource
@@ -70,7 +70,7 @@ def run_limited(command: Sequence[str], limits: Limits, watch: Watch | None = No
     Args:
         watch: called with each line of stderr as it comes; what it raises ends the command and is raised here.
     """
-    bind = dies_with_us()
+    bind = die_with_parent()
     with _memory_limit(limits.memory_mb) as (kind, enter):
 
         def prepare() -> None:  # in the child, before the command
