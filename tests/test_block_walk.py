@@ -152,9 +152,9 @@ def test_blocks_are_replayed_exactly(kind):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Counts, "by itself does not give"),
-        (Random, "by itself does not give"),
-        (Scaled, "something made from the output of a block before it"),
+        (Counts, "on its own does not give"),
+        (Random, "on its own does not give"),
+        (Scaled, "computed from the output of an earlier block"),
         (Generates, "a generator, which cannot be copied"),
         (Marks, "in place"),
     ],

@@ -57,7 +57,7 @@ def constant_input():
 
 
 def dead_head():
-    """A BERT whose classifier has just been initialised with zeros: no layer has a part in the loss."""
+    """A BERT whose classifier has just been initialised with zeros: no layer affects the loss."""
     model = build("bert")
     model.classifier.weight.data.zero_()
     return model, CLASSIFY
@@ -188,7 +188,7 @@ def test_what_float32_leaves_of_a_constant_is_nothing():
 def test_no_part_in_the_loss_is_told():
     model, task = dead_head()
     layers = target_layers(model)
-    with pytest.warns(CalibrationWarning, match="no layer has a part in the loss"):
+    with pytest.warns(CalibrationWarning, match="no layer affects the loss"):
         statistics = calibrate(model, task, batches_for(task, count=2), layers).statistics
     config = TruncateConfig(ratio=0.6)
     plan = plan_ranks(
@@ -204,7 +204,7 @@ def test_no_part_in_the_loss_is_told():
         ).ranks
     )
     model, task = expanded_llama()
-    with pytest.warns(CalibrationWarning, match=r"layers\.1\.self_attn\.q_proj and 4 more have no part in the loss"):
+    with pytest.warns(CalibrationWarning, match=r"layers\.1\.self_attn\.q_proj and 4 more have no effect on the loss"):
         calibrate(model, task, batches_for(task, count=2), target_layers(model))
     model, task = dead_relu()
     with pytest.warns(CalibrationWarning, match=r"layers\.1\.fc2 has the same input for every token"):

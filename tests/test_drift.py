@@ -21,7 +21,7 @@ from prehab_export.compression.decompositions import decompose_layers
 from prehab_export.compression.drift import RIDGE, _Fitter, _gather, truncate_along
 from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.planning import RankPlan, plan_ranks
-from prehab_export.compression.recording import watched
+from prehab_export.compression.recording import observe_layers
 from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config.truncate import TruncateConfig
@@ -142,7 +142,7 @@ def test_the_residual_stream_lies_as_the_layer_gives_its_output():
     block, x = ChannelsFirst(), torch.randn(2, 16, 16, 16)
     rows = TokenRows((2, 16))
     with torch.no_grad():
-        (seen,) = watched({"wide": block.wide}, rows, False, lambda: block(x))
+        (seen,) = observe_layers({"wide": block.wide}, rows, False, lambda: block(x))
         expected = block(x)
     torch.testing.assert_close(seen.residuals["wide"], x.permute(0, 2, 3, 1))
     found = seen.residuals["wide"] + block.wide(seen.inputs["wide"])

@@ -149,7 +149,7 @@ def test_an_expert_that_no_real_token_comes_to_is_refused_by_name():
     for block in model.blocks:
         block.gate.bias.data[2] = -1e4
     layers = {"blocks.0.experts.2.0": model.blocks[0].experts[2][0]}
-    with pytest.raises(InputError, match=r"no token of this data comes to blocks\.0\.experts\.2\.0"):
+    with pytest.raises(InputError, match=r"no token of this data reaches blocks\.0\.experts\.2\.0"):
         calibrate(model, CLASSIFY, samples, layers)
 
 
@@ -184,8 +184,8 @@ def test_numbers_go_with_their_rows(kind):
     rows.start(x)
     with rows:
         result = move(x)
-    assert rows.knows(result)
-    assert not rows.knows(torch.zeros(2, 5, 6))
+    assert rows.is_marked(result)
+    assert not rows.is_marked(torch.zeros(2, 5, 6))
     found = rows.rows(result)
     if kind == "added":  # rows that nothing was added to are none
         expected = torch.full((10,), -1)

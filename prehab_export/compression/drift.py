@@ -43,7 +43,7 @@ from converters.lowrank import DenseLinear, Factors, dense_weight, factorize, fa
 from converters.roots import damped, scale_of
 from prehab_export.compression.activations import frozen
 from prehab_export.compression.block_walk import BlockWalk
-from prehab_export.compression.blocks import Block, NotAChain, Seen, find_blocks
+from prehab_export.compression.blocks import Block, LayerRun, NotAChain, find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.metric import gradient_metric, input_metric
 from prehab_export.compression.model_walk import ModelWalk
@@ -298,7 +298,7 @@ class _Fitter:
 
 
 def _gather(
-    looks: Iterable[tuple[list[Seen], list[Seen], Tensor | None, int]], members: Sequence[str]
+    looks: Iterable[tuple[list[LayerRun], list[LayerRun], Tensor | None, int]], members: Sequence[str]
 ) -> _Moments | None:
     """Moments of the members' common input in both models, over all times that they run; None where the two may see
     different tokens, or run a different number of times."""
@@ -326,7 +326,7 @@ def _gather(
     return sums if sums is not None and sums.tokens else None
 
 
-def _same_tokens(dense: Seen, student: Seen, leader: str, mask: Tensor | None, positions: int) -> bool:
+def _same_tokens(dense: LayerRun, student: LayerRun, leader: str, mask: Tensor | None, positions: int) -> bool:
     """Whether the rows of both inputs are the same tokens. An expert sees those that were sent to it, which need not be
     the same ones in the two models."""
     if leader not in dense.inputs or leader not in student.inputs:
@@ -339,7 +339,7 @@ def _same_tokens(dense: Seen, student: Seen, leader: str, mask: Tensor | None, p
     if mask is None and x.dim() > 2:
         return True  # in their order; merging and pooling give fewer, and an expert is given a list
     # What was not made from tokens (a table of relative positions) is the same in both.
-    return not dense.of_tokens or not positions or x[..., 0].numel() == positions
+    return not dense.from_tokens or not positions or x[..., 0].numel() == positions
 
 
 def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Regression:
