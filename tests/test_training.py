@@ -311,7 +311,7 @@ def test_statistics_without_gradients_are_refused_with_the_way_out(digits):
     layers = target_layers(model)
     bare = replace(statistics, gradients={})
     for options in ({}, {"whitening": "activation"}):
-        with pytest.raises(InputError, match="--prehab-layer-weights equal"):
+        with pytest.raises(InputError, match=r"prehab\.layer_weights=equal"):
             Regulariser(layers, PrehabConfig(**options), CUT).refresh(bare)
     Regulariser(layers, PrehabConfig(whitening="activation", layer_weights="equal"), CUT).refresh(bare)
 

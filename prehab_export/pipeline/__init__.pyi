@@ -11,6 +11,7 @@ from prehab_export.pipeline.report.speed import check_speed as check_speed
 from prehab_export.pipeline.report.speed import result_of as result_of
 from prehab_export.pipeline.report.speed import sizes_of as sizes_of
 from prehab_export.pipeline.running import run as run
+from prehab_export.pipeline.stages.dependencies import DEPENDENCIES as DEPENDENCIES
 from prehab_export.pipeline.sweep_methods import METHODS as METHODS
 from prehab_export.pipeline.sweeping import Row as Row
 from prehab_export.pipeline.sweeping import sweep as sweep
