@@ -19,6 +19,7 @@ from prehab_export.config.keys import known_keys as known_keys
 from prehab_export.config.keys import nearest as nearest
 from prehab_export.config.keys import sections as sections
 from prehab_export.config.options import from_dict as from_dict
+from prehab_export.config.options import plain_options as plain_options
 from prehab_export.config.options import read_options as read_options
 from prehab_export.config.options import read_setting as read_setting
 from prehab_export.config.options import to_yaml as to_yaml
@@ -34,7 +35,10 @@ from prehab_export.config.training import RefineSchedule as RefineSchedule
 from prehab_export.config.training import RehabConfig as RehabConfig
 from prehab_export.config.training import Schedule as Schedule
 from prehab_export.config.training import TrainConfig as TrainConfig
+from prehab_export.config.tree import Difference as Difference
+from prehab_export.config.tree import differences as differences
 from prehab_export.config.tree import merged as merged
+from prehab_export.config.tree import value_at as value_at
 from prehab_export.config.tree import with_value as with_value
 from prehab_export.config.tree import without as without
 from prehab_export.config.truncate import ALLOCATIONS as ALLOCATIONS

@@ -17,6 +17,18 @@ class Difference:
     after: Any
 
 
+def value_at(values: Tree, path: str) -> Any:
+    """One option; None where it is not there.
+
+    >>> value_at({"truncate": {"ratio": 0.5}}, "truncate.ratio"), value_at({}, "truncate.ratio")
+    (0.5, None)
+    """
+    inner: Any = values
+    for name in path.split("."):
+        inner = inner.get(name) if isinstance(inner, Mapping) else None
+    return inner
+
+
 def with_value(values: Tree, path: str, value: Any) -> dict[str, Any]:
     """The options with this one set.
 

@@ -10,8 +10,11 @@ from prehab_export.pipeline.report.speed import WHOLE_RUNS as WHOLE_RUNS
 from prehab_export.pipeline.report.speed import check_speed as check_speed
 from prehab_export.pipeline.report.speed import result_of as result_of
 from prehab_export.pipeline.report.speed import sizes_of as sizes_of
+from prehab_export.pipeline.run_status import RunStatus as RunStatus
+from prehab_export.pipeline.run_status import status as status
 from prehab_export.pipeline.running import run as run
 from prehab_export.pipeline.stages.dependencies import DEPENDENCIES as DEPENDENCIES
+from prehab_export.pipeline.staleness import worded as worded
 from prehab_export.pipeline.sweep_methods import METHODS as METHODS
 from prehab_export.pipeline.sweeping import Row as Row
 from prehab_export.pipeline.sweeping import sweep as sweep

@@ -13,10 +13,12 @@ into (`SHOWN`) the current one is also shown beside ``run.yaml``, as hard links.
 import hashlib
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,13 @@ OPTIONS_FILE = "run.yaml"
 # What makes a folder ours: only then is anything in it replaced or removed.
 MARKER = "manifests/.prehab-export"
 CURRENT = "manifests/current.json"
-# Hashes of the files that a run reads from elsewhere, and of the graphs in the kits that it has made.
+# Hashes of the files that a run reads from elsewhere, what it starts from by content as of the last command, and hashes
+# of the graphs in the kits that it has made.
 READ_FILES = "manifests/digests.json"
+SOURCE = "manifests/source.json"
 KITS_MADE = "manifests/kits.json"
 # Records that are no stage's.
-RECORDS = frozenset({CURRENT, READ_FILES, KITS_MADE})
+RECORDS = frozenset({CURRENT, READ_FILES, SOURCE, KITS_MADE})
 # Stages whose current result also stands in the run's folder, under the stage's name.
 SHOWN = frozenset({"artifact", "baseline", "report"})
 # Kits on their way to where they are measured.
@@ -80,6 +84,20 @@ def stage_key(stage: str, options: Mapping[str, Any], parents: Sequence[str] = (
     """
     facts = {"stage": stage, "options": options, "parents": list(parents), "version": version("prehab-export")}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def summaries(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What was read, to be told from what is read another time: a hash stands for what is long.
+
+    >>> summaries({"seed": 0, "files": {"a": "1" * 99}})["files"].startswith("sha256:")
+    True
+    """
+
+    def summary(value: Any) -> Any:
+        text = json.dumps(value, sort_keys=True, default=str)
+        return value if len(text) < 80 else f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    return {name: summary(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -181,15 +199,21 @@ class Workspace:
         return folder
 
     @contextmanager
-    def publish(self, stage: str, key: str, options: Mapping[str, Any]) -> Iterator[Path]:
+    def publish(
+        self, stage: str, key: str, options: Mapping[str, Any], origin: Mapping[str, Any] | None = None
+    ) -> Iterator[Path]:
         """A fresh folder to write into; it becomes the result under this key only if the block succeeds.
+
+        Args:
+            origin: what else the key was made of, for the manifest.
 
         Raises:
             StorageError: the disk is full, or not to be written to.
         """
-        folder = self.result(stage, key)
+        folder, started = self.result(stage, key), time.monotonic()
         with replacing(folder) as partial:
             yield partial
+            seconds = time.monotonic() - started
             files = {
                 path.relative_to(partial).as_posix(): asdict(FileDigest.of(path))
                 for path in sorted(partial.rglob("*"))
@@ -201,6 +225,9 @@ class Workspace:
             "stage": stage,
             "key": key,
             "options": dict(options),
+            **(origin or {}),
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 2),
             "versions": {name: version(name) for name in RECORDED_VERSIONS},
             "files": files,
         }
@@ -219,6 +246,10 @@ class Workspace:
 
     def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
         return read_json(self._manifest_path(stage, key))
+
+    def keys(self, stage: str) -> list[str]:
+        """The keys, as the names of folders have them, under which the stage has made something."""
+        return sorted(path.stem for path in self.root.glob(f"manifests/{stage}/*.json"))
 
     def size(self, stage: str, key: str) -> int:
         """Bytes of a result."""

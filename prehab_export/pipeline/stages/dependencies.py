@@ -103,3 +103,8 @@ DEPENDENCIES = {
         Dependencies("report", asdict, (*_QUOTED, "artifact", "bench")),
     )
 }
+
+
+def wanted_parents(stage: Dependencies, config: RunConfig) -> list[str]:
+    """The stages that this one reads, of those that these options ask for."""
+    return [name for name in stage.parents if DEPENDENCIES[name].wanted(config)]
