@@ -4,6 +4,8 @@ from prehab_export.pipeline.fitting.fitting import FitRequest as FitRequest
 from prehab_export.pipeline.fitting.fitting import fit as fit
 from prehab_export.pipeline.fitting.report import HEADINGS as HEADINGS
 from prehab_export.pipeline.fitting.report import lines_of as lines_of
+from prehab_export.pipeline.forecasting import Forecast as Forecast
+from prehab_export.pipeline.forecasting import forecast as forecast
 from prehab_export.pipeline.inspection import inspect_model as inspect_model
 from prehab_export.pipeline.merging import merge_lora as merge_lora
 from prehab_export.pipeline.report.speed import WHOLE_RUNS as WHOLE_RUNS

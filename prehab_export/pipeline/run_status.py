@@ -125,7 +125,8 @@ def _time(path: Path) -> str:
 
 def _kept(workspace: Workspace) -> list[Kept]:
     found: dict[str, Kept] = {}
-    for leftover in workspace.leftovers():
+    whole = [one for one in workspace.leftovers() if not one.key.endswith(".partial")]
+    for leftover in whole:
         name = next((kind for kind in ("fit", "sweep") if leftover.stage.startswith(f"{kind}-")), leftover.stage)
         before = found.get(name, Kept(name, 0, 0))
         found[name] = Kept(name, before.results + 1, before.bytes + leftover.bytes)

@@ -116,11 +116,13 @@ class Workspace:
 
     current: stage → key of the result that answers to the options in use. `select` sets it.
     keeps_selection: whether that is kept for the next command, and shown.
+    is_written: whether anything is written to it at all; where not, what is found out is forgotten.
     """
 
     root: Path
     current: dict[str, str] = field(default_factory=dict)
     keeps_selection: bool = True
+    is_written: bool = True
 
     @classmethod
     def open(cls, root: Path) -> "Workspace":
@@ -130,10 +132,7 @@ class Workspace:
             InputError: the folder exists and holds something that is not a run of ours, or is a file.
             StorageError: the disk is full.
         """
-        if root.exists() and not root.is_dir():
-            raise InputError(f"{root} is a file; give a folder for the output")
-        if not (root / MARKER).is_file() and any(path.is_file() for path in root.rglob("*")):
-            raise InputError(f"{root} holds something else; give an empty or new folder, or one of an earlier run")
+        cls._check(root)
         try:
             (root / MARKER).parent.mkdir(parents=True, exist_ok=True)
             (root / MARKER).touch()
@@ -142,6 +141,25 @@ class Workspace:
                 raise StorageError(f"cannot write to {root}: {error.strerror}; free some space first") from error
             raise InputError(f"cannot write to {root}: {error.strerror}") from error
         return cls._reopened(root)
+
+    @staticmethod
+    def _check(root: Path) -> None:
+        if root.exists() and not root.is_dir():
+            raise InputError(f"{root} is a file; give a folder for the output")
+        if not (root / MARKER).is_file() and any(path.is_file() for path in root.rglob("*")):
+            raise InputError(f"{root} holds something else; give an empty or new folder, or one of an earlier run")
+
+    @classmethod
+    def looked_at(cls, root: Path) -> "Workspace":
+        """A run's folder, or the place for a new one, that nothing is written to.
+
+        Raises:
+            InputError: as of `open`.
+        """
+        cls._check(root)
+        workspace = cls(root, is_written=False)
+        workspace._read_selection()
+        return workspace
 
     @classmethod
     def existing(cls, root: Path) -> "Workspace | None":
@@ -194,7 +212,7 @@ class Workspace:
         if not all(digest.still_holds(folder / name) for name, digest in files.items()):
             return None
         told = {name: asdict(digest) for name, digest in files.items()}
-        if told != manifest["files"]:  # a copied folder has other times
+        if told != manifest["files"] and self.is_written:  # a copied folder has other times
             self._write_manifest(stage, key, manifest | {"files": told})
         return folder
 
@@ -366,6 +384,11 @@ class Workspace:
 
     def save_options(self, text: str) -> None:
         write_text_atomically(self.root / OPTIONS_FILE, text)
+
+    @property
+    def has_results(self) -> bool:
+        """Whether any stage has made anything, under whatever options."""
+        return any(self.root.glob("manifests/*/*.json"))
 
     @property
     def has_options(self) -> bool:

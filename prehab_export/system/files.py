@@ -46,12 +46,17 @@ def link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def free_space(folder: Path) -> int:
+    """Bytes that are free where a folder lies, or would lie."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
 def check_disk_space(folder: Path, needed: int) -> None:
     """Raises:
     InputError: the file system of ``folder`` has less than ``needed`` bytes free.
     """
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < needed:
         raise InputError(
             f"{folder} needs about {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free; free some space "
