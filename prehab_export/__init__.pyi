@@ -43,9 +43,11 @@ from prehab_export.inputs import load_processor as load_processor
 from prehab_export.measurement import bench as bench
 from prehab_export.pipeline import FitRequest as FitRequest
 from prehab_export.pipeline import fit as fit
+from prehab_export.pipeline import forecast as forecast
 from prehab_export.pipeline import inspect_model as inspect_model
 from prehab_export.pipeline import merge_lora as merge_lora
 from prehab_export.pipeline import run as run
+from prehab_export.pipeline import status as status
 from prehab_export.pipeline import sweep as sweep
 from prehab_export.system import BudgetError as BudgetError
 from prehab_export.system import ParityError as ParityError
