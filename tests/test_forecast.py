@@ -97,8 +97,16 @@ def test_of_a_run_that_is_there_only_the_rest_is_to_do_and_nothing_changes(vit_f
     assert facts["seconds"] == 0
     told = states(facts_of(capsys, "export", output, "--ratio", "0.8"))
     assert (told["calibrate"], told["truncate"], told["export"]) == ("up to date", "to do", "to do")
-    told = states(facts_of(capsys, "calibrate", output, "--force"))
-    assert told["calibrate"] == "to do"
+    facts = facts_of(capsys, "calibrate", output, "--force")
+    assert states(facts)["calibrate"] == "to do"
+    assert invoke("export", output) == 0
+    before = hashes(output)
+    told = states(facts_of(capsys, "export", output, "--force"))
+    assert (told["truncate"], told["export"], told["baseline"]) == ("up to date", "to do", "to do")
+    assert invoke("verify", output) == 0
+    before = hashes(output)
+    facts = facts_of(capsys, "report", output, "--force")
+    assert (states(facts)["verify"], states(facts)["artifact"], states(facts)["bench"]) == ("to do",) * 3
     assert hashes(output) == before
 
 
@@ -177,7 +185,7 @@ def test_a_model_that_does_not_run_without_weights_is_counted_by_its_parameters(
     assert _counted(model, {}, {"input_ids": torch.zeros(2, 4, dtype=torch.long)}) is None
 
 
-LOAD = Workload(1e9, 1e6, 10**7, tuple(Layer(f"m.{at}.q", 384, 384, 50.0, at) for at in range(6)))
+LOAD = Workload(1e9, 1e6, 1e3, 10**7, tuple(Layer(f"m.{at}.q", 384, 384, 50.0, at) for at in range(6)))
 COUNTS = Counts(512, 512, 1000)
 
 

@@ -18,6 +18,10 @@ EIGEN = 13
 PROCESS, WORKER, BLOCK, EXPORT = 5.0, 0.8, 0.6, 1.0
 # Seconds of one pass or one step through a block, and of one part of the model's bookkeeping, whatever its size.
 PASS, STAGE = 0.001, 0.5
+# Bytes that are read or written for each number that an operation gives.
+TOUCHED = 5
+# A graph in ONNX Runtime, fused, against the same model in PyTorch.
+FUSED = 0.7
 # Bytes a second: of reading and writing weights, and of a decoder that reads its weights for each token.
 DISK, STREAM = 5e8, 8e9
 
@@ -97,7 +101,8 @@ class Effort:
     def _passes(self, samples: float, factor: float, batch: int) -> Work:
         """Passes of ``factor`` forward passes of the dense model each."""
         overhead = PASS * self.load.blocks * max(1.0, samples / batch) * max(1.0, factor)
-        return Work(float32=samples * self.load.flops * factor, seconds=overhead)
+        moved = samples * factor * TOUCHED * self.load.activations / STREAM
+        return Work(float32=samples * self.load.flops * factor, seconds=overhead + moved)
 
     def _judged(self, samples: int, factor: float) -> Work:
         return self._passes(samples, factor, self.config.data.batch_size)
@@ -187,19 +192,21 @@ class Effort:
 
     def _verify(self) -> Work:
         """In a process of its own: the compressed model in PyTorch, and both graphs."""
-        judged = self._judged(self.counts.evaluation, 1 + 2 * self._compressed)
-        return Work(seconds=PROCESS) + self._model().times(3) + judged
+        graphs = self._judged(self.counts.evaluation, 1 + self._compressed).times(FUSED)
+        model = self._judged(self.counts.evaluation, self._compressed)
+        return Work(seconds=PROCESS) + self._model().times(3) + model + graphs
 
     def _quantize(self) -> Work:
         work = Work()
         for mode in self.config.quantize:
             made = Work(seconds=1.0) + self._model().times(2)
-            judged = self._judged(self.counts.evaluation, 1 + self._compressed)
+            judged = self._judged(self.counts.evaluation, 1 + self._compressed).times(FUSED)
             work += made.times(2) + judged
             if self.config.quantize_refit and mode in GRIDS:
                 held_out = self._judged(self.counts.held_out, self._compressed).times(2)
                 fits = self._decompositions(False).times(2)
-                work += made + held_out + fits + self._judged(self.counts.evaluation, self._compressed)
+                again = self._judged(self.counts.evaluation, self._compressed)
+                work += made + fits + (held_out + again).times(FUSED)
         return work
 
     def _times(self) -> Work:

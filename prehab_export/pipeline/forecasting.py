@@ -24,7 +24,7 @@ from prehab_export.pipeline.workload import Layer, Workload, workload
 from prehab_export.pipeline.workspace import Workspace
 from prehab_export.system import check_disk_space, free_space, machine_facts
 
-UP_TO_DATE, TO_DO, UNWANTED = "up to date", "to do", "not wanted"
+UP_TO_DATE, TO_DO, IF_CHANGED, UNWANTED = "up to date", "to do", "if changed", "not wanted"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class LayerForecast:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """state: ``up to date``, ``to do`` or ``not wanted``. seconds and memory_bytes: of what is to do, estimates."""
+    """state: ``up to date``, ``to do``, ``if changed`` (to do only if what is done again before it comes out otherwise)
+    or ``not wanted``. seconds and memory_bytes: of what is or may be to do, estimates."""
 
     stage: str
     state: str
@@ -82,7 +83,8 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        return sum(stage.seconds or 0.0 for stage in self.stages)
+        """Of what is to do for certain."""
+        return sum(stage.seconds or 0.0 for stage in self.stages if stage.state == TO_DO)
 
     def facts(self) -> dict[str, Any]:
         """As JSON types."""
@@ -103,7 +105,10 @@ def forecast(config: RunConfig, output: Path, *, until: str = "report", redo: Co
     prepare_process(config)
     session = Session(config, Workspace.looked_at(output))
     check(session)
+    valid: set[str] = set()
     if session.workspace.has_results:
+        select_valid(session)
+        valid = set(session.workspace.current) - set(redo)
         select_valid(session, redo)
     order = list(STAGES)
     through = order[: order.index(until) + 1]
@@ -112,10 +117,10 @@ def forecast(config: RunConfig, output: Path, *, until: str = "report", redo: Co
     there = sum(session.workspace.size(stage, key) for stage, key in session.workspace.current.items())
     needed = max(0, disk_estimate(session) - there)
     check_disk_space(output, needed)
-    return _forecast(session, through, needed)
+    return _forecast(session, through, valid, needed)
 
 
-def _forecast(session: Session, through: list[str], disk: int) -> Forecast:
+def _forecast(session: Session, through: list[str], valid: Collection[str], disk: int) -> Forecast:
     load, config = workload(session), session.config
     counts = Counts(len(session.calibration), len(session.held_out), len(session.data.evaluation))
     planned = _planned(session, load)
@@ -132,7 +137,8 @@ def _forecast(session: Session, through: list[str], disk: int) -> Forecast:
             stages.append(StageForecast(name, UP_TO_DATE))
         else:
             held = round(own + memory.of(name))
-            stages.append(StageForecast(name, TO_DO, effort.of(name).at(pace), held))
+            state = IF_CHANGED if name in valid else TO_DO
+            stages.append(StageForecast(name, state, effort.of(name).at(pace), held))
     total = None if after is None else load.parameters - load.targeted + after
     return Forecast(
         session.coverage,
@@ -144,7 +150,7 @@ def _forecast(session: Session, through: list[str], disk: int) -> Forecast:
         tuple(stages),
         disk,
         free_space(session.workspace.root),
-        max((stage.memory_bytes or 0 for stage in stages), default=own),
+        max(own, *(stage.memory_bytes or 0 for stage in stages)),
         own + _free_memory(),
         asdict(pace),
         tuple(_notes(session, planned, through)),

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from converters.lowrank import DenseLinear, dense_weight
@@ -36,16 +38,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Workload:
-    """flops: of one sample's forward pass through the dense model, padding included. activations: numbers that all
-    modules give for one sample. parameters: of the model. blocks: places in the stack of blocks that hold layers."""
+    """flops: of one sample's forward pass through the dense model, padding included. activations: numbers that its
+    operations give, answers: those of its output. parameters: of the model."""
 
     flops: float
     activations: float
+    answers: float
     parameters: int
     layers: tuple[Layer, ...]
 
     @property
     def blocks(self) -> int:
+        """How many blocks hold targeted layers."""
         numbers = {tuple(re.findall(r"(?<=\.)\d+(?=\.)", layer.name))[:1] for layer in self.layers}
         return max(1, len(numbers))
 
@@ -75,25 +79,24 @@ def workload(session: Session) -> Workload:
         matrices = sum(weight.numel() for weight in model.parameters() if weight.dim() == 2)
         shapes = [(name, *dense_weight(layer).shape) for name, layer in layers.items()]
         rows = [Layer(name, m, n, tokens / samples, at) for at, (name, m, n) in enumerate(shapes)]
-        activations = sum(layer.rows * layer.m for layer in rows)
-        return Workload(2.0 * matrices * tokens / samples, 2 * activations, count, tuple(rows))
-    flops, numbers, seen = counted
+        activations = 3 * sum(layer.rows * layer.m for layer in rows)
+        return Workload(2.0 * matrices * tokens / samples, activations, 0.0, count, tuple(rows))
+    flops, numbers, answers, seen = counted
     found: list[Layer] = []
     for name, layer in layers.items():
         m, n = dense_weight(layer).shape
         rows_of, group = seen.get(name, (0.0, -1 - len(found)))
         found.append(Layer(name, m, n, rows_of / samples, group))
-    return Workload(flops / samples, numbers / samples, count, tuple(found))
+    return Workload(flops / samples, numbers / samples, answers / samples, count, tuple(found))
 
 
 def _counted(
     model: nn.Module, layers: Mapping[str, DenseLinear], batch: Batch
-) -> tuple[float, float, dict[str, tuple[float, int]]] | None:
-    """Operations, numbers given by all modules, and of each layer its rows and input, for a batch; None for a model
-    that does not run without weights."""
+) -> tuple[float, float, float, dict[str, tuple[float, int]]] | None:
+    """Operations, numbers that they give, numbers of the output, and of each layer its rows and input, for a batch;
+    None for a model that does not run without weights."""
     seen: dict[str, tuple[float, int]] = {}
     inputs: list[Any] = []  # kept, so that no other tensor takes the place of one that is gone
-    numbers = 0.0
 
     def note(name: str, width: int) -> Any:
         def hook(_layer: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -106,23 +109,31 @@ def _counted(
 
         return hook
 
-    def add(_module: nn.Module, _arguments: Any, output: Any) -> None:
-        nonlocal numbers
-        if isinstance(output, torch.Tensor):
-            numbers += output.numel()
-
     handles = [
         layer.register_forward_pre_hook(note(name, dense_weight(layer).shape[1])) for name, layer in layers.items()
     ]
-    handles += [module.register_forward_hook(add) for module in model.modules() if not list(module.children())]
     # Masks would have to be looked into, which nothing without numbers can be.
     taken = {name: value.to("meta") for name, value in batch.items() if name in ("input_ids", "pixel_values")}
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(**taken)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, _NumberCounter() as numbers:
+            output = model(**taken)
     except Exception:  # of whatever kind: it is then counted from its parameters
         return None
     finally:
         for handle in handles:
             handle.remove()
-    return float(counter.get_total_flops()), numbers, seen
+    return float(counter.get_total_flops()), numbers.total, float(output.logits.numel()), seen
+
+
+class _NumberCounter(TorchDispatchMode):
+    """Counts the numbers that operations give, but for those that are only looked at in another way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not any(result.alias_info for result in func._schema.returns):
+            self.total += sum(leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor))
+        return output

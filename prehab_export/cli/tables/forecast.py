@@ -20,6 +20,8 @@ def print_forecast(found: Forecast) -> None:
     )
     for note in found.notes:
         console.print(f"note: {note}")
+    if any(stage.state == "if changed" for stage in found.stages):
+        console.print("if changed: only where what is done again before it comes out otherwise; not in the time")
     console.print("nothing was written", style="dim")
 
 
