@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from prehab_export.cli.common import AS_JSON, common_options
 from prehab_export.cli.groups import Verbs, decorated, titled
 from prehab_export.cli.options import advice_on, fit_flags, sweep_flags, with_flags
 from prehab_export.cli.parsing import requested
-from prehab_export.cli.stage_verbs import AS_JSON, STAGE_VERBS, WHOLE, as_command, common_options, show_result
+from prehab_export.cli.stage_verbs import STAGE_VERBS, WHOLE, as_command, show_result
 from prehab_export.pipeline import METHODS
 from prehab_export.system import BudgetError
 

@@ -29,10 +29,11 @@ class BenchConfig:
     """How to measure. Every pair of a batch size and a length is a case, at each number of threads.
 
     threads: threads of PyTorch and ONNX Runtime; all cores of this process when not given.
-    thread_counts: number of threads of a case; that of ``threads`` when there is none.
+    thread_counts: number of threads to measure at; that of ``threads`` when none is given.
     provider: execution provider of ONNX Runtime to measure on.
-    batch_sizes: batch size of a case.
-    sequence_lengths: tokens of a case; of a decoder those of the prompt. Models that take no tokens have none.
+    batch_sizes: batch size to measure at.
+    sequence_lengths: length to measure at, in tokens; of a decoder that of the prompt. Models that take no tokens have
+        none.
     warmup: unmeasured requests of each model before the first round.
     rounds: turns of each model.
     min_seconds: least length of a turn; a request that takes longer is always finished.

@@ -17,7 +17,7 @@ Manifest = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """Something that results are made from by its content: the options that decide it, what it is called, and the
     option that says where its files lie."""
 
@@ -28,14 +28,14 @@ class Source:
 
 # By its name in manifests.
 SOURCES = {
-    "model": Source(("model", "revision"), "the model", "model"),
-    "adapter": Source(("adapter",), "the adapter", "adapter"),
-    "own_code": Source(("trust_remote_code",), "whose code the model runs"),
-    "data": Source(("data",), "the data", "data.data"),
-    "task": Source(("task",), "the task"),
-    "seed": Source(("seed",), "the seed"),
-    "batch_size": Source(("data.batch_size",), "the batch size"),
-    "evaluation": Source(("data",), "the data to report on", "data.data"),
+    "model": Origin(("model", "revision"), "the model", "model"),
+    "adapter": Origin(("adapter",), "the adapter", "adapter"),
+    "own_code": Origin(("trust_remote_code",), "whose code the model runs"),
+    "data": Origin(("data",), "the data", "data.data"),
+    "task": Origin(("task",), "the task"),
+    "seed": Origin(("seed",), "the seed"),
+    "batch_size": Origin(("data.batch_size",), "the batch size"),
+    "evaluation": Origin(("data",), "the data to report on", "data.data"),
 }
 # Files are hashed to see whether a new time means new content, but for more bytes than these: that would take long.
 HASHED = 256_000_000
@@ -112,7 +112,7 @@ class Staleness:
         return any(_asked(stage, other) != _asked(stage, self.config) for stage in stages)
 
     def _source(
-        self, source: Source, name: str, was: Any, before: Mapping[str, Any]
+        self, source: Origin, name: str, was: Any, before: Mapping[str, Any]
     ) -> tuple[list[Difference], str | None]:
         """What a result was made from that is another now: by its options, or in words where these are the same."""
         options = [one for one in self._differences(before) if _is_of(source, one)]
@@ -125,7 +125,7 @@ class Staleness:
         files = [path.name for path in self._changed_files(source)]
         return [], f"{source.words} changed: {', '.join(files)}" if files else None
 
-    def _changed_files(self, source: Source) -> list[Path]:
+    def _changed_files(self, source: Origin) -> list[Path]:
         place = None if source.place is None else value_at(self._options, source.place)
         if place is None or not Path(place).exists():
             return []
@@ -164,7 +164,7 @@ def _short(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _is_of(source: Source, one: Difference) -> bool:
+def _is_of(source: Origin, one: Difference) -> bool:
     return any(one.path == option or one.path.startswith(f"{option}.") for option in source.options)
 
 
