@@ -114,6 +114,20 @@ def test_what_a_verb_has_left_behind_names_the_option_that_differs(place, capsys
     assert "--dry-run tells" in told
 
 
+def test_a_result_of_options_that_come_back_is_found_again(place):
+    assert invoke("truncate", place / "run", "--ratio", "0.8") == 0
+    edit(place / "run", "ratio: 0.8", "ratio: 0.6")
+    assert {states(place / "run")[stage] for stage in ("calibrate", "truncate", "export", "baseline")} == {"current"}
+
+
+def test_a_report_of_other_measurements_is_stale(place):
+    """What only the last command could see."""
+    workspace = Workspace.existing(place / "run")
+    workspace.select("export", None)
+    workspace.save_selection()
+    assert reasons(place / "run", "export") == ["something else that it was made from is another now"]
+
+
 def test_work_that_came_out_otherwise_is_named(place):
     workspace = Workspace.existing(place / "run")
     key = workspace.current["truncate"]

@@ -70,12 +70,12 @@ def status(output: Path) -> RunStatus:
     if workspace is None or not workspace.has_options:
         raise InputError(f"{output} is not the folder of a run" + (" that has begun" if workspace else ""))
     config = from_dict(RunConfig, read_options(output / OPTIONS_FILE))
-    staleness = Staleness(workspace, config)
+    staleness, kept = Staleness(workspace, config, dict(workspace.current)), tuple(_kept(workspace))
     return RunStatus(
         output,
         config,
         tuple(_stages(workspace, config, staleness)),
-        tuple(_kept(workspace)),
+        kept,
         {path.stem: _target(path) for path in sorted(output.glob("targets/*.json"))},
         (read_json(output / "fit" / "fit.json") or {}).get("verdict"),
         _sweep(read_json(output / "sweep" / "sweep.json")),
@@ -84,31 +84,34 @@ def status(output: Path) -> RunStatus:
 
 
 def _stages(workspace: Workspace, config: RunConfig, staleness: Staleness) -> list[StageStatus]:
+    """Of each stage the result that answers to the options, or why the last one does not. It becomes the current one
+    here, for the stages that read it; nothing of that is kept."""
     found: dict[str, StageStatus] = {}
     for name, stage in DEPENDENCIES.items():
         if not stage.wanted(config):
             found[name] = StageStatus(name, UNWANTED)
             continue
-        key = workspace.current.get(name) or _latest(workspace, name)
-        manifest = None if key is None else workspace.manifest(name, key)
-        if key is None or manifest is None:
+        told = {key: staleness.reasons(name, key) for key in _results(workspace, name)}
+        if not told:
             found[name] = StageStatus(name, MISSING)
             continue
-        reasons = staleness.reasons(name, key, manifest)
+        key = next((key for key, reasons in told.items() if not reasons), next(iter(told)))
+        reasons = told[key]
         behind = [parent for parent in wanted_parents(stage, config) if found[parent].state != CURRENT]
         if not reasons and behind:
             reasons = Reasons(others=(f"{behind[0]} is {found[behind[0]].state}",))
-        if not reasons and not workspace.has(name):
-            reasons = Reasons(others=("made under other circumstances",))
-        state = STALE if reasons else CURRENT
+        if not reasons:
+            workspace.select(name, key)
+        state, seconds = STALE if reasons else CURRENT, (workspace.manifest(name, key) or {}).get("seconds")
         size = workspace.size(name, key)
-        found[name] = StageStatus(name, state, _made(workspace, name, key), manifest.get("seconds"), size, reasons)
+        found[name] = StageStatus(name, state, _made(workspace, name, key), seconds, size, reasons)
     return list(found.values())
 
 
-def _latest(workspace: Workspace, stage: str) -> str | None:
-    """The key of what the stage made last."""
-    return max(workspace.keys(stage), key=lambda key: _made(workspace, stage, key), default=None)
+def _results(workspace: Workspace, stage: str) -> list[str]:
+    """The keys of what the stage has made: of the current result, then of the others, the latest first."""
+    latest_first = sorted(workspace.keys(stage), key=lambda key: _made(workspace, stage, key), reverse=True)
+    return sorted(latest_first, key=lambda key: key != workspace.current.get(stage))
 
 
 def _made(workspace: Workspace, stage: str, key: str) -> str:

@@ -54,10 +54,14 @@ class Reasons:
 
 @dataclass(frozen=True)
 class Staleness:
-    """What no longer holds of results, against these options and what is known of the model and the data."""
+    """What no longer holds of results, against these options and what is known of the model and the data.
+
+    recorded: stage → key of what the last command left as current.
+    """
 
     workspace: Workspace
     config: RunConfig
+    recorded: Mapping[str, str]
 
     @cached_property
     def _options(self) -> dict[str, Any]:
@@ -76,9 +80,10 @@ class Staleness:
         digests = {Path(name): FileDigest(*row) for name, row in rows.items()}
         return {path: found for path, found in _changes(digests) if found is not None}
 
-    def reasons(self, stage: str, key: str, manifest: Manifest) -> Reasons:
+    def reasons(self, stage: str, key: str) -> Reasons:
         """Why what the stage has made under this key is not what the options ask for; nothing where it is, as far as
         that can be told."""
+        manifest: Manifest = self.workspace.manifest(stage, key) or {"files": {}}
         made_by = (manifest.get("versions") or {}).get("prehab-export", version("prehab-export"))
         others = [] if made_by == version("prehab-export") else [f"made by version {made_by}"]
         if (name := self._damaged(stage, key, manifest)) is not None:
@@ -91,6 +96,8 @@ class Staleness:
                 others += [words] if words is not None and words not in others else []
         if not (options or others):
             others += [f"{parent} was made anew, with another outcome" for parent in self._made_anew(stage, manifest)]
+        if not (options or others) and self._was_passed_over(stage, key):
+            others.append("something else that it was made from is another now")
         return Reasons(tuple(options), tuple(others))
 
     def differing_options(self, stage: str, manifest: Manifest) -> list[Difference]:
@@ -131,6 +138,11 @@ class Staleness:
             return []
         root = Path(place).resolve()
         return [path for path, found in self.files.items() if found == "changed" and path.is_relative_to(root)]
+
+    def _was_passed_over(self, stage: str, key: str) -> bool:
+        """Whether the last command, under these very options, did not take this result for valid."""
+        before = self._known["config"]
+        return bool(before) and not self._differences(before) and self.recorded.get(stage) != key
 
     def _damaged(self, stage: str, key: str, manifest: Manifest) -> str | None:
         folder = self.workspace.result(stage, key)

@@ -266,8 +266,9 @@ class Workspace:
         return read_json(self._manifest_path(stage, key))
 
     def keys(self, stage: str) -> list[str]:
-        """The keys, as the names of folders have them, under which the stage has made something."""
-        return sorted(path.stem for path in self.root.glob(f"manifests/{stage}/*.json"))
+        """The keys under which the stage has made something."""
+        manifests = (read_json(path) for path in sorted(self.root.glob(f"manifests/{stage}/*.json")))
+        return [manifest["key"] for manifest in manifests if manifest is not None]
 
     def size(self, stage: str, key: str) -> int:
         """Bytes of a result."""
