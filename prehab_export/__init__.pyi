@@ -86,9 +86,11 @@ from prehab_export.pipeline import FitRequest as FitRequest
 from prehab_export.pipeline import Leftover as Leftover
 from prehab_export.pipeline import Workspace as Workspace
 from prehab_export.pipeline import fit as fit
+from prehab_export.pipeline import forecast as forecast
 from prehab_export.pipeline import inspect_model as inspect_model
 from prehab_export.pipeline import merge_lora as merge_lora
 from prehab_export.pipeline import run as run
+from prehab_export.pipeline import status as status
 from prehab_export.pipeline import sweep as sweep
 from prehab_export.system import Advance as Advance
 from prehab_export.system import BudgetError as BudgetError

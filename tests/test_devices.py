@@ -12,12 +12,13 @@ import pytest
 import torch
 from runs import stage_folder
 from small_models import build
+from test_pipeline import UNGUARDED
 from torch import nn
 
 from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.selection import target_layers
-from prehab_export.cli.commands import main
+from prehab_export.cli.entry import main
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import Gather, calibrate
 from prehab_export.compression.closed_form import Samplesets, compress
@@ -305,7 +306,7 @@ def test_a_precision_that_is_none_is_refused():
 
 def arguments(folder, output, *more):
     quick = ["--calibration-samples", "32", "--eval-samples", "24", "--batch-size", "16", "--threads", "1"]
-    data = ["--task", "image-classification", "--data", "sklearn-digits", "--bench-rounds", "1"]
+    data = ["--task", "image-classification", "--data", "sklearn-digits", "--set", "bench.rounds=1"]
     return [str(argument) for argument in (folder, "-o", output, *data, *quick, *more)]
 
 
@@ -324,7 +325,7 @@ def test_the_command_line_refuses_a_device_before_any_work(vit_folder, tmp_path,
 
 def test_a_run_in_bfloat16_ends_in_an_exact_float32_artifact(vit_folder, tmp_path):
     output = tmp_path / "run"
-    trained = ["--prehab-steps", "2", "--no-prehab-guard", "--refine-steps", "2", "--rehab-steps", "2"]
+    trained = ["--prehab-steps", "2", *UNGUARDED, "--refine-steps", "2", "--rehab-steps", "2"]
     trained += ["--refine-block-steps", "2", "--precision", "bfloat16", "--device", "cpu"]
     assert invoke("verify", *arguments(vit_folder, output, *trained)) == 0
     model = from_pretrained(output / "artifact")

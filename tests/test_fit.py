@@ -17,7 +17,8 @@ from converters.folder import from_pretrained
 from converters.lowrank import LowRankLinear
 from converters.onnx.graph_facts import read_graph
 from converters.onnx.runtime import open_session
-from prehab_export.cli.commands import cli, main
+from prehab_export.cli.commands import cli
+from prehab_export.cli.entry import main
 from prehab_export.config.bench import BenchConfig
 from prehab_export.config.budget import Budget, Figures, drop_of
 from prehab_export.config.calibrate import CalibrateConfig

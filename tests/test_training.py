@@ -316,7 +316,7 @@ def test_statistics_without_gradients_are_refused_with_the_way_out(digits):
     model, _, statistics = digits
     bare = replace(statistics, gradients={})
     for options in ({}, {"whitening": "activation"}):
-        with pytest.raises(InputError, match="--prehab-layer-weights equal"):
+        with pytest.raises(InputError, match=r"prehab\.layer_weights=equal"):
             Regulariser(Calibrated(model, TASK, statistics), PrehabConfig(**options), CUT).refresh(bare)
     Regulariser(
         Calibrated(model, TASK, statistics), PrehabConfig(whitening="activation", layer_weights="equal"), CUT

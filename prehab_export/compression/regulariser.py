@@ -89,7 +89,7 @@ class Regulariser:
         if (whitening == "fisher" or weights != "equal") and not statistics.gradients:
             raise InputError(
                 f"prehab with whitening {whitening!r} and layer weights {weights!r} needs gradient moments; calibrate "
-                "with gradients, or take --prehab-whitening activation --prehab-layer-weights equal"
+                "with gradients, or take --set prehab.whitening=activation --set prehab.layer_weights=equal"
             )
         metrics = _Whitening(self.calibrated.with_statistics(statistics), self.truncation.gradient_shrinkage)
         predicted = self._losses(metrics)

@@ -128,7 +128,8 @@ class Session:
             "seed": self.config.seed,
             "batch_size": self.config.data.batch_size,
         }
-        self.digests.save()
+        if self.workspace.is_written:
+            self.digests.save()
         return source
 
     @cached_property
