@@ -17,7 +17,7 @@ from torch import nn
 
 from converters.errors import InputError
 from converters.folder import from_pretrained
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export.cli.entry import main
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import Gather, calibrate
@@ -63,7 +63,7 @@ def samples_for(task, count=32):
 
 def prepared(family):
     task, model = TASKS[FAMILIES[family]], build(family)
-    return task, model, samples_for(task), target_layers(model)
+    return task, model, samples_for(task), select_layers(model)
 
 
 def relative(actual, expected):
@@ -254,7 +254,7 @@ def test_everything_up_to_the_artifact_stays_on_the_device_in_float32(family, pr
     """Calibration to rehab with batches from the CPU; on CUDA any tensor left behind would raise."""
     task, model, samples, _ = prepared(family)
     task, model = task.at(precision), model.to(device)
-    layers, sets = target_layers(model), Samplesets(samples, samples, 8)
+    layers, sets = select_layers(model), Samplesets(samples, samples, 8)
     path = tmp_path / "s.safetensors"
     save_statistics(calibrate(model, task, samples.batches(8), layers).statistics, path)
     statistics = load_statistics(path, device)

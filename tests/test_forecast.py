@@ -58,14 +58,14 @@ def test_it_agrees_with_the_run(bert_folder, reviews, tmp_path, capsys):
     told = facts_of(capsys, "run", bert_folder, *options)
     assert invoke("quantize", bert_folder, *options) == 0
     cut = json.loads((stage_folder(tmp_path / "run", "truncate") / "truncate.json").read_text())
-    for name in ("targeted", "total"):
+    for name in ("selected", "total"):
         assert told[name]["before"] == cut[f"{name}_parameters_before"]
         assert told[name]["after"] == cut[f"{name}_parameters_after"]
     ranks = {row["name"]: row["rank"] for row in cut["layers"]}
     assert all(row["ranks"][0] == row["ranks"][1] for row in told["layers"])
     assert sum(row["layers"] for row in told["layers"]) == len(ranks)
     assert {rank for row in told["layers"] for rank in row["ranks"]} == set(ranks.values())
-    assert told["coverage"]["targeted_share"] == pytest.approx(cut["coverage"]["targeted_share"])
+    assert told["coverage"]["selected_share"] == pytest.approx(cut["coverage"]["selected_share"])
     files = {}
     for side, stage in (("before", "baseline"), ("after", "export")):
         written = json.loads((stage_folder(tmp_path / "run", stage) / "export.json").read_text())
@@ -79,7 +79,7 @@ def test_it_agrees_with_the_run(bert_folder, reviews, tmp_path, capsys):
     assert states(done)["truncate"] == "to do"
     done = facts_of(capsys, "run", tmp_path / "run", "--allocation", "uniform")
     assert done["ranks_from"] == "the truncation that is there"
-    assert done["targeted"]["after"] == cut["targeted_parameters_after"]
+    assert done["selected"]["after"] == cut["selected_parameters_after"]
     assert [stage for stage, state in states(done).items() if state == "to do"] == ["artifact", "bench", "report"]
 
 
@@ -147,7 +147,7 @@ def test_a_folder_that_holds_something_else_is_refused(vit_folder, tmp_path, cap
 def test_ranks_of_a_budget_of_latency_are_not_made_up(vit_folder, tmp_path, capsys):
     facts = facts_of(capsys, "run", *vit_options(vit_folder), "-o", tmp_path / "run", "--budget", "latency:0.5")
     assert {row["ranks"] for row in facts["layers"]} == {None}
-    assert facts["targeted"]["after"] is None
+    assert facts["selected"]["after"] is None
     assert states(facts)["times"] == "to do"
     assert any("measured times" in note for note in facts["notes"])
     assert invoke("run", *vit_options(vit_folder), "-o", tmp_path / "run", "--budget", "latency:0.5", "--dry-run") == 0

@@ -118,7 +118,7 @@ def test_the_report_says_what_it_cost(finished):
     assert set(metrics) == {"dense_pytorch", "dense_onnx", "compressed_pytorch", "compressed_onnx"}
     assert all(entry["samples"] == 24 and entry["metric"] == "accuracy" for entry in metrics.values())
     assert metrics["compressed_onnx"]["loss"] == pytest.approx(metrics["compressed_pytorch"]["loss"], rel=1e-4)
-    assert report["truncate"]["targeted_share_removed"] >= 0.6 - 1e-9
+    assert report["truncate"]["selected_share_removed"] >= 0.6 - 1e-9
     assert report["verify"]["compressed"]["onnx"]["max_relative"] <= 1e-4
     history = report["prehab"]["history"]
     assert [row["step"] for row in history] == [0, 1, 2, 3]
@@ -161,7 +161,7 @@ def made(output: Path) -> dict[str, int]:
 
 
 def removed_share(output: Path) -> float:
-    return json.loads((stage_folder(output, "truncate") / "truncate.json").read_text())["targeted_share_removed"]
+    return json.loads((stage_folder(output, "truncate") / "truncate.json").read_text())["selected_share_removed"]
 
 
 def test_too_slow_is_a_failure_when_asked(finished, tmp_path, capsys):
@@ -336,7 +336,7 @@ def test_inspect(finished, vit_folder, capsys):
     assert invoke("inspect", vit_folder, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["input_groups"] == 8
-    assert sum(row["targeted"] for row in facts["layers"]) == 12
+    assert sum(row["selected"] for row in facts["layers"]) == 12
     assert invoke("inspect", finished, "--json") == 0
     assert json.loads(capsys.readouterr().out)["layers_factored"] > 0
 

@@ -137,7 +137,7 @@ def test_a_run_within_a_budget_of_latency(vit_folder, tmp_path, own_cache, monke
     times = json.loads((stage_folder(output, "times") / "times.json").read_text())
     assert report["truncate"]["predicted_latency"] <= 0.5 + 1e-9
     # Here time is parameters, so that the share of one is the share of the other.
-    kept = 1 - report["truncate"]["targeted_share_removed"]
+    kept = 1 - report["truncate"]["selected_share_removed"]
     assert report["truncate"]["predicted_latency"] == pytest.approx(kept, rel=1e-3)
     assert times["setting"] == {"threads": 1, "tokens": 17}
     assert "latency:0.5" in (output / "artifact" / "README.md").read_text()

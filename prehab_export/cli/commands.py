@@ -115,7 +115,7 @@ sweep_options = decorated(
         default=(0.2, 0.4, 0.6, 0.8),
         show_default=True,
         metavar="SHARE",
-        help="Share of the targeted layers' parameters to remove; repeat for more.",
+        help="Share of the selected layers' parameters to remove; repeat for more.",
     ),
     _compared(
         "--method",

@@ -135,7 +135,7 @@ STAGE_VERBS = (
         ("calibrate",),
         (CALIBRATION,),
         "Gather second moments of each layer's input and gradient.",
-        """Gather second moments of what flows into each targeted layer (C, with its mean) and of the gradient at its
+        """Gather second moments of what flows into each selected layer (C, with its mean) and of the gradient at its
 output (G), on a small sample.""",
         ("calibrate my-bert -o out --task text-classification --data reviews.csv", "calibrate out --exclude '*.0.*'"),
     ),
@@ -154,8 +154,8 @@ only if the truncated model is better for it.""",
         "truncate",
         ("truncate",),
         (TRUNCATION,),
-        "Choose ranks and cut every targeted layer into two factors.",
-        """Choose ranks and cut every targeted layer into two factors, in closed form, block by block.""",
+        "Choose ranks and cut every selected layer into two factors.",
+        """Choose ranks and cut every selected layer into two factors, in closed form, block by block.""",
         ("truncate out --ratio 0.8", "truncate out --budget latency:0.5"),
     ),
     StageVerb(

@@ -47,7 +47,7 @@ class InputMoment:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments of every targeted layer.
+    """Moments of every selected layer.
 
     inputs: by input group; layers fed by the same tensor share one entry.
     groups: layer name → input group (named after its first layer).

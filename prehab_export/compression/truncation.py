@@ -1,4 +1,4 @@
-"""Truncation of a model's targeted layers: decompose each once, share out ranks, cut, balance, measure.
+"""Truncation of a model's selected layers: decompose each once, share out ranks, cut, balance, measure.
 
 One decomposition a layer serves every ratio and allocation, so it is kept (up to break-even rank, at the size of
 the dense weight) and only sliced. Layers with one input are also decomposed together, with one ``down`` between them,
@@ -49,7 +49,7 @@ class Refit:
 
 @dataclass(frozen=True)
 class Truncation:
-    """New weights of the targeted layers: factors, or for some that stay dense a refit; and what each layer cost.
+    """New weights of the selected layers: factors, or for some that stay dense a refit; and what each layer cost.
 
     Members of a ``shared`` group have the same ``down``. ``notes``: what the user should know.
     """
@@ -90,12 +90,12 @@ class Truncation:
         after = sum(layer.parameters_after for layer in self.layers)
         losses = [layer.predicted_loss for layer in self.layers if layer.predicted_loss is not None]
         return {
-            "targeted_parameters_before": before,
-            "targeted_parameters_after": after,
-            "targeted_share_removed": 1 - after / before,
-            # One multiply-add a weight and token: for the targeted layers the two counts are the same.
-            "targeted_multiply_adds_per_token_before": before,
-            "targeted_multiply_adds_per_token_after": after,
+            "selected_parameters_before": before,
+            "selected_parameters_after": after,
+            "selected_share_removed": 1 - after / before,
+            # One multiply-add a weight and token: for the selected layers the two counts are the same.
+            "selected_multiply_adds_per_token_before": before,
+            "selected_multiply_adds_per_token_after": after,
             "predicted_loss_increase": sum(losses) if losses else None,
             "layers_factored": len(self.factors),
             "layers_dense": len(self.layers) - len(self.factors),

@@ -15,9 +15,9 @@ PARAMETERS = "parameters"
 class TruncateConfig:
     """How to truncate.
 
-    ratio: share of the targeted layers' parameters to remove, in (0, 1).
+    ratio: share of the selected layers' parameters to remove, in (0, 1).
     budget: what is kept to: ``parameters``, by the ratio, or ``latency:SHARE``, such as latency:0.5: the share that the
-        targeted layers are to take of their dense time, as measured on this machine.
+        selected layers are to take of their dense time, as measured on this machine.
     objective: what truncation minimises: ``weight`` (SVD), ``activation`` (SVD-LLM), ``fisher`` (both sides), or
         ``auto``, which measures for each kind of layer which of the last two is better.
     allocation: how ranks are shared out: ``uniform`` (same share everywhere) or ``loss`` (least summed predicted loss).

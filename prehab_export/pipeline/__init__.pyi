@@ -5,6 +5,9 @@ from prehab_export.pipeline.fitting.report import HEADINGS as HEADINGS
 from prehab_export.pipeline.fitting.report import lines_of as lines_of
 from prehab_export.pipeline.fitting.request import FitRequest as FitRequest
 from prehab_export.pipeline.forecasting import Forecast as Forecast
+from prehab_export.pipeline.forecasting import LayerForecast as LayerForecast
+from prehab_export.pipeline.forecasting import ModelSize as ModelSize
+from prehab_export.pipeline.forecasting import StageForecast as StageForecast
 from prehab_export.pipeline.forecasting import forecast as forecast
 from prehab_export.pipeline.inspection import inspect_model as inspect_model
 from prehab_export.pipeline.merging import merge_lora as merge_lora
@@ -12,10 +15,13 @@ from prehab_export.pipeline.report.speed import WHOLE_RUNS as WHOLE_RUNS
 from prehab_export.pipeline.report.speed import check_speed as check_speed
 from prehab_export.pipeline.report.speed import result_of as result_of
 from prehab_export.pipeline.report.speed import sizes_of as sizes_of
+from prehab_export.pipeline.run_status import KeptResults as KeptResults
 from prehab_export.pipeline.run_status import RunStatus as RunStatus
+from prehab_export.pipeline.run_status import StageStatus as StageStatus
 from prehab_export.pipeline.run_status import status as status
 from prehab_export.pipeline.running import run as run
 from prehab_export.pipeline.stages.dependencies import DEPENDENCIES as DEPENDENCIES
+from prehab_export.pipeline.staleness import Reasons as Reasons
 from prehab_export.pipeline.staleness import worded as worded
 from prehab_export.pipeline.sweep_methods import METHODS as METHODS
 from prehab_export.pipeline.sweeping import Row as Row

@@ -59,7 +59,7 @@ class Work:
 class Effort:
     """The work of each stage.
 
-    kept: the share of the targeted layers' operations that the compressed model keeps.
+    kept: the share of the selected layers' operations that the compressed model keeps.
     """
 
     config: RunConfig

@@ -50,7 +50,7 @@ class StageForecast:
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """Bytes before and after; ``after`` is None where ranks are not known."""
 
     name: str
@@ -62,17 +62,17 @@ class Size:
 class Forecast:
     """What a command would do.
 
-    coverage: what the targeted layers hold of the model. layers: their ranks, which ``ranks_from`` says the origin of.
-    targeted, total: parameters before and after. sizes: of weight files and graphs. stages: in their order. disk_bytes:
+    coverage: what the selected layers hold of the model. layers: their ranks, which ``ranks_from`` says the origin of.
+    selected, total: parameters before and after. sizes: of weight files and graphs. stages: in their order. disk_bytes:
     that it needs beside what is there; memory_bytes: that it holds at most. notes: what else should be known.
     """
 
     coverage: Coverage
     layers: tuple[LayerForecast, ...]
     ranks_from: str
-    targeted: Size
-    total: Size
-    sizes: tuple[Size, ...]
+    selected: ModelSize
+    total: ModelSize
+    sizes: tuple[ModelSize, ...]
     stages: tuple[StageForecast, ...]
     disk_bytes: int
     disk_free_bytes: int
@@ -125,7 +125,7 @@ def _forecast(session: Session, through: list[str], valid: Collection[str], disk
     counts = Counts(len(session.calibration), len(session.held_out), len(session.data.evaluation))
     planned = _planned(session, load)
     after = None if planned.ranks is None else planned.parameters
-    kept = config.cut.keep if after is None else after / load.targeted
+    kept = config.cut.keep if after is None else after / load.selected
     effort, memory = Effort(config, load, counts, kept), Memory(config, load, kept)
     pace = measured_pace(session.device)
     own = psutil.Process().memory_info().rss
@@ -139,13 +139,13 @@ def _forecast(session: Session, through: list[str], valid: Collection[str], disk
             held = round(own + memory.of(name))
             state = IF_CHANGED if name in valid else TO_DO
             stages.append(StageForecast(name, state, effort.of(name).at(pace), held))
-    total = None if after is None else load.parameters - load.targeted + after
+    total = None if after is None else load.parameters - load.selected + after
     return Forecast(
         session.coverage,
         tuple(_by_kind(load, planned.ranks)),
         planned.origin,
-        Size("targeted layers", load.targeted, after),
-        Size("whole model", load.parameters, total),
+        ModelSize("selected layers", load.selected, after),
+        ModelSize("whole model", load.parameters, total),
         tuple(_sizes(session, total)),
         tuple(stages),
         disk,
@@ -174,7 +174,7 @@ def _planned(session: Session, load: Workload) -> _Planned:
         parameters = sum(row["parameters_after"] for row in rows)
         return _Planned({row["name"]: row["rank"] for row in rows}, parameters, "the truncation that is there")
     if cut.latency is not None:
-        return _Planned(None, load.targeted, "measured times, which are not known yet")
+        return _Planned(None, load.selected, "measured times, which are not known yet")
     shapes = {layer.name: (layer.m, layer.n) for layer in load.layers}
     ranks = dict(ranks_by(shapes, ({}, {}), replace(cut, allocation="uniform")).ranks)
     parameters = sum(_parameters(layer, ranks[layer.name]) for layer in load.layers)
@@ -197,16 +197,18 @@ def _by_kind(load: Workload, ranks: dict[str, int | None] | None) -> list[LayerF
     return found
 
 
-def _sizes(session: Session, total: int | None) -> list[Size]:
+def _sizes(session: Session, total: int | None) -> list[ModelSize]:
     """Of the weight files, and of each graph of the run."""
     load = Numbers.of(session.empty_model)
     count = load.matrices + load.tables + load.rest
     removed = None if total is None else count - total
     width = DTYPES[session.artifact_dtype].itemsize
-    found = [Size(f"weight files, {session.artifact_dtype}", width * count, None if total is None else width * total)]
+    found = [
+        ModelSize(f"weight files, {session.artifact_dtype}", width * count, None if total is None else width * total)
+    ]
     for mode in ("float32", *dict.fromkeys(session.config.quantize)):
         after = None if removed is None else load.bytes(mode, removed)
-        found.append(Size(f"ONNX graph, {mode}", load.bytes(mode), after))
+        found.append(ModelSize(f"ONNX graph, {mode}", load.bytes(mode), after))
     return found
 
 

@@ -26,7 +26,7 @@ EXPORTED = 4
 class Memory:
     """Bytes by stage.
 
-    kept: the share of the targeted layers' parameters that the compressed model keeps.
+    kept: the share of the selected layers' parameters that the compressed model keeps.
     """
 
     config: RunConfig
@@ -39,7 +39,7 @@ class Memory:
 
     @property
     def _compressed(self) -> float:
-        return 4.0 * (self.load.parameters - (1 - self.kept) * self.load.targeted)
+        return 4.0 * (self.load.parameters - (1 - self.kept) * self.load.selected)
 
     @property
     def _moments(self) -> float:

@@ -31,7 +31,7 @@ class StageStatus:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptResults:
     """Results that no current option needs, of one stage; fits and sweeps have stages of their own."""
 
     stage: str
@@ -47,7 +47,7 @@ class RunStatus:
     output: Path
     config: RunConfig
     stages: tuple[StageStatus, ...]
-    kept: tuple[Kept, ...]
+    kept: tuple[KeptResults, ...]
     targets: dict[str, dict[str, Any]]
     fit: str | None
     sweep: dict[str, Any] | None
@@ -126,13 +126,13 @@ def _time(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
 
 
-def _kept(workspace: Workspace) -> list[Kept]:
-    found: dict[str, Kept] = {}
+def _kept(workspace: Workspace) -> list[KeptResults]:
+    found: dict[str, KeptResults] = {}
     whole = [one for one in workspace.leftovers() if not one.key.endswith(".partial")]
     for leftover in whole:
         name = next((kind for kind in ("fit", "sweep") if leftover.stage.startswith(f"{kind}-")), leftover.stage)
-        before = found.get(name, Kept(name, 0, 0))
-        found[name] = Kept(name, before.results + 1, before.bytes + leftover.bytes)
+        before = found.get(name, KeptResults(name, 0, 0))
+        found[name] = KeptResults(name, before.results + 1, before.bytes + leftover.bytes)
     return list(found.values())
 
 

@@ -1,4 +1,4 @@
-"""How large a run's work is: the operations of a forward pass, the rows that each targeted layer sees, and its shapes.
+"""How large a run's work is: the operations of a forward pass, the rows that each selected layer sees, and its shapes.
 Counted on the model without weights, with one batch of its data."""
 
 import re
@@ -22,7 +22,7 @@ USUAL_TOKENS = 197
 
 @dataclass(frozen=True)
 class Layer:
-    """A targeted layer: m×n, the rows that it sees of one sample, and the number of its input, which several share."""
+    """A selected layer: m×n, the rows that it sees of one sample, and the number of its input, which several share."""
 
     name: str
     m: int
@@ -49,7 +49,7 @@ class Workload:
 
     @property
     def blocks(self) -> int:
-        """How many blocks hold targeted layers."""
+        """How many blocks hold selected layers."""
         numbers = {tuple(re.findall(r"(?<=\.)\d+(?=\.)", layer.name))[:1] for layer in self.layers}
         return max(1, len(numbers))
 
@@ -62,7 +62,7 @@ class Workload:
         return found
 
     @property
-    def targeted(self) -> int:
+    def selected(self) -> int:
         return sum(layer.m * layer.n for layer in self.layers)
 
 

@@ -30,7 +30,7 @@ def _layers(found: Forecast) -> Table:
     for heading in ("layers", "", "out×in", "rank"):
         table.add_column(heading, justify="left" if heading == "layers" else "right", overflow="fold")
     for row in found.layers:
-        rank = "?" if found.targeted.after is None else "dense"
+        rank = "?" if found.selected.after is None else "dense"
         if row.ranks is not None:
             low, high = row.ranks
             rank = f"{low}" if low == high else f"{low}–{high}"
@@ -42,7 +42,7 @@ def _sizes(found: Forecast) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in ("", "dense", "compressed"):
         table.add_column(heading, justify="right" if heading else "left")
-    for size, words in ((found.targeted, "parameters, targeted layers"), (found.total, "parameters, whole model")):
+    for size, words in ((found.selected, "parameters, selected layers"), (found.total, "parameters, whole model")):
         table.add_row(words, f"{size.before:,}", "?" if size.after is None else f"{size.after:,}")
     for size in found.sizes:
         after = "?" if size.after is None else f"{size.after / 1e6:.1f}"
