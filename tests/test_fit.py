@@ -458,6 +458,7 @@ def test_three_budgets_three_models_one_survey_and_an_impossible_one(config, roo
     assert not (root / "fit" / "model").exists()
 
 
+@pytest.mark.slow
 def test_what_is_slower_than_predicted_is_asked_for_once_more(config, root, device, monkeypatch):
     dense = recommended(result_of(fit(config, root, FitRequest(Budget(p95_ms=1000.0)))))
     del device[:]

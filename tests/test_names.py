@@ -90,6 +90,7 @@ def test_errors(tmp_path, capsys):
     assert "v2]|*a*" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_whole_run(bert_folder, reviews, tmp_path, capsys, monkeypatch):
     """Model, data and output of such a name; the report's tables and headings are whole, its card has the name."""
     monkeypatch.setattr(benchmark, "measure_ceilings", lambda threads, *_: Ceilings(threads, 1.0, 1.0, 1.0))

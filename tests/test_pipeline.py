@@ -222,6 +222,7 @@ def test_text_generation(llama_folder, prose, tmp_path, capsys):
         assert "Windows of 24 tokens, each starting with `<s>`." in render("pipeline", template, report)
 
 
+@pytest.mark.slow
 def test_a_cache_of_latents(llama_folder, prose, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
@@ -265,6 +266,7 @@ def assert_genai_generates(artifact):
     assert [int(token) for token in generator.get_sequence(0)] == expected[0].tolist()
 
 
+@pytest.mark.slow
 def test_a_decoder_that_counts_positions_from_the_left(gpt2_folder, prose, tmp_path, capsys):
     """GPT-2: Conv1D layers, learned positions (so that padding must be told apart), a position table of 64."""
     arguments = ["run", gpt2_folder, "--task", "text-generation", "--data", prose, "-o", tmp_path / "run"]
@@ -477,6 +479,7 @@ def test_a_killed_run_ends_in_the_same_artifact(stage, finished, vit_folder, tmp
     assert hashes(output / "artifact") == hashes(finished / "artifact")
 
 
+@pytest.mark.slow
 def test_a_killed_text_run_ends_in_the_same_artifact(bert_folder, reviews, tmp_path):
     """A tokenizer that has been used must not leave its mark on what is saved."""
     arguments = ["run", bert_folder, "--task", "text-classification", "--data", reviews, *QUICK, *TEXT]
