@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from converters.adapter_files import ADAPTER_NAME, AdapterInfo, check_adapter, is_duplicate, plain_name
 from converters.errors import InputError
 from converters.lowrank import Factors, LowRankLinear, low_rank_layers, shared_groups
-from converters.model_config import end_tokens, image_size, ties_as_they_are, untie_embeddings
+from converters.model_config import end_tokens, image_size, restored_ties, untie_embeddings
 from converters.onnx.inputs import image_inputs
 from converters.retruncation import relative_error, retruncate
 
@@ -277,7 +277,7 @@ def _check_lora_layer(adapter: Path, name: str, lora: LoraLayer) -> None:
 def _merge_loaded(loaded: PeftModel, model: PreTrainedModel) -> None:
     """Merge what is on the model, in place; what was tied and is equal afterwards is tied again, the rest untied."""
     _untie_adapted(model)
-    with _quiet(), ties_as_they_are(model.config):  # PEFT unties, by whatever adapter of what is tied
+    with _quiet(), restored_ties(model.config):  # PEFT unties, by whatever adapter of what is tied
         loaded.merge_and_unload()
     _settle_ties(model)
 

@@ -1,4 +1,4 @@
-"""How much of a model its targeted layers hold: counted, said, and refused where it is next to nothing."""
+"""Coverage: the share of parameters in layers to compress is counted, reported, and refused if it is next to nothing."""
 
 import json
 import math
@@ -51,8 +51,8 @@ def covered(family, **changes):
 def test_every_parameter_is_counted_once(family):
     model, found = covered(family)
     assert found.total == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    assert found.targeted == sum(math.prod(dense_weight(x).shape) for x in target_layers(model).values())
-    assert found.targeted + sum(group.parameters for group in found.rest) == found.total
+    assert found.selected == sum(math.prod(dense_weight(x).shape) for x in target_layers(model).values())
+    assert found.selected + sum(group.parameters for group in found.rest) == found.total
     assert found.share + sum(group.share for group in found.rest) == pytest.approx(1)
 
 
@@ -102,8 +102,8 @@ def test_of_a_compressed_model_the_factors_count(vit_folder):
     model = truncated(build("vit"))
     found = coverage(model, low_rank_layers(model))
     layers = low_rank_layers(model).values()
-    assert found.targeted == sum(x.up.weight.numel() + x.down.weight.numel() for x in layers)
-    assert found.targeted + sum(group.parameters for group in found.rest) == found.total
+    assert found.selected == sum(x.up.weight.numel() + x.down.weight.numel() for x in layers)
+    assert found.selected + sum(group.parameters for group in found.rest) == found.total
 
 
 def saved(family, folder, **changes):
