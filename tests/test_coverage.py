@@ -1,4 +1,4 @@
-"""Coverage: the share of parameters in layers to compress is counted, reported, and refused if it is next to nothing."""
+"""Coverage: the share of parameters in layers to compress is counted, reported and refused if it is next to nothing."""
 
 import json
 import math
