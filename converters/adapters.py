@@ -1,16 +1,16 @@
-"""PEFT adapters merged into a model: exactly where they fit, LoRA re-truncated where it does not.
+"""Merge PEFT adapters into a model: exactly if they fit, or LoRA re-truncated to the layer's rank if it does not.
 
-An adapter trained on the factors themselves, or on a dense model, is merged by PEFT, whatever its method, if the model
-answers the same before and after. LoRA that was trained on the dense model and meets a two-factor layer makes
-``[up, s·B] @ [down; A]`` of it, of rank r + k, which is cut back to rank r in the layer's metric. PEFT reads the
-adapter and decides every scale in all cases; the adapter is first loaded onto a skeleton without weights, so that a
-misfit shows before the model is touched.
+An adapter that was trained on the factors themselves, or on a dense model that is still dense, is merged by PEFT,
+whatever its method, and the model must answer the same before and after. LoRA that was trained on a dense layer which
+now has two factors turns the layer into ``[up, s·B] @ [down; A]``, of rank r + k. This is cut back to rank r in the
+layer's metric. In all cases, PEFT reads the adapter and determines every scale. The adapter is first loaded onto a
+skeleton without weights, so a mismatch is found before the model is changed.
 
-Tied weights of which an adapter changes one part from then on, or changes the parts differently, are untied, in the
-model and in its config.
+If an adapter changes only one of several tied weights, or changes them differently, they are untied, both in the model
+and in its config.
 
-Layers that share ``down`` are one such product: their outputs are stacked, every A is added to ``down``, the B stand
-side by side, and the sum of the metrics decides what is kept.
+Layers that share ``down`` form one such product: their outputs are stacked, every A is appended to ``down``, the B
+matrices form the blocks of a block-diagonal matrix, and the sum of the metrics decides what remains.
 """
 
 import copy
@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from converters.adapter_files import ADAPTER_NAME, AdapterInfo, check_adapter, is_duplicate, plain_name
 from converters.errors import InputError
 from converters.lowrank import Factors, LowRankLinear, low_rank_layers, shared_groups
-from converters.model_config import end_tokens, image_size, ties_as_they_are, untie_embeddings
+from converters.model_config import end_tokens, image_size, restored_ties, untie_embeddings
 from converters.onnx.inputs import image_inputs
 from converters.retruncation import relative_error, retruncate
 
@@ -51,15 +51,18 @@ __all__ = [
 
 Metric = Callable[[str], tuple[Tensor | None, Tensor | None]]
 
-# Largest |Δ| of the logits by merging, relative to the largest logit; rounding accounts for a hundredth of it.
+# Largest allowed |Δ| of the logits due to merging, relative to the largest logit; rounding causes a hundredth of it.
 _MERGE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
-_IMAGE_SIDE = 224  # of a model that takes any
+_IMAGE_SIDE = 224  # pixels, for a model that takes any size
 
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """``error`` is ‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖, W being the product before it was cut back; ``exact``
-    says that this is no more than rounding."""
+    """The result of merging one layer.
+
+    error: ‖G^½ (W − Ŵ) C^½‖ / ‖G^½ W C^½‖, where W is the product before it was cut back to Ŵ.
+    exact: whether the error is no more than rounding.
+    """
 
     error: float
     exact: bool
@@ -67,37 +70,40 @@ class MergedLayer:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What became of every layer with a LoRA pair, and of those that share ``down`` with one, by name, and the tensors
-    that were taken whole."""
+    """The result of a merge.
+
+    layers: by name, every layer with a LoRA pair, and every layer that shares ``down`` with such a layer.
+    replaced: names of the tensors that were replaced as a whole.
+    """
 
     layers: Mapping[str, MergedLayer]
     replaced: tuple[str, ...]
 
 
 def check_fit(model: PreTrainedModel, adapter: Path) -> None:
-    """Refuse an adapter that ``merge_dense_adapter`` would refuse; works on a model without weights (meta) too.
+    """Check that ``merge_dense_adapter`` accepts an adapter; also works on a model without weights (meta device).
 
     Raises:
-        InputError: the adapter's method cannot be merged, it was trained for another base, or changes a ``down`` that
-            layers share.
+        InputError: the adapter's method cannot be merged, it was trained for another base, or it changes a ``down``
+            that layers share.
     """
     _check_shared(adapter, check_adapter(adapter), shared_groups(model))
     _check_fit(_skeleton(model), adapter)
 
 
 def merge_dense_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """Merge an adapter into the modules that it was trained on, through PEFT, in place; returns the model.
+    """Merge an adapter into the modules that it was trained on, by PEFT and in place; returns the model.
 
     Raises:
         InputError: the adapter's method cannot be merged, or it was trained for another base; the model is unchanged.
-            Or the merged model does not answer as the adapter does; the model is then of no use.
+            Or the merged model does not answer as it did with the adapter; the model is then unusable.
     """
     check_fit(model, adapter)
-    with _kept_flags(model):
+    with _restored_flags(model):
         loaded = _load(model, adapter).eval()
-        wanted = _answers(model)
+        expected = _answers(model)
         _merge_loaded(loaded, model)
-        error = float((_answers(model) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
+        error = float((_answers(model) - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
     if not error <= _MERGE_TOLERANCE[model.dtype]:
         raise InputError(
             f"{adapter}: PEFT does not merge this adapter exactly; the merged model's logits are off by {error:.1e} of "
@@ -107,14 +113,14 @@ def merge_dense_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedMode
 
 
 def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | None = None) -> MergeReport:
-    """Merge an adapter into a factored model, in place, every layer keeping its rank.
+    """Merge an adapter into a factored model, in place; every layer keeps its rank.
 
     Args:
-        model: has two-factor linears; dense linears may remain.
-        adapter: trained on this model's factors, or on the dense model that it was made from.
-        metric: by layer name, C (n×n) and G (m×m) of the metric tr(G Δ C Δᵀ) in which a two-factor layer
-            is cut back to its rank; None stands for the identity. Layers that share ``down`` read one input, so
-            the first one's C serves all.
+        model: a model with two-factor linears; it may also have dense linears.
+        adapter: an adapter that was trained on this model's factors, or on the dense model that they approximate.
+        metric: returns C (n×n) and G (m×m) for a layer name: the metric tr(G Δ C Δᵀ) in which a two-factor layer is
+            cut back to its rank. None stands for the identity. Layers that share ``down`` have one input, so the C of
+            the first is used for all.
 
     Raises:
         InputError: the adapter was trained on the dense model and is not plain LoRA, was trained for another base, or
@@ -144,7 +150,7 @@ def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | N
             cut, reports = _merge_pairs([factored[name] for name in group], pairs, metrics)
             merged |= zip(group, cut, strict=True)
             layers |= zip(group, reports, strict=True)
-    with _kept_flags(model):
+    with _restored_flags(model):
         _hide_factors(model, factored)
         loaded = _load(model, adapter)
         for name, layer in factored.items():
@@ -156,18 +162,18 @@ def merge_into_factors(model: PreTrainedModel, adapter: Path, metric: Metric | N
 
 
 def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model whose parameters have shape, dtype and device, but no memory of their own."""
+    """A copy of the model whose parameters have their shape, dtype and device, but take no memory."""
     return copy.deepcopy(model, {id(p): _weightless(p.shape, p) for p in model.parameters()})
 
 
 def _weightless(shape: tuple[int, ...], like: Tensor) -> nn.Parameter:
-    # Not on meta: some methods look at the weights that they start from.
-    one = torch.zeros((), dtype=like.dtype, device="cpu" if like.device.type == "meta" else like.device)
-    return nn.Parameter(one.expand(shape), requires_grad=False)
+    # Not on the meta device, because some methods read the weights that they start from.
+    zero = torch.zeros((), dtype=like.dtype, device="cpu" if like.device.type == "meta" else like.device)
+    return nn.Parameter(zero.expand(shape), requires_grad=False)
 
 
 def _hide_factors(model: nn.Module, factored: Mapping[str, LowRankLinear]) -> None:
-    """Put a weightless dense linear, with the layer's own bias, where each two-factor linear stands."""
+    """Replace each two-factor linear by a weightless dense linear with the layer's own bias."""
     for name, layer in factored.items():
         m, n = layer.out_features, layer.in_features
         dense = nn.Linear(n, m, bias=layer.bias is not None, device="meta")
@@ -177,13 +183,18 @@ def _hide_factors(model: nn.Module, factored: Mapping[str, LowRankLinear]) -> No
 
 
 def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftModel:
-    """Raises InputError naming the first thing in the adapter, or in the model, without a counterpart."""
+    """Load an adapter onto a model, with PEFT.
+
+    Raises:
+        InputError: PEFT cannot read the adapter, or it does not fit the model; the message names the first tensor
+            without a counterpart.
+    """
     try:
         with _quiet():
             config = PeftConfig.from_pretrained(str(adapter))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{adapter}: PEFT {version('peft')} cannot read this adapter's config: {error}") from error
-    config.base_model_name_or_path = None  # PEFT warns about any change of name
+    config.base_model_name_or_path = None  # PEFT would warn about any difference in name
     vocabulary = _tables(model)
     try:
         with _quiet():
@@ -205,7 +216,7 @@ def _load(model: PreTrainedModel, adapter: Path, assign: bool = False) -> PeftMo
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PEFT's warnings, of tied weights for the most part, which are settled here."""
+    """Silence PEFT's warnings. Most are about tied weights, which this module handles itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -213,22 +224,23 @@ def _quiet() -> Iterator[None]:
 
 
 def _tables(model: PreTrainedModel) -> list[str]:
-    """The names of the modules that have a row for each token."""
+    """The names of the modules that have one row per token of the vocabulary."""
     try:
         tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    except NotImplementedError:  # models of images may have none
+    except NotImplementedError:  # image models may have none
         return []
     return [name for name, module in model.named_modules() if any(module is table for table in tables)]
 
 
 def _missing(loaded: PeftModel, keys: Sequence[str]) -> list[str]:
-    """Those of the keys that are no second name of a tensor which was read (a bank that all layers share)."""
-    named = dict(loaded.named_parameters(remove_duplicate=False))
-    read = {id(parameter) for name, parameter in named.items() if name not in keys}
-    return [key for key in keys if key not in named or id(named[key]) not in read]
+    """The keys that are not just another name of a tensor that was read, such as a bank that all layers share."""
+    parameters = dict(loaded.named_parameters(remove_duplicate=False))
+    read_ids = {id(parameter) for name, parameter in parameters.items() if name not in keys}
+    return [key for key in keys if key not in parameters or id(parameters[key]) not in read_ids]
 
 
 def _first_mismatch(error: Exception, vocabulary: Sequence[str]) -> str:
+    """One line of PEFT's error, with advice if a module of ``vocabulary`` has the wrong size."""
     lines = [line.strip() for line in str(error).splitlines()]
     first = plain_name(next((line for line in lines if "size mismatch" in line), lines[0]))
     if "size mismatch" in first and any(f" {name}." in first for name in vocabulary):
@@ -240,50 +252,61 @@ def _first_mismatch(error: Exception, vocabulary: Sequence[str]) -> str:
 
 
 def _check_fit(skeleton: PreTrainedModel, adapter: Path, factored: Mapping[str, LowRankLinear] | None = None) -> None:
-    """Load the adapter onto a skeleton, and look for what merging would get wrong."""
+    """Load the adapter onto a skeleton, and check for what cannot be merged correctly.
+
+    Raises:
+        InputError: the adapter does not fit, or cannot be merged correctly.
+    """
     _load(skeleton, adapter, assign=True)
     for name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer):
             _check_lora_layer(adapter, name, module)
         elif isinstance(module, ModulesToSaveWrapper):
-            inside = [layer for layer in factored or () if f"{layer}.".startswith(f"{name}.")]
-            if inside:
+            replaced = [layer for layer in factored or () if f"{layer}.".startswith(f"{name}.")]
+            if replaced:
                 raise InputError(
-                    f"{adapter} replaces {name} whole (modules_to_save), but {inside[0]} is factored: "
+                    f"{adapter} replaces {name} whole (modules_to_save), but {replaced[0]} is factored: "
                     "merge it before compression, or leave that layer dense"
                 )
 
 
 def _touches(info: AdapterInfo, module: str) -> bool:
+    """Whether the adapter changes a module."""
     return module in info.ranks or any(name.startswith(f"{module}.") for name in info.replaced)
 
 
 def _check_shared(adapter: Path, info: AdapterInfo, groups: Sequence[Sequence[str]]) -> None:
-    """PEFT wraps a shared module under its first name only, so that its adapter works on that one layer."""
+    """Check that an adapter changes no ``down`` that layers share. PEFT wraps a shared module under its first name
+    only, so such an adapter works on that one layer.
+
+    Raises:
+        InputError: the adapter changes one.
+    """
     for group in groups:
         for name in group:
             if _touches(info, f"{name}.down"):
                 raise InputError(
-                    f"{adapter} changes {name}.down for that layer alone, but {', '.join(group)} hold one down between "
-                    "them: merging would change them all. Train an adapter of the up factors or of the dense model"
+                    f"{adapter} changes {name}.down for that layer alone, but {', '.join(group)} share one down: "
+                    "merging would change them all. Train an adapter of the up factors or of the dense model"
                 )
 
 
 def _check_lora_layer(adapter: Path, name: str, lora: LoraLayer) -> None:
     if lora.lora_bias.get(ADAPTER_NAME) and lora.get_base_layer().bias is None:
-        raise InputError(f"{adapter} carries a LoRA bias for {name}, which has no bias to add it to")
+        raise InputError(f"{adapter} has a LoRA bias for {name}, which has no bias to add it to")
 
 
 def _merge_loaded(loaded: PeftModel, model: PreTrainedModel) -> None:
-    """Merge what is on the model, in place; what was tied and is equal afterwards is tied again, the rest untied."""
+    """Merge a loaded adapter into the model, in place. Tied weights that are still equal are tied again; the others
+    are untied."""
     _untie_adapted(model)
-    with _quiet(), ties_as_they_are(model.config):  # PEFT unties, by whatever adapter of what is tied
+    with _quiet(), restored_ties(model.config):  # PEFT unties as soon as an adapter is on any tied weight
         loaded.merge_and_unload()
     _settle_ties(model)
 
 
 def _untie_adapted(model: PreTrainedModel) -> None:
-    """Give every adapted layer its own weight: PEFT merges in place, and what else has the weight is to keep it."""
+    """Give every adapted layer its own weight: PEFT merges in place, and other users of the weight must not change."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -295,11 +318,11 @@ def _untie_adapted(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _settle_ties(model: PreTrainedModel) -> None:
-    """One flag of the config says of all tied weights that they are: either all are equal, or none is tied."""
+    """Tie all weights again if every tied pair is equal, or else untie all: the config has one flag for all of them."""
     ties = {
         target: source
         for target, source in model.all_tied_weights_keys.items()
-        if _owner(model, target) is not _owner(model, source)  # a whole module with two names is another matter
+        if _owner(model, target) is not _owner(model, source)  # not a whole module with two names
     }
     pairs = {target: (model.get_parameter(target), model.get_parameter(source)) for target, source in ties.items()}
     equal = all(one is other or _equal_but_for_rounding(one, other) for one, other in pairs.values())
@@ -308,12 +331,13 @@ def _settle_ties(model: PreTrainedModel) -> None:
             parameter = other if equal else nn.Parameter(one.detach().clone(), one.requires_grad)
             setattr(_owner(model, target), target.rpartition(".")[2], parameter)
     if not equal:
-        kept = model.all_tied_weights_keys.keys() - ties.keys()
-        model.all_tied_weights_keys = {name: model.all_tied_weights_keys[name] for name in sorted(kept)}
+        other_keys = model.all_tied_weights_keys.keys() - ties.keys()
+        model.all_tied_weights_keys = {name: model.all_tied_weights_keys[name] for name in sorted(other_keys)}
         untie_embeddings(model.config)
 
 
 def _owner(model: nn.Module, parameter: str) -> nn.Module:
+    """The module that holds a parameter of this name."""
     return model.get_submodule(parameter.rpartition(".")[0])
 
 
@@ -325,7 +349,7 @@ def _equal_but_for_rounding(weight: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def _answers(model: PreTrainedModel) -> Tensor:
-    """The logits on a small input of no meaning."""
+    """The logits for a small artificial input."""
     if "pixel_values" in model.main_input_name:
         size = None if image_size(model.config) else (_IMAGE_SIDE, _IMAGE_SIDE)
         pixels = image_inputs(model, size).tensors["pixel_values"]
@@ -335,19 +359,20 @@ def _answers(model: PreTrainedModel) -> Tensor:
     rows = table.weight.shape[0]
     ids = (torch.arange(1, 7, device=model.device) % rows)[None]
     if ends := [token for token in end_tokens(model.config) if 0 <= token < rows]:
-        ids[:, -1] = ends[0]  # some classifiers look for it
+        ids[:, -1] = ends[0]  # some classifiers search for it
     return model(input_ids=ids).logits.float()
 
 
 def _groups(model: nn.Module) -> list[tuple[str, ...]]:
-    """The two-factor layers, those that share ``down`` together."""
+    """The names of the two-factor layers, grouped by shared ``down``."""
     shared = shared_groups(model)
     grouped = {name for group in shared for name in group}
     return shared + [(name,) for name in low_rank_layers(model) if name not in grouped]
 
 
 def _pair(lora: nn.Module, layer: LowRankLinear) -> Factors:
-    """What a layer's adapter adds to its product, of rank 0 without one, and in ``bias`` what it adds to its bias."""
+    """The factors that an adapter adds to a layer's product, and in ``bias`` what it adds to its bias; rank 0 without
+    an adapter."""
     if not isinstance(lora, LoraLayer):
         return Factors(
             layer.up.weight.new_zeros(layer.out_features, 0), layer.up.weight.new_zeros(0, layer.in_features)
@@ -363,27 +388,27 @@ def _pair(lora: nn.Module, layer: LowRankLinear) -> Factors:
 def _merge_pairs(
     layers: Sequence[LowRankLinear], pairs: Sequence[Factors], metrics: Sequence[tuple[Tensor | None, Tensor | None]]
 ) -> tuple[list[Factors], list[MergedLayer]]:
-    """The new factors of one layer or of layers that share ``down``, and in ``bias`` what to add to their biases."""
+    """The new factors of one layer, or of layers that share ``down``; their ``bias`` is what to add to the biases."""
     first, C = layers[0], metrics[0][0]
     sizes = [layer.out_features for layer in layers]
-    stacked = torch.cat([layer.up.weight.double() for layer in layers])
-    beside = torch.block_diag(*(pair.up.double() for pair in pairs))
+    ups = torch.cat([layer.up.weight.double() for layer in layers])
+    added_ups = torch.block_diag(*(pair.up.double() for pair in pairs))
     downs = [first.down.weight.double(), *(pair.down.double() for pair in pairs)]
-    full = Factors(torch.cat([stacked, beside], dim=1), torch.cat(downs))
+    full = Factors(torch.cat([ups, added_ups], dim=1), torch.cat(downs))
     cut = retruncate(full, first.rank, C, _blocks([G for _, G in metrics], sizes))
     dtype = first.up.weight.dtype
     down = cut.down.to(dtype)
     factors, reports = [], []
     rows = zip(full.up.split(sizes), cut.up.split(sizes), pairs, metrics, strict=True)
-    for whole, up, pair, (_, G) in rows:
+    for full_up, up, pair, (_, G) in rows:
         factors.append(Factors(up.to(dtype), down, pair.bias))
-        error = relative_error(Factors(whole, full.down), factors[-1], C, G)
+        error = relative_error(Factors(full_up, full.down), factors[-1], C, G)
         reports.append(MergedLayer(error, exact=error <= 4 * torch.finfo(dtype).eps))
     return factors, reports
 
 
 def _blocks(metrics: Sequence[Tensor | None], sizes: Sequence[int]) -> list[Tensor] | None:
-    """The output metrics of stacked layers; identities beside others are written out."""
+    """The output metrics of stacked layers, with identity matrices in place of None; None if all are None."""
     if all(G is None for G in metrics):
         return None
     return [torch.eye(size) if G is None else G for G, size in zip(metrics, sizes, strict=True)]
@@ -398,8 +423,8 @@ def _set_factors(layer: LowRankLinear, factors: Factors) -> None:
 
 
 @contextmanager
-def _kept_flags(model: PreTrainedModel) -> Iterator[None]:
-    """PEFT freezes the base model and switches it to eval mode; restore both."""
+def _restored_flags(model: PreTrainedModel) -> Iterator[None]:
+    """Restore gradient flags and training mode at the end: PEFT freezes the base model and sets it to eval mode."""
     training = model.training
     trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     yield

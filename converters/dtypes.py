@@ -1,8 +1,8 @@
-"""In which number format a model's weights are stored, and rounding them to it.
+"""Round a model's weights to the number format in which they are stored.
 
-transformers loads a folder in one dtype, but for a few tensors that an architecture keeps in float32 whatever is asked
-for (the ``_keep_in_fp32_modules`` of its class, and parameters that its code creates in float32). What is written here
-is what loading gives back, bit for bit.
+transformers loads a folder in one dtype, except for a few tensors that an architecture keeps in float32 in any case
+(the ``_keep_in_fp32_modules`` of its class, and parameters that its code creates in float32). Weights that are rounded
+here load with exactly the same bits.
 """
 
 import copy
@@ -20,12 +20,12 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WEIGHT_
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """``bfloat16`` of ``torch.bfloat16``, as config.json has it."""
+    """Return the name of a dtype as in config.json: ``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of most of the model's floating-point parameters, by bytes."""
+    """Return the dtype of most of the model's floating-point parameters, measured in bytes."""
     sizes: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -37,31 +37,32 @@ def main_dtype(model: nn.Module) -> torch.dtype:
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Round the model's weights to ``dtype``, in place; returns the model.
 
-    What its folder does not hold (tables of rotary frequencies, say) is left alone, so that casting to bfloat16 and
-    back to float32 changes the weights to what bfloat16 holds of them, and nothing else.
+    Tensors that are not saved (such as tables of rotary frequencies) do not change. So casting to bfloat16 and back to
+    float32 rounds the weights to bfloat16 and changes nothing else.
 
     Raises:
         InputError: a weight is too large for the dtype; the model is unchanged.
     """
-    stored, due = _stored(model), loaded_dtypes(model, dtype)
-    for name, tensor in stored.items():
-        check_range(name, tensor, due[name])
-    for name, tensor in stored.items():
-        tensor.data = tensor.data.to(due[name])
+    tensors, dtypes = _saved_tensors(model), loaded_dtypes(model, dtype)
+    for name, tensor in tensors.items():
+        check_range(name, tensor, dtypes[name])
+    for name, tensor in tensors.items():
+        tensor.data = tensor.data.to(dtypes[name])
     return model
 
 
 def holds_exactly(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     """Whether rounding the model's weights to ``dtype`` would change none of them."""
-    due = loaded_dtypes(model, dtype)
-    return all(torch.equal(tensor.to(due[name]).to(tensor.dtype), tensor) for name, tensor in _stored(model).items())
+    dtypes = loaded_dtypes(model, dtype)
+    tensors = _saved_tensors(model)
+    return all(torch.equal(tensor.to(dtypes[name]).to(tensor.dtype), tensor) for name, tensor in tensors.items())
 
 
 def check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a tensor with values that would become infinite.
+    """Check that no finite value of a tensor becomes infinite in ``dtype``.
 
     Raises:
-        InputError: there is one, named ``name``.
+        InputError: one does; the message calls the tensor ``name``.
     """
     if not tensor.numel() or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
         return
@@ -69,34 +70,34 @@ def check_range(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if largest.isfinite() and largest.to(dtype).isinf():
         raise InputError(
             f"{name} holds {float(largest):.4g}, and {name_of(dtype)} ends at {torch.finfo(dtype).max:.4g}; "
-            "take --dtype bfloat16 or float32"
+            "use --dtype bfloat16 or float32"
         )
 
 
 def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype that each floating-point tensor of the model's folder has once it was loaded in ``dtype``."""
-    stored = _stored(model)
+    """Return the dtype that each saved floating-point tensor has after loading in ``dtype``, by name."""
+    tensors = _saved_tensors(model)
     if dtype == torch.float32:
-        return dict.fromkeys(stored, dtype)
+        return dict.fromkeys(tensors, dtype)
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        made = type(model)._from_config(config, dtype=dtype).state_dict()
-    kept = set(model._keep_in_fp32_modules_strict or ())
+        fresh = type(model)._from_config(config, dtype=dtype).state_dict()
+    float32_modules = set(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
-    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in kept]
+        float32_modules |= set(model._keep_in_fp32_modules or ())
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in float32_modules]
 
-    def due(name: str) -> torch.dtype:
+    def loaded_dtype(name: str) -> torch.dtype:
         if any(pattern.search(name) for pattern in patterns):
             return torch.float32
-        return made[name].dtype if name in made else dtype  # factors are not in the model as its config has it
+        return fresh[name].dtype if name in fresh else dtype  # a model built from the config has no factors
 
-    return {name: due(name) for name in stored}
+    return {name: loaded_dtype(name) for name in tensors}
 
 
-def _stored(model: nn.Module) -> dict[str, Tensor]:
-    """The floating-point parameters and buffers that the model's folder holds, themselves."""
+def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The floating-point parameters and buffers that are saved, by name; the tensors themselves, not copies."""
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}

@@ -1,11 +1,11 @@
-"""Hugging Face folders of factored models: write and read.
+"""Write and read Hugging Face folders of factored models.
 
-``config.json`` carries the ranks by layer name, the weights file holds ``….down.weight``, ``….up.weight``
-and ``….up.bias``, and everything else under its usual name. Layers that share one ``down`` are listed in
-``config.json`` too, and the tensor stands under the first one's name. A model without compressed layers is written as
-a plain Hugging Face folder. `register_auto_model` lets transformers' own ``from_pretrained`` read such
-folders; a process that did not call it gets an error, see `converters.registration`. A folder re-written by
-``model.save_pretrained`` loads as exactly, but transformers drops that safeguard: publish with `save_folder`.
+``config.json`` holds the ranks by layer name. The weights file holds ``….down.weight``, ``….up.weight`` and
+``….up.bias``, and everything else under its usual name. Layers that share one ``down`` are also listed in
+``config.json``, and the tensor is stored under the name of the first. A model without compressed layers is written as a
+plain Hugging Face folder. `register_auto_model` lets transformers' own ``from_pretrained`` read such folders; without
+it, a process gets an error (see `converters.registration`). A folder written by ``model.save_pretrained`` also loads
+exactly, but it lacks this safeguard: publish with `save_folder`.
 """
 
 import copy
@@ -45,14 +45,14 @@ __all__ = ["from_pretrained", "register_auto_model", "save_folder"]
 def save_folder(model: PreTrainedModel, folder: Path, processor: Any = None, max_shard_size: int | str = "5GB") -> None:
     """Write a model, factored or dense, and its tokenizer or image processor as a Hugging Face folder.
 
-    The folder appears complete or not at all, its bytes depend on the model only, and the model is left as
-    it was. Weights are written as they are, in safetensors, tied weights once, in shards of at most
-    ``max_shard_size``; `converters.dtypes.cast_weights` rounds them to a smaller dtype before.
+    The folder appears complete or not at all, its bytes depend only on the model, and the model does not change.
+    Weights are written without conversion, as safetensors in shards of at most ``max_shard_size``; tied weights are
+    written once. To round weights to a smaller dtype, call `converters.dtypes.cast_weights` first.
 
     Raises:
-        InputError: the folder exists and is not empty, or the model has an unmerged adapter, a foreign
-            quantisation, parameters of several dtypes that loading would not keep apart, or one module in two places
-            that its architecture keeps apart.
+        InputError: the folder exists and is not empty, or the model has an unmerged adapter, a foreign quantisation,
+            parameters of several dtypes that would not survive loading, or one module in two places that are two
+            modules in its architecture.
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -63,7 +63,8 @@ def save_folder(model: PreTrainedModel, folder: Path, processor: Any = None, max
         _finish_config(partial / "config.json", name_of(main_dtype(model)), guarded=bool(ranks_of(model)))
         if processor is not None:
             processor.save_pretrained(partial)
-        for weights in partial.glob("*.safetensors"):  # written for their owner alone; a folder is for all who may read
+        # Only their owner may read the weights as safetensors writes them; allow all who may read the config.
+        for weights in partial.glob("*.safetensors"):
             weights.chmod((partial / "config.json").stat().st_mode)
 
 
@@ -74,20 +75,20 @@ def from_pretrained(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a model folder, factored or dense, as the class that its ``config.json`` names, in eval mode.
+    """Load a model folder, factored or dense, as the class named in its ``config.json``, in eval mode.
 
-    Every tensor must be accounted for. The dense weights of compressed layers are never allocated.
-    Registers the format with transformers on the way, see `register_auto_model`.
+    Missing or unexpected tensors are errors. The dense weights of compressed layers are never allocated. This also
+    registers the format with transformers (see `register_auto_model`).
 
     Args:
         path: a local folder.
-        dtype: of the parameters; by default the dtype they were saved in.
-        device: where to load; by default the CPU.
-        trust_remote_code: allow model code that lies in the folder.
+        dtype: dtype of the parameters; by default the one that they were saved in.
+        device: device to load to; by default the CPU.
+        trust_remote_code: allow model code in the folder to run.
 
     Raises:
-        InputError: no such folder, another format or format version, an unknown architecture, no
-            safetensors file, or tensors that are missing, unexpected or of the wrong shape.
+        InputError: no such folder, another format or format version, an unknown architecture, no safetensors file, or
+            tensors that are missing, unexpected or of the wrong shape.
     """
     register_auto_model()
     folder = Path(path)
@@ -100,7 +101,7 @@ def from_pretrained(
             dtype=dtype or "auto",
             device_map=None if device is None else {"": device},
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # collected below, with the names
+            ignore_mismatched_sizes=True,  # reported below, with names
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
@@ -114,6 +115,7 @@ def from_pretrained(
 
 
 def _config_to_save(model: PreTrainedModel) -> PreTrainedConfig:
+    """A copy of the config with the current ranks, after checking that the model can be saved."""
     _check_saveable(model)
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
@@ -121,7 +123,7 @@ def _config_to_save(model: PreTrainedModel) -> PreTrainedConfig:
     if ranks := ranks_of(model):
         config.quantization_config = LowRankConfig(ranks=dict(sorted(ranks.items())), shared=shared_of(model))
     if isinstance(model.get_output_embeddings(), LowRankLinear):
-        untie_embeddings(config)  # a factored head shares nothing with the embedding
+        untie_embeddings(config)  # a factored output layer does not use the embedding table
     return config
 
 
@@ -130,22 +132,26 @@ def _check_saveable(model: PreTrainedModel) -> None:
     if entry is not None and entry.get("quant_method") != QUANT_METHOD:
         raise InputError(f"the model is quantised ({entry.get('quant_method')}): dequantise it first")
     if getattr(model, "peft_config", None):
-        raise InputError("the model carries an adapter: merge it first, see converters.adapters")
+        raise InputError("the model has an adapter: merge it first, see converters.adapters")
     _check_names(model)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if len(dtypes) > 1:
         main, state = main_dtype(model), model.state_dict()
-        # Loading casts every tensor to one dtype, but for those that the architecture keeps in float32.
-        wrong = [name for name, due in loaded_dtypes(model, main).items() if state[name].dtype != due]
+        # Loading casts every tensor to one dtype, except for those that the architecture keeps in float32.
+        wrong = [name for name, dtype in loaded_dtypes(model, main).items() if state[name].dtype != dtype]
         if wrong:
             raise InputError(
                 f"the model has parameters in {', '.join(sorted(map(str, dtypes)))}, and loading would cast {wrong[0]} "
-                f"to another dtype: do so first with converters.dtypes.cast_weights(model, {main})"
+                f"to another dtype: cast it first with converters.dtypes.cast_weights(model, {main})"
             )
 
 
 def _check_names(model: PreTrainedModel) -> None:
-    """What is one module here has to be one when the architecture is built again."""
+    """Check that a module with two names also is one module in a model that is built from the config.
+
+    Raises:
+        InputError: it is two modules there.
+    """
     places = module_places(model)
     if not places:
         return
@@ -153,17 +159,17 @@ def _check_names(model: PreTrainedModel) -> None:
         fresh = type(model)(copy.deepcopy(model.config))
     modules = dict(fresh.named_modules(remove_duplicate=False))
     for name, first in places.items():
-        # The factors of a layer are none of the architecture's modules; the layer is.
+        # A layer's factors are not modules of the architecture; the layer itself is.
         if name in modules and first in modules and modules[name] is not modules[first]:
             raise InputError(
-                f"{first} and {name} are one module in this model and two in its architecture, so the folder would not "
-                "load as what was saved: give one of them a copy (copy.deepcopy) first"
+                f"{first} and {name} are one module in this model but two in its architecture, so the folder would not "
+                "load as it was saved: replace one of them by a copy (copy.deepcopy) first"
             )
 
 
 @contextmanager
 def _swapped_config(model: PreTrainedModel, config: PreTrainedConfig) -> Iterator[None]:
-    """save_pretrained writes into the config that it saves: give it another one."""
+    """Give the model another config within the block, since save_pretrained changes the config that it saves."""
     original = model.config
     model.config = config
     try:
@@ -174,11 +180,12 @@ def _swapped_config(model: PreTrainedModel, config: PreTrainedConfig) -> Iterato
 
 @contextmanager
 def _names_declared(model: PreTrainedModel) -> Iterator[None]:
-    """save_pretrained writes a tensor with several names once if it is told that they are names of one."""
+    """Declare all names of a tensor within the block, so that save_pretrained writes the tensor once."""
     declared = model._tied_weights_keys
     if others := other_names(model):
-        # An attribute of this model, in front of its class's.
-        model._tied_weights_keys = {**dict(declared or {}), **{f"^{re.escape(key)}$": at for key, at in others.items()}}
+        # This sets an attribute of the model, which hides that of its class.
+        patterns = {f"^{re.escape(name)}$": first for name, first in others.items()}
+        model._tied_weights_keys = {**dict(declared or {}), **patterns}
     try:
         yield
     finally:
@@ -187,8 +194,9 @@ def _names_declared(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _finish_config(path: Path, dtype: str, guarded: bool) -> None:
+    """Correct the dtype in a written ``config.json``, remove paths from it, and add the guard."""
     config = _without_paths(json.loads(path.read_text(encoding="utf-8")))
-    # transformers writes the dtype of the first parameter, which may be one of the few that stay in float32.
+    # transformers writes the dtype of the first parameter, which may be one of the few that remain in float32.
     for part in (config, *(value for value in config.values() if isinstance(value, dict) and "dtype" in value)):
         part["dtype"] = dtype
     if guarded:
@@ -197,13 +205,14 @@ def _finish_config(path: Path, dtype: str, guarded: bool) -> None:
 
 
 def _without_paths(value: Any) -> Any:
-    """Nested configs keep where they were loaded from; that is this machine's business."""
+    """Remove the paths that nested configs were loaded from: they only mean something on this machine."""
     if isinstance(value, dict):
         return {key: _without_paths(item) for key, item in value.items() if key != "_name_or_path"}
     return [_without_paths(item) for item in value] if isinstance(value, list) else value
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read and check a folder's config, and remove the guard from it."""
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} is not a model folder: it has no config.json")
@@ -221,7 +230,7 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
 def _check_entry(path: Path, entry: dict[str, Any]) -> None:
     if entry.get("quant_method") != QUANT_METHOD:
         raise InputError(
-            f"{path}: quantised with {entry.get('quant_method')!r}, not a folder of low-rank factors "
+            f"{path}: the model is quantised with {entry.get('quant_method')!r}; it has no low-rank factors "
             f"({QUANT_METHOD!r}): load it with transformers"
         )
     try:
@@ -231,6 +240,7 @@ def _check_entry(path: Path, entry: dict[str, Any]) -> None:
 
 
 def _model_class(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """The class that the config names, from transformers or from code in the folder."""
     name = architecture(config)
     if name is None:
         raise InputError(f"{folder}/config.json names no architectures: cannot tell which class to build")
@@ -245,14 +255,14 @@ def _model_class(config: PreTrainedConfig, folder: Path, trust_remote_code: bool
 
 
 def _check_complete(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    # What has several names is in the file under the first.
+    # The file holds a tensor with several names under the first one only.
     others = other_names(model)
     missing = {name for name in info["missing_keys"] if others.get(name, name) in info["missing_keys"]}
     problems = [f"missing: {name}" for name in sorted(missing)]
     problems += [f"unexpected: {name}" for name in sorted(info["unexpected_keys"])]
     problems += [
-        f"wrong shape: {name} is {tuple(found)}, the config asks for {tuple(expected)}"
-        for name, found, expected in sorted(info["mismatched_keys"])
+        f"wrong shape: {name} is {tuple(actual)}, the config requires {tuple(expected)}"
+        for name, actual, expected in sorted(info["mismatched_keys"])
     ]
     problems += [str(message) for message in info.get("error_msgs", [])]
     if problems:

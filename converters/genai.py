@@ -1,10 +1,10 @@
-"""``genai_config.json``: what onnxruntime-genai must know to generate from a folder as it stands.
+"""Write ``genai_config.json``, so that onnxruntime-genai can generate text from a folder without changes.
 
 https://onnxruntime.ai/docs/genai/reference/config.html
 
-Its reader refuses a folder over one value of the wrong type, or one id outside the vocabulary; a config of transformers
-may leave out, list or misname any of them. So sizes are those that the model shows when it runs, ids are those that its
-vocabulary has, and of the generation config all is taken over that both sides understand.
+onnxruntime-genai refuses a folder if one value has the wrong type or one id is outside the vocabulary. A transformers
+config may omit any of them, give a list, or use another name. So sizes are taken from a run of the model, ids are
+limited to its vocabulary, and the generation config contributes all values that both libraries understand.
 """
 
 import json
@@ -19,25 +19,26 @@ from converters.onnx.cache import cache_layout
 
 FILE_NAME = "genai_config.json"
 
-# Where nothing tells how many tokens a model takes.
+# The context length of a model whose config does not state one.
 _USUAL_CONTEXT = 2048
-# What transformers draws from where a generation config samples and does not say: the 50 likeliest tokens.
+# How many of the likeliest tokens transformers samples from if a generation config does not say.
 _USUAL_TOP_K = 50
-# ``max_length`` in the files of older releases, which wrote their default; nobody's choice.
+# ``max_length`` in files of older releases, which wrote their default value; nobody chose it.
 _UNCHOSEN_LENGTH = 20
 _LARGEST_INT = 2**31 - 1
 
 
 def write_genai_config(model: PreTrainedModel, folder: Path, graph: Path, inputs: tuple[str, ...]) -> bool:
-    """Write the file for a decoder's graph in ``folder``; False, and no file, where the runtime knows no such cache.
+    """Write the file for a decoder's graph into ``folder``. Returns False, and writes nothing, if onnxruntime-genai
+    does not support the graph's cache.
 
     Args:
-        graph: where the graph lies, relative to the folder.
-        inputs: the graph's own.
+        graph: path of the graph, relative to the folder.
+        inputs: names of the graph's inputs.
     """
     layout = cache_layout(model)
     shapes = set(layout.past.values())
-    # It makes the empty cache itself, keys and values of one shape for all layers.
+    # onnxruntime-genai makes the empty cache itself, with one shape for the keys and values of all layers.
     if len(shapes) != 1 or not set(layout.past) <= set(inputs):
         return False
     ((heads, width),) = shapes
@@ -61,9 +62,9 @@ def _config(
             "type": "decoder",
             "vocab_size": vocabulary,
             "context_length": length,
-            "bos_token_id": _one(_ids(model, "bos_token_id", vocabulary), end),
-            "eos_token_id": ends[0] if len(ends) == 1 else ends,  # an empty list ends nowhere
-            "pad_token_id": _one(_ids(model, "pad_token_id", vocabulary), end),
+            "bos_token_id": _first(_ids(model, "bos_token_id", vocabulary), end),
+            "eos_token_id": ends[0] if len(ends) == 1 else ends,  # an empty list means that no token ends a text
+            "pad_token_id": _first(_ids(model, "pad_token_id", vocabulary), end),
             "decoder": {
                 "session_options": {"provider_options": []},
                 "filename": graph.as_posix(),
@@ -81,58 +82,58 @@ def _config(
 
 
 def _search(generation: GenerationConfig | None, vocabulary: int, length: int) -> dict[str, Any]:
-    """How to pick tokens: what the generation config says, within what the runtime takes."""
+    """How to choose tokens: the settings of the generation config, limited to what onnxruntime-genai accepts."""
 
-    def given(name: str) -> Any:
+    def setting(name: str) -> Any:
         value = getattr(generation, name, None)
         return value if isinstance(value, int | float) else None
 
-    # The graph returns a longer cache than it was given; it does not write into the one it has.
-    search: dict[str, Any] = {"max_length": length, "do_sample": bool(given("do_sample"))}
+    # The graph returns a new, longer cache; it does not write into the one that it gets.
+    search: dict[str, Any] = {"max_length": length, "do_sample": bool(setting("do_sample"))}
     search["past_present_share_buffer"] = False
-    if (longest := given("max_length")) is not None and longest > _UNCHOSEN_LENGTH:
+    if (longest := setting("max_length")) is not None and longest > _UNCHOSEN_LENGTH:
         search["max_length"] = min(int(longest), length)
-    if (least := given("min_length")) is not None and least > 0:
+    if (least := setting("min_length")) is not None and least > 0:
         search["min_length"] = min(int(least), search["max_length"])
-    temperature = given("temperature")
+    temperature = setting("temperature")
     if temperature is not None and temperature > 0:
         search["temperature"] = temperature
     elif temperature is not None:
-        search["do_sample"] = False  # the limit of ever lower temperatures
-    kept = given("top_k")
-    if kept is not None or search["do_sample"]:
-        search["top_k"] = min(max(0, int(_USUAL_TOP_K if kept is None else kept)), vocabulary)  # 0: all of them
-    share = given("top_p")
-    if share is not None and 0 < share <= 1:
-        search["top_p"] = share
-    penalty = given("repetition_penalty")
+        search["do_sample"] = False  # the limit as the temperature approaches 0
+    top_k = setting("top_k")
+    if top_k is not None or search["do_sample"]:
+        search["top_k"] = min(max(0, int(_USUAL_TOP_K if top_k is None else top_k)), vocabulary)  # 0: no limit
+    top_p = setting("top_p")
+    if top_p is not None and 0 < top_p <= 1:
+        search["top_p"] = top_p
+    penalty = setting("repetition_penalty")
     if penalty is not None and penalty > 0:
         search["repetition_penalty"] = penalty
-    if (size := given("no_repeat_ngram_size")) is not None and size > 0:
+    if (size := setting("no_repeat_ngram_size")) is not None and size > 0:
         search["no_repeat_ngram_size"] = int(size)
-    if (beams := given("num_beams")) is not None and beams > 1 and not search["do_sample"]:
+    if (beams := setting("num_beams")) is not None and beams > 1 and not search["do_sample"]:
         search["num_beams"] = int(beams)
         search["early_stopping"] = bool(getattr(generation, "early_stopping", None))
-        if (exponent := given("length_penalty")) is not None:
+        if (exponent := setting("length_penalty")) is not None:
             search["length_penalty"] = exponent
     return search
 
 
 def _vocabulary_size(model: PreTrainedModel) -> int:
-    """The width of the logits: tables are padded, and configs do not always know it."""
+    """The width of the logits; embedding tables may be padded beyond the size in the config."""
     with torch.no_grad():
         return int(model(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device)).logits.shape[-1])
 
 
 def _ids(model: PreTrainedModel, name: str, vocabulary: int) -> list[int]:
-    """The tokens that the generation config, else the model's config has under this name and the vocabulary knows;
-    −1 and ids of other vocabularies stand for none."""
+    """The token ids under this name in the generation config, or else in the model's config. −1 and ids outside the
+    vocabulary count as none."""
     for source in (model.generation_config, model.config):
-        known = [token for token in tokens_named(source, name) if 0 <= token < vocabulary]
-        if known:
-            return list(dict.fromkeys(known))
+        valid = [token for token in tokens_named(source, name) if 0 <= token < vocabulary]
+        if valid:
+            return list(dict.fromkeys(valid))
     return []
 
 
-def _one(tokens: list[int], otherwise: int) -> int:
-    return tokens[0] if tokens else otherwise
+def _first(tokens: list[int], default: int) -> int:
+    return tokens[0] if tokens else default

@@ -1,11 +1,11 @@
-"""The two-factor linear, and the rewrite of a model into factors and back.
+"""Define the two-factor linear, and rewrite a model into factors and back.
 
-A compressed layer holds ``y = up(down(x))``: two plain ``nn.Linear`` modules, so that every exporter,
-quantiser and adapter library sees two ordinary matrix products. Weights are out×in throughout, as in
-``nn.Linear``; transformers' ``Conv1D`` (GPT-2) stores in×out and is transposed at this border only.
+A compressed layer computes ``y = up(down(x))`` with two plain ``nn.Linear`` modules, so every exporter, quantiser and
+adapter library sees two ordinary matrix products. Weights are out×in everywhere, as in ``nn.Linear``; transformers'
+``Conv1D`` (GPT-2) stores in×out and is only transposed in this module.
 
-Layers that read the same input (q, k and v; gate and up) may hold the very same ``down`` module: it is then
-stored, counted and trained once, and ``down(x)`` need be computed once.
+Layers that read the same input (q, k and v; gate and up) may hold the same ``down`` module. It is then stored, counted
+and trained once, and ``down(x)`` need only be computed once.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ DenseLinear = nn.Linear | Conv1D
 class Factors:
     """``W ≈ up @ down``: up (m×r), down (r×n), bias (m) or None.
 
-    Factors of several layers that hold the very same ``down`` tensor object are factors of one shared ``down``.
+    If the factors of several layers hold the same ``down`` tensor object, the layers share one ``down``.
     """
 
     up: Tensor
@@ -37,7 +37,11 @@ class Factors:
 
 
 class LowRankLinear(nn.Module):
-    """Two linears in a row: ``down`` (n → r, no bias), then ``up`` (r → m, with the layer's bias)."""
+    """Two linears in a row: ``down`` (n → r, no bias), then ``up`` (r → m, with the layer's bias).
+
+    Raises:
+        ValueError: the rank is below 1.
+    """
 
     def __init__(
         self,
@@ -51,15 +55,16 @@ class LowRankLinear(nn.Module):
         super().__init__()
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
-        self.stands_for: type[DenseLinear] = nn.Linear  # what `densify` puts back
+        self.dense_class: type[DenseLinear] = nn.Linear  # the class that `densify` restores
         self.down = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
     def from_factors(cls, factors: Factors) -> "LowRankLinear":
+        """Build a layer from copies of factors."""
         (m, r), n = factors.up.shape, factors.down.shape[1]
         layer = cls(n, m, r, bias=factors.bias is not None, device="meta", dtype=factors.up.dtype)
-        # Copies: what is done to the layer must not reach the factors that it was made from.
+        # Copies, so that changes to the layer do not change the factors.
         layer.down.weight = nn.Parameter(factors.down.clone(memory_format=torch.contiguous_format))
         layer.up.weight = nn.Parameter(factors.up.clone(memory_format=torch.contiguous_format))
         if factors.bias is not None:
@@ -84,7 +89,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The product up @ down (m×n), for code that reads a layer's weight; computed on each access."""
+        """The product up @ down (m×n), for code that reads a layer's weight; computed at each access."""
         return self.up.weight @ self.down.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ class LowRankLinear(nn.Module):
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """The weight of a dense linear as out×in: a view, never a copy."""
+    """Return the weight of a dense linear as out×in: a view, never a copy."""
     if isinstance(layer, Conv1D):
         return layer.weight.T
     assert isinstance(layer, nn.Linear), f"not a dense linear: {type(layer).__name__}"
@@ -111,8 +116,8 @@ def add_weight_gradient(layer: nn.Module, gradient: Tensor) -> None:
 
 
 def factorize(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
-    """Replace the named dense linears by their factors, in place; returns the model. Layers whose factors hold
-    the very same ``down`` tensor get one ``down`` module between them.
+    """Replace the named dense linears by their factors, in place; returns the model. Layers whose factors hold the same
+    ``down`` tensor object share one ``down`` module.
 
     Raises:
         InputError: a name is not a dense linear of the model, or shapes do not fit.
@@ -124,21 +129,22 @@ def factorize(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
         expected = tuple(dense_weight(layer).shape)
         if (pair.up.shape[0], pair.down.shape[1]) != expected or pair.up.shape[1] != pair.down.shape[0]:
             raise InputError(
-                f"{name}: factors {tuple(pair.up.shape)} x {tuple(pair.down.shape)} do not make {expected}"
+                f"{name}: factors {tuple(pair.up.shape)} x {tuple(pair.down.shape)} do not multiply to {expected}"
             )
         if (pair.bias is None) != (layer.bias is None):
             raise InputError(f"{name}: the factors and the layer must both have a bias, or neither")
         _replace(model, name, LowRankLinear.from_factors(pair))
-    share_down(model, _same({name: factors[name].down for name in low_rank_layers(model) if name in factors}))
+    share_down(model, _grouped({name: factors[name].down for name in low_rank_layers(model) if name in factors}))
     return model
 
 
 def factorize_empty(model: nn.Module, ranks: Mapping[str, int], shared: Iterable[Sequence[str]] = ()) -> nn.Module:
-    """Replace the named dense linears by uninitialised factors of the given ranks, on the layers' own
-    device (``meta`` included), in place. This is how a saved model is rebuilt without its dense weights.
+    """Replace the named dense linears by uninitialised factors of these ranks, in place, on the layers' own device
+    (including ``meta``). This rebuilds a saved model without allocating its dense weights.
 
     Args:
-        shared: groups of layers that hold one ``down``, as from `shared_groups`.
+        ranks: rank by layer name.
+        shared: groups of layers that share one ``down``, as returned by `shared_groups`.
 
     Raises:
         InputError: a name is not a dense linear of the model, or a group cannot share.
@@ -156,11 +162,11 @@ def factorize_empty(model: nn.Module, ranks: Mapping[str, int], shared: Iterable
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace every two-factor linear by the dense one that it equals, in place; returns the model."""
+    """Replace every two-factor linear by the equal dense linear, in place; returns the model."""
     for name, layer in list(low_rank_layers(model).items()):
         weight, bias = layer.weight.detach(), layer.bias
         dense: DenseLinear
-        if layer.stands_for is Conv1D:
+        if layer.dense_class is Conv1D:
             with torch.device("meta"):
                 dense = Conv1D(layer.out_features, layer.in_features)
             weight = weight.T.contiguous()
@@ -174,20 +180,21 @@ def densify(model: nn.Module) -> nn.Module:
 
 
 def low_rank_layers(model: nn.Module) -> dict[str, LowRankLinear]:
-    """The two-factor linears of a model, each once, under its first name."""
+    """Return the two-factor linears of a model, each once, under its first name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
 
 
 def shared_groups(model: nn.Module) -> list[tuple[str, ...]]:
-    """The layers that hold one ``down`` between them, group by group, in the model's own order."""
-    return _same({name: layer.down for name, layer in low_rank_layers(model).items()})
+    """Return the groups of layers that share one ``down``, in the model's own order."""
+    return _grouped({name: layer.down for name, layer in low_rank_layers(model).items()})
 
 
 def share_down(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
-    """Let all layers of a group hold the first one's ``down`` module, in place.
+    """Give all layers of a group the ``down`` module of the first, in place.
 
-    What stands there may be more than a linear: PEFT wraps a module under the first name that it meets, and this
-    hands its wrapper to the others; call it again, with the same groups, after PEFT has unwrapped.
+    This module may be more than a linear: PEFT only wraps a module under the first name that it finds, and this
+    function passes the wrapper on to the others. Call it again, with the same groups, after PEFT has removed the
+    wrapper.
 
     Raises:
         InputError: a name is not a two-factor linear, or the shapes of ``down`` differ.
@@ -202,12 +209,12 @@ def share_down(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
                     f"{tuple(layer.down.weight.shape)} and {tuple(source.down.weight.shape)}"
                 )
             layer.down = source.down
-            # For save_pretrained: the tensor is written under the first layer's name.
+            # This makes save_pretrained write the tensor under the first layer's name only.
             layer._tied_weights_keys = {"down.weight": f"{first}.down.weight"}  # type: ignore[assignment]
 
 
 def factors_of(model: nn.Module) -> dict[str, Factors]:
-    """The factors of every two-factor linear, detached, by layer name; a shared ``down`` is one tensor object."""
+    """Return the factors of every two-factor linear, detached, by layer name; a shared ``down`` is one tensor."""
     layers = low_rank_layers(model)
     downs = {id(layer.down): layer.down.weight.detach() for layer in layers.values()}
     return {
@@ -222,9 +229,10 @@ def factors_of(model: nn.Module) -> dict[str, Factors]:
 
 @torch.no_grad()
 def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with its singular values shared evenly: both Gram matrices, upᵀ up and
-    down downᵀ, become diag(σ), largest first. Neither factor is then larger than it need be, which is
-    what low-precision storage and fine-tuning ask for.
+    """Return factors of the same product that share its singular values evenly.
+
+    Both Gram matrices, upᵀ up and down downᵀ, become diag(σ), largest first. Neither factor is then larger than
+    necessary, which helps low-precision storage and fine-tuning.
 
     Args:
         up: m×r.
@@ -241,8 +249,8 @@ def balance(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return new_up.to(up.dtype), new_down.to(down.dtype)
 
 
-def _same(objects: Mapping[str, object]) -> list[tuple[str, ...]]:
-    """Names that stand for the very same object, where there are several."""
+def _grouped(objects: Mapping[str, object]) -> list[tuple[str, ...]]:
+    """The groups of two or more names that refer to the same object."""
     names: dict[int, list[str]] = {}
     for name, value in objects.items():
         names.setdefault(id(value), []).append(name)
@@ -264,18 +272,18 @@ def _submodule(model: nn.Module, name: str) -> nn.Module:
 
 
 def names_of(model: nn.Module, name: str) -> list[str]:
-    """All names under which the module of this name is registered, itself included, in the model's order."""
+    """Return all names of the module with this name, including this one, in the model's own order."""
     module = _submodule(model, name)
-    return [other for other, found in model.named_modules(remove_duplicate=False) if found is module]
+    return [other for other, candidate in model.named_modules(remove_duplicate=False) if candidate is module]
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place of another, under every name that it has."""
+    """Replace a module by another, under all of its names."""
     old = model.get_submodule(name)
     new.train(old.training)
     if isinstance(new, LowRankLinear) and isinstance(old, Conv1D):
-        new.stands_for = Conv1D
-    # A parent with several names is one module: under its other names the new one stands already.
+        new.dense_class = Conv1D
+    # A parent with several names is one module, so the new module may already be there under the other names.
     for other in names_of(model, name):
         if model.get_submodule(other) is old:
             model.set_submodule(other, new)

@@ -1,6 +1,6 @@
-"""Number formats, by the names that PyTorch and NumPy have for them, and what else they are called.
+"""Define number formats by their PyTorch and NumPy names, with their names elsewhere.
 
-No library is imported here: the process that measures a model reads this, and must not grow by it.
+No library is imported here, because the process that measures a model's memory imports this module.
 """
 
 from dataclasses import dataclass
@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NumberFormat:
-    """bytes: of one number. header: the format's name in the header of a safetensors file. session: what ONNX Runtime
-    calls a tensor of it; None where NumPy has no such format, so that no array of it can be fed.
+    """One number format.
+
+    bytes: the size of one number.
+    header: the format's name in the header of a safetensors file.
+    session: ONNX Runtime's name for a tensor of this format; None if NumPy lacks the format, so no array can be fed.
     """
 
     bytes: int
@@ -26,9 +29,9 @@ NUMBER_FORMATS = {
     "int32": NumberFormat(4, "I32", "tensor(int32)"),
     "bool": NumberFormat(1, "BOOL", "tensor(bool)"),
 }
-# Formats that the weights of models come in, and those that they are written and computed in.
+# Formats in which models are read, and formats in which weights are written and computed.
 SOURCE_FORMATS = ("float64", "float32", "bfloat16", "float16")
 WEIGHT_FORMATS = ("float32", "bfloat16", "float16")
 
-# The formats that a session's inputs and outputs have as arrays, by what ONNX Runtime calls their tensors.
+# ONNX Runtime's name for a tensor → the format of the array that a session takes or returns.
 ARRAY_FORMATS = {form.session: name for name, form in NUMBER_FORMATS.items() if form.session is not None}

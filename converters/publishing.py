@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all: they are written beside their place and put there once they are
-finished. Whatever fails or is killed on the way leaves in the place what was there before, or nothing.
+"""Write files and folders that appear complete or not at all.
 
-What is unfinished is named ``.<name>.….partial``. After a failure it is gone; after a kill a folder goes when the same
-place is written again.
+They are written beside their destination and moved there once they are finished. After a failure or a kill, the
+destination holds what it held before, or nothing. Unfinished work is named ``.<name>.….partial``. A failure removes it;
+after a kill, an unfinished folder is removed when the same destination is next written.
 """
 
 import os
@@ -18,28 +18,28 @@ PARTIAL = ".partial"
 
 @contextmanager
 def published_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A fresh folder to write into, which becomes ``folder`` if the block succeeds.
+    """Open a fresh folder to write into, which becomes ``folder`` if the block succeeds.
 
     Args:
-        replace: put it in the place of whatever lies there; otherwise no more than an empty folder may lie there.
+        replace: replace whatever exists at ``folder``; otherwise, only an empty folder may exist there.
 
     Raises:
-        OSError: at the end, something lies there that is not to be replaced; at any time, the disk is full.
+        OSError: at the end, something exists at ``folder`` that may not be replaced; at any time, the disk is full.
     """
     folder = folder.absolute()
-    with _beside(folder) as own:
-        fresh = own / "fresh"  # not the owned folder itself, which is closed to others
+    with _beside(folder) as work:
+        fresh = work / "fresh"  # not the owned folder itself, which other users cannot read
         fresh.mkdir()
         yield fresh
-        before = own / "before"
+        before = work / "before"
         if folder.exists() or folder.is_symlink():
             if replace:
-                os.replace(folder, before)  # taken out at once: a half of it would look like all of it
+                os.replace(folder, before)  # moved away in one step: a half-removed folder would look complete
             else:
                 folder.rmdir()
         try:
             os.replace(fresh, folder)
-        except OSError:  # a file in it that is open, on Windows
+        except OSError:  # on Windows, a file in it is open
             if before.exists():
                 os.replace(before, folder)
             raise
@@ -47,34 +47,34 @@ def published_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def published_files(*files: Path) -> Iterator[Path]:
-    """A fresh folder to write files into that belong together, each under its own name; they take their places if the
-    block succeeds, as by `move_together`.
+    """Open a fresh folder to write files into that belong together, each under its own name. If the block succeeds,
+    `move_together` moves them to their destinations.
 
     Args:
-        files: their places, all in one folder; the last one is what makes them complete.
+        files: the destinations, all in one folder; the last file marks the set as complete.
 
     Raises:
-        OSError: the disk is full, or the last one was not written.
+        OSError: the disk is full, or the last file was not written.
     """
-    places = [file.absolute() for file in files]
-    with _beside(places[-1]) as own:
-        fresh = own / "fresh"
+    destinations = [file.absolute() for file in files]
+    with _beside(destinations[-1]) as work:
+        fresh = work / "fresh"
         fresh.mkdir()
         yield fresh
-        move_together(fresh, *places)
+        move_together(fresh, *destinations)
 
 
 def move_together(folder: Path, *files: Path) -> None:
-    """Take files that belong together out of a folder on the same disk to their places.
+    """Move files that belong together from a folder on the same disk to their destinations.
 
-    The last one comes last, and never stands beside others that are not its own. Of the others, one that is not in the
-    folder is not in its place afterwards either.
+    The last file is moved last, and never exists beside files of another set. If one of the others is not in the
+    folder, it is removed from its destination, too.
 
     Raises:
-        OSError: the last one is not in the folder.
+        OSError: the last file is not in the folder.
     """
     *others, last = files
-    if any(place.exists() for other in others for place in (other, folder / other.name)):
+    if any(path.exists() for other in others for path in (other, folder / other.name)):
         last.unlink(missing_ok=True)
     for other in others:
         if (folder / other.name).exists():
@@ -85,12 +85,12 @@ def move_together(folder: Path, *files: Path) -> None:
 
 
 def publish_text(path: Path, text: str) -> None:
-    """Write a file of text, UTF-8; it holds all of the text or what it held before.
+    """Write a text file in UTF-8; the file then holds either all of the text or what it held before.
 
     Raises:
         OSError: the disk is full, or there is no such folder.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # others may be writing the same
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")  # other processes may write the same file
     try:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
@@ -99,11 +99,11 @@ def publish_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _beside(place: Path) -> Iterator[Path]:
-    """A folder of this process's own beside a place."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    own = OwnedFolder.make(place.parent, f".{place.name}.", PARTIAL)
+def _beside(destination: Path) -> Iterator[Path]:
+    """A temporary folder of this process beside a destination."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    work = OwnedFolder.make(destination.parent, f".{destination.name}.", PARTIAL)
     try:
-        yield own.path
+        yield work.path
     finally:
-        own.remove()
+        work.remove()

@@ -1,9 +1,10 @@
-"""Roots of symmetric positive semidefinite matrices, whatever rounding made of them, and what a moment of zero means.
+"""Compute roots of symmetric positive semidefinite matrices, robust to rounding, and define what a zero moment means.
 
-A moment of zero says that nothing ever comes through on that side: a layer whose input is always 0, or constant where
-the bias takes the mean, or whose output has no part in the loss. Any factors are as good there, and cost nothing. Then
-the factors are those of the identity in its place, which are finite, the same every time, and the best guess should
-something come through one day; and the cost is 0. `weighs` decides, and `damped` keeps what is inverted regular.
+A zero moment means that nothing passes on that side: the layer's input is always 0 (or constant, if the bias absorbs
+the mean), or its output has no effect on the loss. Any factors are then equally good and cost nothing. So the factors
+are computed with the identity in place of the moment: they are finite, the same every time, and the best guess in case
+something passes one day. Their cost is 0. `weighs` decides whether a moment counts as zero, and `damped` keeps matrices
+regular before they are inverted.
 
 Tensors in, tensors out; float64.
 """
@@ -11,24 +12,24 @@ Tensors in, tensors out; float64.
 import torch
 from torch import Tensor
 
-# Shares of the mean diagonal that are tried in turn on a matrix that has to have a triangular factor.
+# Dampings, as shares of the mean diagonal, that are tried in turn until a matrix has a triangular factor.
 _DAMPING = (0.0, 1e-8, 1e-6, 1e-4)
 
 
 def weighs(moment: Tensor) -> bool:
-    """Whether a moment (n×n) weighs anything: if not, it is zero to rounding."""
+    """Whether a moment (n×n) weighs anything; if not, it is zero to rounding."""
     return bool(moment.diagonal().sum(dtype=torch.float64) > 0)
 
 
 def scale_of(moment: Tensor) -> Tensor:
-    """The mean of the diagonal, what dampings are a share of; 1 for a moment that weighs nothing."""
+    """Return the mean of the diagonal, of which dampings are a share; 1 for a moment that weighs nothing."""
     mean = moment.diagonal().double().mean()
     return mean if weighs(moment) else torch.ones_like(mean)
 
 
 def damped(matrix: Tensor, share: float) -> Tensor:
-    """``A + share · mean(diag A) · I``, float64: gives directions never seen a small weight instead of none. Zero
-    becomes ``share · I``.
+    """Return ``A + share · mean(diag A) · I``, float64, so that unseen directions have a small weight instead of none.
+    A zero matrix becomes ``share · I``.
 
     >>> damped(torch.zeros(1, 1), 0.5).tolist()
     [[0.5]]
@@ -39,32 +40,33 @@ def damped(matrix: Tensor, share: float) -> Tensor:
 
 
 def symmetric(matrix: Tensor) -> Tensor:
-    """The symmetric part in float64: accumulated moments are symmetric only up to rounding."""
+    """Return the symmetric part in float64; accumulated moments are only symmetric up to rounding."""
     a = matrix.detach().double()
     return 0.5 * (a + a.T)
 
 
 def square_root(matrix: Tensor) -> Tensor:
-    """Symmetric square root of a positive semidefinite matrix, float64; negative rounding noise counts as zero."""
+    """Return the symmetric square root of a positive semidefinite matrix, float64; negative rounding noise counts as
+    zero."""
     values, vectors = torch.linalg.eigh(symmetric(matrix))
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def root_of(matrix: Tensor) -> Tensor:
-    """R with R Rᵀ = A for a positive semidefinite A, float64: its Cholesky factor, or where A is singular to rounding
-    its symmetric square root."""
+    """Return R with R Rᵀ = A for a positive semidefinite A, float64: the Cholesky factor, or the symmetric square root
+    if A is singular to rounding."""
     factor = cholesky(symmetric(matrix))
     return square_root(matrix) if factor is None else factor
 
 
 def cholesky(matrix: Tensor) -> Tensor | None:
-    """The lower factor, or None where there is none to rounding."""
+    """Return the lower Cholesky factor, or None if the matrix is not positive definite to rounding."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     return None if int(info) or not bool(factor.isfinite().all()) else factor
 
 
 def upper_root_of_inverse(matrix: Tensor) -> Tensor:
-    """The upper U with Uᵀ U = A⁻¹ for a regular A, as one is that was damped.
+    """Return the upper triangular U with Uᵀ U = A⁻¹ for a regular A, such as a damped matrix.
 
     Raises:
         torch.linalg.LinAlgError: A is singular to rounding, or holds NaN or Inf.
@@ -74,8 +76,10 @@ def upper_root_of_inverse(matrix: Tensor) -> Tensor:
 
 
 def triangular_root(matrix: Tensor) -> Tensor:
-    """A regular lower L with L Lᵀ = A, float64. A moment that is singular to rounding gets the least damping that mends
-    it; one that rounding made indefinite loses its negative part. For zero it is the identity.
+    """Return a regular lower triangular L with L Lᵀ = A, float64.
+
+    If A is singular to rounding, it gets the least damping that makes it regular. If rounding made it indefinite, it
+    loses its negative part. For a zero A, L is the identity.
 
     Raises:
         ValueError: A holds NaN or Inf.

@@ -1,7 +1,7 @@
-"""A model of the same make with few blocks and weights of zero, to try on it what would be slow on the whole model.
+"""Build a small copy of a model, with few blocks and zero weights, for tests that would be slow on the whole model.
 
-One block of every kind is kept: blocks are of one kind if they are built of the same classes in the same shapes and
-with the same settings. The width stays, for it may be part of what is tried; weights of zero that are only read take
+The copy has one block of every kind. Two blocks are of the same kind if they consist of the same classes with the same
+shapes and settings. The width does not change, because it may matter to the test. Zero weights that are only read take
 no memory.
 """
 
@@ -17,84 +17,87 @@ from transformers.initialization import no_init_weights
 
 from converters.model_config import shorten
 
-# Settings by which blocks of one kind differ: which of them it is, and how often it is skipped in training.
-_PLACES = ("idx", "index", "number", "_id", "prob", "rate")
-# Above so many bytes of weights nothing is built, although most of them would never be written.
+# Parts of the names of settings by which blocks of one kind may differ: the index, and the rate of skips in training.
+_INDEX_WORDS = ("idx", "index", "number", "_id", "prob", "rate")
+# Nothing is built with more bytes of weights than this, although most of the memory would never be written.
 LARGEST = 64 * 10**9
 
 
 def skeleton(
-    config: PreTrainedConfig, whole: nn.Module, build: Callable[[PreTrainedConfig], PreTrainedModel]
+    config: PreTrainedConfig, meta_model: nn.Module, build: Callable[[PreTrainedConfig], PreTrainedModel]
 ) -> PreTrainedModel | None:
-    """The model with one block of every kind, in evaluation mode and float32; None where it cannot be made smaller and
-    is too large as it is.
+    """Return the model with one block of every kind, in evaluation mode and float32; None if it is too large even so.
 
     Args:
-        whole: the model on the meta device.
-        build: makes the model of a configuration.
+        meta_model: the whole model on the meta device.
+        build: builds the model of a configuration.
     """
-    places = _first_of_each_kind(whole)
-    short = _shortened(config, places)
-    if _all_settings(_empty(short, build)) != _all_settings(whole):
-        # Where what a block is follows from its place, the ones between are needed too.
-        short = _shortened(config, {length: range(kept[-1] + 1) for length, kept in places.items()})
+    block_indices = _first_of_each_kind(meta_model)
+    short = _shortened(config, block_indices)
+    if _all_settings(_empty(short, build)) != _all_settings(meta_model):
+        # If the kind of a block depends on its index, the blocks in between are needed too.
+        short = _shortened(config, {length: range(indices[-1] + 1) for length, indices in block_indices.items()})
     size = sum(4 * parameter.numel() for parameter in _empty(short, build).parameters())
     if size > LARGEST:
         return None
-    with no_init_weights():  # buffers that are computed are computed
+    with no_init_weights():  # computed buffers are still computed
         model = build(short)
     model.tie_weights()
     for parameter in model.parameters():
-        # Pages that nobody has written to are not there; torch.zeros writes.
+        # Memory pages that were never written take no memory; torch.zeros would write them.
         parameter.data = torch.from_numpy(np.zeros(parameter.shape, np.float32))
     return model.float().eval()
 
 
-def _shortened(config: PreTrainedConfig, kept: Mapping[int, Sequence[int]]) -> PreTrainedConfig:
+def _shortened(config: PreTrainedConfig, block_indices: Mapping[int, Sequence[int]]) -> PreTrainedConfig:
     short = copy.deepcopy(config)
-    shorten(short, kept)
+    shorten(short, block_indices)
     return short
 
 
 def _empty(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], PreTrainedModel]) -> PreTrainedModel:
+    """The model on the meta device, without weights."""
     with torch.device("meta"):
         return build(copy.deepcopy(config)).eval()
 
 
 def _first_of_each_kind(model: nn.Module) -> dict[int, list[int]]:
-    """By the length of a list of blocks, the places of the first block of every kind."""
-    found: dict[int, set[int]] = {}
+    """Map the length of a list of blocks to the indices of the first block of every kind."""
+    block_indices: dict[int, set[int]] = {}
     for module in model.modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1:
             kinds = _kinds(list(module))
-            found.setdefault(len(module), set()).update(kinds.index(kind) for kind in kinds)
-    return {length: sorted(places) for length, places in found.items() if len(places) < length}
+            block_indices.setdefault(len(module), set()).update(kinds.index(kind) for kind in kinds)
+    return {length: sorted(indices) for length, indices in block_indices.items() if len(indices) < length}
 
 
 def _all_settings(model: nn.Module) -> set[str]:
-    """What the parts of a model are, each by itself, wherever they are."""
+    """The settings of each part of a model, regardless of its place in the model."""
     return {repr(list(_own_settings(part))) for part in model.modules() if not isinstance(part, PreTrainedModel)}
 
 
 def _kinds(blocks: list[nn.Module]) -> list[dict[tuple[str, str], Any]]:
-    """What each block is made of, but for what only says which of them it is."""
-    made = [dict(_settings(block)) for block in blocks]
-    places = {key for key in made[0] if all(settings.get(key) == place for place, settings in enumerate(made))}
-    return [{key: value for key, value in settings.items() if key not in places} for settings in made]
+    """The settings of each block, without those that only state its index."""
+    all_settings = [dict(_settings(block)) for block in blocks]
+    index_keys = {
+        key for key in all_settings[0] if all(settings.get(key) == index for index, settings in enumerate(all_settings))
+    }
+    return [{key: value for key, value in settings.items() if key not in index_keys} for settings in all_settings]
 
 
 def _settings(block: nn.Module) -> Iterator[tuple[tuple[str, str], Any]]:
-    """Classes, shapes and plain settings by the part of the block and their names."""
+    """Classes, shapes and plain settings, by the part of the block and their own name."""
     for part, module in block.named_modules():
         for name, value in _own_settings(module):
             yield (part, name), value
 
 
 def _own_settings(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The class, shapes and plain settings of a module itself, without its children."""
     yield "", type(module)
     for name, parameter in module.named_parameters(recurse=False):
         yield name, tuple(parameter.shape)
     for name, value in vars(module).items():
         is_plain = value is None or isinstance(value, (bool, int, str, tuple))
-        if is_plain and not name.startswith("_") and not any(word in name for word in _PLACES):
+        if is_plain and not name.startswith("_") and not any(word in name for word in _INDEX_WORDS):
             yield name, value

@@ -1,4 +1,4 @@
-"""How much of a model its selected layers hold: counted, said, and refused where it is next to nothing."""
+"""Coverage: the share of parameters in layers to compress is counted, reported and refused if it is next to nothing."""
 
 import json
 import math

@@ -135,8 +135,8 @@ def test_gradients_reach_both_factors():
     [
         ("bert.nowhere", Factors(torch.ones(32, 2), torch.ones(2, 32), torch.ones(32)), "no layer named bert.nowhere"),
         ("bert.embeddings", Factors(torch.ones(32, 2), torch.ones(2, 32)), "not a dense linear"),
-        ("bert.pooler.dense", Factors(torch.ones(31, 2), torch.ones(2, 32), torch.ones(31)), "do not make"),
-        ("bert.pooler.dense", Factors(torch.ones(32, 3), torch.ones(2, 32), torch.ones(32)), "do not make"),
+        ("bert.pooler.dense", Factors(torch.ones(31, 2), torch.ones(2, 32), torch.ones(31)), "do not multiply to"),
+        ("bert.pooler.dense", Factors(torch.ones(32, 3), torch.ones(2, 32), torch.ones(32)), "do not multiply to"),
         ("bert.pooler.dense", Factors(torch.ones(32, 2), torch.ones(2, 32)), "bias"),
     ],
 )

@@ -22,7 +22,7 @@ from converters.onnx.form import GraphForm
 from converters.onnx.graph_facts import read_graph
 from converters.onnx.modes import BLOCK, FILE_NAMES, MODES
 from converters.onnx.quantize import quantize_graph
-from converters.onnx.quantized_weights import VECTORS, Left, QuantizedWeights, count_quantized
+from converters.onnx.quantized_weights import VECTORS, FloatWeights, QuantizedWeights, count_quantized
 from converters.onnx.runtime import open_session
 from prehab_export.config.data import DataConfig
 from prehab_export.config.run import RunConfig
@@ -247,8 +247,8 @@ def test_what_stays_in_floating_point_is_told(tmp_path):
 
 def test_much_in_floating_point_is_a_warning(capfd):
     left = (
-        Left("Conv", tensors=3, weights=150, bytes=600, reason="slow"),
-        Left(VECTORS, tensors=9, weights=5, bytes=20, reason="short"),
+        FloatWeights("Conv", tensors=3, weights=150, bytes=600, reason="slow"),
+        FloatWeights(VECTORS, tensors=9, weights=5, bytes=20, reason="short"),
     )
     quantization.tell_quantized("dense int8", QuantizedWeights(1000, left))
     told = " ".join("".join(capfd.readouterr()).split())

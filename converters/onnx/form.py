@@ -1,4 +1,4 @@
-"""In which form a graph is to be written."""
+"""Define the options for the form of an exported graph."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from converters.onnx.modes import FULL, KV_CACHES
 
 @dataclass(frozen=True)
 class GraphForm:
-    """What a user of the graph may choose; see `converters.onnx.export.export_onnx`.
+    """The form of a graph; see `converters.onnx.export.export_onnx`.
 
-    text_inputs: names that a tokenizer produces; the graph of a classifier of texts takes those of them that the model
-        uses. None: all that the model uses.
-    image_size: height and width; None: the config's.
-    fuse: operators of ONNX that stand for many (attention, norms, rotary embeddings); without them, standard operators
-        of an older opset only, to compare with or for other runtimes.
-    kv_cache: what a decoder keeps of past tokens: ``full``, ``latent-values`` or ``latent``.
-    external_data_threshold: weights above so many bytes go to ``<name>.onnx_data`` beside the graph; None: those that
-        one file cannot hold.
+    text_inputs: names of the inputs that the tokenizer produces. The graph of a text classifier takes those of them
+        that the model uses; None for all that the model uses.
+    image_size: height and width in pixels; None for the config's.
+    fuse: use operators that combine many (attention, norms, rotary embeddings). Otherwise, use only standard operators
+        of an older opset, for comparisons and for other runtimes.
+    kv_cache: what a decoder caches of past tokens: ``full``, ``latent-values`` or ``latent``.
+    external_data_threshold: if the weights have more bytes than this, they are written to ``<name>.onnx_data`` beside
+        the graph; None for the largest size that one file can hold.
 
     Raises (when made):
-        InputError: no such cache.
+        InputError: an unknown ``kv_cache``.
     """
 
     text_inputs: Sequence[str] | None = None

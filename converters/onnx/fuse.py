@@ -1,9 +1,9 @@
-"""Graph fusion for ONNX Runtime on CPU, with onnxscript's rules.
+"""Fuse operators of a graph for ONNX Runtime on CPU, with onnxscript's rules.
 
-The order is what makes the counts dependable. onnxscript's ONNX Runtime rules must see the norms as the model wrote
-them (``SkipSimplifiedLayerNormalization`` takes the residual sum too), the opset-23 rules then find the rotary
-embeddings, which the first set recognises but cannot place: its rule for the cosine table expects a matrix product
-where transformers now multiplies elementwise. Everything that finds no match stays as it was.
+The order makes the result reliable. onnxscript's ONNX Runtime rules come first, because they must see the norms as the
+model wrote them (``SkipSimplifiedLayerNormalization`` also takes the residual sum). The opset-23 rules then find the
+rotary embeddings. The first set recognises these but cannot replace them: its rule for the cosine table expects a
+matrix product where transformers now multiplies elementwise. Whatever matches no rule does not change.
 """
 
 from collections import Counter
@@ -36,14 +36,15 @@ FUSED_OPERATORS = frozenset(
 
 
 def simplify_graph(model: ir.Model) -> None:
-    """Fold constants, drop what nothing reads, compute once what is computed twice (``down(x)`` of layers that share
-    their ``down``); standard operators only. In place."""
+    """Fold constants, remove unused nodes, and merge repeated computations (``down(x)`` of layers that share ``down``),
+    in place; only standard operators are used."""
     optimize(model)
     CommonSubexpressionEliminationPass()(model)
 
 
 def fuse_graph(model: ir.Model) -> None:
-    """Fuse norms, activations and rotary embeddings, in place; residual sums stay out of the norms (see ``split``)."""
+    """Fuse norms, activations and rotary embeddings, in place; residual sums stay separate from norms (see
+    ``split``)."""
     optimize(model)
     optimize_for_ort(model, config_name="cpu")
     onnx_fusions.fuse(model)
@@ -56,22 +57,28 @@ def fuse_graph(model: ir.Model) -> None:
 
 
 def count_fusions(model: ir.Model) -> dict[str, int]:
-    """Fused operators in the graph, by operator: what a runtime will meet, not what a rule claims to have done."""
+    """Count the fused operators in the finished graph, by operator, whatever the rules report."""
     counts = Counter(node.op_type for node in model.graph.all_nodes() if node.op_type in FUSED_OPERATORS)
     return dict(sorted(counts.items()))
 
 
 def _standardise_rms_norms(graph: ir.Graph) -> None:
-    # onnxscript leaves ONNX Runtime's old operator, which the ONNX checker does not know, where a norm has no
-    # residual sum; since opset 23 it has a standard name, the same inputs and the same attributes.
+    """Rename RMS norms to their standard operator, in place.
+
+    For a norm without a residual sum, onnxscript uses ONNX Runtime's old operator, which the ONNX checker does not
+    know. Since opset 23 there is a standard operator with the same inputs and attributes.
+    """
     for node in graph.all_nodes():
         if node.op_type == "SimplifiedLayerNormalization" and len(node.outputs) == 1:
             node.op_type = "RMSNormalization"
 
 
 def _widen_rotary_tables(graph: ir.Graph) -> None:
-    # The operator wants a row of cosines and sines per sequence of the batch. Where no position_ids come in, the
-    # model computes one row for all, and the rule that placed the operator does not look.
+    """Expand the cosines and sines of rotary embeddings to the size of the batch, in place.
+
+    The operator requires one row per sequence of the batch. Without position_ids, the model computes one row for all,
+    and the rule that inserts the operator does not check this.
+    """
     for node in list(graph.all_nodes()):
         if node.op_type != "RotaryEmbedding" or node.domain != "":
             continue
@@ -88,7 +95,7 @@ def _widen_rotary_tables(graph: ir.Graph) -> None:
 
 
 def _batch_of(value: ir.Value) -> int | str | None:
-    """The first dimension; a rewritten cosine or sine has no shape yet and takes that of its angles."""
+    """The first dimension; a rewritten cosine or sine has no shape yet, and that of its angles is used."""
     producer = value.producer()
     source = producer.inputs[0] if value.shape is None and producer is not None else value
     if source is None or source.shape is None:
@@ -98,9 +105,12 @@ def _batch_of(value: ir.Value) -> int | str | None:
 
 
 def _hide_attention(model: ir.Model) -> None:
-    # ONNX's Attention has a namesake among ONNX Runtime's own operators, and onnxruntime.quantization goes by the
-    # name alone: it would quantise queries and keys as if they were input and weight, and write an invalid graph.
-    # A function of the model under another name is inlined when a session opens.
+    """Wrap every ``Attention`` in a function of another name, in place.
+
+    ONNX Runtime has an operator of its own with the same name, and onnxruntime.quantization only looks at the name: it
+    would quantise queries and keys as if they were input and weight, and write an invalid graph. The function is
+    inlined when a session opens.
+    """
     kinds = {"scale": ir.AttributeType.FLOAT, "q_num_heads": ir.AttributeType.INT, "kv_num_heads": ir.AttributeType.INT}
     inputs = [ir.val(name) for name in ("query", "key", "value", "mask")]
     body = ir.Node("", "Attention", inputs, [ir.RefAttr(name, name, kind) for name, kind in kinds.items()])

@@ -1,4 +1,4 @@
-"""What the bench must know of an ONNX file before it runs it: kind of input, vocabulary, size on disk."""
+"""Read the facts about an ONNX file that the bench needs before it runs it: inputs, vocabulary, size."""
 
 import math
 from collections.abc import Iterator
@@ -11,16 +11,22 @@ from google.protobuf.message import DecodeError
 
 from converters.errors import InputError
 
-# Operators that change the type or the shape of token ids, or the form of a table, but not what they stand for.
+# Operators that change the type or shape of token ids or of a table, but not the meaning.
 _CARRY = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "DequantizeLinear"}
-# Embedding look-ups → the place of the table among their inputs, and of its steps.
+# Operator that looks up embeddings → the indices of the inputs with the table, and with the table's steps.
 _LOOKUP = {"Gather": (0,), "GatherBlockQuantized": (0, 2), "EmbedLayerNormalization": (2,)}
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """``vocab_size`` is None where no embedding table is fed by input_ids; bytes include external data.
-    ``weight_bytes``: of all weights but tables that rows are looked up in, which a request reads only a part of."""
+    """Facts about one graph.
+
+    takes_tokens: whether it has ``input_ids``.
+    decodes: whether it has a cache.
+    vocab_size: rows of the embedding table; None if no table is indexed by ``input_ids``.
+    file_bytes: size on disk, including external data.
+    weight_bytes: size of all weights except embedding tables, since a request only reads some of their rows.
+    """
 
     path: Path
     takes_tokens: bool
@@ -31,7 +37,7 @@ class GraphFacts:
 
 
 def read_graph(path: Path) -> GraphFacts:
-    """Read a model's structure; a folder stands for the ``model.onnx`` in it.
+    """Read the facts from a graph's structure; for a folder, those of the ``model.onnx`` in it.
 
     Raises:
         InputError: no such file, not an ONNX file, or an external data file is missing.
@@ -57,7 +63,7 @@ def read_graph(path: Path) -> GraphFacts:
 
 
 def external_files(model: onnx.ModelProto) -> set[str]:
-    """Names of the files, relative to the model's folder, that hold its external weights."""
+    """Return the names of the files with external weights, relative to the model's folder."""
     return {
         entry.value
         for tensor in model.graph.initializer
@@ -75,16 +81,16 @@ def _file_size(path: Path, name: str) -> int:
 
 
 def _weight_bytes(graph: onnx.GraphProto) -> int:
-    """A table counts only where something beside a look-up reads it too, as a tied output layer does."""
+    """The size of all weights. A table only counts if another operator reads it too, such as a tied output layer."""
     sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type in _CARRY}
-    read = {
+    read_names = {
         _origin(name, sources)
         for node in graph.node
         if node.op_type not in _CARRY
-        for place, name in enumerate(node.input)
-        if place not in _LOOKUP.get(node.op_type, ())
+        for index, name in enumerate(node.input)
+        if index not in _LOOKUP.get(node.op_type, ())
     }
-    return sum(_tensor_bytes(tensor) for tensor in graph.initializer if tensor.name in read)
+    return sum(_tensor_bytes(tensor) for tensor in graph.initializer if tensor.name in read_names)
 
 
 def _tensor_bytes(tensor: onnx.TensorProto) -> int:
@@ -92,19 +98,23 @@ def _tensor_bytes(tensor: onnx.TensorProto) -> int:
 
 
 def _vocab_size(graph: onnx.GraphProto) -> int | None:
-    """The least number of rows among the tables that input_ids are looked up in."""
+    """The smallest number of rows among the tables that ``input_ids`` are looked up in."""
     rows = {tensor.name: tensor.dims[0] for tensor in graph.initializer if tensor.dims}
     sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type in _CARRY}
-    # Ids that are looked up among the numbers of a table's rows, which refuses those beyond it, stay what they are.
-    numbers = {node.output[0] for node in graph.node if node.op_type == "Range"}
+    # A Gather on a table's row numbers only rejects ids beyond the table (see `converters.onnx.blocks`); its output is
+    # the ids themselves.
+    row_numbers = {node.output[0] for node in graph.node if node.op_type == "Range"}
     sources |= {
-        node.output[0]: node.input[1] for node in graph.node if node.op_type == "Gather" and node.input[0] in numbers
+        node.output[0]: node.input[1]
+        for node in graph.node
+        if node.op_type == "Gather" and node.input[0] in row_numbers
     }
     sizes = [rows[table] for table in (_origin(t, sources) for t in _tables(graph, sources)) if table in rows]
     return min(sizes, default=None)
 
 
 def _tables(graph: onnx.GraphProto, sources: dict[str, str]) -> Iterator[str]:
+    """The names of the tables that ``input_ids`` are looked up in."""
     for node in graph.node:
         if node.op_type not in _LOOKUP or any(a.name in ("axis", "gather_axis") and a.i for a in node.attribute):
             continue
@@ -114,7 +124,7 @@ def _tables(graph: onnx.GraphProto, sources: dict[str, str]) -> Iterator[str]:
 
 
 def _origin(name: str, sources: dict[str, str]) -> str:
-    """Follow a value back through the operators that only carry it."""
+    """Follow a value back through the operators that only pass it on."""
     while name in sources:
         name = sources[name]
     return name

@@ -1,6 +1,7 @@
-"""The kinds of quantisation and of caches, by name. Light: a command line lists them without loading onnx."""
+"""Name the quantisation modes and the kinds of caches. This module is light, so that a command line can list them
+without loading onnx."""
 
-# Mode → the file's name, as the ecosystem has it beside ``model.onnx``.
+# Mode → file name, as is usual beside ``model.onnx``.
 FILE_NAMES = {
     "int8": "model_int8.onnx",
     "int8-tables4": "model_int8_tables4.onnx",
@@ -10,14 +11,14 @@ FILE_NAMES = {
     "float16": "model_fp16.onnx",
 }
 MODES = tuple(FILE_NAMES)
-INT8_STATIC = "int8-static"  # the one that needs data, to find ranges on
-# Those that have a scale for every block of so many inputs of one output.
+INT8_STATIC = "int8-static"  # the only mode that needs data, to measure the ranges of activations
+# Modes with one scale per block of BLOCK inputs of one output.
 BLOCK_MODES = ("int8-blocks", "int4")
 BLOCK = 32
 
-# What a decoder keeps of past tokens: keys and values, or of low-rank layers the latents (`converters.onnx.latent`).
+# What a decoder caches of past tokens: keys and values, or latents of low-rank layers (see `converters.onnx.latent`).
 FULL, LATENT_VALUES, LATENT = "full", "latent-values", "latent"
 KV_CACHES = (FULL, LATENT_VALUES, LATENT)
 
-# After the name of a graph: the file of weights that do not fit into it.
+# Added to a graph's name, it names the file of weights that are not in the graph itself.
 DATA_SUFFIX = "_data"

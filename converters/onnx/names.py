@@ -1,11 +1,11 @@
-"""Names in a graph: weights keep the names they have in the model, everything else is numbered.
+"""Name the contents of a graph: weights keep their names in the model, everything else is numbered.
 
-A weight appears under its ``state_dict`` name. ONNX multiplies from the left (x @ W), so the weight of an
-``nn.Linear`` is stored transposed, and then its name ends in ``.T``: ``…query.down.weight.T`` is in×rank. The name of
-one that is taken head by head ends in ``.heads`` (heads×width×rank) or, transposed head by head, in ``.heads.T``. A
-weight with several names, as a ``down`` that layers share, has the first one. What the exporter or a fusion made up has
-no such name and is called ``constant_{i}``; weights that were stacked have what their names share, and in braces what
-they do not: ``…attention.{query,key,value}.down.weight.T``.
+A weight has its ``state_dict`` name. ONNX multiplies weights from the right (x @ W), so the weight of an ``nn.Linear``
+is stored transposed, and its name then ends in ``.T``: ``…query.down.weight.T`` is in×rank. The name of a weight that
+is multiplied head by head ends in ``.heads`` (heads×width×rank) or, transposed per head, in ``.heads.T``. A weight with
+several names, such as a shared ``down``, has the first. Constants that the exporter or a fusion created are called
+``constant_{i}``. The name of stacked weights consists of the parts that their names share, with the different parts in
+braces: ``…attention.{query,key,value}.down.weight.T``.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +20,7 @@ HEADS = ".heads"
 
 
 def restore_weight_names(graph: ir.Graph, prefix: str, first_names: Mapping[str, str]) -> None:
-    """Take the wrapper's prefix off the initialisers' names, and of a weight's several names take the first."""
+    """Remove the wrapper's prefix from the names of initialisers, and use the first of a weight's names."""
     for value in list(graph.initializers.values()):
         assert value.name is not None
         if value.name.startswith(prefix):
@@ -31,8 +31,8 @@ def restore_weight_names(graph: ir.Graph, prefix: str, first_names: Mapping[str,
 def store_transposed(model: ir.Model) -> None:
     """Replace ``Transpose(weight)`` by a weight that is stored transposed, so that it keeps a readable name.
 
-    A weight that is also read as it stands (an embedding tied to the output layer) keeps its ``Transpose``: two
-    copies would double it on disk.
+    A weight that is also read without a transpose (an embedding tied to the output layer) keeps its ``Transpose``: two
+    copies would take twice the space on disk.
     """
     graph = model.graph
     for source in list(graph.initializers.values()):
@@ -49,8 +49,8 @@ def store_transposed(model: ir.Model) -> None:
 
 
 def store_by_head(model: ir.Model) -> None:
-    """Replace ``Reshape(weight)`` from two axes to three, and a ``Transpose`` of the last two that may follow, by a
-    weight that is stored so."""
+    """Replace a ``Reshape(weight)`` from two axes to three, and a ``Transpose`` of the last two axes if one follows, by
+    a weight that is stored in that form."""
     graph = model.graph
     for source in list(graph.initializers.values()):
         for node in [node for node, _ in source.uses() if node.op_type == "Reshape"]:
@@ -72,40 +72,42 @@ def store_by_head(model: ir.Model) -> None:
 
 
 def _swaps_axes(node: ir.Node, order: Sequence[int] = (1, 0)) -> bool:
+    """Whether a node is a transpose with this order of axes."""
     return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == list(order)
 
 
 def _register(graph: ir.Graph, name: str, tensor: torch.Tensor) -> ir.Value:
-    stored = TorchTensor(tensor, name=name)  # a view: copied when it is written, not before
+    """Add an initialiser to the graph."""
+    stored = TorchTensor(tensor, name=name)  # a view, which is only copied when it is written
     value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
     graph.register_initializer(value)
     return value
 
 
 def tidy(model: ir.Model, weights: Collection[str]) -> None:
-    """Number nodes and values in graph order and strip what the exporter left behind (stack traces, paths, stale
-    shapes), so that equal weights make equal files. ``weights`` are the names to keep."""
+    """Number nodes and values in graph order, and remove the exporter's leftovers (stack traces, paths, stale shapes),
+    so that equal weights give equal files. ``weights`` are the names to keep."""
     ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     graph = model.graph
     graph.name = "model"
-    kept = {id(value) for value in (*graph.inputs, *graph.outputs)}
+    interface = {id(value) for value in (*graph.inputs, *graph.outputs)}
     for index, node in enumerate(graph.all_nodes()):
         node.name = f"{node.op_type}_{index}"
         for position, value in enumerate(node.outputs):
-            if id(value) not in kept:
+            if id(value) not in interface:
                 # ONNX Runtime counts the outputs of a Split by their names.
-                named = value.uses() or node.op_type == "Split"
-                value.name = f"value_{index}_{position}" if named else ""
-                value.shape = None  # onnxruntime's quantiser rejects a graph over one shape that a rewrite left stale
-    known = {parameter_name(name) for name in weights}
-    made_up = [name for name in graph.initializers if parameter_name(name) not in known]
-    for index, name in enumerate(made_up):
+                needs_name = value.uses() or node.op_type == "Split"
+                value.name = f"value_{index}_{position}" if needs_name else ""
+                value.shape = None  # onnxruntime's quantiser rejects a graph with any shape that a rewrite left stale
+    parameters = {parameter_name(name) for name in weights}
+    constants = [name for name in graph.initializers if parameter_name(name) not in parameters]
+    for index, name in enumerate(constants):
         _rename_initializer(graph, graph.initializers[name], f"constant_{index}")
 
 
 def parameter_name(name: str) -> str:
-    """Without what says how it is stored.
+    """Remove the suffixes of an initialiser's name that say how the parameter is stored.
 
     >>> parameter_name("layer.0.value.up.weight.heads.T")
     'layer.0.value.up.weight'

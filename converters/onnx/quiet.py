@@ -1,4 +1,4 @@
-"""Silence around libraries that talk while they work."""
+"""Silence libraries that print while they work."""
 
 import logging
 import warnings
@@ -9,7 +9,7 @@ from io import StringIO
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep a library's progress and warnings from the user; what fails still raises."""
+    """Hide a library's output, warnings and log messages within the block; errors are still raised."""
     disabled = logging.root.manager.disable
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

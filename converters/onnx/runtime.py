@@ -1,4 +1,4 @@
-"""Opening a graph with ONNX Runtime, threads stated."""
+"""Open a graph with ONNX Runtime, with a fixed number of threads."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ CPU = "CPUExecutionProvider"
 def open_session(
     path: Path, threads: int = 1, provider: str = CPU, profile: Path | None = None
 ) -> onnxruntime.InferenceSession:
-    """A session on one execution provider, with `session_options`.
+    """Open a session on one execution provider, with `session_options`.
 
     Args:
-        profile: where every kernel is to be noted: the beginning of a file's name.
+        profile: the beginning of the name of a file to which the time of every kernel is written.
 
     Raises:
-        InputError: the file is not there, or threads is below 1.
-        RuntimeError: the provider did not start; ONNX Runtime would go on without it.
+        InputError: the file does not exist, or ``threads`` is below 1.
+        RuntimeError: the provider did not start; ONNX Runtime would continue without it.
     """
     if not path.is_file():
         raise InputError(f"no ONNX graph at {path}")
@@ -34,19 +34,19 @@ def open_session(
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """``threads`` threads inside an operator, and operators one after the other.
+    """Return options for ``threads`` threads inside an operator; operators run one after another.
 
     Raises:
-        InputError: threads is below 1.
+        InputError: ``threads`` is below 1.
     """
     if threads < 1:
         raise InputError(f"threads must be at least 1, got {threads}")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads  # unset, ORT counts the machine's cores, not this process's
+    options.intra_op_num_threads = threads  # by default, ONNX Runtime counts the machine's cores, not this process's
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    # Threads spin inside a run, as by default, but sleep once it returns: left spinning (50 ms to a second) they would
-    # take the cores from whatever runs next, such as the other model of a measurement.
+    # Threads spin during a run, as by default, but sleep once it returns. Otherwise they would spin on for 50 ms to a
+    # second, and take the cores from whatever runs next, such as the other model of a measurement.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = 3  # errors only; the rest is about the machine, not the graph
+    options.log_severity_level = 3  # errors only; warnings are about the machine, not the graph
     return options

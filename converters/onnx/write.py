@@ -1,9 +1,9 @@
-"""An ONNX file written tensor by tensor.
+"""Write an ONNX file tensor by tensor.
 
-Protocol buffers want a whole message in memory, twice over: once as an object, once as bytes. But a message is only its
-fields one after another, each with its length in front (Protocol Buffers encoding, "length-delimited records"), and
-lengths are known from shapes. So everything but the weights is serialised as usual, and the weights follow, one at a
-time: a model of S bytes takes one tensor's worth of memory to write, not 2·S.
+The Protocol Buffers library needs the whole message in memory, and twice: as an object and as bytes. But a message
+consists of its fields one after another, each preceded by its length (Protocol Buffers encoding, "length-delimited
+records"), and the lengths follow from the shapes. So everything except the weights is serialised as usual, and the
+weights follow one at a time. Writing a model of S bytes then takes the memory of one tensor, not 2·S.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,51 +20,52 @@ from converters.publishing import published_files
 
 # Field numbers of onnx.proto, with the wire type of length-delimited records.
 _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = (field << 3 | 2 for field in (7, 5, 9))
-# Smaller tensors stay in the message.
+# Smaller tensors are serialised with the message.
 _LEAST_BYTES = 1024
 
-# A protobuf file ends at 2 GiB.
+# The default threshold, below the limit of 2 GiB for a protobuf file.
 EXTERNAL_DATA_THRESHOLD = 1_900_000_000
 
 
 def data_file(graph: Path) -> Path:
-    """Where a graph's weights lie if they are not in it: the name that the ecosystem looks for."""
+    """Return the path of a graph's weights if they are not in the graph, by the usual name."""
     return graph.with_name(f"{graph.name}{DATA_SUFFIX}")
 
 
 def has_external_data(model: ir.Model) -> bool:
-    """Whether a graph that was read keeps weights in a file of their own."""
+    """Whether a graph that was read from a file keeps its weights in another file."""
     return any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
 
 
 def publish_graph(model: ir.Model, path: Path, threshold: int | None = None, *, check: bool = True) -> int:
-    """Write beside the destination, check, move into place; returns the bytes written.
+    """Write a graph beside its destination, check it and move it there; returns the number of bytes written.
 
     Args:
-        threshold: weights of more bytes go to ``data_file(path)``; by default ``EXTERNAL_DATA_THRESHOLD``.
-        check: that it is a valid graph; one made from a graph that came from elsewhere is as valid as that.
+        threshold: if the weights have more bytes than this, they are written to ``data_file(path)``; by default
+            ``EXTERNAL_DATA_THRESHOLD``.
+        check: check that the graph is valid; unnecessary if it was derived from another graph file.
 
     Raises:
-        onnx.checker.ValidationError: it is not a valid graph.
+        onnx.checker.ValidationError: the graph is not valid.
     """
     threshold = EXTERNAL_DATA_THRESHOLD if threshold is None else threshold
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     with published_files(data_file(path), path) as folder:
-        written = folder / path.name
+        partial = folder / path.name
         if weights > threshold:
-            ir.save(model, written, external_data=data_file(path).name)
+            ir.save(model, partial, external_data=data_file(path).name)
             if check:
-                onnx.checker.check_model(str(written))  # reads the graph, not its data
+                onnx.checker.check_model(str(partial))  # reads the graph, not its external data
         else:
-            write_graph(model, written, check=check)
+            write_graph(model, partial, check=check)
         return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def write_graph(model: ir.Model, path: Path, *, check: bool = True) -> None:
-    """Write the model as one ONNX file with its weights inside; ``check``: that it is a valid graph.
+    """Write the model as one ONNX file with its weights inside; ``check`` that the graph is valid.
 
     Raises:
-        onnx.checker.ValidationError: it is not a valid graph.
+        onnx.checker.ValidationError: the graph is not valid.
     """
     weights = [value for value in model.graph.initializers.values() if _is_large(value)]
     with _without(model.graph, weights):
@@ -81,15 +82,16 @@ def write_graph(model: ir.Model, path: Path, *, check: bool = True) -> None:
         file.write(graph)
         for head, value in records:
             file.write(head)
-            # Tensors that lie in memory as they are written are not copied.
+            # A tensor that is contiguous in memory is written without a copy.
             file.write(np.ascontiguousarray(_tensor(value).numpy()).reshape(-1).view(np.uint8).data)
 
 
 def _is_large(value: ir.Value) -> bool:
+    """Whether an initialiser is written separately from the message."""
     tensor = value.const_value
     if tensor is None:
         return False
-    # What lies in another file must not be a mere reference to it here.
+    # The message would only hold a reference to a tensor in another file.
     return tensor.nbytes >= _LEAST_BYTES or isinstance(tensor, ir.ExternalTensor)
 
 
@@ -100,6 +102,7 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol:
 
 @contextmanager
 def _without(graph: ir.Graph, weights: Sequence[ir.Value]) -> Iterator[None]:
+    """Remove these initialisers from the graph within the block."""
     order = dict(graph.initializers)
     try:
         for value in weights:
@@ -111,7 +114,7 @@ def _without(graph: ir.Graph, weights: Sequence[ir.Value]) -> Iterator[None]:
 
 
 def _check(rest: ModelProto, weights: Sequence[ir.Value]) -> None:
-    """Check the graph with inputs of the same type and shape in the place of its weights."""
+    """Check the graph with inputs of the same type and shape in place of its weights."""
     inputs = [
         onnx.helper.make_tensor_value_info(str(value.name), int(_tensor(value).dtype), _tensor(value).shape.numpy())
         for value in weights
@@ -123,7 +126,7 @@ def _check(rest: ModelProto, weights: Sequence[ir.Value]) -> None:
 
 
 def _record_head(value: ir.Value) -> bytes:
-    """All of an initialiser's record in the graph but the bytes of its weights."""
+    """An initialiser's record in the graph, without the bytes of its weights."""
     tensor = _tensor(value)
     head = TensorProto(name=value.name, dims=tensor.shape.numpy(), data_type=int(tensor.dtype)).SerializeToString()
     head += bytes([_TENSOR_RAW_DATA]) + _varint(tensor.nbytes)
@@ -131,7 +134,7 @@ def _record_head(value: ir.Value) -> bytes:
 
 
 def _varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first; the top bit says that more follow.
+    """Encode a number with seven bits per byte, lowest first; the top bit says that more bytes follow.
 
     >>> _varint(300)
     b'\\xac\\x02'
