@@ -52,7 +52,7 @@ def measured(shape: str, removed: float) -> dict:
     quiet_libraries()
     # Everything that an export imports is imported by an export.
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(build(shape, 1, tiny=True), Path(folder, "model.onnx"), SHAPES[shape][0])
+        export_onnx(build(shape, 1, tiny=True), SHAPES[shape][0], Path(folder, "model.onnx"))
     before = resident("VmRSS")
     model = build(shape, None)
     if removed:
@@ -63,7 +63,7 @@ def measured(shape: str, removed: float) -> dict:
     made = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     with tempfile.TemporaryDirectory() as folder:
-        written = export_onnx(model, Path(folder, "model.onnx"), SHAPES[shape][0])
+        written = export_onnx(model, SHAPES[shape][0], Path(folder, "model.onnx"))
     peak = resident("VmHWM") - before
     return {
         "shape": shape,

@@ -23,12 +23,14 @@ import transformers
 import prehab_export as px
 from converters.lowrank import Factors, dense_weight, factorize
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.modes import FILE_NAMES, MODES
 from converters.onnx.quantize import quantize_graph
 from prehab_export.config.bench import BenchConfig
 from prehab_export.linalg.allocation import parameters, uniform_rank
 from prehab_export.measurement.benchmark import bench
 from prehab_export.pipeline.session import quiet_libraries
+from prehab_export.system.terminal import bar
 
 # Operators that multiply by a weight.
 LINEAR = {"MatMul", "Gemm", "FusedMatMul"}
@@ -76,7 +78,7 @@ def main(
             config = BenchConfig(
                 threads=count, batch_sizes=batches, sequence_lengths=lengths, rounds=rounds, new_tokens=new_tokens
             )
-            run = bench(graphs, config, progress=lambda line: click.echo(line, err=True))
+            run = bench(graphs, config, progress=bar)
             add_ideals(run, kept)
             result["runs"].append(run)
             for row in run["comparison"]:
@@ -96,7 +98,7 @@ def make_graphs(
         left = cut(model, share, multiple) if share else 1.0
         name = f"{share:.0%} removed" if share else "dense"
         graph = folder / name.replace("% ", "-") / "model.onnx"
-        export_onnx(model, graph, SHAPES[shape][0], text_inputs=("input_ids", "attention_mask"))
+        export_onnx(model, SHAPES[shape][0], graph, GraphForm(text_inputs=("input_ids", "attention_mask")))
         del model
         variants = {name: graph}
         for mode in modes:

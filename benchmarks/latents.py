@@ -20,10 +20,12 @@ import transformers
 from latency import LLAMA, cut
 
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.modes import FULL, KV_CACHES
 from prehab_export.config.bench import BenchConfig
 from prehab_export.measurement.benchmark import bench
 from prehab_export.pipeline.session import quiet_libraries
+from prehab_export.system.terminal import bar
 
 # Key and value heads: fewer than heads of queries; as many; as many, and no rotation of keys.
 SHAPES = ("llama-gqa", "llama-mha", "opt")
@@ -57,17 +59,17 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         model = build(shape, blocks)
         graphs = {"dense": Path(folder, "dense.onnx")}
-        per_token = {"dense": export_onnx(model, graphs["dense"], "text-generation").cache_bytes_per_token}
+        per_token = {"dense": export_onnx(model, "text-generation", graphs["dense"]).cache_bytes_per_token}
         cut(model, removed, 16)
         for kind in KV_CACHES:
             name = f"{removed:.0%} removed, {kind}"
             graphs[name] = Path(folder, f"{kind}.onnx")
-            export = export_onnx(model, graphs[name], "text-generation", kv_cache=kind)
+            export = export_onnx(model, "text-generation", graphs[name], GraphForm(kv_cache=kind))
             per_token[name] = export.cache_bytes_per_token
             if kind != FULL:
                 assert not export.warnings, export.warnings
         del model
-        result |= bench(graphs, config, progress=lambda line: click.echo(line, err=True))
+        result |= bench(graphs, config, progress=bar)
     result["cache_bytes_per_token"] = per_token
     for case in result["cases"]:
         case["cache_mb"] = per_token[case["model"]] * (case["sequence"] + new_tokens) / 1e6

@@ -31,6 +31,7 @@ from prehab_export.config.calibrate import FISHER_LABELS
 from prehab_export.pipeline.session import held_out_split, quiet_libraries
 from prehab_export.pipeline.sweep_methods import METHODS
 from prehab_export.system.machine import machine_facts
+from prehab_export.system.progress import named
 from prehab_export.system.terminal import bar, say
 
 LAMBDAS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
@@ -51,19 +52,19 @@ def steps(bench: Bench, asked: Asked) -> list[dict[str, Any]]:
     rows = []
     for strength in (0.0, bench.options.strength):
         model, options = copy.deepcopy(bench.model), bench.options
-        layers = px.target_layers(model)
         training = px.TrainConfig(options.steps, options.batch_size, options.lr, distill=options.distill)
         config = px.PrehabConfig(
             training, surrogate=options.surrogate, strength=strength, whitening=options.whitening,
             update=options.update, layer_weights=options.layer_weights, refresh_every=options.refresh_every,
         )  # fmt: skip
-        with bar(f"λ = {strength:g}", options.steps) as advance:
-            history = px.prehab(
-                model, bench.task, bench.training, layers, bench.statistics, config,
-                METHODS["svd-llm"].at(asked.ratio, px.TruncateConfig()),
-                evaluate=lambda candidate: {"dense": bench.metric(candidate)["value"]},
-                progress=lambda _row: advance(1),
-            )  # fmt: skip
+        history = px.prehab(
+            px.Calibrated(model, bench.task, bench.statistics),
+            bench.training,
+            config,
+            METHODS["svd-llm"].at(asked.ratio, px.TruncateConfig()),
+            evaluate=lambda candidate: {"dense": bench.metric(candidate)["value"]},
+            progress=named(bar, f"λ = {strength:g}"),
+        )
         rows += [row | {"lambda": strength} for row in history]
     return rows
 

@@ -29,13 +29,16 @@ from torch import nn
 
 import prehab_export as px
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.quantize import quantize_graph
 from converters.onnx.runtime import open_session
-from prehab_export.compression.bases import factor_bases
+from prehab_export.compression.calibrated import Calibrated
+from prehab_export.compression.calibration import Gather
 from prehab_export.compression.closed_form import Samplesets, compress
 from prehab_export.compression.decompositions import Decompositions, decompose_layers
+from prehab_export.compression.factored import Factored
 from prehab_export.compression.refinement import refine
-from prehab_export.compression.training import frozen_copy, labelled_loss, train
+from prehab_export.compression.training import Trainable, frozen_copy, labelled_loss, train
 from prehab_export.config.training import RefineConfig, RefineSchedule
 from prehab_export.inputs.data.samples import Samples
 from prehab_export.inputs.devices import choose_device, prepare_determinism
@@ -43,6 +46,7 @@ from prehab_export.inputs.evaluation import onnx_predictor, torch_predictor
 from prehab_export.pipeline.session import held_out_split, quiet_libraries
 from prehab_export.pipeline.sweep_methods import METHODS
 from prehab_export.system.machine import machine_facts
+from prehab_export.system.progress import named
 from prehab_export.system.terminal import bar, say
 
 
@@ -156,26 +160,23 @@ class Bench:
         return self.calibrated(self.model)
 
     def calibrated(self, model: nn.Module) -> px.Statistics:
+        batches, gather = self.calibration.batches(self.evaluation_batch), Gather(labels=self.options.fisher_labels)
         layers = self.layers(model)
-        batches = self.calibration.batches(self.evaluation_batch)
-        with bar("calibrate", len(self.calibration)) as advance:
-            return px.calibrate(model, batches, self.task, layers, labels=self.options.fisher_labels, progress=advance)
+        return px.calibrate(model, self.task, batches, layers, gather=gather, progress=bar).statistics
 
     def metric(self, model: nn.Module, samples: Samples | None = None) -> dict[str, Any]:
-        samples = samples or self.data.evaluation
-        with bar("evaluate", len(samples)) as advance:
-            batches = samples.batches(self.evaluation_batch)
-            return asdict(px.evaluate(torch_predictor(model, self.task), batches, self.task, advance))
+        batches = (samples or self.data.evaluation).batches(self.evaluation_batch)
+        return asdict(px.evaluate(torch_predictor(model, self.task), self.task, batches, progress=bar))
 
     def metric_in_int8(self, model: Any) -> dict[str, Any]:
         """After ONNX Runtime's dynamic quantisation of the exported graph: weights and activations in int8."""
         with tempfile.TemporaryDirectory() as folder:
             plain, quantised = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
             names = None if self.task.name == "image-classification" else self.processor.model_input_names
-            export_onnx(model, plain, self.task.name, text_inputs=names)
+            export_onnx(model, self.task.name, plain, GraphForm(text_inputs=names))
             session = open_session(quantize_graph(plain, quantised, "int8"), torch.get_num_threads())
             batches = self.data.evaluation.batches(self.evaluation_batch)
-            return asdict(px.evaluate(onnx_predictor(session, self.task), batches, self.task))
+            return asdict(px.evaluate(onnx_predictor(session, self.task), self.task, batches))
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
         return px.target_layers(model, self.options.include)
@@ -229,14 +230,14 @@ class Bench:
         self, model: nn.Module, statistics: px.Statistics, method: str, ratio: float
     ) -> tuple[nn.Module, dict[str, Any]]:
         base = px.TruncateConfig(ratio=ratio)
-        config, layers = METHODS[method].at(ratio, base), self.layers(model)
+        config, calibrated = METHODS[method].at(ratio, base), Calibrated(model, self.task, statistics)
         samples = Samplesets(self.calibration, self.held_out, self.evaluation_batch)
         decomposed = None
         if model is self.model:
             if self.decomposed[0] != config.objective:  # one decomposition a layer serves every ratio
-                self.decomposed = (config.objective, decompose_layers(layers, statistics, config))
+                self.decomposed = (config.objective, decompose_layers(calibrated, config))
             decomposed = self.decomposed[1]
-        result = compress(model, self.task, layers, statistics, samples, config, decomposed=decomposed, progress=bar)
+        result = compress(calibrated, samples, config, decomposed=decomposed, progress=bar)
         facts = {"predicted_loss_increase": result.truncation.summary()["predicted_loss_increase"]}
         student = result.truncation.apply(copy.deepcopy(model))
         if METHODS[method].refined:
@@ -252,38 +253,27 @@ class Bench:
         training = px.TrainConfig(
             steps=steps, batch_size=options.batch_size, learning_rate=options.lr, distill=options.distill
         )
-        with bar(f"{recipe.before} {ratio:g}", steps) as advance:
-            if recipe.before == "task":
-                loss = labelled_loss(self.task, self.model, options.distill)
-                history = train(
-                    model, self.training, training, list(model.parameters()), loss, seed=seed,
-                    precision=self.task.precision, progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
-                )  # fmt: skip
-            elif recipe.before != "prehab":
-                loss = labelled_loss(self.task, self.model, options.distill)
-                history = pat(model, self.layers(model), self.training, training, loss, ratio, str(recipe.before), seed)
-            else:
-                history = px.prehab(
-                    model,
-                    self.task,
-                    self.training,
-                    self.layers(model),
-                    self.statistics,
-                    px.PrehabConfig(
-                        train=training,
-                        surrogate=options.surrogate,
-                        strength=options.strength,
-                        whitening=options.whitening,
-                        schedule=options.schedule,
-                        update=options.update,
-                        layer_weights=options.layer_weights,
-                        refresh_every=options.refresh_every,
-                    ),
-                    METHODS[recipe.cut or "svd-llm"].at(ratio, px.TruncateConfig()),
-                    fisher_labels=options.fisher_labels,
-                    seed=seed,
-                    progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}, {row['surrogate']:.3f}"),
-                )
+        progress = named(bar, f"{recipe.before} {ratio:g}")
+        loss = labelled_loss(self.task, self.model, options.distill)
+        if recipe.before == "task":
+            trainable = Trainable(model, list(model.parameters()), precision=self.task.precision)
+            history = train(trainable, self.training, training, loss, seed=seed, progress=progress)
+        elif recipe.before != "prehab":
+            history = pat(model, self.layers(model), self.training, training, loss, ratio, str(recipe.before), seed)
+        else:
+            config = px.PrehabConfig(
+                train=training,
+                surrogate=options.surrogate,
+                strength=options.strength,
+                whitening=options.whitening,
+                schedule=options.schedule,
+                update=options.update,
+                layer_weights=options.layer_weights,
+                refresh_every=options.refresh_every,
+            )
+            calibrated = Calibrated(model, self.task, self.statistics)
+            truncation = METHODS[recipe.cut or "svd-llm"].at(ratio, px.TruncateConfig())
+            history = px.prehab(calibrated, self.training, config, truncation, seed=seed, progress=progress)
         return model, {"early": _thinned(history)}
 
     def teacher(self, prepared: nn.Module) -> nn.Module:
@@ -297,13 +287,12 @@ class Bench:
         self, model: nn.Module, teacher: nn.Module, statistics: px.Statistics, schedule: RefineSchedule, seed: int
     ) -> list[dict[str, float]]:
         """Tune the compressed model in place to do what ``teacher`` does, without labels."""
-        bases = factor_bases(model, statistics) if self.options.eigenbasis else None
         samples = self.training if self.options.refine_on == "training" else self.calibration
-        with bar("refine", schedule.steps) as advance:
-            return refine(
-                model, teacher, self.task, samples, RefineConfig(schedule),
-                bases=bases, seed=seed, progress=lambda row: advance(1, note=f"{row['divergence']:.4f}"),
-            )  # fmt: skip
+        factored = self.factored(model, statistics, self.options.eigenbasis)
+        return refine(factored, samples, RefineConfig(schedule), teacher=teacher, seed=seed, progress=bar)
+
+    def factored(self, model: nn.Module, statistics: px.Statistics, eigenbasis: bool) -> Factored:
+        return Factored.of(model, self.task, statistics) if eigenbasis else Factored(model, self.task)
 
     def trained(
         self, model: nn.Module, statistics: px.Statistics, recipe: Recipe, steps: int, seed: int
@@ -317,19 +306,15 @@ class Bench:
             history = self.refined(model, self.model, statistics, RefineSchedule(**schedule), seed)
             after = self.metric(model, self.held_out)["loss"]
             return {"late": _thinned(history), "held_out_loss_before": before, "held_out_loss_after": after}
-        bases = factor_bases(model, statistics) if options.eigenbasis and recipe.after != "lora" else None
-        with bar(f"{recipe.after} ", steps) as advance:
-            result = px.rehab(
-                model,
-                self.task,
-                self.training,
-                px.RehabConfig(px.TrainConfig(**schedule, distill=options.distill), method=recipe.after or "factors"),
-                held_out_loss=lambda candidate: self.metric(candidate, self.held_out)["loss"],
-                seed=seed,
-                bases=bases,
-                teacher=self.model if options.distill else None,
-                progress=lambda row: advance(1, note=f"{row['task_loss']:.3f}"),
-            )
+        result = px.rehab(
+            self.factored(model, statistics, options.eigenbasis and recipe.after != "lora"),
+            self.training,
+            px.RehabConfig(px.TrainConfig(**schedule, distill=options.distill), method=recipe.after or "factors"),
+            held_out_loss=lambda candidate: self.metric(candidate, self.held_out)["loss"],
+            teacher=self.model if options.distill else None,
+            seed=seed,
+            progress=named(bar, f"{recipe.after}"),
+        )
         return {"late": _thinned(result.history), "parts": result.parts}
 
 

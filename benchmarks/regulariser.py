@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 import prehab_export as px
 from converters.lowrank import DenseLinear, dense_weight
-from prehab_export.compression.calibration import CalibrationWarning
+from prehab_export.compression.calibrated import Calibrated
+from prehab_export.compression.calibration import CalibrationWarning, Gather
 from prehab_export.compression.regulariser import Regulariser
 from prehab_export.config.training import PROXIMAL_SURROGATES, SURROGATES
 from prehab_export.inputs.tasks import Batch, Task
@@ -107,7 +108,7 @@ class Bench:
         self.layers: Mapping[str, DenseLinear] = px.target_layers(model)
         self.truncation = px.TruncateConfig(ratio=options["ratio"])
         self.plain: list[float] = []
-        self.statistics = px.calibrate(model, [batch], task, self.layers)
+        self.statistics = px.calibrate(model, task, [batch], self.layers).statistics
 
     def step(self) -> float:
         """Seconds of one plain training step; its gradients stay."""
@@ -122,12 +123,14 @@ class Bench:
     def variant(self, update: str, surrogate: str) -> dict[str, Any]:
         every = self.options["every"]
         config = px.PrehabConfig(surrogate=surrogate, update=update, every=every)
-        regulariser = Regulariser(self.layers, config, self.truncation)
+        regulariser = Regulariser(Calibrated(self.model, self.task, self.statistics), config, self.truncation)
         regulariser.refresh(self.statistics)  # the first makes the starts and the weights as well
         began = self._now()
         size = next(iter(self.batch.values())).shape[0]
         passes = -(-self.options["refresh_samples"] // size)
-        fresh = px.calibrate(self.model, [self.batch] * passes, self.task, self.layers, sampling=False)
+        fresh = px.calibrate(
+            self.model, self.task, [self.batch] * passes, self.layers, gather=Gather(sampling=False)
+        ).statistics
         calibrated = self._now()
         regulariser.refresh(fresh)
         refreshed = self._now()

@@ -41,7 +41,7 @@ def main(model: Path, text: Path, also: tuple[str, ...], threads: int, turns: in
     windows = np.array(ids[: WINDOW * WINDOWS], np.int64).reshape(WINDOWS, WINDOW)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "model.onnx")
-        export_onnx(AutoModelForCausalLM.from_pretrained(model), source, "text-generation")
+        export_onnx(AutoModelForCausalLM.from_pretrained(model), "text-generation", source)
         graphs = {"float32": source}
         graphs |= {mode: quantize_graph(source, Path(folder, FILE_NAMES[mode]), mode) for mode in MODES}
         graphs |= {name: Path(path) for name, path in (entry.split("=") for entry in also)}

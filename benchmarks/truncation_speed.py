@@ -23,7 +23,8 @@ import click
 import torch
 from torch import Tensor
 
-from prehab_export.linalg.decomposition import damped, decompose, objective_value
+from converters.roots import damped
+from prehab_export.linalg.decomposition import decompose, objective_value
 from prehab_export.system.machine import machine_facts
 
 Factors = Callable[[int], tuple[Tensor, Tensor]]

@@ -38,7 +38,7 @@ USUAL_SHARE, LEAST_SHARE = 0.5, 0.1
 
 
 @dataclass(frozen=True)
-class Group:
+class ParameterGroup:
     """Parameters of one place in every block: ``model.layers.*.mlp.experts.gate_up_proj``.
 
     kind: a key of ``KINDS``. share: of the whole model's parameters.
@@ -56,7 +56,7 @@ class Coverage:
 
     targeted: int
     total: int
-    rest: tuple[Group, ...]
+    rest: tuple[ParameterGroup, ...]
 
     @property
     def share(self) -> float:
@@ -91,7 +91,7 @@ class Coverage:
         return f"only {self.sentence()}. The rest: {self.where_the_rest_lies()}"
 
     @property
-    def _named(self) -> tuple[Group, ...]:
+    def _named(self) -> tuple[ParameterGroup, ...]:
         return tuple(group for at, group in enumerate(self.rest[:NAMED]) if not at or group.share >= LEAST_NAMED)
 
 
@@ -109,7 +109,7 @@ def coverage(model: nn.Module, layers: Mapping[str, nn.Module]) -> Coverage:
                 place = re.sub(r"(?<=\.)\d+(?=\.)", "*", f"{prefix}.{name}".removeprefix("."))
                 _, size = sizes.get(place, ("", 0))
                 sizes[place] = _kind(place, module, parameter, experts), size + parameter.numel()
-    groups = (Group(place, kind, size, size / total) for place, (kind, size) in sizes.items())
+    groups = (ParameterGroup(place, kind, size, size / total) for place, (kind, size) in sizes.items())
     rest = tuple(sorted(groups, key=lambda group: -group.parameters))
     return Coverage(sum(weight.numel() for weight in targeted.values()), total, rest)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from converters.errors import InputError
+from converters.number_formats import WEIGHT_FORMATS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WEIGHT_FORMATS}
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -11,7 +11,6 @@ folders; a process that did not call it gets an error, see `converters.registrat
 import copy
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from converters.dtypes import loaded_dtypes, main_dtype, name_of
 from converters.errors import InputError
 from converters.lowrank import LowRankLinear
 from converters.model_config import architecture, code_references, compression, forget_kernels, untie_embeddings
+from converters.publishing import published_folder
 from converters.registration import (
     GUARD,
     QUANT_METHOD,
@@ -58,8 +58,7 @@ def save_folder(model: PreTrainedModel, folder: Path, processor: Any = None, max
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder, or remove it first")
     config = _config_to_save(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _published(folder) as partial, _swapped_config(model, config), _names_declared(model):
+    with published_folder(folder) as partial, _swapped_config(model, config), _names_declared(model):
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         _finish_config(partial / "config.json", name_of(main_dtype(model)), guarded=bool(ranks_of(model)))
         if processor is not None:
@@ -185,18 +184,6 @@ def _names_declared(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if others:
             model._tied_weights_keys = declared
-
-
-@contextmanager
-def _published(folder: Path) -> Iterator[Path]:
-    """A folder beside it to write into, renamed to ``folder`` if the block succeeds, removed if it does not."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
-        partial = Path(beside) / folder.name  # not the temporary folder itself, which is its owner's alone
-        partial.mkdir()
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
 
 
 def _finish_config(path: Path, dtype: str, guarded: bool) -> None:

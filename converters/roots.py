@@ -63,6 +63,16 @@ def cholesky(matrix: Tensor) -> Tensor | None:
     return None if int(info) or not bool(factor.isfinite().all()) else factor
 
 
+def upper_root_of_inverse(matrix: Tensor) -> Tensor:
+    """The upper U with Uᵀ U = A⁻¹ for a regular A, as one is that was damped.
+
+    Raises:
+        torch.linalg.LinAlgError: A is singular to rounding, or holds NaN or Inf.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
 def triangular_root(matrix: Tensor) -> Tensor:
     """A regular lower L with L Lᵀ = A, float64. A moment that is singular to rounding gets the least damping that mends
     it; one that rounding made indefinite loses its negative part. For zero it is the identity.

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from converters.errors import InputError
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.moments import InputMoment, Statistics
 from prehab_export.compression.planning import ranks_by
 from prehab_export.compression.truncation import truncate
 from prehab_export.config.truncate import TruncateConfig
+from prehab_export.inputs.tasks import TASKS
 from prehab_export.linalg.allocation import (
     Choice,
     _both_forms,
@@ -213,10 +215,9 @@ def test_each_group_takes_the_form_that_suits_it():
 @pytest.mark.parametrize(("ratio", "multiple"), [(0.5, 16), (0.75, 8), (0.85, 4), (0.95, 1)])
 def test_the_ratio_goes_before_the_multiple(allocation, ratio, multiple):
     """Two layers of 64×64: rank 16, a half of each's parameters, is the least of whole multiples."""
-    layers = {name: nn.Linear(64, 64) for name in "ab"}
     losses = {name: spectrum_losses(64, seed) for seed, name in enumerate("ab")}
     config = TruncateConfig(ratio=ratio, allocation=allocation, rank_multiple=16)
-    ranks = ranks_by(layers, (losses, {}), config).ranks
+    ranks = ranks_by(dict.fromkeys("ab", (64, 64)), (losses, {}), config).ranks
     assert all(rank is not None and rank % multiple == 0 for rank in ranks.values())
     assert sum(128 * rank for rank in ranks.values()) <= (1 - ratio) * 2 * 64 * 64 + 1
 
@@ -224,6 +225,8 @@ def test_the_ratio_goes_before_the_multiple(allocation, ratio, multiple):
 def test_layers_that_two_factors_cannot_make_smaller_are_refused():
     """Of one output, that is: at rank 1 its factors have one weight more than the layer."""
     moment = InputMoment(torch.eye(8), torch.zeros(8), 100, Sampling(10, 0.1, 1.0))
+    model = nn.ModuleDict({"score": nn.Linear(8, 1)})
     config = TruncateConfig(ratio=0.5, objective="activation", allocation="uniform")
+    calibrated = Calibrated(model, TASKS["text-classification"], Statistics({"score": moment}, {"score": "score"}))
     with pytest.raises(InputError, match=r"no layer gets smaller at --ratio 0\.5"):
-        truncate({"score": nn.Linear(8, 1)}, Statistics({"score": moment}, {"score": "score"}), config)
+        truncate(calibrated, config)

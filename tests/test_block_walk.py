@@ -9,6 +9,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from converters.selection import target_layers
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import NotAChain, find_blocks
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import calibrate
 from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import truncate
@@ -135,14 +136,14 @@ def test_a_list_of_lists_is_no_block_but_holds_some():
 def calibrated(kind):
     model, batches = Model(kind).eval(), batches_for(CLASSIFY, count=3, padded=True)
     layers = target_layers(model)
-    return model, batches, layers, calibrate(model, batches, CLASSIFY, layers)
+    return model, batches, layers, calibrate(model, CLASSIFY, batches, layers).statistics
 
 
 @pytest.mark.parametrize("kind", [Appends, Shares, InPlace, Takes, TwoStreams, ByName])
 def test_blocks_are_replayed_exactly(kind):
     """Layer by layer the factors are those of whole passes through both models, which replay nothing."""
     model, batches, layers, statistics = calibrated(kind)
-    plan = truncate(layers, statistics, STRONG)
+    plan = truncate(Calibrated(model, CLASSIFY, statistics), STRONG)
     result = along(model, CLASSIFY, batches, layers, statistics, plan)
     assert not result.notes
     assert_same_products(result.factors, by_whole_passes(model, CLASSIFY, batches, layers, statistics, plan))

@@ -9,7 +9,8 @@ import transformers
 
 from converters.errors import InputError
 from converters.selection import target_layers
-from prehab_export.compression.calibration import CalibrationWarning, calibrate, few_tokens, shared_inputs
+from prehab_export.compression.calibrated import Calibrated
+from prehab_export.compression.calibration import CalibrationWarning, Gather, calibrate, few_tokens, shared_inputs
 from prehab_export.compression.metric import gradient_metric
 from prehab_export.compression.moments import load_statistics, save_statistics
 from prehab_export.compression.truncation import truncate
@@ -58,12 +59,12 @@ def test_all_layers_that_never_run_are_left_out_by_one_pattern():
     model, task = WithUnusedParts(), TASKS["text-classification"]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     with pytest.raises(InputError, match=r"vision_tower\.0 and 3 more layers .* --exclude 'vision_tower\.\*'$"):
-        calibrate(model, batches(), task, layers)
+        calibrate(model, task, batches(), layers)
     layers = {name: layer for name, layer in layers.items() if not name.startswith("vision_tower")}
     with pytest.raises(InputError, match=r"loss does not depend on idle\.0 and 1 more layer .* 'idle\.\*'$"):
-        calibrate(model, batches(), task, layers)
+        calibrate(model, task, batches(), layers)
     layers = {name: layer for name, layer in layers.items() if not name.startswith("idle")}
-    calibrate(model, batches(), task, layers)
+    calibrate(model, task, batches(), layers)
 
 
 def test_layers_that_keep_no_gradients_are_refused_and_do_without():
@@ -84,8 +85,8 @@ def test_layers_that_keep_no_gradients_are_refused_and_do_without():
     model, task = transformers.ReformerForSequenceClassification(config).eval(), TASKS["text-classification"]
     layers = target_layers(model)
     with pytest.raises(InputError, match=r"without keeping what gradients need .* --objective activation"):
-        calibrate(model, batches(), task, layers)
-    statistics = calibrate(model, batches(), task, layers, gradients=False)
+        calibrate(model, task, batches(), layers)
+    statistics = calibrate(model, task, batches(), layers, gather=Gather(gradients=False)).statistics
     assert set(statistics.groups) == set(layers)
 
 
@@ -131,7 +132,7 @@ def test_moments_equal_brute_force_without_padding(make, task):
     if task.metric == "perplexity":
         samples = [{key: value for key, value in batch.items() if key != "labels"} for batch in samples]
     layers = target_layers(model)
-    statistics = calibrate(model, samples, task, layers)
+    statistics = calibrate(model, task, samples, layers).statistics
     for name in layers:
         c, mean, g = brute_force(model, task, samples, name)
         moment = statistics.input_of(name)
@@ -144,13 +145,13 @@ def test_moments_equal_brute_force_without_padding(make, task):
 def test_batching_does_not_matter():
     model, task = bert(), TASKS["text-classification"]
     layers = target_layers(model)
-    whole = calibrate(model, batches(), task, layers)
+    whole = calibrate(model, task, batches(), layers).statistics
     single = [
         {key: value[row : row + 1] for key, value in batch.items()}
         for batch in batches()
         for row in range(len(batch["labels"]))
     ]
-    parts = calibrate(model, single, task, layers)
+    parts = calibrate(model, task, single, layers).statistics
     for name in layers:
         assert torch.allclose(whole.gradients[name], parts.gradients[name], rtol=1e-3, atol=1e-8)
         assert torch.allclose(whole.input_of(name).second_moment, parts.input_of(name).second_moment, atol=1e-6)
@@ -160,7 +161,7 @@ def test_layers_with_one_input_share_one_moment():
     for model, groups in ((bert(), 4), (llama(), 4)):
         layers = target_layers(model)
         task = TASKS["text-generation" if "Causal" in type(model).__name__ else "text-classification"]
-        found = shared_inputs(model, batches()[0], task, layers)
+        found = shared_inputs(model, task, batches()[0], layers)
         per_block = {name: group for name, group in found.items() if ".0." in name}
         assert len(set(per_block.values())) == groups
         assert len(set(found.values())) == 2 * groups
@@ -174,7 +175,7 @@ def test_the_model_comes_back_as_it_was():
     model = bert().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.bert.embeddings.requires_grad_(False)
-    calibrate(model, batches(), TASKS["text-classification"], target_layers(model))
+    calibrate(model, TASKS["text-classification"], batches(), target_layers(model))
     assert model.training
     assert not any(parameter.requires_grad for parameter in model.bert.embeddings.parameters())
     assert all(parameter.requires_grad for parameter in model.classifier.parameters())
@@ -187,9 +188,9 @@ def test_labels_drawn_from_the_model_need_none_and_repeat():
     model, task = llama(), TASKS["text-generation"]
     layers = target_layers(model)
     samples = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches()]
-    first = calibrate(model, samples, task, layers, labels="model", seed=3)
-    again = calibrate(model, samples, task, layers, labels="model", seed=3)
-    other = calibrate(model, samples, task, layers, labels="model", seed=4)
+    first = calibrate(model, task, samples, layers, gather=Gather(labels="model"), seed=3).statistics
+    again = calibrate(model, task, samples, layers, gather=Gather(labels="model"), seed=3).statistics
+    other = calibrate(model, task, samples, layers, gather=Gather(labels="model"), seed=4).statistics
     name = next(iter(layers))
     assert torch.equal(first.gradients[name], again.gradients[name])
     assert not torch.equal(first.gradients[name], other.gradients[name])
@@ -197,7 +198,7 @@ def test_labels_drawn_from_the_model_need_none_and_repeat():
 
 def test_statistics_round_trip(tmp_path):
     model = bert()
-    statistics = calibrate(model, batches(), TASKS["text-classification"], target_layers(model))
+    statistics = calibrate(model, TASKS["text-classification"], batches(), target_layers(model)).statistics
     save_statistics(statistics, tmp_path / "s.safetensors")
     loaded = load_statistics(tmp_path / "s.safetensors")
     assert loaded.groups == statistics.groups
@@ -217,8 +218,8 @@ def test_few_tokens_are_a_warning_with_the_effective_number():
     with pytest.warns(
         CalibrationWarning, match=r"1 samples, 3 tokens\) is worth 3 independent tokens for the 24 .* few for 7 more"
     ):
-        calibrate(model, batches(((3,),)), task, layers)
-    enough = calibrate(model, batches(((9,) * 64,)), task, layers)
+        calibrate(model, task, batches(((3,),)), layers)
+    enough = calibrate(model, task, batches(((9,) * 64,)), layers).statistics
     assert few_tokens(enough) is None
     one = enough.inputs[next(iter(enough.inputs))]
     poor = replace(one, sampling=replace(one.sampling, error=one.sampling.token_error / 2))
@@ -260,7 +261,7 @@ def test_sampling_error_equals_brute_force(make, task):
     if task.metric == "perplexity":
         samples = [{key: value for key, value in batch.items() if key != "labels"} for batch in samples]
     layers = target_layers(model)
-    statistics = calibrate(model, samples, task, layers)
+    statistics = calibrate(model, task, samples, layers).statistics
     for name in layers:
         inputs, gradients = rows_by_sample(model, task, samples, name)
         # Centred on the first batch: the mean of the first four samples.
@@ -290,7 +291,7 @@ def test_tensors_with_rows_flattened_and_rubbish_in_the_padding():
     torch.manual_seed(0)
     model, samples = Flat(), batches(((5, 3, 4), (7, 7, 2)))
     layers = {"flat": model.flat, "head": model.head}
-    statistics = calibrate(model, samples, TASKS["text-classification"], layers)
+    statistics = calibrate(model, TASKS["text-classification"], samples, layers).statistics
     rows = [
         model.embed(ids[mask.bool()]).detach().double()
         for batch in samples
@@ -308,8 +309,8 @@ def test_tensors_with_rows_flattened_and_rubbish_in_the_padding():
 def test_a_running_average():
     model, task = bert(), TASKS["text-classification"]
     layers = target_layers(model)
-    first = calibrate(model, batches(), task, layers)
-    second = calibrate(model, batches(seed=1), task, layers, sampling=False)
+    first = calibrate(model, task, batches(), layers).statistics
+    second = calibrate(model, task, batches(seed=1), layers, gather=Gather(sampling=False)).statistics
     both = first.blended(second, 0.5)
     name = next(iter(both.gradients))
     assert torch.allclose(both.gradients[name], 0.5 * (first.gradients[name] + second.gradients[name]))
@@ -322,8 +323,8 @@ def test_moments_without_their_sampling_are_the_same():
     model, task = bert(), TASKS["text-classification"]
     layers = target_layers(model)
     with pytest.warns(CalibrationWarning):
-        known = calibrate(model, batches(), task, layers)
-    plain = calibrate(model, batches(), task, layers, sampling=False)
+        known = calibrate(model, task, batches(), layers).statistics
+    plain = calibrate(model, task, batches(), layers, gather=Gather(sampling=False)).statistics
     for group, moment in known.inputs.items():
         assert torch.allclose(plain.inputs[group].second_moment, moment.second_moment, rtol=1e-5, atol=1e-6)
         assert plain.inputs[group].tokens == moment.tokens
@@ -338,12 +339,12 @@ def test_moments_without_their_sampling_are_shrunk_as_configured_and_no_further(
     """What is not known is no reason to give up G: factors are those of G at the configured share, saved or not."""
     model, task = bert(), TASKS["text-classification"]
     layers, config = target_layers(model), TruncateConfig(ratio=0.6, gradient_shrinkage=floor)
-    plain = calibrate(model, batches(), task, layers, sampling=False)
+    plain = calibrate(model, task, batches(), layers, gather=Gather(sampling=False)).statistics
     save_statistics(plain, tmp_path / "s.safetensors")
     exact = {name: Sampling(5, 0.0, 1.0) for name in layers}
-    expected = truncate(layers, replace(plain, gradient_sampling=exact), config)
+    expected = truncate(Calibrated(model, task, replace(plain, gradient_sampling=exact)), config)
     for statistics in (plain, load_statistics(tmp_path / "s.safetensors")):
-        found = truncate(layers, statistics, config)
+        found = truncate(Calibrated(model, task, statistics), config)
         assert found.ranks == expected.ranks
         for name, pair in found.factors.items():
             assert torch.equal(pair.up, expected.factors[name].up)
@@ -358,9 +359,9 @@ def test_bad_input():
     model, task = bert(), TASKS["text-classification"]
     layers = target_layers(model)
     with pytest.raises(InputError, match="empty"):
-        calibrate(model, [], task, layers)
+        calibrate(model, task, [], layers)
     with pytest.raises(InputError, match="Fisher labels"):
-        calibrate(model, batches(), task, layers, labels="guess")
+        calibrate(model, task, batches(), layers, gather=Gather(labels="guess"))
     model.bert.encoder.layer[1].attention.self.query.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"encoder\.layer\.1.*NaN"):
-        calibrate(model, batches(), task, layers)
+        calibrate(model, task, batches(), layers)

@@ -17,6 +17,7 @@ from test_bench import vision
 from test_pipeline import vit_options
 
 import prehab_export
+from converters.errors import InputError
 from prehab_export.config.bench import BenchConfig
 from prehab_export.config.data import DataConfig
 from prehab_export.inputs.data.source import open_source
@@ -27,7 +28,6 @@ from prehab_export.measurement.targets.local import measure_locally
 from prehab_export.measurement.targets.remote import _HASHES, _NEEDED
 from prehab_export.system.children import end_with_all_of_it, find_program, python_module
 from prehab_export.system.current_folder import leave_current_folder, without_current_folder
-from prehab_export.system.errors import InputError
 
 TRAPS = (
     *(
@@ -260,7 +260,7 @@ def test_a_run_on_a_bare_system_in_a_folder_of_traps(bare, trapped, vit_folder, 
 def test_a_bench_on_a_bare_system(bare, tmp_path):
     code = """
         import sys
-        from prehab_export.bench_process import WorkerProcess
+        from prehab_export.measurement.worker_process import WorkerProcess
         case = {"threads": 1, "batch": 1, "sequence": None, "new_tokens": 1, "vocab_size": None}
         with WorkerProcess("m", 60) as worker:
             request = {"model": sys.argv[1], "provider": "CPUExecutionProvider", "case": case}
@@ -275,7 +275,7 @@ def test_letters_that_the_terminal_lacks(bare):
     """A figure with ≈ is no reason to fail where the terminal has another alphabet."""
     code = """
         import click
-        from prehab_export.cli import cli, main
+        from prehab_export.cli.commands import cli, main
         from prehab_export.system.terminal import result_console, say
 
         @cli.command()
@@ -301,7 +301,7 @@ def test_a_kit_on_a_bare_system(bare, tmp_path):
 
 def test_limits_that_a_system_lacks_are_refused(bare):
     code = """
-        from prehab_export.errors import InputError
+        from converters.errors import InputError
         from prehab_export.measurement.targets.limits import Limits, run_limited
         import sys
         for limits in ({"memory_mb": 100}, {"cores": (0,)}):
@@ -324,8 +324,12 @@ def test_nothing_is_called_in_a_child_but_on_linux(monkeypatch):
     """Windows' Python refuses a ``preexec_fn``."""
     given = []
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **options: given.append(options["preexec_fn"]) or ended)
-    ended = subprocess.CompletedProcess([], 0, "", "")
+
+    def start(*_, **options):
+        given.append(options["preexec_fn"])
+        raise subprocess.SubprocessError
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     run_limited(["anything"], Limits())
     assert given == [None]
 

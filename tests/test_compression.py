@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_drift import STRONG, divergence, prepared
 from test_refinement import as_samples
 
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.closed_form import Samplesets, compress
 from prehab_export.compression.objective_choice import choose_objectives, kinds_of
 from prehab_export.compression.strength_search import find_strength
@@ -39,7 +40,7 @@ def test_a_metric_that_misleads_is_given_up_where_it_does():
     certain = {name: replace(sampling, error=0.0) for name, sampling in statistics.gradient_sampling.items()}
     misled = replace(statistics, gradients=gradients, gradient_sampling=certain)
     config = replace(STRONG, allocation="uniform", objective="auto")
-    decomposed, trials = choose_objectives(model, task, as_samples(batches), layers, misled, config)
+    decomposed, trials = choose_objectives(Calibrated(model, task, misled), as_samples(batches), config)
     chosen = {trial.kind: trial for trial in trials}
     assert chosen["self_attn.v_proj"].objective == "activation"
     assert chosen["self_attn.v_proj"].change < 0
@@ -49,19 +50,19 @@ def test_a_metric_that_misleads_is_given_up_where_it_does():
 
 
 def test_auto_is_no_worse_than_fisher_on_the_samples_it_judged_by():
-    model, task, batches, layers, statistics, _ = prepared("vit")
+    model, task, batches, _layers, statistics, _ = prepared("vit")
     results = []
     for objective in ("fisher", "auto"):
         config = replace(STRONG, objective=objective, allocation="uniform", drift_correction=False)
-        result = compress(model, task, layers, statistics, sets(batches), config)
+        result = compress(Calibrated(model, task, statistics), sets(batches), config)
         results.append(divergence(model, result.truncation.apply(frozen_copy(model)), task, batches))
     assert results[1] <= results[0] * 1.01
 
 
 def test_blocks_that_are_no_chain_fall_back_to_the_plan_and_say_so():
-    model, task, batches, layers, statistics, plan = prepared("llama")
+    model, task, batches, _layers, statistics, plan = prepared("llama")
     model.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] * 1.5, *args[1:]))
-    result = compress(model, task, layers, statistics, sets(batches), STRONG)
+    result = compress(Calibrated(model, task, statistics), sets(batches), STRONG)
     assert "layers.1" in result.warnings[0]
     assert result.truncation.ranks == plan.ranks
 

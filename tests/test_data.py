@@ -113,7 +113,7 @@ def labels_of(samples):
 
 
 def first_batch(samples, size=1000):
-    return next(samples.batches(size))
+    return next(iter(samples.batches(size)))
 
 
 # ----------------------------------------------------------------- kinds of files
@@ -363,13 +363,13 @@ def test_a_header_that_looks_like_data_can_be_said_to_be_one(tmp_path, word_toke
 
 READS = """
 from prehab_export.config import DataConfig
-from prehab_export.data_labels import read_labels
-from prehab_export.data_source import open_source
+from prehab_export.inputs.data.labels import read_labels
+from prehab_export.inputs.data.source import open_source
 open_source(DataConfig({path!r}))
 """
 OWNER = """
 import time
-from prehab_export.data_scratch import scratch_folder
+from prehab_export.inputs.data.scratch import scratch_folder
 print(scratch_folder(), flush=True)
 time.sleep({seconds})
 """
@@ -685,7 +685,7 @@ def test_text_batches_are_padded_to_the_longest_and_keep_their_order(tmp_path, w
         expected = word_tokenizer(texts[start : start + 6], padding=True, return_tensors="pt")
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
         assert batch["labels"].tolist() == labels[start : start + 6]
-    picked = next(data.train.batches(3, indices=[7, 2, 11]))
+    picked = next(iter(data.train.batches(3, indices=[7, 2, 11])))
     assert picked["labels"].tolist() == [labels[i] for i in (7, 2, 11)]
 
 
@@ -1271,7 +1271,7 @@ def test_the_shared_language_model_is_judged_on_the_first_windows_of_the_text():
     config = load_config(folder)
     data = load(SHARED / "data" / "wikitext2", task, load_processor(folder, task), config, eval_samples=2)
     model = load_model(folder, task)
-    found = evaluate(torch_predictor(model, task), data.evaluation.batches(2), task)
+    found = evaluate(torch_predictor(model, task), task, data.evaluation.batches(2))
     text = (SHARED / "data" / "wikitext2" / "test.txt").read_text()[:20000]
     ids = load_processor(folder, task)(text).input_ids[: 2 * 256]  # this tokenizer puts nothing before a text
     windows = torch.tensor(ids).view(2, 256)

@@ -13,6 +13,7 @@ from converters.retruncation import relative_error, retruncate
 from converters.roots import damped, triangular_root, weighs
 from converters.selection import target_layers
 from prehab_export.compression.bases import factor_bases
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import CalibrationWarning, calibrate
 from prehab_export.compression.decompositions import decompose_layers
 from prehab_export.compression.drift import truncate_along
@@ -68,7 +69,7 @@ DEAD = {"expanded": expanded_llama, "relu": dead_relu, "constant": constant_inpu
 def calibrated(case):
     model, task = DEAD[case]()
     batches, layers = batches_for(task, count=3), target_layers(model)
-    return model, task, batches, layers, calibrate(model, batches, task, layers)
+    return model, task, batches, layers, calibrate(model, task, batches, layers).statistics
 
 
 def assert_finite(truncation):
@@ -86,7 +87,7 @@ def test_dead_layers_are_cut_like_any_other(case, objective, share):
     """With drift correction and without; twice the same; the budget is kept to."""
     model, task, batches, layers, statistics = calibrated(case)
     config = replace(STRONG, objective=objective, share_inputs=share)
-    plan = truncate(layers, statistics, config)
+    plan = truncate(Calibrated(model, task, statistics), config)
     assert_finite(plan)
     assert plan.summary()["targeted_share_removed"] == pytest.approx(0.7, abs=0.1)
     first, again = (along(model, task, batches, layers, statistics, plan) for _ in range(2))
@@ -99,7 +100,7 @@ def test_dead_layers_are_cut_like_any_other(case, objective, share):
 @pytest.mark.parametrize("surrogate", ["tail", "nuclear", "stable-rank", "spectral", "stochastic-stable-rank"])
 @pytest.mark.parametrize("case", DEAD)
 def test_dead_layers_go_through_prehab(case, surrogate):
-    model, task, batches, layers, statistics = calibrated(case)
+    model, task, batches, _layers, statistics = calibrated(case)
     updates = ["gradient", "proximal"] if surrogate in ("tail", "nuclear") else ["gradient"]
     for update in updates:
         config = PrehabConfig(
@@ -110,7 +111,7 @@ def test_dead_layers_go_through_prehab(case, surrogate):
             refresh_samples=8,
             train=TrainConfig(steps=3, batch_size=8),
         )
-        history = prehab(model, task, as_samples(batches), layers, statistics, config, STRONG)
+        history = prehab(Calibrated(model, task, statistics), as_samples(batches), config, STRONG)
         assert all(torch.isfinite(torch.tensor(row["surrogate"])) for row in history)
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
@@ -118,11 +119,13 @@ def test_dead_layers_go_through_prehab(case, surrogate):
 @pytest.mark.parametrize("case", DEAD)
 def test_dead_layers_go_through_what_comes_after_the_cut(case):
     """Block-wise refinement in the eigenbases, the grid, and a merge at the same rank."""
-    model, task, batches, layers, statistics = calibrated(case)
-    plan = truncate(layers, statistics, STRONG)
+    model, task, batches, _layers, statistics = calibrated(case)
+    plan = truncate(Calibrated(model, task, statistics), STRONG)
     schedule = RefineConfig(block_steps=2)
-    refiner = block_refiner(schedule, 0, statistics)
-    result = truncate_along(model, batches, task, layers, statistics, plan, 0.0, after_block=refiner)
+    refiner = block_refiner(schedule, statistics, seed=0)
+    result = truncate_along(
+        Calibrated(model, task, statistics), batches, plan, gradient_shrinkage=0.0, after_block=refiner
+    )
     assert_finite(result)
     result.apply(model)
     assert all(bool(basis.into(tensor).isfinite().all()) for tensor, basis in factor_bases(model, statistics).items())
@@ -186,14 +189,23 @@ def test_no_part_in_the_loss_is_told():
     model, task = dead_head()
     layers = target_layers(model)
     with pytest.warns(CalibrationWarning, match="no layer has a part in the loss"):
-        statistics = calibrate(model, batches_for(task, count=2), task, layers)
+        statistics = calibrate(model, task, batches_for(task, count=2), layers).statistics
     config = TruncateConfig(ratio=0.6)
-    plan = plan_ranks(layers, decompose_layers(layers, statistics, config), config)
+    plan = plan_ranks(
+        Calibrated(model, batches_for(task, count=2), statistics),
+        decompose_layers(Calibrated(model, batches_for(task, count=2), statistics), config),
+        config,
+    )
     uniform = replace(config, allocation="uniform")
-    assert plan.ranks == plan_ranks(layers, decompose_layers(layers, statistics, uniform), uniform).ranks
+    assert (
+        plan.ranks
+        == plan_ranks(
+            Calibrated(model, task, statistics), decompose_layers(Calibrated(model, task, statistics), uniform), uniform
+        ).ranks
+    )
     model, task = expanded_llama()
     with pytest.warns(CalibrationWarning, match=r"layers\.1\.self_attn\.q_proj and 4 more have no part in the loss"):
-        calibrate(model, batches_for(task, count=2), task, target_layers(model))
+        calibrate(model, task, batches_for(task, count=2), target_layers(model))
     model, task = dead_relu()
     with pytest.warns(CalibrationWarning, match=r"layers\.1\.fc2 has the same input for every token"):
-        calibrate(model, batches_for(task, count=2), task, target_layers(model))
+        calibrate(model, task, batches_for(task, count=2), target_layers(model))

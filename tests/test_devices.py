@@ -19,14 +19,16 @@ from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.selection import target_layers
 from prehab_export.cli.entry import main
-from prehab_export.compression.calibration import calibrate
+from prehab_export.compression.calibrated import Calibrated
+from prehab_export.compression.calibration import Gather, calibrate
 from prehab_export.compression.closed_form import Samplesets, compress
 from prehab_export.compression.drift import truncate_along
+from prehab_export.compression.factored import Factored
 from prehab_export.compression.moments import load_statistics, save_statistics
 from prehab_export.compression.prehabilitation import prehab
-from prehab_export.compression.refinement import refine
+from prehab_export.compression.refinement import block_refiner, refine
 from prehab_export.compression.rehabilitation import rehab
-from prehab_export.compression.training import frozen_copy, labelled_loss, optimise, train
+from prehab_export.compression.training import Trainable, frozen_copy, labelled_loss, optimise, train
 from prehab_export.compression.truncation import truncate
 from prehab_export.config.bench import BenchConfig
 from prehab_export.config.data import DataConfig
@@ -101,7 +103,7 @@ def test_moments_of_half_precision_values_are_taken_in_float32(family, precision
     """Against float64 sums over what autocast let flow: a product under autocast would be off by 1e-3."""
     task, model, samples, layers = prepared(family)
     task, batch = task.at(precision), samples.collate(range(32))
-    statistics = calibrate(model, [batch], task, layers)
+    statistics = calibrate(model, task, [batch], layers).statistics
     inputs, gradients, units, dtypes = seen_by(model, task, batch, layers)
     assert dtypes == {HALF[precision]}
     for name in layers:
@@ -118,8 +120,8 @@ def test_moments_of_half_precision_values_are_taken_in_float32(family, precision
 @pytest.mark.parametrize("precision", HALF)
 def test_moments_in_half_precision_are_close_to_those_in_float32(family, precision):
     task, model, samples, layers = prepared(family)
-    single = calibrate(model, samples.batches(8), task, layers)
-    half = calibrate(model, samples.batches(8), task.at(precision), layers)
+    single = calibrate(model, task, samples.batches(8), layers).statistics
+    half = calibrate(model, task.at(precision), samples.batches(8), layers).statistics
     for name in layers:
         assert relative(half.input_of(name).second_moment, single.input_of(name).second_moment) < 2e-2
         # Gradients are rounded on the way forth and back.
@@ -129,9 +131,9 @@ def test_moments_in_half_precision_are_close_to_those_in_float32(family, precisi
 
 def test_float32_never_meets_autocast():
     task, model, samples, layers = prepared("bert")
-    plain = calibrate(model, samples.batches(8), task, layers)
+    plain = calibrate(model, task, samples.batches(8), layers).statistics
     with patch.object(torch, "autocast", side_effect=AssertionError):
-        named = calibrate(model, samples.batches(8), task.at("float32"), layers)
+        named = calibrate(model, task.at("float32"), samples.batches(8), layers).statistics
     for name in layers:
         assert torch.equal(plain.gradients[name], named.gradients[name])
         assert torch.equal(plain.input_of(name).second_moment, named.input_of(name).second_moment)
@@ -143,8 +145,8 @@ def test_float16_calibration_neither_loses_small_gradients_nor_overflows_on_larg
     task, model, samples, layers = prepared("vit")
     with torch.no_grad():
         model.classifier.weight *= size
-    single = calibrate(model, samples.batches(8), task, layers)
-    half = calibrate(model, samples.batches(8), task.at("float16"), layers)
+    single = calibrate(model, task, samples.batches(8), layers).statistics
+    half = calibrate(model, task.at("float16"), samples.batches(8), layers).statistics
     for name in layers:
         assert relative(half.gradients[name], single.gradients[name]) < 2e-2
 
@@ -154,7 +156,7 @@ def test_moments_that_float16_cannot_hold_are_refused_by_name():
     with torch.no_grad():
         layers["vit.layers.0.mlp.fc1"].bias.fill_(1e5)
     with pytest.raises(InputError, match=r"vit\.layers\.0\.mlp\.fc2 .*bfloat16"):
-        calibrate(model, samples.batches(8), task.at("float16"), layers)
+        calibrate(model, task.at("float16"), samples.batches(8), layers)
 
 
 @pytest.mark.parametrize("precision", HALF)
@@ -164,13 +166,11 @@ def test_training_in_half_precision_lowers_the_loss_and_keeps_float32_weights(pr
     halved = task.at(precision)
 
     def loss():
-        return evaluate(torch_predictor(model, task), samples.batches(32), task).loss
+        return evaluate(torch_predictor(model, task), task, samples.batches(32)).loss
 
     before = loss()
-    history = train(
-        model, samples, schedule, list(model.parameters()), labelled_loss(halved, frozen_copy(model), 0.1),
-        precision=precision,
-    )  # fmt: skip
+    trainable = Trainable(model, list(model.parameters()), precision=precision)
+    history = train(trainable, samples, schedule, labelled_loss(halved, frozen_copy(model), 0.1))
     assert len(history) == 40
     assert loss() < 0.7 * before
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -188,7 +188,7 @@ def test_what_follows_the_backward_pass_sees_gradients_clipped_and_without_the_s
             return {}
 
         loss = labelled_loss(task.at(precision))
-        train(own, samples, schedule, parameters, loss, precision=precision, after_backward=keep)
+        train(Trainable(own, parameters, precision=precision), samples, schedule, loss, after_backward=keep)
     assert float(seen["float32"].norm()) == pytest.approx(0.5, rel=1e-4)
     assert relative(seen["float16"], seen["float32"]) < 2e-2
 
@@ -202,7 +202,7 @@ def test_a_step_whose_float16_gradients_overflow_is_not_taken():
         return weight.half().sum().float(), {}
 
     schedule = Schedule(steps=4, learning_rate=1e-2, warmup=0.5, clip=1e9)
-    history = optimise([weight], schedule, loss_at, precision="float16")
+    history = optimise(Trainable(nn.Module(), [weight], precision="float16"), schedule, loss_at)
     assert values[0] == values[1] > values[2] > values[3]
     assert history[1]["learning_rate"] == history[0]["learning_rate"] < history[2]["learning_rate"]
 
@@ -220,18 +220,24 @@ class _Overflow(torch.autograd.Function):
 def test_gradients_that_float16_can_never_hold_end_the_run():
     weight = nn.Parameter(torch.ones(4))
     with pytest.raises(FloatingPointError, match="bfloat16"):
-        optimise([weight], Schedule(steps=30), lambda _step: (_Overflow.apply(weight), {}), precision="float16")
+        optimise(
+            Trainable(nn.Module(), [weight], precision="float16"),
+            Schedule(steps=30),
+            lambda _step: (_Overflow.apply(weight), {}),
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_drift_corrected_factors_in_bfloat16_do_what_those_in_float32_do(family):
     task, model, samples, layers = prepared(family)
-    statistics = calibrate(model, samples.batches(8), task, layers)
-    plan = truncate(layers, statistics, STRONG)
+    statistics = calibrate(model, task, samples.batches(8), layers).statistics
+    plan = truncate(Calibrated(model, task, statistics), STRONG)
     found = {}
     for precision in ("float32", "bfloat16"):
         own = task.at(precision)
-        along = truncate_along(model, samples.batches(8), own, layers, statistics, plan, STRONG.gradient_shrinkage)
+        along = truncate_along(
+            Calibrated(model, own, statistics), samples.batches(8), plan, gradient_shrinkage=STRONG.gradient_shrinkage
+        )
         assert along.ranks == plan.ranks
         assert {tensor.dtype for pair in along.factors.values() for tensor in (pair.up, pair.down)} == {torch.float32}
         found[precision] = along.apply(frozen_copy(model))
@@ -250,23 +256,25 @@ def test_everything_up_to_the_artifact_stays_on_the_device_in_float32(family, pr
     task, model = task.at(precision), model.to(device)
     layers, sets = target_layers(model), Samplesets(samples, samples, 8)
     path = tmp_path / "s.safetensors"
-    save_statistics(calibrate(model, samples.batches(8), task, layers), path)
+    save_statistics(calibrate(model, task, samples.batches(8), layers).statistics, path)
     statistics = load_statistics(path, device)
     refinement = RefineConfig(RefineSchedule(steps=2, batch_size=8), block_steps=2, hidden_share=0.3)
     config = TruncateConfig(ratio=0.7, objective="auto")
-    truncation = compress(model, task, layers, statistics, sets, config, refinement).truncation
+    truncation = compress(
+        Calibrated(model, task, statistics), sets, config, after_block=block_refiner(refinement, statistics)
+    ).truncation
     student, teacher = truncation.apply(frozen_copy(model)).requires_grad_(True), frozen_copy(model)
-    refine(student, teacher, task, samples, refinement)
+    refine(Factored(student, task), samples, refinement, teacher=teacher)
 
     def held_out(candidate):
-        return evaluate(torch_predictor(candidate, task), samples.batches(8), task).loss
+        return evaluate(torch_predictor(candidate, task), task, samples.batches(8)).loss
 
     for method in ("factors", "lora"):
         short = RehabConfig(TrainConfig(steps=2, batch_size=8), method=method, lora_rank=2)
-        rehab(student, task, samples, short, held_out_loss=held_out, teacher=teacher)
+        rehab(Factored(student, task), samples, short, held_out_loss=held_out, teacher=teacher)
     for update in ("gradient", "proximal"):
         options = PrehabConfig(TrainConfig(steps=3, batch_size=8), update=update, refresh_every=2)
-        prehab(model, task, samples, layers, statistics, options, STRONG)
+        prehab(Calibrated(model, task, statistics), samples, options, STRONG)
     for tensor in (*student.state_dict().values(), *model.state_dict().values(), *statistics.gradients.values()):
         assert tensor.device.type == device
         assert tensor.dtype in (torch.float32, torch.int64)
@@ -358,9 +366,9 @@ def test_moments_in_main_memory_serve_a_model_on_a_gpu():
     model.to("cuda")
     results = []
     for keep_on in (torch.device("cuda", 0), torch.device("cpu")):
-        statistics = calibrate(model, samples.batches(4), task, layers, keep_on=keep_on)
+        statistics = calibrate(model, task, samples.batches(4), layers, gather=Gather(keep_on=keep_on)).statistics
         assert statistics.device == keep_on
-        results.append(truncate(layers, statistics, STRONG).factors)
+        results.append(truncate(Calibrated(model, task, statistics), STRONG).factors)
     for name, pair in results[0].items():
         assert pair.up.device.type == results[1][name].up.device.type == "cuda"
         torch.testing.assert_close(

@@ -14,12 +14,13 @@ from converters.selection import target_layers
 from prehab_export.compression import drift
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import NotAChain, find_blocks
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import calibrate
 from prehab_export.compression.dataflow import TokenRows
 from prehab_export.compression.decompositions import decompose_layers
-from prehab_export.compression.drift import RIDGE, _by_input, _fitted, _gather, truncate_along
+from prehab_export.compression.drift import RIDGE, _Fitter, _gather, truncate_along
 from prehab_export.compression.model_walk import ModelWalk
-from prehab_export.compression.planning import Plan, plan_ranks
+from prehab_export.compression.planning import RankPlan, plan_ranks
 from prehab_export.compression.recording import watched
 from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import truncate
@@ -53,12 +54,14 @@ def batches_for(task, count=6, size=8, padded=False):
 def prepared(family, padded=False, config=STRONG):
     task, model = FAMILIES[family], build(family)
     batches, layers = batches_for(task, padded=padded), target_layers(model)
-    statistics = calibrate(model, batches, task, layers)
-    return model, task, batches, layers, statistics, truncate(layers, statistics, config)
+    statistics = calibrate(model, task, batches, layers).statistics
+    return model, task, batches, layers, statistics, truncate(Calibrated(model, task, statistics), config)
 
 
 def along(model, task, batches, layers, statistics, plan):
-    return truncate_along(model, batches, task, layers, statistics, plan, STRONG.gradient_shrinkage)
+    return truncate_along(
+        Calibrated(model, task, statistics), batches, plan, gradient_shrinkage=STRONG.gradient_shrinkage
+    )
 
 
 def divergence(model, other, task, batches):
@@ -175,8 +178,8 @@ def test_drift_is_corrected_where_there_are_fewer_tokens_in_every_stage(family):
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.2)
     batches, layers = batches_for(IMAGE), target_layers(model)
-    statistics = calibrate(model, batches, IMAGE, layers)
-    plan = truncate(layers, statistics, STRONG)
+    statistics = calibrate(model, IMAGE, batches, layers).statistics
+    plan = truncate(Calibrated(model, IMAGE, statistics), STRONG)
     result = along(model, IMAGE, batches, layers, statistics, plan)
     assert not [note for note in result.notes if "other tokens" in note]
     plain, corrected = plan.apply(frozen_copy(model)), result.apply(frozen_copy(model))
@@ -264,11 +267,10 @@ def classifier(family, **changes):
 def by_whole_passes(model, task, batches, layers, statistics, plan):
     """The slow way round: both models are run from end to end for every input of layers; nothing is run by itself."""
     student, walk = frozen_copy(model), ModelWalk(model, task, batches, list(layers))
-    factors = {}
+    fitter, factors = _Fitter(Calibrated(model, task, statistics), plan, STRONG.gradient_shrinkage), {}
     with torch.no_grad():
-        for members in _by_input(walk.order, statistics):
-            moments = _gather(walk.observe(student, members), members)
-            part = _fitted(members, layers, moments, statistics, plan, STRONG.gradient_shrinkage)
+        for members in fitter.by_input(walk.order):
+            part = fitter.fitted(members, _gather(walk.observe(student, members), members))
             part.apply(student)
             factors |= part.factors
     return factors
@@ -291,8 +293,8 @@ def test_classifiers_on_decoders_get_the_factors_of_whole_passes(family, padded,
         monkeypatch.setattr(tasks, "_without_cache", lambda _model: {})
     model, batches = classifier(family), batches_for(CLASSIFY, count=3, padded=padded)
     layers = target_layers(model)
-    statistics = calibrate(model, batches, CLASSIFY, layers)
-    plan = truncate(layers, statistics, STRONG)
+    statistics = calibrate(model, CLASSIFY, batches, layers).statistics
+    plan = truncate(Calibrated(model, CLASSIFY, statistics), STRONG)
     result = along(model, CLASSIFY, batches, layers, statistics, plan)
     assert not result.notes
     assert_same_products(result.factors, by_whole_passes(model, CLASSIFY, batches, layers, statistics, plan))
@@ -308,11 +310,11 @@ def test_other_models_get_the_factors_of_whole_passes_too(family):
 def test_layers_that_share_their_down_go_on_sharing_it():
     """And fit at least as well as any other choice at that rank: the objective is that of the joint decomposition."""
     model, task, batches, layers, statistics, _ = prepared("llama")
-    decomposed = decompose_layers(layers, statistics, STRONG)
+    decomposed = decompose_layers(Calibrated(model, task, statistics), STRONG)
     group = next(iter(decomposed.groups))
-    ranks = plan_ranks(layers, decomposed, replace(STRONG, allocation="uniform")).ranks
-    shared = Plan({**ranks, **dict.fromkeys(group, 5)}, (group,))
-    plan = truncate(layers, statistics, STRONG, decomposed=decomposed, plan=shared)
+    ranks = plan_ranks(Calibrated(model, task, statistics), decomposed, replace(STRONG, allocation="uniform")).ranks
+    shared = RankPlan({**ranks, **dict.fromkeys(group, 5)}, (group,))
+    plan = truncate(Calibrated(model, task, statistics), STRONG, decomposed=decomposed, plan=shared)
     result = along(model, task, batches, layers, statistics, plan)
     assert result.shared == (group,)
     downs = [result.factors[name].down for name in group]
@@ -393,8 +395,8 @@ def test_layers_that_run_many_times_are_fitted_to_all_their_runs(make, why):
     """And the model comes closer to the dense one for it, on the sample, in the divergence that it is judged by."""
     model, batches = make(), batches_for(CLASSIFY, count=3, size=12, padded=True)
     layers = target_layers(model, include=["first", "second"] if make is Twice else ())
-    statistics = calibrate(model, batches, CLASSIFY, layers)
-    plan = truncate(layers, statistics, STRONG)
+    statistics = calibrate(model, CLASSIFY, batches, layers).statistics
+    plan = truncate(Calibrated(model, CLASSIFY, statistics), STRONG)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     result = along(model, CLASSIFY, batches, layers, statistics, plan)
     plain, corrected = plan.apply(frozen_copy(model)), result.apply(frozen_copy(model))
@@ -427,8 +429,8 @@ def test_too_many_whole_passes_are_not_made(monkeypatch):
     monkeypatch.setattr(drift, "MOST_INPUTS", 3)
     model, batches = albert(), batches_for(CLASSIFY, count=2)
     layers = target_layers(model)
-    statistics = calibrate(model, batches, CLASSIFY, layers)
-    plan = truncate(layers, statistics, STRONG)
+    statistics = calibrate(model, CLASSIFY, batches, layers).statistics
+    plan = truncate(Calibrated(model, CLASSIFY, statistics), STRONG)
     with pytest.raises(NotAChain, match=r"1 blocks were run 4 times .* 4 inputs"):
         along(model, CLASSIFY, batches, layers, statistics, plan)
 
@@ -436,16 +438,16 @@ def test_too_many_whole_passes_are_not_made(monkeypatch):
 def test_what_is_left_as_planned_is_told():
     model, task, batches, *_ = prepared("bert")
     layers = target_layers(model, include=["bert.encoder.*.query", "bert.pooler.dense"])
-    statistics = calibrate(model, batches, task, layers)
-    result = along(model, task, batches, layers, statistics, truncate(layers, statistics, STRONG))
+    statistics = calibrate(model, task, batches, layers).statistics
+    result = along(model, task, batches, layers, statistics, truncate(Calibrated(model, task, statistics), STRONG))
     assert result.notes == ("drift is not corrected for bert.pooler.dense, outside the repeated blocks",)
 
 
 def test_layers_outside_every_block_are_cut_as_planned():
     model, task, batches, *_ = prepared("bert")
     layers = target_layers(model, include=["bert.pooler.dense"])
-    statistics = calibrate(model, batches, task, layers)
-    plan = truncate(layers, statistics, STRONG)
+    statistics = calibrate(model, task, batches, layers).statistics
+    plan = truncate(Calibrated(model, task, statistics), STRONG)
     result = along(model, task, batches, layers, statistics, plan)
     assert torch.equal(result.factors["bert.pooler.dense"].up, plan.factors["bert.pooler.dense"].up)
 

@@ -339,7 +339,7 @@ def test_merging_keeps_the_dtype(bf16_llama, bf16_run, tmp_path):
 
 def test_a_fit_that_recommends_the_dense_model_keeps_its_dtype(vit_folder, tmp_path):
     """Where that changes no weight: the graph in the folder was not made of rounded ones."""
-    from prehab_export.compression.planning import Plan
+    from prehab_export.compression.planning import RankPlan
     from prehab_export.config.data import DataConfig
     from prehab_export.config.run import RunConfig
     from prehab_export.pipeline.fitting.models import FitModels
@@ -358,7 +358,7 @@ def test_a_fit_that_recommends_the_dense_model_keeps_its_dtype(vit_folder, tmp_p
                 (folder / "onnx" / "model.onnx").write_bytes(b"the dense graph")
             workspace.select(stage, stage)
         models = FitModels(Session(config, workspace))
-        nothing_cut = Plan({})
+        nothing_cut = RankPlan({})
         models.write_folder(nothing_cut, "float32", workspace.root / "fit")
         assert set(stored_dtypes(workspace.root / "fit").values()) == {expected}
         given, written = (load_file(folder / "model.safetensors") for folder in (source, workspace.root / "fit"))

@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import time
-from prehab_export.cli import cli, main
+from prehab_export.cli.commands import cli, main
 
 @cli.command()
 def wait():

@@ -68,7 +68,7 @@ ODD_IDS = {
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     model, folder = build("llama"), tmp_path_factory.mktemp("llama")
-    return model, folder, export_onnx(model, folder / GRAPH, "text-generation").inputs
+    return model, folder, export_onnx(model, "text-generation", folder / GRAPH).inputs
 
 
 def write(exported, generation=None, **config):
@@ -129,7 +129,7 @@ def test_families_that_name_their_sizes_otherwise(family, tmp_path):
     kind, config = FAMILIES[family]()
     torch.manual_seed(0)
     model = kind._from_config(config).eval()
-    inputs = export_onnx(model, tmp_path / GRAPH, "text-generation").inputs
+    inputs = export_onnx(model, "text-generation", tmp_path / GRAPH).inputs
     assert write_genai_config(model, tmp_path, GRAPH, inputs)
     ends = json.loads((tmp_path / FILE_NAME).read_text())["model"]["eos_token_id"]
     assert generated(tmp_path, 10) == greedy(model, ends if isinstance(ends, list) else [ends], 10)

@@ -16,6 +16,7 @@ from test_quantize import one_product
 
 from converters.lowrank import low_rank_layers
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import quantize_graph
 from converters.onnx.runtime import open_session
@@ -92,7 +93,7 @@ def test_factors_on_a_grid_come_through_the_quantiser_as_they_are(family, mode, 
     graph that an export of the refitted model gives."""
     model, task = make(family, 32), {"vit": "image-classification", "bert": "text-classification"}.get(family)
     source = tmp_path / "model.onnx"
-    export_onnx(model, source, task or "text-generation")
+    export_onnx(model, task or "text-generation", source)
     replaceable = weight_names(source)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fits = refit_to_grid(model, identity_statistics(model), GRIDS[mode], 0.0, replaceable=replaceable)
@@ -104,7 +105,7 @@ def test_factors_on_a_grid_come_through_the_quantiser_as_they_are(family, mode, 
     changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
     assert changed <= {f"{name}.{part}" for name in layers for part in ("up.weight", "up.bias", "down.weight")}
     new = replace_weights(source, tmp_path / "new.onnx", model.state_dict())
-    export_onnx(model, tmp_path / "again.onnx", task or "text-generation")
+    export_onnx(model, task or "text-generation", tmp_path / "again.onnx")
     assert_same_weights(new, tmp_path / "again.onnx")
 
 
@@ -249,7 +250,7 @@ def test_layers_whose_weights_the_graph_does_not_name_stay():
 
 def test_weights_are_replaced_whole_or_not_at_all(tmp_path):
     model = make("mistral", 6)
-    export_onnx(model, tmp_path / "model.onnx", "text-generation", external_data_threshold=100)
+    export_onnx(model, "text-generation", tmp_path / "model.onnx", GraphForm(external_data_threshold=100))
     state = model.state_dict()
     same = replace_weights(tmp_path / "model.onnx", tmp_path / "new" / "same.onnx", state)
     assert_same_weights(tmp_path / "model.onnx", same)

@@ -1,12 +1,16 @@
 """The rules of the house that a program can see."""
 
 import ast
+import builtins
+import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import prehab_export
 
@@ -267,9 +271,85 @@ def test_terminal_text_is_literal():
         assert not re.search(r"[\"'] *\[/?(bold|dim|red|yellow|green)\]", text), name
 
 
+def calls(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def _moves(call: ast.Call) -> bool:
+    """Whether a call puts a file somewhere else; ``Path.replace`` takes one argument, that of texts two."""
+    function = ast.unparse(call.func)
+    if function in ("os.replace", "os.rename", "os.renames", "shutil.move"):
+        return True
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    return name == "rename" or (name == "replace" and len(call.args) == 1 and not call.keywords)
+
+
+def test_one_place_publishes_files():
+    """Everything else writes through `converters.publishing`. The kit's runner stands alone."""
+    allowed = {"converters.publishing", "prehab_export.measurement.targets.kit_runner"}
+    found = {name for name, path in modules().items() for call in calls(ast.parse(path.read_text())) if _moves(call)}
+    assert found == allowed
+
+
+def importers(library: str) -> set[str]:
+    """Modules of ours that import a library, at any depth in them."""
+    found = set()
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            taken = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            taken += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            found |= {name for module in taken if module.partition(".")[0] == library}
+    return found
+
+
+def test_one_place_for_each_basic_thing():
+    digests = {"prehab_export.system.digests", "prehab_export.deployment.parity"}  # of files and texts; of tensors
+    assert importers("hashlib") == digests | {"prehab_export.measurement.targets.kit_runner"}
+    assert importers("filelock") == {"converters.owned_folders", "prehab_export.pipeline.workspace"}
+    assert importers("fcntl") | importers("msvcrt") == set()
+    assert importers("platformdirs") == {"prehab_export.system.files"}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in modules().items()}
+    for pattern, place in {
+        r"\b(linalg|torch)\.cholesky": "converters.roots",
+        r"\"(B?F16|F32|F64|tensor\()": "converters.number_formats",
+    }.items():
+        assert {name for name, text in texts.items() if re.search(pattern, text)} - {place} == set(), pattern
+
+
 def test_no_pickle():
     for name, path in modules().items():
         text = path.read_text()
         assert "torch.load(" not in text, name
         assert "torch.save(" not in text, name
         assert "import pickle" not in text, name
+
+
+def classes_of_ours(hint: object) -> set[type]:
+    """The classes of this project in a type."""
+    parts = set[type]().union(*(classes_of_ours(part) for part in get_args(hint)))
+    ours = isinstance(hint, type) and hint.__module__.split(".")[0] in PACKAGES
+    return parts | ({hint} if ours else set())
+
+
+def signatures() -> Iterator[tuple[str, dict[str, object], str]]:
+    """(name, types, documentation) of every public function, class and public method."""
+    for name in prehab_export.__all__:
+        value = getattr(prehab_export, name)
+        if not callable(value):
+            continue
+        members = [member for key, member in vars(value).items() if key[0] != "_"] if isinstance(value, type) else []
+        for function in (value, *members):
+            function = function.fget if isinstance(function, property) else getattr(function, "__func__", function)
+            if isinstance(function, type) or inspect.isfunction(function):
+                lazily = {"InferenceSession": object}  # imported for type checkers only, since it is slow to load
+                yield name, get_type_hints(function, localns=lazily), function.__doc__ or ""
+
+
+def test_what_public_functions_take_return_and_raise_is_public():
+    known = set(prehab_export.__all__)
+    for name, hints, documentation in signatures():
+        for part, hint in hints.items():
+            classes = {found.__name__ for found in classes_of_ours(hint)}
+            assert classes <= known, f"{name}, {part}: {classes - known} is not public"
+        raised = set(re.findall(r"^\s+(\w+(?:Error|Chain|Warning)):", documentation, re.MULTILINE))
+        assert raised <= known | set(dir(builtins)), f"{name} raises {raised - known}"

@@ -12,6 +12,7 @@ from converters.errors import InputError
 from converters.genai import write_genai_config
 from converters.lowrank import low_rank_layers, share_down
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.generate import greedy_decode
 from converters.onnx.latent import kind_of_cache, rotate
 from converters.onnx.modes import MODES
@@ -33,7 +34,7 @@ def exported(tmp_path_factory):
         key = (family, kind, fuse)
         if key not in done:
             model, path = make(family, RANK), tmp_path_factory.mktemp("graph") / "model.onnx"
-            done[key] = model, export_onnx(model, path, "text-generation", fuse=fuse, kv_cache=kind)
+            done[key] = model, export_onnx(model, "text-generation", path, GraphForm(fuse=fuse, kv_cache=kind))
         return done[key]
 
     return export
@@ -88,7 +89,7 @@ def test_one_latent_serves_keys_and_values_that_share_it(tmp_path):
     model = make(LLAMA, RANK)
     blocks = [f"model.layers.{index}.self_attn" for index in (0, 1)]
     share_down(model, [[f"{block}.{part}_proj" for part in "qkv"] for block in blocks])
-    export = export_onnx(model, tmp_path / "model.onnx", "text-generation", kv_cache="latent")
+    export = export_onnx(model, "text-generation", tmp_path / "model.onnx", GraphForm(kv_cache="latent"))
     past = [name for name in export.inputs if name.startswith("past_key_values.")]
     assert past == ["past_key_values.0.latent", "past_key_values.1.latent", "past_key_values.angles"]
     tokens = torch.tensor([[5, 9, 23], [7, 41, 8]])
@@ -106,7 +107,7 @@ def greedy(model, tokens, count):
 def test_what_cannot_be_kept_as_latents_is_kept_as_it_is(tmp_path):
     """GPT-2 and GPT-NeoX make queries, keys and values in one layer; dense layers have no latents."""
     for model in (make("gpt2", RANK), make("gpt-neox", RANK), make(LLAMA)):
-        export = export_onnx(model, tmp_path / "model.onnx", "text-generation", kv_cache="latent")
+        export = export_onnx(model, "text-generation", tmp_path / "model.onnx", GraphForm(kv_cache="latent"))
         assert kind_of_cache(export.inputs) == "full"
         assert any("cached as they are" in warning for warning in export.warnings)
         tokens = torch.tensor([[5, 9, 23]])
@@ -116,19 +117,19 @@ def test_what_cannot_be_kept_as_latents_is_kept_as_it_is(tmp_path):
 
 def test_a_latent_wider_than_its_keys_is_not_taken(tmp_path):
     model = make(LLAMA, 20)  # keys and values are 16 wide
-    export = export_onnx(model, tmp_path / "model.onnx", "text-generation", kv_cache="latent")
+    export = export_onnx(model, "text-generation", tmp_path / "model.onnx", GraphForm(kv_cache="latent"))
     assert kind_of_cache(export.inputs) == "full"
     assert "no narrower than what they make" in export.warnings[0]
 
 
 def test_an_unknown_cache_is_refused(tmp_path):
     with pytest.raises(InputError, match="latent-values"):
-        export_onnx(make(LLAMA), tmp_path / "model.onnx", "text-generation", kv_cache="small")
+        export_onnx(make(LLAMA), "text-generation", tmp_path / "model.onnx", GraphForm(kv_cache="small"))
 
 
 def test_the_model_is_handed_back_as_it_was(tmp_path):
     model, twin = make(LLAMA, RANK), make(LLAMA, RANK)
-    export_onnx(model, tmp_path / "model.onnx", "text-generation", kv_cache="latent")
+    export_onnx(model, "text-generation", tmp_path / "model.onnx", GraphForm(kv_cache="latent"))
     assert model.config._attn_implementation == twin.config._attn_implementation
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert {name: type(module) for name, module in model.named_modules()} == {

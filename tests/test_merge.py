@@ -24,6 +24,7 @@ from transformers import (
 from converters.errors import InputError
 from converters.folder import from_pretrained, save_folder
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.ort_format import write_ort
 from converters.onnx.quantize import quantize_graph
@@ -48,7 +49,7 @@ def bert(tmp_path):
     artifact = tmp_path / "artifact"
     save_folder(truncated(model), artifact, word_tokenizer())
     offered = ["input_ids", "attention_mask"]
-    export_onnx(model, artifact / "onnx/model.onnx", "text-classification", text_inputs=offered)
+    export_onnx(model, "text-classification", artifact / "onnx/model.onnx", GraphForm(text_inputs=offered))
     return artifact, adapter
 
 
@@ -85,7 +86,7 @@ def test_images_stay_as_large_as_the_first_export_had_them(family, tmp_path):
     adapter = lora(model, tmp_path / "lora", target_modules=["pwconv1" if family == "convnext" else "fc1"])
     artifact = tmp_path / "artifact"
     save_folder(truncated(model), artifact, processor)
-    export_onnx(model, artifact / "onnx/model.onnx", "image-classification", image_size=(side, side))
+    export_onnx(model, "image-classification", artifact / "onnx/model.onnx", GraphForm(image_size=(side, side)))
     merge_lora(artifact, adapter, tmp_path / "merged", threads=1)
     pixels = torch.randn(2, 3, side, side)
     shape, actual = shape_and_answer(tmp_path / "merged/onnx/model.onnx", pixels)
@@ -133,7 +134,7 @@ def test_the_other_graphs_are_made_again(bert, tmp_path, capsys):
 def test_plain_graphs_stay_plain(bert, tmp_path):
     artifact, adapter = bert
     graph = artifact / "onnx/model.onnx"
-    export_onnx(from_pretrained(artifact), graph, "text-classification", fuse=False)
+    export_onnx(from_pretrained(artifact), "text-classification", graph, GraphForm(fuse=False))
     merge_lora(artifact, adapter, tmp_path / "merged", threads=1)
     opsets = [onnx.load(path).opset_import[0].version for path in (graph, tmp_path / "merged/onnx/model.onnx")]
     assert opsets == [20, 20]
@@ -174,7 +175,7 @@ def test_adapters_that_cannot_be_merged_are_refused_before_anything_is_loaded(be
 def test_a_merge_that_fails_leaves_nothing(bert, tmp_path, monkeypatch):
     artifact, adapter = bert
     before = {path.name for path in tmp_path.iterdir()}
-    monkeypatch.setattr("prehab_export.deployment.merging.export_exact", lambda *_, **__: json.loads("no graph"))
+    monkeypatch.setattr("prehab_export.pipeline.merging.export_exact", lambda *_, **__: json.loads("no graph"))
     with pytest.raises(ValueError, match="Expecting value"):
         merge_lora(artifact, adapter, tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == before
@@ -188,7 +189,7 @@ def test_a_tied_model_is_untied_where_the_adapter_tells_the_two_apart(tmp_path):
     save_file({name: value * (1.5 if "lm_head" in name else 1) for name, value in tensors.items()}, path)
     artifact = tmp_path / "artifact"
     save_folder(truncated(model), artifact, word_tokenizer())
-    export_onnx(model, artifact / "onnx/model.onnx", "text-generation")
+    export_onnx(model, "text-generation", artifact / "onnx/model.onnx")
     facts = merge_lora(artifact, adapter, tmp_path / "merged", threads=1)
     assert facts["graphs"] == ["model.onnx"]
     merged = from_pretrained(tmp_path / "merged")

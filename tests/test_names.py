@@ -143,7 +143,7 @@ def facts_of_card(model: str) -> dict:
 
 @pytest.mark.parametrize("model", ["who/what", 'who/"x: #y\n[a]', "who/- a: b"])
 def test_the_front_matter_of_a_card_is_yaml(model):
-    card = render("card.md.j2", facts_of_card(model))
+    card = render("pipeline", "card.md.j2", facts_of_card(model))
     assert yaml.safe_load(card.split("---")[1])["base_model"] == model
 
 
@@ -180,7 +180,7 @@ def test_a_fit(capsys, tmp_path):
     told = capsys.readouterr().out
     assert told.count(NAME) == 3
     assert "warning: [/w]|" in told
-    seen = shown(render("fit.md.j2", result | {"headings": HEADINGS, "lines": lines_of(result)}))
+    seen = shown(render("pipeline", "fit.md.j2", result | {"headings": HEADINGS, "lines": lines_of(result)}))
     assert seen[0] == f"{NAME}, fitted to ssh://[/h]"
     assert NAME in seen
     assert any(text.endswith("[/w]|<strong_close>") for text in seen)
@@ -222,7 +222,8 @@ def test_lines_and_bars(capsys, monkeypatch):
 @pytest.mark.parametrize("template", ["card.md.j2", "fit.md.j2", "kit.md.j2", "merged.md.j2", "report.md.j2"])
 def test_spaces_of_a_template_stand_in_its_text(template):
     """What an expression gives is stripped, as a name is: a separator written as one would lose its space."""
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("prehab_export"))
+    rooms = [jinja2.PackageLoader(f"prehab_export.{room}") for room in ("measurement", "pipeline")]
+    environment = jinja2.Environment(loader=jinja2.ChoiceLoader(rooms))
     source = environment.loader.get_source(environment, template)[0]
     tree = environment.parse(source.replace("| metric", "").replace("| count", ""))
     given = [part for output in tree.find_all(nodes.Output) for part in output.nodes]
@@ -240,7 +241,7 @@ def test_a_list_in_a_report_has_spaces():
     facts |= {"prehab": {"strength": 1.0, "kept": False}}
     facts["config"] |= {"prehab": {"train": {"steps": 3}, "surrogate": "tail"}, "quantize": ["int8", "int4"]}
     facts["config"] |= {"adapter": "my *lora*"}
-    card = render("card.md.j2", facts)
+    card = render("pipeline", "card.md.j2", facts)
     assert r"version of **m** (with the adapter **my \*lora\*** merged into it, dense as well) for" in card
     assert "`onnx/model.ort`, `onnx/model_int8.ort`" in card
     assert "λ = 1.0 (did not help; not used)" in card

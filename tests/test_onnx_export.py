@@ -54,6 +54,7 @@ from converters.errors import InputError
 from converters.onnx.attention import ONNX_ATTENTION, attention_implementation
 from converters.onnx.expected import OPERATORS, counting, missing, spelled_out
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.fuse import simplify_graph
 from converters.onnx.generate import greedy_decode
 from converters.onnx.inputs import ordinary_tokens, text_inputs
@@ -105,7 +106,7 @@ def exported(tmp_path_factory):
             model = make(family, rank)
             folder = tmp_path_factory.mktemp("graph")
             task = TASKS.get(family, "text-generation")
-            done[key] = model, export_onnx(model, folder / "model.onnx", task, fuse=fuse)
+            done[key] = model, export_onnx(model, task, folder / "model.onnx", GraphForm(fuse=fuse))
         return done[key]
 
     return export
@@ -329,7 +330,7 @@ from pathlib import Path
 from converters.onnx.export import export_onnx
 sys.path.insert(0, "tests")
 from test_onnx_export import make
-export_onnx(make("vit", 6), Path(sys.argv[1]), "image-classification")
+export_onnx(make("vit", 6), "image-classification", Path(sys.argv[1]))
 """
 
 
@@ -344,7 +345,9 @@ def test_equal_weights_make_equal_files_in_every_process(exported, tmp_path):
 def test_external_data_moves_with_the_folder(tmp_path, capfd):
     model = make("vit", 6)
     (tmp_path / "here").mkdir()
-    export = export_onnx(model, tmp_path / "here" / "net.onnx", "image-classification", external_data_threshold=1000)
+    export = export_onnx(
+        model, "image-classification", tmp_path / "here" / "net.onnx", GraphForm(external_data_threshold=1000)
+    )
     assert "".join(capfd.readouterr()) == ""  # the exporter's chatter is nobody's business
     assert sorted(file.name for file in export.path.parent.iterdir()) == ["net.onnx", "net.onnx_data"]
     assert export.bytes == sum(file.stat().st_size for file in export.path.parent.iterdir())
@@ -362,7 +365,7 @@ def test_the_model_is_handed_back_as_it_was(tmp_path):
     training = [module.training for module in model.modules()]
     attention = model.config._attn_implementation
     weights = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
-    export_onnx(model, tmp_path / "model.onnx", "text-classification", text_inputs=["input_ids"])
+    export_onnx(model, "text-classification", tmp_path / "model.onnx", GraphForm(text_inputs=["input_ids"]))
     assert [module.training for module in model.modules()] == training
     assert model.config._attn_implementation == attention
     assert model.config.use_cache is True
@@ -413,7 +416,7 @@ def fresh(model_class, config):
 )
 def test_models_that_look_for_the_end_of_a_text_and_models_without_one(tmp_path, model_class, config):
     model = fresh(model_class, config)
-    export = export_onnx(model, tmp_path / "model.onnx", "text-classification")
+    export = export_onnx(model, "text-classification", tmp_path / "model.onnx")
     ids = torch.randint(5, 50, (3, 9))
     ids[:, -1] = 2
     feed = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
@@ -439,7 +442,7 @@ def test_samples_are_what_the_model_is_traced_with(tmp_path):
     samples = {"input_ids": torch.randint(3, 50, (5, 7)), "attention_mask": padded(5, 7, 3)}
     ran = []
     model.register_forward_pre_hook(lambda module, args, options: ran.append(options), with_kwargs=True)
-    export = export_onnx(model, tmp_path / "model.onnx", "text-classification", samples=samples)
+    export = export_onnx(model, "text-classification", tmp_path / "model.onnx", samples=samples)
     assert torch.equal(ran[0]["input_ids"], samples["input_ids"][:2])
     assert torch.equal(ran[0]["attention_mask"], samples["attention_mask"][:2])
     assert open_session(export.path).get_inputs()[0].shape == ["batch_size", "sequence_length"]
@@ -448,7 +451,7 @@ def test_samples_are_what_the_model_is_traced_with(tmp_path):
 def test_one_short_sample_does_not_fix_the_size_of_the_graph(tmp_path):
     model = make("bert")
     samples = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.tensor([[1]])}
-    export = export_onnx(model, tmp_path / "model.onnx", "text-classification", samples=samples)
+    export = export_onnx(model, "text-classification", tmp_path / "model.onnx", samples=samples)
     assert open_session(export.path).get_inputs()[0].shape == ["batch_size", "sequence_length"]
 
 
@@ -469,7 +472,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch):
 
     monkeypatch.setattr(onnx.checker, "check_model", fail)
     with pytest.raises(onnx.checker.ValidationError):
-        export_onnx(build("vit"), tmp_path / "model.onnx", "image-classification")
+        export_onnx(build("vit"), "image-classification", tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -486,19 +489,19 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_decoders_without_a_plain_cache_are_refused(tmp_path, config, model_class):
     model = model_class._from_config(config).eval()
     with pytest.raises(InputError, match="key"):
-        export_onnx(model, tmp_path / "model.onnx", "text-generation")
+        export_onnx(model, "text-generation", tmp_path / "model.onnx")
 
 
 def test_mistakes_are_named(tmp_path):
     model = build("bert")
     with pytest.raises(InputError, match="unknown task 'chat'"):
-        export_onnx(model, tmp_path / "model.onnx", "chat")
+        export_onnx(model, "chat", tmp_path / "model.onnx")
     with pytest.raises(InputError, match="image_size"):
-        export_onnx(model, tmp_path / "model.onnx", "image-classification")
+        export_onnx(model, "image-classification", tmp_path / "model.onnx")
     with pytest.raises(InputError, match="input_ids"):
-        export_onnx(model, tmp_path / "model.onnx", "text-classification", text_inputs=["attention_mask"])
+        export_onnx(model, "text-classification", tmp_path / "model.onnx", GraphForm(text_inputs=["attention_mask"]))
     with pytest.raises(InputError, match="folder"):
-        export_onnx(model, tmp_path, "text-classification")
+        export_onnx(model, "text-classification", tmp_path)
     with pytest.raises(InputError, match="no ONNX graph"):
         open_session(tmp_path / "missing.onnx")
 
@@ -515,13 +518,14 @@ def test_a_model_that_torch_cannot_trace_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", branching)
     with pytest.raises(RuntimeError, match="could not export ViTForImageClassification"):
-        export_onnx(model, tmp_path / "model.onnx", "image-classification")
+        export_onnx(model, "image-classification", tmp_path / "model.onnx")
 
 
 def test_sessions_state_their_threads(exported):
     session = open_session(exported("vit")[1].path, threads=2)
     options = session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_a_graph_written_piece_by_piece_is_the_one_that_onnx_reads(exported, tmp_path):
@@ -581,7 +585,7 @@ def test_what_should_be_fused_is_counted_in_the_model(exported, family, blocks):
 def test_a_fusion_that_did_not_happen_is_said(exported, tmp_path, monkeypatch):
     model = exported("mistral", 6)[0]
     monkeypatch.setattr("converters.onnx.export.fuse_graph", simplify_graph)
-    export = export_onnx(model, tmp_path / "model.onnx", "text-generation")
+    export = export_onnx(model, "text-generation", tmp_path / "model.onnx")
     assert any("5 of 5 norms are not one operator each" in warning for warning in export.warnings)
 
 
@@ -603,7 +607,7 @@ def test_plain_attention_is_judged_by_the_graph(config, model_class, fused, said
     model = model_class._from_config(config).eval()
     task = {"ConvNext": "image-classification", "BigBird": "text-classification"}
     kind = next((task[name] for name in task if type(model).__name__.startswith(name)), "text-generation")
-    export = export_onnx(model, tmp_path / "model.onnx", kind)
+    export = export_onnx(model, kind, tmp_path / "model.onnx")
     attentions = sum(export.fusions.get(name, 0) for name in ("Attention", "MultiHeadAttention"))
     warnings = [warning for warning in export.warnings if "attention" in warning]
     assert attentions == fused
@@ -616,7 +620,7 @@ def test_a_plain_graph_spells_out_what_the_model_goes_through(family, tmp_path, 
     """The forms that the finished graph is searched for, against what the modules count."""
     model = make(family)
     monkeypatch.setattr("converters.onnx.export.fuse_graph", simplify_graph)
-    export = export_onnx(model, tmp_path / "model.onnx", TASKS.get(family, "text-generation"))
+    export = export_onnx(model, TASKS.get(family, "text-generation"), tmp_path / "model.onnx")
     graph = ir.load(tmp_path / "model.onnx").graph
     with counting(model) as seen, torch.no_grad(), attention_implementation(model, ONNX_ATTENTION):
         ones = torch.ones(1, 4, dtype=torch.long)

@@ -89,9 +89,9 @@ def test_any_mix_of_widths_and_biases(layers, tied, seed):
 )
 def test_a_stacked_model_computes_what_it_did(family, rank, stacks, tmp_path, monkeypatch):
     model, task = make(family, rank), TASKS.get(family, "text-generation")
-    stacked = export.export_onnx(model, tmp_path / "stacked.onnx", task)
+    stacked = export.export_onnx(model, task, tmp_path / "stacked.onnx")
     monkeypatch.setattr(export, "stack_products", lambda _model: [])
-    plain = export.export_onnx(model, tmp_path / "plain.onnx", task)
+    plain = export.export_onnx(model, task, tmp_path / "plain.onnx")
     names = [value.name for value in onnx.load(stacked.path).graph.initializer if "{" in value.name]
     assert bool(names) == bool(stacks)
     for stack in stacks:  # one a layer

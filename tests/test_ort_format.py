@@ -36,7 +36,7 @@ def feeds_of(session):
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 @pytest.mark.parametrize("family", list(TASKS))
 def test_an_ort_file_answers_as_its_graph(family, mode, tmp_path):
-    graph = export_onnx(truncated(build(family), 6), tmp_path / "model.onnx", TASKS[family]).path
+    graph = export_onnx(truncated(build(family), 6), TASKS[family], tmp_path / "model.onnx").path
     if mode is not None:
         graph = quantize_graph(graph, tmp_path / f"model_{mode}.onnx", mode)
     files = write_ort(graph, tmp_path / "out")
@@ -53,7 +53,7 @@ def test_an_ort_file_answers_as_its_graph(family, mode, tmp_path):
 
 
 def test_the_verdict_names_what_an_accelerator_lacks(tmp_path):
-    graph = export_onnx(build("vit"), tmp_path / "model.onnx", "image-classification").path
+    graph = export_onnx(build("vit"), "image-classification", tmp_path / "model.onnx").path
     verdict = mobile_verdict(graph)
     assert any("Attention" in line and "Unsupported" in line for line in verdict.said)
     assert not any(str(tmp_path) in line for line in verdict.said)
@@ -70,7 +70,7 @@ def test_the_verdict_names_what_an_accelerator_lacks(tmp_path):
 def test_what_the_format_cannot_hold(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no ONNX graph"):
         write_ort(tmp_path / "none.onnx", tmp_path / "out")
-    graph = export_onnx(build("vit"), tmp_path / "model.onnx", "image-classification").path
+    graph = export_onnx(build("vit"), "image-classification", tmp_path / "model.onnx").path
     monkeypatch.setattr(ort_format, "LARGEST_BYTES", 1000)
     with pytest.raises(InputError, match="ends at 2 GB"):
         write_ort(graph, tmp_path / "out")

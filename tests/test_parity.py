@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-import prehab_export.parity as parity
 import pytest
 import torch
 from small_models import build
 
 from converters.onnx.export import export_onnx
+from converters.onnx.runtime import open_session
 from prehab_export.deployment.parity import TOLERANCE, check_graph, load_reference, reference_of, save_reference
 from prehab_export.inputs.tasks import TASKS
 from prehab_export.system.errors import ParityError
@@ -31,7 +31,7 @@ def with_rival(tokens, factor):
 
 
 def export(model, folder):
-    return export_onnx(model, folder / "model.onnx", "text-generation").path
+    return export_onnx(model, "text-generation", folder / "model.onnx").path
 
 
 def test_a_near_tie_is_no_failure(tokens, tmp_path):
@@ -57,7 +57,7 @@ def test_another_token_for_more_than_rounding_is_a_failure(tokens, tmp_path):
 def test_a_cache_that_is_not_right_is_noticed(damage, tokens, tmp_path, monkeypatch):
     """Even where it changes no token."""
     model = build("llama")
-    session = parity.open_session(export(model, tmp_path), 1)
+    session = open_session(export(model, tmp_path), 1)
 
     class Damaged:
         get_inputs, get_outputs = session.get_inputs, session.get_outputs
@@ -67,7 +67,7 @@ def test_a_cache_that_is_not_right_is_noticed(damage, tokens, tmp_path, monkeypa
             past = next(value for name, value in feeds.items() if name.startswith("past_key_values"))
             return [damage(logits) if past.shape[2] else logits, *rest]
 
-    monkeypatch.setattr(parity, "open_session", lambda *_: Damaged())
+    monkeypatch.setattr("prehab_export.deployment.parity.open_session", lambda *_: Damaged())
     with pytest.raises(ParityError, match="decodes from its own cache"):
         check_graph(reference_of(model, TASK, BATCHES), TASK, tmp_path / "model.onnx", 1)
 
@@ -81,3 +81,13 @@ def test_the_reference_is_read_back_as_it_was(tmp_path):
     for name, value in vars(reference.greedy).items():
         assert torch.equal(getattr(again.greedy, name), value)
     assert torch.equal(again.logits[0], reference.logits[0])
+
+
+def test_one_reference_makes_one_file(tmp_path):
+    """What stands on an export that came out the same stays valid only if all of it came out the same."""
+    reference = reference_of(build("llama"), TASK, BATCHES)
+    made = set()
+    for _ in range(12):
+        save_reference(reference, tmp_path)
+        made.add((tmp_path / "reference.safetensors").read_bytes())
+    assert len(made) == 1

@@ -219,7 +219,7 @@ def test_text_generation(llama_folder, prose, tmp_path, capsys):
         assert "Windows of 24 tokens, without a token at their start." in (tmp_path / "run" / place).read_text()
     report["evaluation"]["window_start"] = ["<s>"]
     for template in ("report.md.j2", "card.md.j2"):
-        assert "Windows of 24 tokens, each starting with `<s>`." in render(template, report)
+        assert "Windows of 24 tokens, each starting with `<s>`." in render("pipeline", template, report)
 
 
 def test_a_cache_of_latents(llama_folder, prose, tmp_path, capsys):
@@ -343,7 +343,7 @@ def test_inspect(finished, vit_folder, capsys):
 
 def test_a_wrong_artifact_is_fatal_and_nothing_is_published(vit_folder, tmp_path, monkeypatch, capsys):
     """The exporter writes a weight that is not the model's: the fresh process must notice."""
-    import prehab_export.export as export
+    from prehab_export.pipeline.stages import export
 
     original = export.save_folder
 
@@ -570,8 +570,8 @@ def test_what_follows_work_that_came_out_otherwise_is_done_again(vit_folder, tmp
     assert invoke("verify", *options) == 0
     artifact, original = hashes(output / "artifact"), stages._compressed
 
-    def otherwise(session, model, statistics):
-        result = original(session, model, statistics)
+    def otherwise(session, calibrated):
+        result = original(session, calibrated)
         for pair in result.truncation.factors.values():
             pair.up.mul_(0.5)
         return result
@@ -596,7 +596,7 @@ def test_work_done_again_that_is_killed_makes_no_leftovers_of_what_was_there(fin
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "gather_statistics", killed)
+    monkeypatch.setattr(stages, "gather", killed)
     assert invoke("calibrate", output, "--force") == 130
     assert (output / "artifact").is_dir()
     assert invoke("clean", output) == 0
@@ -865,13 +865,13 @@ def test_verification_without_room_says_so(finished, tmp_path, monkeypatch, capf
 
 def test_files_that_were_not_touched_are_not_read_again(finished, tmp_path, monkeypatch):
     """A verb on a large run must not read every stage, nor the model, from end to end."""
-    from prehab_export.system import files
+    from prehab_export.system import digests
 
     output = tmp_path / "run"
     shutil.copytree(finished, output, copy_function=shutil.copy)  # with new times: read once, then remembered
     assert invoke("report", output) == 0
     read = []
-    monkeypatch.setattr(files, "sha256_of", lambda path: read.append(path) or "")
+    monkeypatch.setattr(digests, "sha256_of", lambda path: read.append(path) or "")
     assert invoke("report", output) == 0
     assert read == []
 

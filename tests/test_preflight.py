@@ -7,7 +7,6 @@ import transformers
 from conftest import word_tokenizer
 from test_pipeline import QUICK, invoke
 
-import prehab_export.pipeline
 from converters.errors import InputError
 from converters.folder import save_folder
 from converters.skeleton import skeleton
@@ -86,9 +85,11 @@ def test_models_that_can_be_exported_pass(config, task, samples):
 
 def test_what_fails_before_any_export_is_no_refusal(monkeypatch):
     config = transformers.LlamaConfig(**DECODER, num_hidden_layers=1)
-    monkeypatch.setattr("prehab_export.pipeline.preflight.check_exportable", lambda *a, **k: pytest.fail("was tried"))
+    monkeypatch.setattr(
+        "prehab_export.deployment.exportability.check_exportable", lambda *a, **k: pytest.fail("was tried")
+    )
     check(config, samples=Samples(np.arange(6), lambda rows: {"input_ids": torch.full((len(rows), 4), 10**6)}))
-    monkeypatch.setattr("prehab_export.pipeline.preflight.skeleton", lambda *a: None)
+    monkeypatch.setattr("prehab_export.deployment.exportability.skeleton", lambda *a: None)
     check(config)
 
 
@@ -178,12 +179,12 @@ def test_a_model_that_needs_other_inputs_is_told_what_it_was_given():
     config = transformers.Siglip2Config(vision_config=part, text_config=part, num_labels=3)
     model = transformers.Siglip2ForImageClassification(config).eval()
     with pytest.raises(InputError, match="is given pixel_values, as its image processor makes them"):
-        check_runs(model, pictures(32), IMAGE)
+        check_runs(model, IMAGE, pictures(32))
 
 
 def test_only_a_first_export_is_tried(vit_folder, tmp_path, monkeypatch):
     tried = []
-    monkeypatch.setattr(prehab_export.pipeline, "check_export", tried.append)
+    monkeypatch.setattr("prehab_export.pipeline.running.check_export", tried.append)
     options = [vit_folder, "--task", "image-classification", "--data", "sklearn-digits", *QUICK, "-o", tmp_path / "out"]
     assert invoke("truncate", *options) == 0
     assert tried == []

@@ -17,11 +17,12 @@ from test_pipeline import QUICK, TEXT, invoke, vit_options
 
 from converters.errors import InputError
 from converters.onnx import write
-from converters.onnx.coverage import VECTORS, Coverage, Left, coverage
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.graph_facts import read_graph
 from converters.onnx.modes import BLOCK, FILE_NAMES, MODES
 from converters.onnx.quantize import quantize_graph
+from converters.onnx.quantized_weights import VECTORS, Left, QuantizedWeights, count_quantized
 from converters.onnx.runtime import open_session
 from prehab_export.config.data import DataConfig
 from prehab_export.config.run import RunConfig
@@ -42,7 +43,7 @@ def graphs(tmp_path_factory):
         if family not in made:
             path = tmp_path_factory.mktemp("graph") / "model.onnx"
             task = {"vit": "image-classification", "bert": "text-classification"}.get(family, "text-generation")
-            export_onnx(make(family, 6), path, task)
+            export_onnx(make(family, 6), task, path)
             made[family] = path, {value.name: feed_of(value) for value in open_session(path).get_inputs()}
         return made[family]
 
@@ -182,14 +183,14 @@ def test_a_table_and_what_is_tied_to_it_are_one(mode, width, tmp_path):
 def test_smaller_numbers_make_smaller_files(family, tmp_path):
     """Tied or not, with products of any kind; next to nothing is left in floating point."""
     source = tmp_path / "model.onnx"
-    export_onnx(make(family), source, "text-generation")
+    export_onnx(make(family), "text-generation", source)
     feeds = {value.name: feed_of(value) for value in open_session(source).get_inputs()}
     expected = open_session(source).run(["logits"], feeds)[0]
     sizes = {"float32": source.stat().st_size}
     for mode in ("int4", "int8", "int8-blocks", "float16"):
         graph = quantize_graph(source, tmp_path / FILE_NAMES[mode], mode)
         sizes[mode] = graph.stat().st_size
-        assert coverage(source, graph).share > 0.97
+        assert count_quantized(source, graph).share > 0.97
         actual = open_session(graph).run(["logits"], feeds)[0]
         assert np.abs(actual - expected).max() <= ALLOWED[mode] * np.abs(expected).max()
     assert sizes["int4"] < min(sizes["int8"], sizes["int8-blocks"])
@@ -234,7 +235,7 @@ def test_what_stays_in_floating_point_is_told(tmp_path):
     )
     source = tmp_path / "model.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), source)
-    told = coverage(source, quantize_graph(source, tmp_path / "int4.onnx", "int4"))
+    told = count_quantized(source, quantize_graph(source, tmp_path / "int4.onnx", "int4"))
     assert told.weights == sum(array.size for array in weights.values())
     left = {entry.operator: entry for entry in told.left}
     assert {name: (entry.tensors, entry.weights, entry.bytes) for name, entry in left.items()} == {
@@ -249,12 +250,12 @@ def test_much_in_floating_point_is_a_warning(capfd):
         Left("Conv", tensors=3, weights=150, bytes=600, reason="slow"),
         Left(VECTORS, tensors=9, weights=5, bytes=20, reason="short"),
     )
-    quantization.tell_coverage("dense int8", Coverage(1000, left))
+    quantization.tell_quantized("dense int8", QuantizedWeights(1000, left))
     told = " ".join("".join(capfd.readouterr()).split())
     assert "84.5% of 1,000 weights quantised" in told
     assert "warning: 15.0% of the weights of dense int8 stay in floating point, in 3 tensors of Conv: slow" in told
     assert VECTORS not in told
-    quantization.tell_coverage("dense int8", Coverage(10_000, left))
+    quantization.tell_quantized("dense int8", QuantizedWeights(10_000, left))
     assert "warning" not in "".join(capfd.readouterr())
 
 
@@ -294,7 +295,7 @@ def test_mistakes_are_named_and_leave_nothing(graphs, tmp_path):
 
 def test_external_data_stays_external(tmp_path):
     source = tmp_path / "big" / "model.onnx"
-    export_onnx(make("vit", 6), source, "image-classification", external_data_threshold=100)
+    export_onnx(make("vit", 6), "image-classification", source, GraphForm(external_data_threshold=100))
     feeds = {value.name: feed_of(value) for value in open_session(source).get_inputs()}
     expected = open_session(source).run(["logits"], feeds)[0]
     for mode in MODES:

@@ -10,20 +10,21 @@ import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from progress_record import ProgressRecord
 from runs import stage_folder
 from test_allocation import spectrum_losses
 from test_pipeline import UNGUARDED, invoke, vit_options
 
 from prehab_export.linalg.allocation import _lower_hull, break_even, by_joint_loss, parameters, rank_menu
 from prehab_export.measurement import rank_times
-from prehab_export.measurement.rank_times import Curve, RankTimes, Setting, grid, measure_rank_times
+from prehab_export.measurement.rank_times import Curve, RankTimes, Setting, measure_rank_times, measured_ranks
 
 SETTING = Setting(threads=1, tokens=4)
 
 
 def by_parameters(m, n, _copies, _setting):
     """Times of a machine on which every parameter costs the same."""
-    ranks = grid(m, n)
+    ranks = measured_ranks(m, n)
     return Curve(1e-9 * m * n, ranks, tuple(1e-9 * rank * (m + n) for rank in ranks))
 
 
@@ -32,8 +33,8 @@ def dense_is_fastest(m, n, _copies, _setting):
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000))
-def test_the_grid_rises_to_break_even(m, n):
-    ranks = grid(m, n)
+def test_the_measured_ranks_rise_to_break_even(m, n):
+    ranks = measured_ranks(m, n)
     assert list(ranks) == sorted(set(ranks))
     assert ranks[0] >= 1
     assert ranks[-1] == break_even(m, n)
@@ -78,9 +79,10 @@ def test_measurements_that_cannot_be_kept_are_no_reason_to_fail(reason, tmp_path
 
 def test_measured_once_and_then_looked_up(tmp_path, monkeypatch):
     shapes = [(64, 32), (64, 32), (16, 32)]
-    done = []
-    first = measure_rank_times(shapes, SETTING, cache=tmp_path, progress=done.append)
-    assert sum(done) == 2
+    record = ProgressRecord()
+    first = measure_rank_times(shapes, SETTING, cache=tmp_path, progress=record)
+    record.check_all_done("time layers")
+    assert record.works[0].steps == 2
     for curve in first.curves.values():
         assert min(curve.dense, *curve.seconds) > 0
     monkeypatch.setattr(rank_times, "_measured", lambda *_: pytest.fail("measured again"))

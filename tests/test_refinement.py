@@ -7,9 +7,11 @@ import torch
 from test_drift import STRONG, along, divergence, prepared
 
 from converters.lowrank import low_rank_layers
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.drift import truncate_along
+from prehab_export.compression.factored import Factored, factor_parameters
 from prehab_export.compression.recording import hidden_of
-from prehab_export.compression.refinement import block_refiner, factor_parameters, refine, relative_error
+from prehab_export.compression.refinement import block_refiner, refine, relative_error
 from prehab_export.compression.training import frozen_copy
 from prehab_export.config.training import RefineConfig, RefineSchedule
 from prehab_export.inputs.data.samples import Samples
@@ -30,7 +32,9 @@ def test_end_to_end_the_outputs_come_closer(family, hidden_share):
     student = along(model, task, batches, layers, statistics, plan).apply(frozen_copy(model))
     before, ranks = divergence(model, student, task, batches), plan.ranks
     others = {n: p.clone() for n, p in student.named_parameters() if id(p) not in map(id, factor_parameters(student))}
-    rows = refine(student, model, task, as_samples(batches), replace(STEPS, hidden_share=hidden_share))
+    rows = refine(
+        Factored(student, task), as_samples(batches), replace(STEPS, hidden_share=hidden_share), teacher=model
+    )
     assert divergence(model, student, task, batches) < 0.9 * before
     assert len(rows) == 30
     assert ("hidden_error" in rows[0]) == bool(hidden_share)
@@ -45,14 +49,14 @@ def test_labels_are_not_looked_at():
     for shift in (0, 1):
         student = plan.apply(frozen_copy(model))
         relabelled = [batch | {"labels": (batch["labels"] + shift) % 2} for batch in batches]
-        refine(student, model, task, as_samples(relabelled), STEPS)
+        refine(Factored(student, task), as_samples(relabelled), STEPS, teacher=model)
         results.append(torch.cat([p.flatten() for p in factor_parameters(student)]))
     assert torch.equal(*results)
 
 
 def test_block_by_block_the_states_come_closer():
     """The mean relative error of the last block's output, against the same walk without tuning."""
-    model, task, batches, layers, statistics, plan = prepared("llama")
+    model, task, batches, _layers, statistics, plan = prepared("llama")
 
     def last_states(candidate):
         seen = []
@@ -67,14 +71,11 @@ def test_block_by_block_the_states_come_closer():
     for steps in (0, 30):
         config = replace(STEPS, block_steps=steps, block_learning_rate=3e-3)
         result = truncate_along(
-            model,
+            Calibrated(model, task, statistics),
             batches,
-            task,
-            layers,
-            statistics,
             plan,
-            STRONG.gradient_shrinkage,
-            after_block=block_refiner(config, 0, statistics),
+            gradient_shrinkage=STRONG.gradient_shrinkage,
+            after_block=block_refiner(config, statistics, seed=0),
         )
         student = result.apply(frozen_copy(model))
         errors.append(float(relative_error(last_states(student), last_states(model), None)))

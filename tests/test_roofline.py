@@ -33,7 +33,7 @@ def test_multiply_adds_by_hand():
 def test_counted_work_is_torchs(family, mode, tmp_path):
     model = build(family)
     task = "image-classification" if family == "vit" else "text-classification"
-    path = export_onnx(model, tmp_path / "model.onnx", task).path
+    path = export_onnx(model, task, tmp_path / "model.onnx").path
     if mode is not None:
         path = quantize_graph(path, tmp_path / f"{mode}.onnx", mode)
     if family == "vit":
@@ -54,7 +54,7 @@ def test_counted_work_is_torchs(family, mode, tmp_path):
 
 def test_tables_that_are_looked_up_are_not_read_whole(tmp_path):
     model = build("bert")
-    path = export_onnx(model, tmp_path / "model.onnx", "text-classification").path
+    path = export_onnx(model, "text-classification", tmp_path / "model.onnx").path
     tables = sum(module.weight.nbytes for module in model.modules() if isinstance(module, torch.nn.Embedding))
     every = sum(parameter.nbytes for parameter in model.parameters())
     assert read_graph(path).weight_bytes == pytest.approx(every - tables, rel=0.05)

@@ -64,7 +64,7 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", pytest.param("dynamic-by-layer", marks=pytest.mark.slow)])
 def test_graphs_match_pytorch_beyond_the_trained_length(tmp_path, kind):
-    session = open_session(export_onnx(MODELS[kind](), tmp_path / "model.onnx", "text-generation").path)
+    session = open_session(export_onnx(MODELS[kind](), "text-generation", tmp_path / "model.onnx").path)
     for batch, length in ((1, 5), (2, TRAINED), (2, TRAINED + 1), (1, 3 * TRAINED)):
         ids = torch.randint(1, 50, (batch, length))
         with torch.no_grad():

@@ -27,6 +27,7 @@ from converters.lowrank import (
     shared_groups,
 )
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.generate import empty_cache, step_inputs
 from converters.onnx.runtime import open_session
 from prehab_export.pipeline.inspection import inspect_model
@@ -230,7 +231,7 @@ def test_what_cannot_be_shared_is_named():
 def test_the_graph_multiplies_by_down_once_a_group(family, fuse, tmp_path):
     model = shared_model(family)
     task = "text-generation" if family == "llama" else "text-classification"
-    export = export_onnx(model, tmp_path / "model.onnx", task, fuse=fuse)
+    export = export_onnx(model, task, tmp_path / "model.onnx", GraphForm(fuse=fuse))
     graph = onnx.load(export.path).graph
     stored = {value.name for value in graph.initializer}
     products = [

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import prehab_export as px
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.decompositions import decompose_layers
 from prehab_export.compression.training import frozen_copy
 from prehab_export.inputs.evaluation import torch_predictor
@@ -32,11 +33,11 @@ def case(request):
     samples = px.load_data(config, task, processor, model.config, seed=0)
     layers = px.target_layers(model)
     calibration = samples.train.subset(512, seed=0).batches(batch_size)
-    return request.param, model, task, samples, px.calibrate(model, calibration, task, layers)
+    return request.param, model, task, samples, px.calibrate(model, task, calibration, layers).statistics
 
 
 def accuracy(model, task, samples):
-    return px.evaluate(torch_predictor(model, task), samples.evaluation.batches(64), task).value
+    return px.evaluate(torch_predictor(model, task), task, samples.evaluation.batches(64)).value
 
 
 # model → objective, allocation, ratio → least and most accuracy
@@ -55,7 +56,6 @@ def test_accuracy_without_training(case):
     for (objective, allocation, ratio), (least, most) in FIGURES[name].items():
         config = px.TruncateConfig(ratio=ratio, objective=objective, allocation=allocation)
         candidate = frozen_copy(model)
-        layers = px.target_layers(candidate)
-        decomposed = decompose_layers(layers, statistics, config)
-        px.factorize(candidate, px.truncate(layers, statistics, config, decomposed=decomposed).factors)
+        decomposed = decompose_layers(Calibrated(model, task, statistics), config)
+        px.factorize(candidate, px.truncate(Calibrated(model, task, statistics), config, decomposed=decomposed).factors)
         assert least <= accuracy(candidate, task, samples) <= most, (objective, allocation, ratio)

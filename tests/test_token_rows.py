@@ -10,6 +10,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from converters.errors import InputError
 from converters.selection import target_layers
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import calibrate
 from prehab_export.compression.dataflow import TokenRows
 from prehab_export.compression.drift import truncate_along
@@ -100,7 +101,7 @@ MODELS = {
 def test_padding_does_not_count_wherever_a_token_goes(make):
     model, samples = MODELS[make](), batches(((5, 3, 8), (7, 7, 2), (1, 9, 4)))
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and name != "head"}
-    statistics = calibrate(model, samples, CLASSIFY, layers)
+    statistics = calibrate(model, CLASSIFY, samples, layers).statistics
     for name, (x, g, units) in alone(model, samples, layers).items():
         moment = statistics.input_of(name)
         assert moment.tokens == len(x)
@@ -131,15 +132,15 @@ def test_a_table_of_positions_with_as_many_rows_as_tokens_has_no_padding():
     names = [name for name in layers if name.endswith(("pos_key_proj", "pos_query_proj"))]
     assert table.shape[0] == samples[0]["attention_mask"].numel()
     assert len(names) == 4
-    statistics = calibrate(model, samples, CLASSIFY, layers)
+    statistics = calibrate(model, CLASSIFY, samples, layers).statistics
     for name in names:
         moment = statistics.input_of(name).second_moment
         torch.testing.assert_close(moment, table.T @ table / len(table), rtol=1e-4, atol=1e-6)
     for name in set(layers) - set(names):
         assert statistics.input_of(name).tokens == 13
     # The walk leaves nothing out either.
-    plan = truncate(layers, statistics, STRONG)
-    result = truncate_along(model, samples, CLASSIFY, layers, statistics, plan, 0.0)
+    plan = truncate(Calibrated(model, CLASSIFY, statistics), STRONG)
+    result = truncate_along(Calibrated(model, CLASSIFY, statistics), samples, plan, gradient_shrinkage=0.0)
     assert not result.notes
 
 
@@ -149,7 +150,7 @@ def test_an_expert_that_no_real_token_comes_to_is_refused_by_name():
         block.gate.bias.data[2] = -1e4
     layers = {"blocks.0.experts.2.0": model.blocks[0].experts[2][0]}
     with pytest.raises(InputError, match=r"no token of this data comes to blocks\.0\.experts\.2\.0"):
-        calibrate(model, samples, CLASSIFY, layers)
+        calibrate(model, CLASSIFY, samples, layers)
 
 
 def moved_rows():

@@ -13,11 +13,13 @@ from converters.lowrank import dense_weight, factorize, low_rank_layers
 from converters.roots import square_root
 from converters.selection import target_layers
 from prehab_export import calibrate, load_data, prehab, rehab, truncate
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.decompositions import decompose_layers
+from prehab_export.compression.factored import Factored
 from prehab_export.compression.metric import layer_metric
-from prehab_export.compression.planning import Plan, plan_ranks
+from prehab_export.compression.planning import RankPlan, plan_ranks
 from prehab_export.compression.regulariser import Regulariser
-from prehab_export.compression.training import frozen_copy, labelled_loss, train
+from prehab_export.compression.training import Trainable, frozen_copy, labelled_loss, train
 from prehab_export.config.data import DataConfig
 from prehab_export.config.training import (
     LAYER_WEIGHTS,
@@ -57,19 +59,19 @@ def digits():
     model = transformers.ViTForImageClassification(config)
     processor = transformers.ViTImageProcessorPil(size={"height": 8, "width": 8})
     data = load_data(DataConfig("sklearn-digits"), TASK, processor, config, seed=0)
-    train(model, data.train, Schedule(steps=150, learning_rate=3e-3), list(model.parameters()), LOSS)
-    statistics = calibrate(model, data.train.first(128).batches(32), TASK, target_layers(model))
+    train(Trainable(model, list(model.parameters())), data.train, Schedule(steps=150, learning_rate=3e-3), LOSS)
+    statistics = calibrate(model, TASK, data.train.first(128).batches(32), target_layers(model)).statistics
     return model, data, statistics
 
 
 def loss_of(model, samples):
-    return evaluate(torch_predictor(model, TASK), samples.batches(128), TASK).loss
+    return evaluate(torch_predictor(model, TASK), TASK, samples.batches(128)).loss
 
 
 def truncated(model, samples, cut=CUT):
     layers = target_layers(model)
-    statistics = calibrate(model, samples.first(128).batches(32), TASK, layers)
-    return factorize(frozen_copy(model), truncate(layers, statistics, cut).factors)
+    statistics = calibrate(model, TASK, samples.first(128).batches(32), layers).statistics
+    return factorize(frozen_copy(model), truncate(Calibrated(model, TASK, statistics), cut).factors)
 
 
 EXACT = [name for name in SURROGATES if not name.startswith("stochastic")]
@@ -123,7 +125,9 @@ def test_gradient_in_the_weight_is_that_of_the_weighted_normalised_mean(name, us
     layers = target_layers(model)
     whitening = "fisher" if use_gradients else "activation"
     regulariser = Regulariser(
-        layers, PrehabConfig(surrogate=name, update="gradient", whitening=whitening, layer_weights=kind), CUT
+        Calibrated(model, TASK, statistics),
+        PrehabConfig(surrogate=name, update="gradient", whitening=whitening, layer_weights=kind),
+        CUT,
     )
     regulariser.refresh(statistics)
     model.zero_grad()
@@ -142,14 +146,14 @@ def test_tails_weighed_by_loss_are_the_predicted_loss_over_its_start(digits):
     model = copy.deepcopy(model)
     layers = target_layers(model)
     cut = replace(CUT, objective="fisher")
-    regulariser = Regulariser(layers, PrehabConfig(update="gradient"), cut)
+    regulariser = Regulariser(Calibrated(model, TASK, statistics), PrehabConfig(update="gradient"), cut)
     regulariser.refresh(statistics)
-    before = truncate(layers, statistics, cut).summary()["predicted_loss_increase"]
+    before = truncate(Calibrated(model, TASK, statistics), cut).summary()["predicted_loss_increase"]
     with torch.no_grad():
         for index, layer in enumerate(layers.values()):
             layer.weight *= 0.5 + 0.1 * index
     regulariser.add_gradients(0, 0.0)
-    after = truncate(layers, statistics, cut).summary()["predicted_loss_increase"]
+    after = truncate(Calibrated(model, TASK, statistics), cut).summary()["predicted_loss_increase"]
     assert regulariser.value == pytest.approx(after / before, rel=1e-2)
 
 
@@ -157,7 +161,7 @@ def test_layers_take_turns_and_hold_their_gradient_in_between(digits):
     model, _, statistics = digits
     model = copy.deepcopy(model)
     layers = target_layers(model)
-    regulariser = Regulariser(layers, PrehabConfig(update="gradient", every=4), CUT)
+    regulariser = Regulariser(Calibrated(model, TASK, statistics), PrehabConfig(update="gradient", every=4), CUT)
     regulariser.refresh(statistics)
 
     def gradients(step):
@@ -194,12 +198,12 @@ def test_proximal_steps_shrink_by_rate_and_turn(surrogate, every, digits):
     cut = replace(CUT, objective="fisher")
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     config = PrehabConfig(surrogate=surrogate, update="proximal", every=every, layer_weights="equal")
-    regulariser = Regulariser(layers, config, cut)
+    regulariser = Regulariser(Calibrated(model, TASK, statistics), config, cut)
     regulariser.refresh(statistics)
-    start = truncate(layers, statistics, cut)
+    start = truncate(Calibrated(model, TASK, statistics), cut)
     for step in range(every):
         regulariser.shrink(step, rate=0.2)
-    end = truncate(layers, statistics, cut)
+    end = truncate(Calibrated(model, TASK, statistics), cut)
     for old, new in zip(start.layers, end.layers, strict=True):
         if surrogate == "tail":  # every layer had one turn, for all its steps
             assert new.objective == pytest.approx(old.objective / (1 + 0.2 * every) ** 2, rel=1e-2)
@@ -213,34 +217,34 @@ def test_proximal_steps_shrink_by_rate_and_turn(surrogate, every, digits):
     assert not any(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
 
 
-def planned(layers, statistics, cut):
+def planned(calibrated, cut):
     """Ranks by unit, as truncation itself would plan them."""
-    plan = plan_ranks(layers, decompose_layers(layers, statistics, cut), cut)
-    units = [*plan.shared, *((name,) for name in layers if not any(name in group for group in plan.shared))]
+    plan = plan_ranks(calibrated, decompose_layers(calibrated, cut), cut)
+    units = [*plan.shared, *((name,) for name in calibrated.layers if not any(name in group for group in plan.shared))]
     return {unit: plan.ranks[unit[0]] for unit in units if plan.ranks[unit[0]] is not None}
 
 
 @pytest.mark.parametrize("share_inputs", [True, False])
 def test_tail_follows_the_allocation_as_it_changes(share_inputs, digits):
     model, _, statistics = digits
-    layers = target_layers(copy.deepcopy(model))
+    calibrated = Calibrated(copy.deepcopy(model), TASK, statistics)
     cut = TruncateConfig(ratio=0.7, share_inputs=share_inputs)
-    regulariser = Regulariser(layers, PrehabConfig(), cut)
+    regulariser = Regulariser(calibrated, PrehabConfig(), cut)
     regulariser.refresh(statistics)
     first = dict(regulariser.ranks)
-    assert first == planned(layers, statistics, cut)
+    assert first == planned(calibrated, cut)
     unit = next(unit for unit in first if "fc1" in unit[0])
     with torch.no_grad():
-        layers[unit[0]].weight *= 3  # its loss grows ninefold, and so its claim on ranks
+        calibrated.layers[unit[0]].weight *= 3  # its loss grows ninefold, and so its claim on ranks
     regulariser.refresh(statistics)
-    assert regulariser.ranks == planned(layers, statistics, cut) != first
+    assert regulariser.ranks == planned(calibrated, cut) != first
     assert unit not in regulariser.ranks or regulariser.ranks[unit] > first[unit]
     for step in range(regulariser.config.every):
         regulariser.add_gradients(step, 0.0)
     assert set(regulariser.terms) == set(regulariser.ranks)
     for other, term in regulariser.terms.items():
-        assert isinstance(term, surrogates.Tail)
-        assert term.top.shape[1] == regulariser.ranks[other]
+        assert isinstance(term.surrogate, surrogates.Tail)
+        assert term.surrogate.top.shape[1] == regulariser.ranks[other]
 
 
 @pytest.mark.parametrize("whitening", WHITENINGS)
@@ -251,11 +255,13 @@ def test_layers_with_one_down_have_one_tail(whitening, digits):
     layers = target_layers(model)
     objective = "fisher" if whitening == "fisher" else "activation"
     cut = TruncateConfig(ratio=0.7, objective=objective)
-    decomposed = decompose_layers(layers, statistics, cut)
-    regulariser = Regulariser(layers, PrehabConfig(whitening=whitening, layer_weights="equal"), cut)
+    decomposed = decompose_layers(Calibrated(model, TASK, statistics), cut)
+    regulariser = Regulariser(
+        Calibrated(model, TASK, statistics), PrehabConfig(whitening=whitening, layer_weights="equal"), cut
+    )
     group = next(iter(decomposed.groups))
-    plan = Plan(dict.fromkeys(layers) | dict.fromkeys(group, 9), (group,))
-    with patch("prehab_export.compression.prehabilitation.ranks_by", lambda *_: plan):
+    plan = RankPlan(dict.fromkeys(layers) | dict.fromkeys(group, 9), (group,))
+    with patch("prehab_export.compression.regulariser.ranks_by", lambda *_: plan):
         regulariser.refresh(statistics)
     assert regulariser.ranks == {group: 9}
     model.zero_grad()
@@ -270,11 +276,11 @@ def test_layers_with_one_down_have_one_tail(whitening, digits):
     found = torch.cat([dense_weight(layers[name].requires_grad_()).grad for name in group]).double()
     assert (found - expected).norm() < 1e-2 * expected.norm()
     config = PrehabConfig(whitening=whitening, layer_weights="equal", update="proximal", every=1)
-    proximal = Regulariser(layers, config, cut)
-    with patch("prehab_export.compression.prehabilitation.ranks_by", lambda *_: plan):
+    proximal = Regulariser(Calibrated(model, TASK, statistics), config, cut)
+    with patch("prehab_export.compression.regulariser.ranks_by", lambda *_: plan):
         proximal.refresh(statistics)
     proximal.shrink(0, 1.0)
-    after = decompose_layers(layers, statistics, cut).groups[group].decomposition
+    after = decompose_layers(Calibrated(model, TASK, statistics), cut).groups[group].decomposition
     before = decomposed.groups[group].decomposition
     assert after.objective(9) == pytest.approx(before.objective(9) / 4, rel=1e-2)
     assert float(after.spectrum[:9].sum()) == pytest.approx(float(before.spectrum[:9].sum()), rel=1e-3)
@@ -288,8 +294,8 @@ def test_gradient_of_a_conv1d_is_transposed():
     layers = target_layers(model)
     task = TASKS["text-generation"]
     batch = {"input_ids": torch.randint(0, 30, (4, 12))}
-    statistics = calibrate(model.eval(), [batch], task, layers)
-    regulariser = Regulariser(layers, PrehabConfig(every=1), CUT)
+    statistics = calibrate(model.eval(), task, [batch], layers).statistics
+    regulariser = Regulariser(Calibrated(model, task, statistics), PrehabConfig(every=1), CUT)
     regulariser.refresh(statistics)
     regulariser.add_gradients(0, 1.0)
     assert all(layer.weight.grad.shape == layer.weight.shape for layer in layers.values())
@@ -299,7 +305,7 @@ def test_gradient_of_a_conv1d_is_transposed():
             layer.weight -= 1e-3 * layer.weight.grad / layer.weight.grad.norm()
     regulariser.add_gradients(1, 0.0)
     assert regulariser.value < before
-    proximal = Regulariser(layers, PrehabConfig(update="proximal", every=1), CUT)
+    proximal = Regulariser(Calibrated(model, task, statistics), PrehabConfig(update="proximal", every=1), CUT)
     proximal.refresh(statistics)
     proximal.shrink(0, 1.0)
     proximal.shrink(1, 0.0)
@@ -308,12 +314,13 @@ def test_gradient_of_a_conv1d_is_transposed():
 
 def test_statistics_without_gradients_are_refused_with_the_way_out(digits):
     model, _, statistics = digits
-    layers = target_layers(model)
     bare = replace(statistics, gradients={})
     for options in ({}, {"whitening": "activation"}):
         with pytest.raises(InputError, match=r"prehab\.layer_weights=equal"):
-            Regulariser(layers, PrehabConfig(**options), CUT).refresh(bare)
-    Regulariser(layers, PrehabConfig(whitening="activation", layer_weights="equal"), CUT).refresh(bare)
+            Regulariser(Calibrated(model, TASK, statistics), PrehabConfig(**options), CUT).refresh(bare)
+    Regulariser(
+        Calibrated(model, TASK, statistics), PrehabConfig(whitening="activation", layer_weights="equal"), CUT
+    ).refresh(bare)
 
 
 def test_only_surrogates_with_a_proximal_map_take_proximal_steps():
@@ -331,10 +338,10 @@ def test_prehab_makes_truncation_hurt_less_than_the_same_steps_of_task_loss(upda
     steps = TrainConfig(steps=60, learning_rate=1e-3)
     control = copy.deepcopy(model)
     loss = labelled_loss(TASK, frozen_copy(model), steps.distill)
-    train(control, data.train, steps, list(control.parameters()), loss)
+    train(Trainable(control, list(control.parameters())), data.train, steps, loss)
     prepared = copy.deepcopy(model)
     config = PrehabConfig(train=steps, strength={"gradient": 30.0, "proximal": 100.0}[update], update=update)
-    history = prehab(prepared, TASK, data.train, target_layers(prepared), statistics, config, CUT)
+    history = prehab(Calibrated(prepared, TASK, statistics), data.train, config, CUT)
     assert [row["step"] for row in history] == list(range(60))
     assert history[-1]["surrogate"] < 0.5 * history[0]["surrogate"]
     losses = {
@@ -366,9 +373,7 @@ def test_every_surrogate_update_and_schedule_runs_and_repeats(surrogate, update,
     results = []
     for _ in range(2):
         own = copy.deepcopy(model)
-        history = prehab(
-            own, TASK, data.train, target_layers(own), statistics, config, TruncateConfig(ratio=0.7), seed=5
-        )
+        history = prehab(Calibrated(own, TASK, statistics), data.train, config, TruncateConfig(ratio=0.7), seed=5)
         results.append((history, own.state_dict()))
     (first, state), (again, same) = results
     assert first == again
@@ -387,7 +392,11 @@ def test_rehab_helps_and_keeps_the_ranks(method, digits):
     start = {name: value.clone() for name, value in compressed.state_dict().items()}
     config = RehabConfig(train=TrainConfig(steps=40, learning_rate=2e-3), method=method, lora_rank=4)
     result = rehab(
-        compressed, TASK, training, config, held_out_loss=lambda m: loss_of(m, held_out), teacher=frozen_copy(model)
+        Factored(compressed, TASK),
+        training,
+        config,
+        held_out_loss=lambda m: loss_of(m, held_out),
+        teacher=frozen_copy(model),
     )
     assert loss_of(compressed, held_out) < before
     assert loss_of(compressed, held_out) == min(part["held_out_loss"] for part in result.parts)
@@ -406,7 +415,7 @@ def test_rehab_that_does_not_help_leaves_no_trace(method, digits):
     before = {name: value.clone() for name, value in compressed.state_dict().items()}
     losses = iter([1.0, 2.0, 3.0])
     config = RehabConfig(train=TrainConfig(steps=4, learning_rate=0.5, distill=0.0), method=method)
-    result = rehab(compressed, TASK, data.train, config, held_out_loss=lambda _: next(losses))
+    result = rehab(Factored(compressed, TASK), data.train, config, held_out_loss=lambda _: next(losses))
     assert not any(part["kept"] for part in result.parts[1:])
     assert all(torch.equal(value, before[name]) for name, value in compressed.state_dict().items())
 
@@ -416,7 +425,7 @@ def test_training_touches_only_what_it_is_given(digits):
     own = copy.deepcopy(model)
     own.classifier.requires_grad_(False)
     before = {name: value.clone() for name, value in own.state_dict().items()}
-    train(own, data.train, Schedule(steps=2), [own.vit.layers[0].mlp.fc1.weight], LOSS)
+    train(Trainable(own, [own.vit.layers[0].mlp.fc1.weight]), data.train, Schedule(steps=2), LOSS)
     changed = [name for name, value in own.state_dict().items() if not torch.equal(value, before[name])]
     assert changed == ["vit.layers.0.mlp.fc1.weight"]
     assert not own.classifier.weight.requires_grad
@@ -428,4 +437,4 @@ def test_a_diverging_run_says_what_to_change(digits):
     own = copy.deepcopy(model)
     own.classifier.weight.data.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match="learning rate"):
-        train(own, data.train, Schedule(steps=1), list(own.parameters()), LOSS)
+        train(Trainable(own, list(own.parameters())), data.train, Schedule(steps=1), LOSS)

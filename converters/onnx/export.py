@@ -1,7 +1,7 @@
 """torch → ONNX for image classification, text classification and text generation."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,10 @@ from converters.model_config import without_cache
 from converters.onnx.attention import ONNX_ATTENTION, PLAIN_ATTENTION, attention_implementation
 from converters.onnx.cache import CacheLayout, cache_layout
 from converters.onnx.expected import ATTENTION, OPERATORS, counting, missing, spelled_out
+from converters.onnx.form import GraphForm
 from converters.onnx.fuse import count_fusions, fuse_graph, simplify_graph
 from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
 from converters.onnx.latent import latent_layout
-from converters.onnx.modes import FULL, KV_CACHES
 from converters.onnx.names import restore_weight_names, store_by_head, store_transposed, tidy
 from converters.onnx.quiet import quiet
 from converters.onnx.rope import traceable_frequencies
@@ -53,22 +53,18 @@ class OnnxExport:
 
 def export_onnx(
     model: PreTrainedModel,
-    path: Path,
     task: str,
+    path: Path,
+    form: GraphForm | None = None,
     *,
-    text_inputs: Sequence[str] | None = None,
     samples: Mapping[str, Tensor] | None = None,
-    image_size: tuple[int, int] | None = None,
-    fuse: bool = True,
-    kv_cache: str = FULL,
-    external_data_threshold: int | None = None,
 ) -> OnnxExport:
     """Write the model, dense or factored, as one ONNX graph; the model is handed back as it was.
 
-    - image-classification: ``pixel_values`` → ``logits``; the batch is free; the image is of ``image_size`` (height,
-      width) or, without it, of the config's.
+    - image-classification: ``pixel_values`` → ``logits``; the batch is free; the image is of the form's ``image_size``
+      or, without it, of the config's.
     - text-classification: ``input_ids``, ``attention_mask``, ``token_type_ids`` → ``logits``, of which the ones
-      that the model uses and, if ``text_inputs`` is given, that are named there (what a tokenizer produces).
+      that the model uses and, if the form has ``text_inputs``, that are named there.
     - text-generation: ``input_ids``, ``attention_mask``, ``position_ids`` (if the model takes them) and
       ``past_key_values.{i}.key/value`` → ``logits`` and ``present.{i}.key/value``, for prompt (past length 0)
       and decoding alike. Padding is the attention mask's matter, on either side. With ``kv_cache`` ``latent-values``
@@ -78,9 +74,7 @@ def export_onnx(
     with inputs made up from its config; the graph is the same for all inputs.
 
     The graph keeps the model's dtype. ONNX Runtime on CPU runs float16 graphs but has few bfloat16 kernels and does
-    not open such a graph: cast a bfloat16 model to float32 first. Weights above ``external_data_threshold`` bytes
-    (without it, those that one file cannot hold) go to ``<name>.onnx_data`` beside the graph. ``fuse=False`` writes
-    standard operators of an older opset only, to compare with or for other runtimes.
+    not open such a graph: cast a bfloat16 model to float32 first.
 
     Raises:
         InputError: an unknown task, or a model that does not fit it.
@@ -88,18 +82,17 @@ def export_onnx(
     """
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}; expected one of {', '.join(TASKS)}")
-    if kv_cache not in KV_CACHES:
-        raise InputError(f"unknown kv_cache {kv_cache!r}; expected one of {', '.join(KV_CACHES)}")
+    form = form or GraphForm()
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
     with _as_found(model), torch.no_grad():
-        traced = _Traced(model, task, text_inputs, samples, image_size, kv_cache)
-        attention, reason = _attention(traced) if fuse else (PLAIN_ATTENTION, None)
-        graph = _trace(traced, attention, FUSED_OPSET if fuse else PLAIN_OPSET)
-        _optimise(graph, fuse, _first_names(model))
+        traced = _Traced(model, task, form, samples)
+        attention, reason = _attention(traced) if form.fuse else (PLAIN_ATTENTION, None)
+        graph = _trace(traced, attention, FUSED_OPSET if form.fuse else PLAIN_OPSET)
+        _optimise(graph, form.fuse, _first_names(model))
         fusions = count_fusions(graph)
-        unfused = _unfused(traced, graph, fusions, reason) if fuse else []
-        size = publish_graph(graph, path, external_data_threshold)
+        unfused = _unfused(traced, graph, fusions, reason) if form.fuse else []
+        size = publish_graph(graph, path, form.external_data_threshold)
     return OnnxExport(
         path=path,
         inputs=traced.inputs.names,
@@ -115,8 +108,8 @@ def export_onnx(
 def check_exportable(
     model: PreTrainedModel,
     task: str,
+    form: GraphForm | None = None,
     *,
-    text_inputs: Sequence[str] | None = None,
     samples: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Trace a model as `export_onnx` does, with or without fused operators, and write nothing.
@@ -126,7 +119,7 @@ def check_exportable(
         RuntimeError: torch could not trace the model.
     """
     with _as_found(model), torch.no_grad():
-        traced = _Traced(model, task, text_inputs, samples, None, FULL)
+        traced = _Traced(model, task, form or GraphForm(), samples)
         attention, _ = _attention(traced)
         try:
             _trace(traced, attention, FUSED_OPSET)
@@ -141,10 +134,8 @@ class _Traced(nn.Module):
         self,
         model: PreTrainedModel,
         task: str,
-        offered: Sequence[str] | None,
+        form: GraphForm,
         samples: Mapping[str, Tensor] | None,
-        image_size: tuple[int, int] | None,
-        kv_cache: str,
     ) -> None:
         super().__init__()
         self.model = model
@@ -152,13 +143,13 @@ class _Traced(nn.Module):
         self.layout: CacheLayout | None = None
         self.warnings: list[str] = []
         if task == "text-generation":
-            self.layout, self.warnings = latent_layout(model, cache_layout(model), kv_cache)
+            self.layout, self.warnings = latent_layout(model, cache_layout(model), form.kv_cache)
             self.inputs: GraphInputs = decoder_inputs(model, self.layout, samples)
             self.outputs += self.layout.present_names
         elif task == "text-classification":
-            self.inputs = text_inputs(model, offered, samples)
+            self.inputs = text_inputs(model, form.text_inputs, samples)
         else:
-            self.inputs = image_inputs(model, image_size, samples)
+            self.inputs = image_inputs(model, form.image_size, samples)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.inputs.names, tensors, strict=True))

@@ -5,8 +5,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from converters.errors import InputError
-
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+from converters.number_formats import ARRAY_FORMATS
 
 
 def greedy_decode(
@@ -67,7 +66,7 @@ def empty_cache(session: onnxruntime.InferenceSession, batch: int) -> dict[str, 
     inputs = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
     if not inputs:
         raise InputError("the graph has no past_key_values inputs; export it with the task text-generation")
-    return {i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), _TYPES[i.type]) for i in inputs}
+    return {i.name: np.zeros((batch, i.shape[1], 0, i.shape[3]), np.dtype(ARRAY_FORMATS[i.type])) for i in inputs}
 
 
 def step_inputs(

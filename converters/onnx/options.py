@@ -5,19 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import to_torch_dtype
 
 from converters.errors import InputError
 from converters.onnx.export import FUSED_OPSET
+from converters.onnx.form import GraphForm
 from converters.onnx.latent import kind_of_cache
 from converters.onnx.modes import FILE_NAMES
-
-_DTYPES = {
-    onnx.TensorProto.FLOAT: torch.float32,
-    onnx.TensorProto.FLOAT16: torch.float16,
-    onnx.TensorProto.BFLOAT16: torch.bfloat16,
-    onnx.TensorProto.DOUBLE: torch.float64,
-}
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,10 @@ class ExportOptions:
     kv_cache: str
     fuse: bool
     dtype: torch.dtype
+
+    @property
+    def form(self) -> GraphForm:
+        return GraphForm(self.inputs, self.image_size, self.fuse, self.kv_cache)
 
 
 def options_of(graph: Path) -> ExportOptions:
@@ -58,7 +58,7 @@ def options_of(graph: Path) -> ExportOptions:
         channels=channels,
         kv_cache=kind_of_cache(inputs),
         fuse=opset >= FUSED_OPSET,
-        dtype=_DTYPES[logits.type.tensor_type.elem_type],
+        dtype=to_torch_dtype(ir.DataType(logits.type.tensor_type.elem_type)),
     )
 
 

@@ -6,9 +6,6 @@ would help.
 """
 
 import logging
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +14,7 @@ import onnx
 from converters.errors import InputError
 from converters.full_disk import told_where_full
 from converters.onnx.quiet import quiet
+from converters.publishing import published_files
 
 # A flatbuffer's offsets are 32 bits wide.
 LARGEST_BYTES = 2_000_000_000
@@ -31,7 +29,8 @@ class OrtFiles:
 
 
 def write_ort(graph: Path, folder: Path) -> OrtFiles:
-    """Write ``<stem>.ort`` and ``<stem>.required_operators_and_types.config`` into ``folder``.
+    """Write ``<stem>.ort`` and ``<stem>.required_operators_and_types.config`` into ``folder``, both or none; ``<stem>``
+    is that of the file that the graph is, whatever link leads there.
 
     The graph is optimised as any session on a CPU would do it, once and for all.
 
@@ -41,6 +40,7 @@ def write_ort(graph: Path, folder: Path) -> OrtFiles:
     """
     if not graph.is_file():
         raise InputError(f"no ONNX graph at {graph}")
+    graph = graph.resolve()  # as the tool does
     size = sum(file.stat().st_size for file in graph.parent.glob(f"{graph.name}*"))
     if size > LARGEST_BYTES:
         raise InputError(
@@ -52,26 +52,19 @@ def write_ort(graph: Path, folder: Path) -> OrtFiles:
         raise InputError(f"{graph.name} holds 4-bit tables, which an .ort file has no type for; int8 can be held")
     from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 
-    folder.mkdir(parents=True, exist_ok=True)
-    own = Path(tempfile.mkdtemp(dir=folder, prefix=f".{graph.stem}."))
-    try:
-        with quiet(), told_where_full(own):
-            convert_onnx_models_to_ort(
-                graph, output_dir=own, optimization_styles=[OptimizationStyle.Fixed], enable_type_reduction=True
-            )
-            (model,), (operators,) = own.rglob("*.ort"), own.rglob("*.config")
-        files = OrtFiles(folder / f"{graph.stem}.ort", folder / operators.name)
-        _name_no_folder(operators, model)
-        os.replace(operators, files.operators)
-        os.replace(model, files.model)
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
+    files = OrtFiles(folder / f"{graph.stem}.ort", folder / f"{graph.stem}.required_operators_and_types.config")
+    with published_files(files.operators, files.model) as own, quiet(), told_where_full(own):
+        convert_onnx_models_to_ort(
+            graph, output_dir=own, optimization_styles=[OptimizationStyle.Fixed], enable_type_reduction=True
+        )
+        _name_no_folder(own / files.operators.name, own / files.model.name)
     return files
 
 
 def _name_no_folder(operators: Path, model: Path) -> None:
     """The tool notes where it found the model, which is one machine's business."""
-    operators.write_text(operators.read_text(encoding="utf-8").replace(str(model), model.name), encoding="utf-8")
+    text = operators.read_text(encoding="utf-8").replace(str(model.resolve()), model.name)
+    operators.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,12 @@ mode              products with a weight             activations
 Embedding tables are in blocks in every integer mode, of 4 bits in ``int8-tables4`` and ``int4``, of 8 bits elsewhere;
 an output layer that is tied to a table is a product on the same bytes (`converters.onnx.blocks`). Products of
 activations stay as they are, and so do convolutions: with int8 weights, ONNX Runtime's takes three times as long as in
-float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``). `converters.onnx.coverage` tells what stays.
+float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``). `converters.onnx.quantized_weights` tells
+what stays.
 A block of a product is 32 inputs of one output: ranks in multiples of it waste nothing. Weights that are multiplied
 head by head have three axes, and there the kernels know one scale a weight only.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from converters.onnx.blocks import plain_products, products_in_blocks, tables_in
 from converters.onnx.modes import MODES
 from converters.onnx.quiet import quiet
 from converters.onnx.write import data_file, has_external_data, publish_graph
+from converters.publishing import published_files
 
 # Weights that are smaller gain nothing.
 LEAST_ELEMENTS = 1024
@@ -74,22 +73,16 @@ def quantize_graph(
     _check(source)
     if mode == "int8-static" and sample is None:
         raise InputError("int8-static needs a sample to find the ranges of activations on")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        with quiet(), told_where_full(folder):
-            model = ir.load(source)
-            before = _weight_bytes(model)
-            threshold = 0 if has_external_data(model) else None
-            finished = _quantized(model, mode, sample, folder)
-            if not may_grow:
-                _refuse_larger(source, before, _weight_bytes(finished), mode)
-            publish_graph(finished, folder / "finished" / target.name, threshold, check=False)
-        data_file(target).unlink(missing_ok=True)  # of an earlier graph
-        for file in sorted((folder / "finished").iterdir(), reverse=True):  # the graph last
-            os.replace(file, target.with_name(file.name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with published_files(data_file(target), target) as folder, quiet(), told_where_full(folder):
+        model = ir.load(source)
+        before = _weight_bytes(model)
+        threshold = 0 if has_external_data(model) else None
+        steps = folder / "steps"
+        steps.mkdir()
+        finished = _quantized(model, mode, sample, steps)
+        if not may_grow:
+            _refuse_larger(source, before, _weight_bytes(finished), mode)
+        publish_graph(finished, folder / target.name, threshold, check=False)
     return target
 
 

@@ -6,9 +6,6 @@ lengths are known from shapes. So everything but the weights is serialised as us
 time: a model of S bytes takes one tensor's worth of memory to write, not 2·S.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +16,7 @@ import onnx_ir as ir
 from onnx import ModelProto, TensorProto
 
 from converters.onnx.modes import DATA_SUFFIX
+from converters.publishing import published_files
 
 # Field numbers of onnx.proto, with the wire type of length-delimited records.
 _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = (field << 3 | 2 for field in (7, 5, 9))
@@ -51,9 +49,7 @@ def publish_graph(model: ir.Model, path: Path, threshold: int | None = None, *, 
     """
     threshold = EXTERNAL_DATA_THRESHOLD if threshold is None else threshold
     weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with published_files(data_file(path), path) as folder:
         written = folder / path.name
         if weights > threshold:
             ir.save(model, written, external_data=data_file(path).name)
@@ -61,13 +57,7 @@ def publish_graph(model: ir.Model, path: Path, threshold: int | None = None, *, 
                 onnx.checker.check_model(str(written))  # reads the graph, not its data
         else:
             write_graph(model, written, check=check)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        data_file(path).unlink(missing_ok=True)  # of an earlier graph; the graph that belongs to it goes next
-        for file in sorted(folder.iterdir(), reverse=True):  # the graph last: it is what makes it complete
-            os.replace(file, path.with_name(file.name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return size
+        return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def write_graph(model: ir.Model, path: Path, *, check: bool = True) -> None:

@@ -64,7 +64,8 @@ def measured_elsewhere(given: dict[str, Any]) -> bool:
         return False
     if given["dry_run"]:
         raise InputError("--dry-run tells nothing of other places; leave out --target")
-    from prehab_export.pipeline import Target, bench_on_target
+    from prehab_export.config import Target
+    from prehab_export.pipeline import bench_on_target
 
     target = Target(**{field: given[name] for name, field in TARGET_FIELDS.items()})
     config, output = requested(given)

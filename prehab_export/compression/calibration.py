@@ -12,8 +12,9 @@ The model may run in half precision; its activations and gradients are float32 b
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, log2
 
@@ -23,20 +24,23 @@ from torch import Tensor, nn
 from converters.errors import InputError
 from converters.patterns import exclude_options
 from converters.roots import weighs
+from converters.selection import target_layers
 from prehab_export.compression.activations import Place, by_sample, frozen, place_of
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.dataflow import TokenRows
 from prehab_export.compression.moments import InputMoment, Statistics
 from prehab_export.compression.token_rows import token_rows
 from prehab_export.config import FISHER_LABELS
 from prehab_export.inputs import Batch, Task, device_of, full_precision, moved, sample_count
 from prehab_export.linalg import ClusterSums, PlainSums, real
+from prehab_export.system import Progress, silent
 
 # Where float16 calibration brings the largest gradients that a sample can have; float16 ends at 2^16, and what is
 # smaller by 2^26 is still a normal number.
 LARGEST_GRADIENT = 2.0**12
 
 # (logits of the units, batch) → a label for each.
-Targets = Callable[[Tensor, Batch], Tensor]
+LabelsOf = Callable[[Tensor, Batch], Tensor]
 
 Sums = ClusterSums | PlainSums
 
@@ -48,63 +52,80 @@ class CalibrationWarning(UserWarning):
     """The sample is too small for what was asked of it; the result is valid but could be better."""
 
 
+@dataclass(frozen=True)
+class Gather:
+    """What to gather of a model.
+
+    gradients: G too, at the cost of a backward pass a batch.
+    labels: those behind the gradients: ``data`` takes the given ones (empirical Fisher), ``model`` draws them from the
+        model's own output (true Fisher; needs no labels).
+    sampling: how well the moments are known too, which shrinkage and the warning of a small sample go by.
+    keep_on: where the moments lie; with the model by default.
+
+    Raises (when made):
+        InputError: labels are of another kind.
+    """
+
+    gradients: bool = True
+    labels: str = "data"
+    sampling: bool = True
+    keep_on: torch.device | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels not in FISHER_LABELS:
+            raise InputError(f"Fisher labels must be one of {', '.join(FISHER_LABELS)}, not {self.labels!r}")
+
+
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Batch],
     task: Task,
-    layers: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    layers: Mapping[str, nn.Module] | None = None,
     *,
-    gradients: bool = True,
-    labels: str = "data",
-    sampling: bool = True,
-    keep_on: torch.device | None = None,
+    gather: Gather | None = None,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> Statistics:
-    """Run the batches through the model and gather moments of every layer in ``layers``.
+    progress: Progress = silent,
+) -> Calibrated:
+    """Run the batches through the model and gather moments of every layer to compress.
 
     The moments are float32: n² numbers an input and, with gradients, m² a layer.
 
     Args:
         batches: as the task makes them; padding is left out by the task's token mask.
-        layers: targeted layers by name, as from ``converters.selection.target_layers``.
-        gradients: also gather G (one backward pass a batch).
-        labels: ``data`` takes the given labels (empirical Fisher), ``model`` samples them from the model's own
-            output (true Fisher; needs no labels).
-        sampling: also find how well the moments are known, which shrinkage and the warning of a small sample go by.
-        keep_on: where the moments lie; with the model by default.
-        progress: called with the number of samples done, after each batch.
+        layers: those to compress, by name; by default what `target_layers` takes of the model.
+        gather: what to gather; everything by default.
 
     Raises:
         InputError: no batch at all, a layer that no batch reaches, one that keeps no gradients, or NaN/Inf in a
             moment (naming the layer).
     """
-    if labels not in FISHER_LABELS:
-        raise InputError(f"Fisher labels must be one of {', '.join(FISHER_LABELS)}, not {labels!r}")
+    gather = gather or Gather()
+    layers = target_layers(model) if layers is None else layers
     device = device_of(model)
     iterator = (moved(batch, device) for batch in batches)
     first = next(iterator, None)
     if first is None:
         raise InputError("the calibration sample is empty; give a split with rows in it")
-    groups, places = _look_around(model, first, task, layers)
+    groups, places = _look_around(model, task, first, layers)
     generator = torch.Generator().manual_seed(seed)
 
-    def targets_of(unit_logits: Tensor, batch: Batch) -> Tensor:
-        return task.unit_labels(batch) if labels == "data" else _sampled(unit_logits, generator)
+    def labels_of(unit_logits: Tensor, batch: Batch) -> Tensor:
+        return task.unit_labels(batch) if gather.labels == "data" else _sampled(unit_logits, generator)
 
-    with frozen(model), torch.set_grad_enabled(gradients):
-        scaled = gradients and task.precision == "float16"
-        scale = _loss_scale(model, first, task, layers) if scaled else 1.0
-        tally = _Tally(groups, places, partial(ClusterSums if sampling else PlainSums, keep_on), scale)
+    steps = len(batches) if isinstance(batches, Sized) else 0
+    with frozen(model), torch.set_grad_enabled(gather.gradients), progress("calibrate", steps) as advance:
+        scaled = gather.gradients and task.precision == "float16"
+        scale = _loss_scale(model, task, first, layers) if scaled else 1.0
+        sums = partial(ClusterSums if gather.sampling else PlainSums, gather.keep_on)
+        tally = _Tally(groups, places, sums, scale)
         for batch in _chain(first, iterator):
-            tally.watch(model, batch, task, layers, targets_of if gradients else None)
-            if progress is not None:
-                progress(sample_count(batch))
-    statistics = tally.result()
+            tally.watch(model, task, batch, layers, labels_of if gather.gradients else None)
+            advance()
+    statistics = replace(tally.result(), labels=gather.labels)
     statistics.check_finite()
     for message in doubts(statistics):
         warnings.warn(message, CalibrationWarning, stacklevel=2)
-    return statistics
+    return Calibrated(model, task, statistics)
 
 
 def doubts(statistics: Statistics) -> list[str]:
@@ -150,27 +171,27 @@ def few_tokens(statistics: Statistics) -> str | None:
     )
 
 
-def shared_inputs(model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+def shared_inputs(model: nn.Module, task: Task, batch: Batch, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Layer → input group, by watching which layers are handed the very same tensor.
 
     Raises:
         InputError: a layer is not reached by the model's forward pass.
     """
-    return _look_around(model, batch, task, layers)[0]
+    return _look_around(model, task, batch, layers)[0]
 
 
 def _look_around(
-    model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module]
+    model: nn.Module, task: Task, batch: Batch, layers: Mapping[str, nn.Module]
 ) -> tuple[dict[str, str], Places]:
     """`shared_inputs`, and the place of each layer's rows at each of its runs. Two samples tell; experts that these do
     not reach are looked for with the whole batch."""
     try:
-        return _look(model, {key: value[[0, -1]] for key, value in batch.items()}, task, layers)
+        return _look(model, task, {key: value[[0, -1]] for key, value in batch.items()}, layers)
     except InputError:
-        return _look(model, batch, task, layers)
+        return _look(model, task, batch, layers)
 
 
-def _look(model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module]) -> tuple[dict[str, str], Places]:
+def _look(model: nn.Module, task: Task, batch: Batch, layers: Mapping[str, nn.Module]) -> tuple[dict[str, str], Places]:
     seen: dict[str, list[tuple]] = {name: [] for name in layers}
     places: Places = {name: [] for name in layers}
     alive: list[Tensor] = []  # holds inputs until the pass ends, or an address could be used twice
@@ -234,17 +255,17 @@ class _Tally:
         self.gradients: dict[str, Sums] = {}
 
     def watch(
-        self, model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module], targets_of: Targets | None
+        self, model: nn.Module, task: Task, batch: Batch, layers: Mapping[str, nn.Module], labels_of: LabelsOf | None
     ) -> None:
-        """One batch: a forward pass, and a backward pass from the loss of ``targets_of`` if that is given."""
+        """One batch: a forward pass, and a backward pass from the loss of ``labels_of`` if that is given."""
         mask = task.token_mask(batch)
         rows = token_rows(batch, mask) if self.follows and mask is not None else None
-        with self._listening(layers, batch, task, targets_of is not None, rows):
+        with self._listening(task, batch, layers, labels_of is not None, rows):
             with rows or nullcontext():
                 logits = task.logits(model, batch)
             unit_logits = task.unit_logits(logits, batch)
-            if targets_of is not None:
-                targets = targets_of(unit_logits, batch)
+            if labels_of is not None:
+                targets = labels_of(unit_logits, batch)
                 # The sum, not the mean: every unit keeps the gradient of its own loss.
                 loss = nn.functional.cross_entropy(unit_logits.float(), targets, reduction="sum")
                 (self.loss_scale * loss).backward()
@@ -252,7 +273,7 @@ class _Tally:
 
     @contextmanager
     def _listening(
-        self, layers: Mapping[str, nn.Module], batch: Batch, task: Task, gradients: bool, rows: TokenRows | None
+        self, task: Task, batch: Batch, layers: Mapping[str, nn.Module], gradients: bool, rows: TokenRows | None
     ) -> Iterator[None]:
         mask, samples = task.token_mask(batch), sample_count(batch)
         units = _units_by_sample(task, batch) if gradients else None
@@ -366,7 +387,7 @@ def _units_by_sample(task: Task, batch: Batch) -> Tensor:
     return torch.tensor([len(task.unit_labels(row)) for row in rows])
 
 
-def _loss_scale(model: nn.Module, batch: Batch, task: Task, layers: Mapping[str, nn.Module]) -> float:
+def _loss_scale(model: nn.Module, task: Task, batch: Batch, layers: Mapping[str, nn.Module]) -> float:
     """A power of two that brings the largest gradients to about ``LARGEST_GRADIENT``: those of the worst mistakes, so
     that no batch has much larger ones."""
     sizes: list[Tensor] = []

@@ -1,7 +1,7 @@
 """Every layer decomposed once, for all ratios and allocations: each by itself, and together with the layers that read
 the same input, where those may share a ``down``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -9,19 +9,20 @@ from torch import Tensor
 
 from converters.errors import InputError
 from converters.lowrank import DenseLinear, dense_weight
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.metric import Metric, layer_metric
-from prehab_export.compression.moments import Statistics
 from prehab_export.config import TruncateConfig
 from prehab_export.linalg import (
     Decomposition,
     Group,
     JointDecomposition,
-    allocation,
+    break_even,
     decompose,
     decompose_jointly,
     predicted_joint_loss,
     predicted_loss,
 )
+from prehab_export.system import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -59,55 +60,45 @@ class Decompositions:
         return single, {group: entry.losses for group, entry in self.groups.items()}
 
 
-def decompose_layers(
-    layers: Mapping[str, DenseLinear],
-    statistics: Statistics,
-    config: TruncateConfig,
-    progress: Callable[[int], None] | None = None,
-) -> Decompositions:
+def decompose_layers(calibrated: Calibrated, config: TruncateConfig, *, progress: Progress = silent) -> Decompositions:
     """Decompose every layer under the configured objective and, where inputs may be shared, the groups of layers that
     read one input. The result, as large as the layers or larger, lies where the moments do.
 
     Raises:
         InputError: gradient moments are needed and the statistics hold none.
     """
+    layers, statistics = calibrated.layers, calibrated.statistics
     if config.needs_gradients and not statistics.gradients:
         raise InputError(
             f"objective {config.objective!r} with allocation {config.allocation!r} needs gradient moments; "
             "calibrate with gradients, or take --objective activation --allocation uniform"
         )
     single = {}
-    for name, layer in layers.items():
-        metric = layer_metric(name, layer, statistics, config.gradient_shrinkage, config.base_objective)
-        single[name] = _decompose_layer(layer, metric, statistics.device)
-        if progress is not None:
-            progress(1)
-    return with_groups(single, layers, statistics, config)
+    with progress("decompose", len(layers)) as advance:
+        for name, layer in layers.items():
+            metric = layer_metric(name, layer, statistics, config.gradient_shrinkage, config.base_objective)
+            single[name] = _decompose_layer(layer, metric, statistics.device)
+            advance()
+    return with_groups(calibrated, single, config)
 
 
-def with_groups(
-    single: dict[str, Decomposed],
-    layers: Mapping[str, DenseLinear],
-    statistics: Statistics,
-    config: TruncateConfig,
-) -> Decompositions:
+def with_groups(calibrated: Calibrated, single: dict[str, Decomposed], config: TruncateConfig) -> Decompositions:
     """These decompositions of layers, each under an objective of its own, and, where inputs may be shared, those of
     the groups of layers that read one input in one metric."""
     objectives = {name: entry.objective for name, entry in single.items()}
-    candidates = sharing_candidates(layers, statistics, objectives) if config.share_inputs else []
-    return Decompositions(
-        single,
-        {names: _decompose_group(names, layers, statistics, config, objectives[names[0]]) for names in candidates},
-    )
+    groups = sharing_candidates(calibrated, objectives) if config.share_inputs else []
+    joint = {
+        names: _decompose_group(calibrated, names, config.gradient_shrinkage, objectives[names[0]]) for names in groups
+    }
+    return Decompositions(single, joint)
 
 
-def sharing_candidates(
-    layers: Mapping[str, DenseLinear], statistics: Statistics, objectives: Mapping[str, str]
-) -> list[Group]:
+def sharing_candidates(calibrated: Calibrated, objectives: Mapping[str, str]) -> list[Group]:
     """Layers that may have one ``down``: those with one input and one metric. Without gradient moments there is nothing
     to choose by, hence no group."""
+    statistics = calibrated.statistics
     members: dict[tuple[str, bool, str], list[str]] = {}
-    for name, layer in layers.items():
+    for name, layer in calibrated.layers.items():
         if name in statistics.gradients:
             # Only layers with a bias have the centred C.
             members.setdefault((statistics.groups[name], layer.bias is None, objectives[name]), []).append(name)
@@ -116,7 +107,7 @@ def sharing_candidates(
 
 def _decompose_layer(layer: DenseLinear, metric: Metric, keep_on: torch.device) -> Decomposed:
     weight = dense_weight(layer)
-    most = allocation.break_even(*weight.shape)
+    most = break_even(*weight.shape)
     losses = None
     if metric.objective == "fisher":
         full = decompose(weight, *metric.sides, most)
@@ -131,16 +122,13 @@ def _decompose_layer(layer: DenseLinear, metric: Metric, keep_on: torch.device) 
 
 
 def _decompose_group(
-    names: Sequence[str],
-    layers: Mapping[str, DenseLinear],
-    statistics: Statistics,
-    config: TruncateConfig,
-    objective: str,
+    calibrated: Calibrated, names: Sequence[str], gradient_shrinkage: float, objective: str
 ) -> JointlyDecomposed:
-    metrics = [layer_metric(name, layers[name], statistics, config.gradient_shrinkage, objective) for name in names]
+    layers, statistics = calibrated.layers, calibrated.statistics
+    metrics = [layer_metric(name, layers[name], statistics, gradient_shrinkage, objective) for name in names]
     moments = [metric.gradient_moment for metric in metrics if metric.gradient_moment is not None]
     weights = [dense_weight(layers[name]) for name in names]
-    most = allocation.break_even(sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    most = break_even(sum(weight.shape[0] for weight in weights), weights[0].shape[1])
     if objective == "fisher":
         full = decompose_jointly(weights, metrics[0].sides[0], moments, most)
         losses = 0.5 * full.objectives()

@@ -44,13 +44,15 @@ from converters.roots import damped, scale_of
 from prehab_export.compression.activations import frozen
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import Block, NotAChain, Seen, find_blocks
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.metric import gradient_metric, input_metric
 from prehab_export.compression.model_walk import ModelWalk
-from prehab_export.compression.moments import Statistics, centred
+from prehab_export.compression.moments import centred
 from prehab_export.compression.training import divergence, frozen_copy
 from prehab_export.compression.truncation import Refit, Truncation, stored_factors
 from prehab_export.inputs import Batch, Task
 from prehab_export.linalg import Group, decompose, decompose_jointly, objective_value, valid_rows
+from prehab_export.system import Advance, Progress, silent
 
 # ε as a share of the mean diagonal of C'.
 RIDGE = 1e-2
@@ -86,7 +88,7 @@ class _Moments:
 
 
 @dataclass(frozen=True)
-class _Fit:
+class _Regression:
     """Regression of one layer on x': W* (m×n), its metric (n×n), and how its bias follows from the weight chosen."""
 
     weight: Tensor
@@ -104,26 +106,22 @@ class _Fit:
 
 @torch.no_grad()
 def truncate_along(
-    model: nn.Module,
+    calibrated: Calibrated,
     batches: Iterable[Batch],
-    task: Task,
-    layers: Mapping[str, DenseLinear],
-    statistics: Statistics,
     plan: Truncation,
-    gradient_shrinkage: float,
     *,
+    gradient_shrinkage: float,
     after_block: Callable[[BlockWalk, Block], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = silent,
 ) -> Truncation:
     """The truncation ``plan`` again, each layer fitted to the inputs that the compressed model gives it.
 
     Args:
-        model: the dense model, left as it is.
+        calibrated: the dense model, left as it is, and its moments.
         batches: the calibration sample.
         plan: ranks and objectives of every layer.
         gradient_shrinkage: as in ``TruncateConfig``.
         after_block: called when a block of the student has its factors, before the walk goes on.
-        progress: called with the number of layers done, after each group of layers.
 
     Returns:
         The truncation; its notes say what was left as planned, and why.
@@ -131,47 +129,57 @@ def truncate_along(
     Raises:
         NotAChain: the model's blocks cannot be run one by one, and there are too many layers for whole passes.
     """
-    kept = list(batches)
+    kept, fitter = list(batches), _Fitter(calibrated, plan, gradient_shrinkage)
+    with frozen(calibrated.model), progress("truncate", len(calibrated.layers)) as advance:
+        try:
+            return _block_by_block(fitter, kept, after_block, advance)
+        except NotAChain as reason:
+            return _along_whole_passes(fitter, kept, reason, after_block is not None, advance)
+
+
+def _block_by_block(
+    fitter: "_Fitter",
+    batches: Sequence[Batch],
+    after_block: Callable[[BlockWalk, Block], None] | None,
+    advance: Advance,
+) -> Truncation:
+    """Raises:
+    NotAChain: the model's blocks cannot be run one by one.
+    """
+    model, plan, layers = fitter.calibrated.model, fitter.plan, fitter.calibrated.layers
     blocks = find_blocks(model, layers)
-    results = {result.name: result for result in plan.layers}
     inside = {name for block in blocks for name in block.layers}
-    refits: dict[str, Refit] = {}
     student = frozen_copy(model)
     factorize(student, {name: pair for name, pair in plan.factors.items() if name not in inside})
-    with frozen(model):
-        try:
-            if not blocks:
-                raise NotAChain("the model has no list of blocks (nn.ModuleList) with these layers in it")
-            walk = BlockWalk(model, student, task, kept, blocks)
-        except NotAChain as reason:
-            return _along_whole_passes(
-                model, kept, task, layers, statistics, plan, gradient_shrinkage, reason, after_block, progress
-            )
-        apart: list[str] = []
-        done: set[str] = set()
-        for block in blocks:
-            for together in _by_input(walk.order[block.name], statistics):
-                # One input may be that of layers in several blocks; those with one ``down`` are fitted at the first.
-                members = [name for name in together if name not in done]
-                if not members:
-                    continue
-                done |= {name for unit in _units(members, plan.shared) for name in unit}
-                moments = _gather(walk.observe(block, members), members)
+    if not blocks:
+        raise NotAChain("the model has no list of blocks (nn.ModuleList) with these layers in it")
+    walk = BlockWalk(model, student, fitter.calibrated.task, batches, blocks)
+    results = {result.name: result for result in plan.layers}
+    refits: dict[str, Refit] = {}
+    unfitted: list[str] = []
+    done: set[str] = set()
+    for block in blocks:
+        for together in fitter.by_input(walk.order[block.name]):
+            # One input may be that of layers in several blocks; those with one ``down`` are fitted at the first.
+            members = [name for name in together if name not in done]
+            if not members:
+                continue
+            done |= {name for unit in _units(members, plan.shared) for name in unit}
+            moments = _gather(walk.observe(block, members), members)
+            if moments is None:
                 part = _planned(members, plan)
-                if moments is not None:
-                    part = _fitted(members, layers, moments, statistics, plan, gradient_shrinkage)
-                else:
-                    apart += members
-                part.apply(student)
-                refits |= part.refits
-                results |= {result.name: result for result in part.layers}
-                if progress is not None:
-                    progress(len(members))
-            if after_block is not None:
-                after_block(walk, block)
-            walk.advance(block)
+                unfitted += members
+            else:
+                part = fitter.fitted(members, moments)
+            part.apply(student)
+            refits |= part.refits
+            results |= {result.name: result for result in part.layers}
+            advance(len(members))
+        if after_block is not None:
+            after_block(walk, block)
+        walk.advance(block)
     notes = [
-        *_note("which may see other tokens in the compressed model", apart),
+        *_note("which may see other tokens in the compressed model", unfitted),
         *_note("outside the repeated blocks", [name for name in layers if name not in inside]),
     ]
     return Truncation(factors_of(student), list(results.values()), refits, plan.shared, tuple(notes))
@@ -185,20 +193,16 @@ def _note(why: str, names: Sequence[str]) -> list[str]:
 
 
 def _along_whole_passes(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    task: Task,
-    layers: Mapping[str, DenseLinear],
-    statistics: Statistics,
-    plan: Truncation,
-    gradient_shrinkage: float,
-    reason: NotAChain,
-    after_block: object,
-    progress: Callable[[int], None] | None,
+    fitter: "_Fitter", batches: Sequence[Batch], reason: NotAChain, refines_blocks: bool, advance: Advance
 ) -> Truncation:
-    """`truncate_along` where blocks cannot be run one by one, for the given reason."""
-    walk = ModelWalk(model, task, batches, list(layers))
-    inputs = _by_input(walk.order, statistics)
+    """`truncate_along` where blocks cannot be run one by one, for the given reason.
+
+    Raises:
+        NotAChain: there are too many layers for whole passes.
+    """
+    model, task, plan = fitter.calibrated.model, fitter.calibrated.task, fitter.plan
+    walk = ModelWalk(model, task, batches, list(fitter.calibrated.layers))
+    inputs = fitter.by_input(walk.order)
     if len(inputs) == 1 and not walk.repeats:
         return plan  # nothing comes after anything
     if len(inputs) > MOST_INPUTS:
@@ -207,14 +211,14 @@ def _along_whole_passes(
         )
     best = current = plan
     least = _distance(model, plan, task, walk.batches)
-    apart: dict[str, None] = {}
+    unfitted: dict[str, None] = {}
     for sweep in range(SWEEPS):
         for members in inputs:
             moments = _gather(walk.observe(current.apply(frozen_copy(model)), members), members)
             if moments is None:
-                apart |= dict.fromkeys(members)
+                unfitted |= dict.fromkeys(members)
             else:
-                part = _fitted(members, layers, moments, statistics, plan, gradient_shrinkage)
+                part = fitter.fitted(members, moments)
                 results = {result.name: result for result in (*current.layers, *part.layers)}
                 current = replace(
                     current,
@@ -224,14 +228,14 @@ def _along_whole_passes(
                 )
                 if (distance := _distance(model, current, task, walk.batches)) < least:
                     best, least = current, distance
-            if progress is not None and sweep == 0:
-                progress(len(members))
+            if sweep == 0:
+                advance(len(members))
     notes = [f"drift is corrected by passes of the whole model: {reason}"]
     if best is plan:
         notes = [f"drift is not corrected: {reason}, and no correction by passes of the whole model came closer to it"]
-    if after_block is not None:
+    if refines_blocks:
         notes.append(f"nothing is refined block by block: {reason}")
-    return replace(best, notes=(*notes, *_note("which may see other tokens in the compressed model", list(apart))))
+    return replace(best, notes=(*notes, *_note("which may see other tokens in the compressed model", list(unfitted))))
 
 
 def _distance(model: nn.Module, truncation: Truncation, task: Task, batches: Sequence[Batch]) -> float:
@@ -253,37 +257,44 @@ def _planned(members: Sequence[str], plan: Truncation) -> Truncation:
     return Truncation({name: plan.factors[name] for name in names if name in plan.factors}, [])
 
 
-def _fitted(
-    members: Sequence[str],
-    layers: Mapping[str, DenseLinear],
-    moments: _Moments,
-    statistics: Statistics,
-    plan: Truncation,
-    gradient_shrinkage: float,
-) -> Truncation:
-    """Layers with one input, each (or each group with one ``down``) fitted to it at the plan's rank."""
-    planned = {result.name: result for result in plan.layers}
-    part = Truncation({}, [])
-    for unit in _units(members, plan.shared):
-        fits = [_regress(name, layers[name], moments) for name in unit]
-        rank, fisher = planned[unit[0]].rank, planned[unit[0]].metric == "fisher"
-        if rank is None:
-            part.refits[unit[0]] = _refit(layers[unit[0]], fits[0])
-            continue
-        gs = [gradient_metric(name, layers[name], statistics, gradient_shrinkage) if fisher else None for name in unit]
-        for name, fit, g, pair in zip(unit, fits, gs, _factors(unit, layers, fits, gs, rank), strict=True):
-            part.factors[name] = pair
-            delta = fit.weight - pair.up.double() @ pair.down.double()
-            part.layers.append(replace(planned[name], objective=objective_value(delta, fit.second_moment, g)))
-    return part
+@dataclass(frozen=True)
+class _Fitter:
+    """Fits layers to the inputs that they have in the compressed model, at the ranks of a plan."""
 
+    calibrated: Calibrated
+    plan: Truncation
+    gradient_shrinkage: float
 
-def _by_input(names: Sequence[str], statistics: Statistics) -> list[list[str]]:
-    """Layers with one input together, in the order given."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(statistics.groups[name], []).append(name)
-    return list(groups.values())
+    def by_input(self, names: Sequence[str]) -> list[list[str]]:
+        """Layers with one input together, in the order given."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self.calibrated.statistics.groups[name], []).append(name)
+        return list(groups.values())
+
+    def fitted(self, members: Sequence[str], moments: _Moments) -> Truncation:
+        """Layers with one input, each (or each group with one ``down``) fitted to it at the plan's rank."""
+        layers = self.calibrated.layers
+        planned = {result.name: result for result in self.plan.layers}
+        part = Truncation({}, [])
+        for unit in _units(members, self.plan.shared):
+            regressions = [_regress(name, layers[name], moments) for name in unit]
+            rank = planned[unit[0]].rank
+            if rank is None:
+                part.refits[unit[0]] = _refit(layers[unit[0]], regressions[0])
+                continue
+            gs = [self._gradient_metric(name) if planned[unit[0]].metric == "fisher" else None for name in unit]
+            pairs = _factors(unit, layers, regressions, gs, rank)
+            for name, regression, g, pair in zip(unit, regressions, gs, pairs, strict=True):
+                part.factors[name] = pair
+                delta = regression.weight - pair.up.double() @ pair.down.double()
+                value = objective_value(delta, regression.second_moment, g)
+                part.layers.append(replace(planned[name], objective=value))
+        return part
+
+    def _gradient_metric(self, name: str) -> Tensor | None:
+        layer = self.calibrated.layers[name]
+        return gradient_metric(name, layer, self.calibrated.statistics, self.gradient_shrinkage)
 
 
 def _gather(
@@ -331,7 +342,7 @@ def _same_tokens(dense: Seen, student: Seen, leader: str, mask: Tensor | None, p
     return not dense.of_tokens or not positions or x[..., 0].numel() == positions
 
 
-def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Fit:
+def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Regression:
     """W* of one layer: what it would best be, were it still dense."""
     w, count = dense_weight(layer).double(), sums.tokens
     c, k = sums.outer / count, sums.cross / count
@@ -347,15 +358,19 @@ def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Fit:
     ridge = RIDGE * scale_of(c)
     regular = damped(c, RIDGE)
     fitted = torch.linalg.solve(regular, target + ridge * w, left=False)
-    return _Fit(fitted, input_metric(c), output_mean, None if layer.bias is None else own)
+    return _Regression(fitted, input_metric(c), output_mean, None if layer.bias is None else own)
 
 
-def _refit(layer: DenseLinear, fit: _Fit) -> Refit:
-    return Refit(fit.weight.to(layer.weight.dtype), fit.bias(layer.bias, fit.weight))
+def _refit(layer: DenseLinear, regression: _Regression) -> Refit:
+    return Refit(regression.weight.to(layer.weight.dtype), regression.bias(layer.bias, regression.weight))
 
 
 def _factors(
-    unit: Group, layers: Mapping[str, DenseLinear], fits: Sequence[_Fit], gradients: Sequence[Tensor | None], rank: int
+    unit: Group,
+    layers: Mapping[str, DenseLinear],
+    fits: Sequence[_Regression],
+    gradients: Sequence[Tensor | None],
+    rank: int,
 ) -> list[Factors]:
     """The factors of W* at this rank; of several layers with one ``down``, together."""
     if len(unit) == 1:

@@ -1,6 +1,6 @@
 """A compressed model whose factors fit the grid of one kind of quantisation: other factors, near the same products."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from converters.lowrank import low_rank_layers, shared_groups
 from prehab_export.compression.metric import layer_metric
 from prehab_export.compression.moments import Statistics
 from prehab_export.linalg import Grid, Pair, Weighing, fit_to_grid
+from prehab_export.system import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ def refit_to_grid(
     gradient_shrinkage: float,
     *,
     replaceable: Collection[str],
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = silent,
 ) -> list[GridFit]:
     """Put factors that lie on the grid into every two-factor layer, in place. A bias takes the mean of what is lost.
 
@@ -37,22 +38,21 @@ def refit_to_grid(
         statistics: of the model before truncation.
         gradient_shrinkage: as in ``TruncateConfig``.
         replaceable: names of the parameters that may change; layers with another one stay as they are.
-        progress: called with the number of layers done.
     """
     layers = low_rank_layers(model)
     groups = shared_groups(model)
     followers = {name for group in groups for name in group[1:]}
     units = {group[0]: group for group in groups}
     fits = []
-    for leader in layers:
-        if leader in followers:
-            continue
-        names = units.get(leader, (leader,))
-        wanted = {f"{name}.up.{part}" for name in names for part, _ in layers[name].up.named_parameters()}
-        if wanted | {f"{leader}.down.weight"} <= set(replaceable):
-            fits.append(_refit(model, names, statistics, grid, gradient_shrinkage))
-        if progress is not None:
-            progress(len(names))
+    with progress("fit to the grid", len(layers)) as advance:
+        for leader in layers:
+            if leader in followers:
+                continue
+            names = units.get(leader, (leader,))
+            wanted = {f"{name}.up.{part}" for name in names for part, _ in layers[name].up.named_parameters()}
+            if wanted | {f"{leader}.down.weight"} <= set(replaceable):
+                fits.append(_refit(model, names, statistics, grid, gradient_shrinkage))
+            advance(len(names))
     return fits
 
 

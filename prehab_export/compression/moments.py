@@ -54,6 +54,7 @@ class Statistics:
     gradients: layer name → G = E[Σ g gᵀ] (m×m), g the gradient of one unit's loss; empty when not collected.
     units: how many units (samples, or predicted tokens) the gradients were averaged over.
     gradient_sampling: layer name → how well its G is known.
+    labels: those behind the gradients, ``data`` or ``model`` (see `calibrate`).
     """
 
     inputs: dict[str, InputMoment]
@@ -61,6 +62,7 @@ class Statistics:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     units: int = 0
     gradient_sampling: dict[str, Sampling] = field(default_factory=dict)
+    labels: str = "data"
 
     @property
     def device(self) -> torch.device:
@@ -111,6 +113,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         "groups": statistics.groups,
         "tokens": {name: moment.tokens for name, moment in statistics.inputs.items()},
         "units": statistics.units,
+        "labels": statistics.labels,
         "input_sampling": {name: asdict(moment.sampling) for name, moment in statistics.inputs.items()},
         "gradient_sampling": {name: asdict(sampling) for name, sampling in statistics.gradient_sampling.items()},
     }
@@ -132,8 +135,8 @@ def load_statistics(path: Path, device: torch.device | str = "cpu") -> Statistic
         if "statistics" not in (file.metadata() or {}):
             raise InputError(f"{path} holds no calibration statistics; give a statistics.safetensors of a run")
         facts = json.loads(file.metadata()["statistics"])
-        if "input_sampling" not in facts:
-            raise InputError(f"{path} was written without sampling errors; calibrate again")
+        if "labels" not in facts:
+            raise InputError(f"{path} was written by an earlier version; calibrate again")
         names = list(file.keys())
         inputs = {
             name: InputMoment(
@@ -148,4 +151,4 @@ def load_statistics(path: Path, device: torch.device | str = "cpu") -> Statistic
             key.removeprefix("gradient/"): file.get_tensor(key) for key in names if key.startswith("gradient/")
         }
     sampling = {name: Sampling(**values) for name, values in facts["gradient_sampling"].items()}
-    return Statistics(inputs, facts["groups"], gradients, facts["units"], sampling)
+    return Statistics(inputs, facts["groups"], gradients, facts["units"], sampling, facts["labels"])

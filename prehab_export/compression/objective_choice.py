@@ -7,21 +7,21 @@ samples that calibration did not see. A kind changes sides when the model's outp
 more than the measurement's own error. No labels are needed.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from converters.lowrank import DenseLinear
 from prehab_export.compression.blocks import find_blocks
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.decompositions import Decompositions, decompose_layers, with_groups
-from prehab_export.compression.moments import Statistics
 from prehab_export.compression.planning import plan_ranks
 from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config import TruncateConfig
-from prehab_export.inputs import Samples, Task, divergences, torch_predictor
-from prehab_export.linalg import Cost, parameters
+from prehab_export.inputs import Samples, divergences, torch_predictor
+from prehab_export.system import Progress, silent
 
 # How many standard errors of the paired difference a kind has to gain by.
 CONFIDENCE = 2.0
@@ -50,46 +50,41 @@ def kinds_of(model: nn.Module, layers: Mapping[str, DenseLinear]) -> dict[str, l
 
 
 def choose_objectives(
-    model: nn.Module,
-    task: Task,
+    calibrated: Calibrated,
     samples: Samples,
-    layers: Mapping[str, DenseLinear],
-    statistics: Statistics,
     config: TruncateConfig,
     *,
-    cost: Cost = parameters,
     batch_size: int = 32,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = silent,
 ) -> tuple[Decompositions, list[KindTrial]]:
     """Decompositions of every layer under the objective that suits its kind, and what was measured.
 
     Args:
         samples: to judge by; not those of calibration.
-        cost: what the budget is counted in.
-        progress: called after each kind.
     """
+    model, task = calibrated.model, calibrated.task
     # Nothing is shared here: a group has one objective, and the trial is of one kind at a time.
     apart = replace(config, share_inputs=False)
-    fisher = decompose_layers(layers, statistics, replace(apart, objective="fisher"))
-    activation = decompose_layers(layers, statistics, replace(apart, objective="activation"))
-    plan = plan_ranks(layers, fisher, config, cost)
+    fisher = decompose_layers(calibrated, replace(apart, objective="fisher"))
+    activation = decompose_layers(calibrated, replace(apart, objective="activation"))
+    plan = plan_ranks(calibrated, fisher, config)
     reference = torch_predictor(model, task)
 
     def divergence_with(switched: Sequence[str]) -> Tensor:
         mixed = fisher.layers | {name: activation.layers[name] for name in switched}
-        cut = truncate(layers, statistics, config, decomposed=Decompositions(mixed), plan=plan)
+        cut = truncate(calibrated, config, decomposed=Decompositions(mixed), plan=plan)
         candidate = torch_predictor(cut.apply(frozen_copy(model)), task)
-        return divergences(candidate, reference, samples.batches(batch_size), task)
+        return divergences(candidate, reference, task, samples.batches(batch_size))
 
     base = divergence_with(())
-    chosen, trials = dict(fisher.layers), []
-    for kind, names in kinds_of(model, layers).items():
-        difference = divergence_with(names) - base
-        change, error = float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
-        objective = "activation" if change < -CONFIDENCE * error else "fisher"
-        if objective == "activation":
-            chosen |= {name: activation.layers[name] for name in names}
-        trials.append(KindTrial(kind, len(names), change, error, objective))
-        if progress is not None:
-            progress(1)
-    return with_groups(chosen, layers, statistics, config), trials
+    chosen, trials, kinds = dict(fisher.layers), [], kinds_of(model, calibrated.layers)
+    with progress("choose objectives", len(kinds)) as advance:
+        for kind, names in kinds.items():
+            difference = divergence_with(names) - base
+            change, error = float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
+            objective = "activation" if change < -CONFIDENCE * error else "fisher"
+            if objective == "activation":
+                chosen |= {name: activation.layers[name] for name in names}
+            trials.append(KindTrial(kind, len(names), change, error, objective))
+            advance()
+    return with_groups(calibrated, chosen, config), trials

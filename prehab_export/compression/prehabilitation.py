@@ -7,45 +7,38 @@ layer is evaluated once in a few steps, the layers taking turns so that all step
 behind the surrogates are refreshed more seldom.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from torch import nn
 
-from converters.lowrank import DenseLinear
-from prehab_export.compression.calibration import calibrate
-from prehab_export.compression.moments import Statistics
+from prehab_export.compression.calibrated import Calibrated
+from prehab_export.compression.calibration import Gather, calibrate
 from prehab_export.compression.regulariser import Regulariser
-from prehab_export.compression.training import frozen_copy, labelled_loss, one_cycle, train
+from prehab_export.compression.training import Row, Trainable, frozen_copy, labelled_loss, one_cycle, train
 from prehab_export.config import PrehabConfig, TruncateConfig
-from prehab_export.inputs import Samples, Task
-from prehab_export.linalg import Cost, parameters
+from prehab_export.inputs import Samples
+from prehab_export.system import Progress, named, silent
 
 # λ climbs by this factor over the warm-up half of the run.
 WARMUP_SPAN = 1e3
 
 
 def prehab(
-    model: nn.Module,
-    task: Task,
+    calibrated: Calibrated,
     samples: Samples,
-    layers: Mapping[str, DenseLinear],
-    statistics: Statistics,
     config: PrehabConfig,
     truncation: TruncateConfig,
     *,
-    fisher_labels: str = "data",
-    cost: Cost = parameters,
+    evaluate: Callable[[nn.Module], Row] | None = None,
     seed: int = 0,
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
+    progress: Progress = silent,
+) -> list[Row]:
     """Fine-tune the model in place towards the truncation that will follow.
 
     Args:
-        statistics: of the model as it is now, with gradients where ``config`` or ``truncation`` needs them.
+        calibrated: with gradient moments where ``config`` or ``truncation`` needs them. Its moments are those of the
+            model as it was; moments gathered on the way take their labels from where these did.
         truncation: how the model will be cut; sets the ranks that ``tail`` aims at.
-        cost: what the budget of ranks is counted in.
-        fisher_labels: labels behind the refreshed gradients, as in ``calibrate``.
         evaluate: figures of the dense model (its metric), asked for at every refresh and at the end.
 
     Returns:
@@ -53,29 +46,21 @@ def prehab(
         figures of ``evaluate`` on the rows where it was asked. The surrogate is each layer's latest value.
 
     Raises:
-        InputError: gradient moments are needed and the statistics hold none.
+        InputError: gradient moments are needed and there are none.
     """
-    regulariser = Regulariser(layers, config, truncation, seed, cost)
-    regulariser.refresh(statistics)
-    current = statistics
+    model, task, current = calibrated.model, calibrated.task, calibrated.statistics
+    regulariser = Regulariser(calibrated, config, truncation, seed=seed)
+    regulariser.refresh(current)
+    # How well these moments are known is of no use: they only move a running average.
+    gather = Gather(bool(current.gradients), current.labels, sampling=False, keep_on=current.device)
 
-    def after_backward(step: int) -> dict[str, float]:
+    def after_backward(step: int) -> Row:
         nonlocal current
-        row: dict[str, float] = {}
+        row: Row = {}
         if step and step % config.refresh_every == 0:
             batches = samples.subset(config.refresh_samples, seed=seed + step).batches(config.train.batch_size)
-            fresh = calibrate(
-                model,
-                batches,
-                task,
-                layers,
-                gradients=bool(current.gradients),
-                labels=fisher_labels,
-                sampling=False,  # it only moves a running average
-                keep_on=current.device,
-                seed=seed + step,
-            )
-            current = current.blended(fresh, 0.5)
+            fresh = calibrate(model, task, batches, calibrated.layers, gather=gather, seed=seed + step)
+            current = current.blended(fresh.statistics, 0.5)
             regulariser.refresh(current)
         if step % config.refresh_every == 0 and evaluate is not None:
             row |= evaluate(model)
@@ -88,15 +73,13 @@ def prehab(
 
     teacher = frozen_copy(model) if config.train.distill > 0 else None
     history = train(
-        model,
+        Trainable(model, list(model.parameters()), precision=task.precision),
         samples,
         config.train,
-        list(model.parameters()),
         labelled_loss(task, teacher, config.train.distill),
-        precision=task.precision,
-        seed=seed,
         after_backward=after_backward,
-        progress=progress,
+        seed=seed,
+        progress=named(progress, "prehab"),
     )
     if evaluate is not None and history:
         history[-1] |= evaluate(model)

@@ -17,17 +17,16 @@ from converters.lowrank import low_rank_layers
 from prehab_export.compression.bases import factor_bases
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import Block, find_blocks
+from prehab_export.compression.factored import Factored, factor_parameters
 from prehab_export.compression.moments import Statistics
 from prehab_export.compression.recording import hidden_of
-from prehab_export.compression.training import divergence, optimise, train
+from prehab_export.compression.training import Row, Trainable, divergence, optimise, train
 from prehab_export.config import RefineConfig
-from prehab_export.inputs import Batch, Samples, Task
-from prehab_export.linalg import Bases
+from prehab_export.inputs import Batch, Samples
+from prehab_export.system import Progress, named, silent
 
 
-def block_refiner(
-    config: RefineConfig, seed: int, statistics: Statistics, progress: Callable[[int], None] | None = None
-) -> Callable[[BlockWalk, Block], None]:
+def block_refiner(config: RefineConfig, statistics: Statistics, *, seed: int = 0) -> Callable[[BlockWalk, Block], None]:
     """What ``truncate_along`` calls after each block: ``config.block_steps`` steps on that block alone.
 
     The loss is the squared error of the block's output over the variance of the dense one. The tuned block is kept
@@ -52,49 +51,40 @@ def block_refiner(
         generator = torch.Generator().manual_seed(seed)
         order = [int(torch.randint(len(targets), (1,), generator=generator)) for _ in range(config.block_steps)]
         with torch.enable_grad():
-            optimise(
-                parameters,
-                config.block_schedule,
-                lambda step: (error(order[step]), {}),
-                bases=factor_bases(walk.student, statistics, block.layers),
-                precision=walk.task.precision,
-            )
+            bases = factor_bases(walk.student, statistics, block.layers)
+            trainable = Trainable(inner, parameters, bases, walk.task.precision)
+            optimise(trainable, config.block_schedule, lambda step: (error(order[step]), {}))
         if not whole() < before:
             with torch.no_grad():
                 for parameter, value in zip(parameters, start, strict=True):
                     parameter.copy_(value)
-        if progress is not None:
-            progress(1)
 
     return refine_block
 
 
 def refine(
-    student: nn.Module,
-    teacher: nn.Module,
-    task: Task,
+    factored: Factored,
     samples: Samples,
     config: RefineConfig,
     *,
-    bases: Bases | None = None,
+    teacher: nn.Module,
     seed: int = 0,
-    progress: Callable[[dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
-    """Tune all factors of ``student`` in place, end to end; returns one row of figures a step.
+    progress: Progress = silent,
+) -> list[Row]:
+    """Tune all factors in place, end to end; returns one row of figures a step.
 
     The loss is (1 − hidden_share)·KL(dense ‖ compressed) per unit + hidden_share·the mean over blocks of the hidden
     states' relative error.
 
     Args:
-        teacher: the dense model, frozen.
         samples: to draw inputs from; their labels are not looked at.
-        bases: of the factors (``eigenbasis.factor_bases``).
+        teacher: the dense model, frozen.
     """
+    student, task = factored.model, factored.task
     blocks = [block.name for block in find_blocks(student, low_rank_layers(student))] if config.hidden_share else []
-    parameters = factor_parameters(student)
     with _Outputs(student, blocks) as own, _Outputs(teacher, blocks) as dense:
 
-        def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Row]:
             with torch.no_grad():
                 target = task.unit_logits(task.logits(teacher, batch), batch)
             value = divergence(task.unit_logits(task.logits(model, batch), batch), target)
@@ -108,22 +98,8 @@ def refine(
             return value, figures
 
         return train(
-            student,
-            samples,
-            config.schedule,
-            parameters,
-            loss,
-            bases=bases,
-            precision=task.precision,
-            seed=seed,
-            progress=progress,
+            factored.trainable(), samples, config.schedule, loss, seed=seed, progress=named(progress, "refine")
         )
-
-
-def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Both factors and the biases of every compressed layer, each once."""
-    found = {id(p): p for layer in low_rank_layers(model).values() for p in layer.parameters()}
-    return list(found.values())
 
 
 def relative_error(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:

@@ -13,63 +13,51 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from converters.lowrank import low_rank_layers, share_down, shared_groups
-from prehab_export.compression.refinement import factor_parameters
-from prehab_export.compression.training import Loss, labelled_loss, train
-from prehab_export.config import RehabConfig, TrainConfig
-from prehab_export.inputs import Samples, Task
-from prehab_export.linalg import Bases
+from prehab_export.compression.factored import Factored
+from prehab_export.compression.training import Row, Trainable, labelled_loss, train
+from prehab_export.config import RehabConfig
+from prehab_export.inputs import Samples
+from prehab_export.system import Progress, named, silent
 
 
 @dataclass(frozen=True)
 class Rehabilitation:
     """history: one row a step. parts: held-out loss at the start and after each part, and whether it was kept."""
 
-    history: list[dict[str, float]]
+    history: list[Row]
     parts: list[dict]
 
 
 def rehab(
-    model: nn.Module,
-    task: Task,
+    factored: Factored,
     samples: Samples,
     config: RehabConfig,
     *,
     held_out_loss: Callable[[nn.Module], float],
-    seed: int = 0,
     teacher: nn.Module | None = None,
-    bases: Bases | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> Rehabilitation:
-    """Train ``model`` in place. After each part the held-out loss decides whether it stays.
+    """Train the compressed model in place. After each part the held-out loss decides whether it stays.
 
     Args:
         held_out_loss: mean loss on samples that training never sees.
         teacher: the dense model, when ``config.train.distill`` is above 0.
-        bases: of the factors (``eigenbasis.factor_bases``), for the methods other than ``lora``.
     """
-    best, loss = held_out_loss(model), labelled_loss(task, teacher, config.train.distill)
+    model = factored.model
+    best, loss = held_out_loss(model), labelled_loss(factored.task, teacher, config.train.distill)
     parts: list[dict] = [{"part": "truncated", "held_out_loss": best, "kept": True}]
-    history: list[dict[str, float]] = []
-    for part, share in _parts(config).items():
-        parameters = list(model.parameters()) if config.method == "all" else factor_parameters(model)
+    history: list[Row] = []
+    for part, steps in _parts(config).items():
+        parameters = list(model.parameters()) if config.method == "all" else factored.factors
         before = [parameter.detach().clone() for parameter in parameters]
-        schedule = replace(config.train, steps=share)
+        schedule, shown = replace(config.train, steps=steps), named(progress, f"rehab, {part}")
         if config.method == "lora":
-            rows = _train_adapters(
-                model, samples, schedule, loss, part, config.lora_rank, task.precision, seed, progress
-            )
+            adapters = _Adapters(factored, side=part, rank=config.lora_rank, seed=seed)
+            rows = train(adapters.trainable, samples, schedule, loss, seed=seed, progress=shown)
+            adapters.merge()
         else:
-            rows = train(
-                model,
-                samples,
-                schedule,
-                parameters,
-                loss,
-                bases=bases,
-                precision=task.precision,
-                seed=seed,
-                progress=progress,
-            )
+            rows = train(factored.trainable(parameters), samples, schedule, loss, seed=seed, progress=shown)
         history += [row | {"step": row["step"] + len(history)} for row in rows]
         after = held_out_loss(model)
         parts.append({"part": part, "held_out_loss": after, "kept": after < best})
@@ -91,25 +79,19 @@ def _restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
         parameter.copy_(value)
 
 
-def _train_adapters(
-    model: nn.Module,
-    samples: Samples,
-    config: TrainConfig,
-    loss: Loss,
-    side: str,
-    rank: int,
-    precision: str,
-    seed: int,
-    progress: Callable[[dict[str, float]], None] | None,
-) -> list[dict[str, float]]:
+class _Adapters:
     """LoRA on one side of every factor pair, merged exactly: (up + s·B A) down keeps the pair's rank."""
-    torch.manual_seed(seed)  # PEFT draws A at random
-    groups = shared_groups(model)
-    targets = [f"{name}.{side}" for name in low_rank_layers(model)]
-    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-    share_down(model, groups)  # PEFT wraps what is shared under its first name only
-    adapters = [parameter for name, parameter in wrapped.named_parameters() if ".lora_" in name]
-    rows = train(wrapped, samples, config, adapters, loss, precision=precision, seed=seed, progress=progress)
-    wrapped.merge_and_unload()
-    share_down(model, groups)
-    return rows
+
+    def __init__(self, factored: Factored, side: str, rank: int, seed: int) -> None:
+        torch.manual_seed(seed)  # PEFT draws A at random
+        self.model, self.groups = factored.model, shared_groups(factored.model)
+        targets = [f"{name}.{side}" for name in low_rank_layers(self.model)]
+        self.wrapped = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+        share_down(self.model, self.groups)  # PEFT wraps what is shared under its first name only
+        adapters = [parameter for name, parameter in self.wrapped.named_parameters() if ".lora_" in name]
+        self.trainable = Trainable(self.wrapped, adapters, precision=factored.task.precision)
+
+    def merge(self) -> None:
+        """Add the adapters to the factors, and leave the model as it was but for that."""
+        self.wrapped.merge_and_unload()
+        share_down(self.model, self.groups)

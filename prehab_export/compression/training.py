@@ -7,6 +7,7 @@ stays off: a few hundred steps do not overfit through it, and the teacher and th
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import cos, pi
 
 import torch
@@ -15,59 +16,69 @@ from torch import Tensor, nn
 from prehab_export.config import Schedule
 from prehab_export.inputs import Batch, Samples, Task, device_of, gradient_scaler, moved
 from prehab_export.linalg import Bases, EigenbasisAdamW
+from prehab_export.system import Advance, Progress, silent
 
+# The figures of one step.
+Row = dict[str, float]
 # (model, batch) → the loss to minimise, and figures for the history.
-Loss = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, float]]]
-# Called between backward and the optimiser step: may add to .grad, returns figures for the history.
-AfterBackward = Callable[[int], dict[str, float]]
+Loss = Callable[[nn.Module, Batch], tuple[Tensor, Row]]
+# (step) → figures for the history. Called between backward and the optimiser step: may add to .grad.
+AfterBackward = Callable[[int], Row]
+
+# Figures that the progress of a training shows, by their names in a row.
+NOTED = {"task_loss": "loss", "divergence": "divergence", "surrogate": "surrogate"}
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Parameters of a model to be trained; everything else in it stays frozen.
+
+    bases: of parameters to be stepped in a basis of their own.
+    precision: the one that the loss runs the model in (its task's).
+    """
+
+    model: nn.Module
+    parameters: Sequence[nn.Parameter]
+    bases: Bases = field(default_factory=dict)
+    precision: str = "float32"
 
 
 def train(
-    model: nn.Module,
+    trainable: Trainable,
     samples: Samples,
     schedule: Schedule,
-    parameters: Sequence[nn.Parameter],
     loss: Loss,
     *,
-    bases: Bases | None = None,
-    precision: str = "float32",
-    seed: int = 0,
     after_backward: AfterBackward | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
-    """Train ``parameters`` of the model in place; everything else stays frozen. Returns one row of figures a step.
-
-    Args:
-        bases: of parameters to be stepped in a basis of their own.
-        precision: the one that ``loss`` runs the model in (its task's).
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[Row]:
+    """Train in place, on batches drawn from the samples; returns one row of figures a step.
 
     Raises:
         FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
     """
+    model = trainable.model
     batches, device = shuffled_batches(samples, schedule.batch_size, seed), device_of(model)
     model.eval()
-    with only_trainable(model, parameters):
+    with only_trainable(model, trainable.parameters), progress("train", schedule.steps) as advance:
         return optimise(
-            parameters,
+            trainable,
             schedule,
             lambda _step: loss(model, moved(next(batches), device)),
-            bases=bases,
-            precision=precision,
             after_backward=after_backward,
-            progress=progress,
+            advance=advance,
         )
 
 
 def optimise(
-    parameters: Sequence[nn.Parameter],
+    trainable: Trainable,
     schedule: Schedule,
-    loss_at: Callable[[int], tuple[Tensor, dict[str, float]]],
+    loss_at: Callable[[int], tuple[Tensor, Row]],
     *,
-    bases: Bases | None = None,
-    precision: str = "float32",
     after_backward: AfterBackward | None = None,
-    progress: Callable[[dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
+    advance: Advance | None = None,
+) -> list[Row]:
     """Minimise ``loss_at(step)``, a loss and figures to note, over ``schedule.steps`` steps; one row a step.
 
     In float16 the loss is scaled for its backward pass only: gradients are clipped, and ``after_backward`` sees them,
@@ -76,13 +87,15 @@ def optimise(
     Raises:
         FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
     """
-    scaler = gradient_scaler(parameters[0].device, precision)
-    optimizer = EigenbasisAdamW(parameters, bases or {}, lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    parameters = trainable.parameters
+    scaler = gradient_scaler(parameters[0].device, trainable.precision)
+    options = {"lr": schedule.learning_rate, "weight_decay": schedule.weight_decay}
+    optimizer = EigenbasisAdamW(parameters, trainable.bases, **options)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step, schedule))
-    history = []
+    history: list[Row] = []
     for step in range(schedule.steps):
         optimizer.zero_grad(set_to_none=True)
-        row: dict[str, float] = {"step": step, "learning_rate": float(rate.get_last_lr()[0])}
+        row: Row = {"step": step, "learning_rate": float(rate.get_last_lr()[0])}
         loss, figures = loss_at(step)
         if not torch.isfinite(loss):
             advice = "lower the learning rate" + (", or take --precision bfloat16" if scaler.is_enabled() else "")
@@ -94,8 +107,8 @@ def optimise(
         if _step(scaler, optimizer, step):
             rate.step()
         history.append(row)
-        if progress is not None:
-            progress(row)
+        if advance is not None:
+            advance(1, note=", ".join(f"{name} {row[key]:.4f}" for key, name in NOTED.items() if key in row))
     optimizer.zero_grad(set_to_none=True)
     return history
 
@@ -144,7 +157,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float = 0.0) -> Loss:
     """(1 − distill)·cross-entropy of the labels + distill·KL(teacher ‖ model), mean over units, in nats."""
 
-    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Row]:
         logits = task.unit_logits(task.logits(model, batch), batch).float()
         value = nn.functional.cross_entropy(logits, task.unit_labels(batch))
         figures = {"task_loss": value.item()}

@@ -5,7 +5,7 @@ the dense weight) and only sliced. Layers with one input are also decomposed tog
 and the allocation takes whichever form predicts less loss.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from converters.errors import InputError
 from converters.lowrank import DenseLinear, Factors, balance, dense_weight, factorize
+from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.decompositions import Decompositions, decompose_layers
 from prehab_export.compression.metric import Metric, layer_metric
-from prehab_export.compression.moments import Statistics
-from prehab_export.compression.planning import Plan, plan_ranks
+from prehab_export.compression.planning import RankPlan, plan_ranks
 from prehab_export.config import TruncateConfig
 from prehab_export.inputs import device_of
-from prehab_export.linalg import Cost, Group, allocation, objective_value
+from prehab_export.linalg import Group, objective_value
+from prehab_export.system import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -104,28 +105,27 @@ class Truncation:
 
 
 def truncate(
-    layers: Mapping[str, DenseLinear],
-    statistics: Statistics,
+    calibrated: Calibrated,
     config: TruncateConfig,
     *,
     decomposed: Decompositions | None = None,
-    plan: Plan | None = None,
-    cost: Cost = allocation.parameters,
-    progress: Callable[[int], None] | None = None,
+    plan: RankPlan | None = None,
+    progress: Progress = silent,
 ) -> Truncation:
-    """The factors of every targeted layer, balanced and in the layer's own dtype, and what they cost.
+    """The factors of every layer to compress, balanced and in the layer's own dtype, and what they cost.
+
+    The model is left as it is (see `Truncation.apply`).
 
     Args:
-        layers: dense layers by name; left as they are (see ``converters.lowrank.factorize``).
-        decomposed: decompositions of these very weights and statistics, when at hand.
+        decomposed: decompositions of these very weights and moments, when at hand.
         plan: instead of what the allocation would choose.
-        cost: what the budget is counted in.
 
     Raises:
         InputError: gradient moments are needed and missing, or every layer would stay dense.
     """
-    decomposed = decomposed or decompose_layers(layers, statistics, config, progress=progress)
-    plan = plan or plan_ranks(layers, decomposed, config, cost)
+    decomposed = decomposed or decompose_layers(calibrated, config, progress=progress)
+    plan = plan or plan_ranks(calibrated, decomposed, config)
+    layers, statistics = calibrated.layers, calibrated.statistics
 
     def metric_of(name: str) -> Metric:
         # One at a time: in float64 all of them together are far larger than the model.

@@ -4,6 +4,7 @@ from prehab_export.config.bench import at_least as at_least
 from prehab_export.config.bench import check_provider as check_provider
 from prehab_export.config.budget import Budget as Budget
 from prehab_export.config.budget import Figures as Figures
+from prehab_export.config.budget import Miss as Miss
 from prehab_export.config.budget import drop_of as drop_of
 from prehab_export.config.calibrate import FISHER_LABELS as FISHER_LABELS
 from prehab_export.config.calibrate import CalibrateConfig as CalibrateConfig
@@ -26,6 +27,7 @@ from prehab_export.config.options import to_yaml as to_yaml
 from prehab_export.config.run import RunConfig as RunConfig
 from prehab_export.config.run import public_names as public_names
 from prehab_export.config.run import with_absolute_paths as with_absolute_paths
+from prehab_export.config.target import Target as Target
 from prehab_export.config.training import REHAB_METHODS as REHAB_METHODS
 from prehab_export.config.training import SURROGATES as SURROGATES
 from prehab_export.config.training import USUAL_STRENGTH as USUAL_STRENGTH

@@ -3,10 +3,11 @@
 import re
 
 from converters.errors import InputError
+from converters.number_formats import WEIGHT_FORMATS
 from prehab_export.config.checks import AUTO, one_of
 
-DTYPES = (AUTO, "float32", "bfloat16", "float16")
-PRECISIONS = ("float32", "bfloat16", "float16")
+DTYPES = (AUTO, *WEIGHT_FORMATS)
+PRECISIONS = WEIGHT_FORMATS
 
 
 def check_device_name(name: str) -> None:

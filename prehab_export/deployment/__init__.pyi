@@ -3,12 +3,13 @@ from prehab_export.deployment.exporting import export_exact as export_exact
 from prehab_export.deployment.ort_parity import SAMPLES as SAMPLES
 from prehab_export.deployment.ort_parity import largest_difference as largest_difference
 from prehab_export.deployment.parity import TOLERANCE as TOLERANCE
-from prehab_export.deployment.parity import check_digests as check_digests
+from prehab_export.deployment.parity import Reference as Reference
 from prehab_export.deployment.parity import check_graph as check_graph
-from prehab_export.deployment.parity import compare_logits as compare_logits
-from prehab_export.deployment.parity import digests_of as digests_of
+from prehab_export.deployment.parity import check_tensor_digests as check_tensor_digests
 from prehab_export.deployment.parity import load_reference as load_reference
 from prehab_export.deployment.parity import reference_batches as reference_batches
 from prehab_export.deployment.parity import reference_of as reference_of
 from prehab_export.deployment.parity import save_reference as save_reference
-from prehab_export.deployment.quantization import tell_coverage as tell_coverage
+from prehab_export.deployment.parity import tensor_digests as tensor_digests
+from prehab_export.deployment.quantization import tell_quantized as tell_quantized
+from prehab_export.deployment.verification import reloaded as reloaded

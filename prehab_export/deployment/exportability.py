@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from converters.errors import InputError
 from converters.onnx.export import check_exportable
+from converters.onnx.form import GraphForm
 from converters.skeleton import skeleton
 from prehab_export.inputs import Batch, Samples, Task, empty_model, first_line, make_model, model_inputs
 
@@ -48,7 +49,7 @@ def check_exportable_model(
     except Exception:  # of whatever kind: it is not the user's model that failed
         return
     try:
-        check_exportable(model, task.name, text_inputs=text_inputs, samples=model_inputs(batch))
+        check_exportable(model, task.name, GraphForm(text_inputs), samples=model_inputs(batch))
     except InputError as error:
         raise InputError(f"{error}; {ADVICE}") from error
     except Exception as error:

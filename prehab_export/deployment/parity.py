@@ -64,7 +64,7 @@ class Comparison:
     relative: float
 
 
-def reference_batches(samples: Samples, task: Task, model: PreTrainedModel) -> list[Batch]:
+def reference_batches(model: PreTrainedModel, task: Task, samples: Samples) -> list[Batch]:
     """Real inputs of several shapes: batches of 1, 2 and 5; for a decoder also several lengths and left padding."""
     sizes = [min(size, len(samples)) for size in (1, 2, 5)]
     batches = [next(iter(samples.batches(size, indices=list(range(size))))) for size in sizes]
@@ -90,10 +90,10 @@ def reference_of(model: PreTrainedModel, task: Task, batches: list[Batch]) -> Re
     """Ask the model in memory."""
     logits = [task.logits(model, batch).float().cpu().contiguous() for batch in batches]
     greedy = _greedy(model, batches[0]["input_ids"]) if task.name == "text-generation" else None
-    return Reference(batches, logits, digests_of(model), greedy)
+    return Reference(batches, logits, tensor_digests(model), greedy)
 
 
-def digests_of(model: nn.Module) -> dict[str, str]:
+def tensor_digests(model: nn.Module) -> dict[str, str]:
     """SHA-256 of every tensor of the state, with its dtype and shape."""
 
     def digest(tensor: Tensor) -> str:
@@ -103,7 +103,7 @@ def digests_of(model: nn.Module) -> dict[str, str]:
     return {name: digest(tensor) for name, tensor in model.state_dict().items()}
 
 
-def check_digests(expected: dict[str, str], found: dict[str, str]) -> None:
+def check_tensor_digests(expected: dict[str, str], found: dict[str, str]) -> None:
     """Raises:
     ParityError: a tensor on disk is not the one that was in memory.
     """
@@ -191,7 +191,8 @@ def save_reference(reference: Reference, folder: Path) -> None:
         tensors |= {f"{at}/{key}": value.contiguous() for key, value in batch.items()} | {f"{at}//logits": logits}
     if reference.greedy is not None:
         tensors |= {f"greedy/{name}": value for name, value in vars(reference.greedy).items()}
-    facts = {"batches": str(len(reference.batches)), "digests": json.dumps(reference.digests)}
+    # One entry: the file format writes several in any order, and the same reference must make the same file.
+    facts = {"reference": json.dumps({"batches": len(reference.batches), "digests": reference.digests})}
     save_file({key: value.clone() for key, value in tensors.items()}, folder / "reference.safetensors", metadata=facts)
 
 
@@ -199,8 +200,8 @@ def load_reference(folder: Path) -> Reference:
     batches: list[Batch] = []
     logits = []
     with safe_open(folder / "reference.safetensors", framework="pt") as file:
-        facts, names = file.metadata(), list(file.keys())
-        for at in range(int(facts["batches"])):
+        facts, names = json.loads(file.metadata()["reference"]), list(file.keys())
+        for at in range(facts["batches"]):
             prefix = f"{at}/"
             own = {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
             logits.append(own.pop("/logits"))
@@ -208,7 +209,7 @@ def load_reference(folder: Path) -> Reference:
         greedy = None
         if "greedy/prompt" in names:
             greedy = Continuation(*(file.get_tensor(f"greedy/{part.name}") for part in fields(Continuation)))
-    return Reference(batches, logits, json.loads(facts["digests"]), greedy)
+    return Reference(batches, logits, facts["digests"], greedy)
 
 
 def _greedy(model: PreTrainedModel, prompt: Tensor) -> Continuation:

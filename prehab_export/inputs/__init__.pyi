@@ -1,4 +1,5 @@
 from prehab_export.inputs.data.loading import load_data as load_data
+from prehab_export.inputs.data.samples import Batches as Batches
 from prehab_export.inputs.data.samples import Samples as Samples
 from prehab_export.inputs.data.samples import TaskData as TaskData
 from prehab_export.inputs.devices import choose_device as choose_device
@@ -24,7 +25,6 @@ from prehab_export.inputs.models import load_processor as load_processor
 from prehab_export.inputs.models import longest_input as longest_input
 from prehab_export.inputs.models import make_model as make_model
 from prehab_export.inputs.models import task_of as task_of
-from prehab_export.inputs.stored_weights import WIDTHS as WIDTHS
 from prehab_export.inputs.stored_weights import WeightFiles as WeightFiles
 from prehab_export.inputs.stored_weights import check_fit_in as check_fit_in
 from prehab_export.inputs.stored_weights import weight_files as weight_files

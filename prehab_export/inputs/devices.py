@@ -16,10 +16,9 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from converters.dtypes import DTYPES
 from converters.errors import InputError
 from prehab_export.config import check_device_name
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str, precision: str = "float32") -> torch.device:
@@ -73,7 +72,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     """Forward passes within compute in ``precision``; ``float32`` changes nothing."""
     if precision == "float32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=_DTYPES[precision])
+    return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

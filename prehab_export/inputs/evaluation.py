@@ -1,7 +1,7 @@
 """Quality of a model on data: one function for a torch model and for an ONNX graph."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,22 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
+from converters.number_formats import ARRAY_FORMATS
 from prehab_export.inputs.devices import device_of, moved
 from prehab_export.inputs.tasks import Batch, Task, sample_count
+from prehab_export.system import Progress, silent
 
 if TYPE_CHECKING:  # a torch model is measured without loading onnxruntime
     from onnxruntime import InferenceSession
 
 Predict = Callable[[Batch], Tensor]
-
-_NUMPY_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-}
 
 
 @dataclass(frozen=True)
@@ -42,40 +35,39 @@ class Metrics:
 
 def evaluate(
     predict: Predict,
-    batches: Iterable[Batch],
     task: Task,
-    progress: Callable[[int], Any] | None = None,
+    batches: Iterable[Batch],
+    *,
+    progress: Progress = silent,
 ) -> Metrics:
     """Mean loss and metric of ``predict`` (batch → logits) over the batches.
-
-    Args:
-        progress: called after each batch with its number of samples.
 
     Raises:
         InputError: there is no unit to judge by.
         FloatingPointError: a loss is NaN or Inf; the message names the batch and the sample in it.
     """
     loss, correct, units, samples = 0.0, 0, 0, 0
-    for number, batch in enumerate(batches):
-        logits = predict(batch)
-        batch = moved(batch, logits.device)
-        for row in range(sample_count(batch)):
-            # Row by row: the logits of a large vocabulary are the biggest tensor here and are not copied whole.
-            one = {name: value[row : row + 1] for name, value in batch.items()}
-            losses = task.losses(logits[row : row + 1], one)
-            if not losses.isfinite().all():
-                raise FloatingPointError(
-                    f"the loss is NaN or Inf on sample {row} of batch {number}; "
-                    "the model overflows or holds broken weights"
-                )
-            loss += losses.sum(dtype=torch.float64).item()
-            units += len(losses)
-            if task.metric == "accuracy":
-                guesses = task.unit_logits(logits[row : row + 1], one).argmax(-1)
-                correct += int((guesses == task.unit_labels(one)).sum())
-        samples += sample_count(batch)
-        if progress is not None:
-            progress(sample_count(batch))
+    steps = len(batches) if isinstance(batches, Sized) else 0
+    with progress("evaluate", steps) as advance:
+        for number, batch in enumerate(batches):
+            logits = predict(batch)
+            batch = moved(batch, logits.device)
+            for row in range(sample_count(batch)):
+                # Row by row: the logits of a large vocabulary are the biggest tensor here and are not copied whole.
+                one = {name: value[row : row + 1] for name, value in batch.items()}
+                losses = task.losses(logits[row : row + 1], one)
+                if not losses.isfinite().all():
+                    raise FloatingPointError(
+                        f"the loss is NaN or Inf on sample {row} of batch {number}; "
+                        "the model overflows or holds broken weights"
+                    )
+                loss += losses.sum(dtype=torch.float64).item()
+                units += len(losses)
+                if task.metric == "accuracy":
+                    guesses = task.unit_logits(logits[row : row + 1], one).argmax(-1)
+                    correct += int((guesses == task.unit_labels(one)).sum())
+            samples += sample_count(batch)
+            advance()
     if not units:
         raise InputError("nothing to evaluate on: the data has no sample with a label, or no window of two tokens")
     mean = loss / units
@@ -102,7 +94,7 @@ def torch_predictor(model: nn.Module, task: Task) -> Predict:
     return predict
 
 
-def divergences(predict: Predict, reference: Predict, batches: Iterable[Batch], task: Task) -> Tensor:
+def divergences(predict: Predict, reference: Predict, task: Task, batches: Iterable[Batch]) -> Tensor:
     """KL(reference ‖ predict) of every sample, mean over its units, in nats; labels are not looked at.
 
     Samples without a unit count as 0. Returns a float64 vector.
@@ -148,9 +140,9 @@ def feeds_of(inputs: Sequence[Any], batch: Batch) -> dict[str, np.ndarray]:
 
 
 def _feed(node: Any, batch: Batch) -> np.ndarray:
-    if node.type not in _NUMPY_TYPES:
+    if node.type not in ARRAY_FORMATS:
         raise InputError(f"the graph's input {node.name} is a {node.type}, which NumPy cannot hold")
-    dtype = _NUMPY_TYPES[node.type]
+    dtype = np.dtype(ARRAY_FORMATS[node.type])
     if node.name.startswith("past_key_values."):
         lengths = [size if isinstance(size, int) else 0 for size in node.shape[1:]]
         return np.zeros([sample_count(batch), *lengths], dtype)

@@ -3,7 +3,6 @@
 Weights come from safetensors only, and code from a repository never runs unless it was asked for.
 """
 
-import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -35,7 +34,7 @@ from converters.onnx.inputs import tells_token_types
 from prehab_export.inputs.model_source import check_location, first_line, quiet, readable
 from prehab_export.inputs.stored_weights import check_has_weights
 from prehab_export.inputs.tasks import TASKS, Task
-from prehab_export.system import say, sha256_of
+from prehab_export.system import say, sha256_of, sha256_of_all
 
 # What a model, its tokenizer or its processor is read from. Vocabularies have many names (PhoBERT's bpe.codes).
 _MODEL_FILES = frozenset(
@@ -249,11 +248,8 @@ def fingerprint(model: str, *, revision: str | None = None, sha256_of: Callable[
         with readable(model, "config.json"):
             # The hub's cache lays files out as snapshots/<commit>/<file>; this works offline too.
             return Path(hf_hub_download(model, "config.json", revision=revision)).parent.name
-    digest = hashlib.sha256()
-    for path in sorted(Path(model).iterdir()):
-        if path.is_file() and path.suffix in _MODEL_FILES:
-            digest.update(f"{path.name}\0{sha256_of(path)}\n".encode())
-    return digest.hexdigest()
+    files = [path for path in sorted(Path(model).iterdir()) if path.is_file() and path.suffix in _MODEL_FILES]
+    return sha256_of_all({path.name: sha256_of(path) for path in files})
 
 
 def _auto_class(task: Task) -> Any:

@@ -16,12 +16,12 @@ from safetensors import safe_open
 
 from converters.dtypes import DTYPES, check_range
 from converters.errors import InputError
+from converters.number_formats import NUMBER_FORMATS, SOURCE_FORMATS
 from prehab_export.inputs.model_source import readable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Floating-point formats of more than a byte, as a header has them, and the bytes of each.
-HEADERS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+# What weights are, by what a header calls it; anything else in a file is none, or not to be read here.
+_FORMATS = {NUMBER_FORMATS[name].header: name for name in SOURCE_FORMATS}
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def weight_files(model: str, *, revision: str | None = None, named: str | None =
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     part = tensors.get_slice(name)
-                    if (dtype := HEADERS.get(part.get_dtype())) is not None:
-                        sizes[dtype] += WIDTHS[dtype] * prod(part.get_shape())
+                    if (dtype := _FORMATS.get(part.get_dtype())) is not None:
+                        sizes[dtype] += NUMBER_FORMATS[dtype].bytes * prod(part.get_shape())
         dtypes = tuple(dtype for dtype, _ in sizes.most_common()) or ("float32",)
         return WeightFiles(files, sum(path.stat().st_size for path in files), dtypes)
 
@@ -92,7 +92,7 @@ def check_fit_in(weights: WeightFiles, dtype: str) -> None:
     for path in weights.files:
         with safe_open(path, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                if HEADERS.get(tensors.get_slice(name).get_dtype(), "float16") != "float16":
+                if _FORMATS.get(tensors.get_slice(name).get_dtype(), "float16") != "float16":
                     check_range(name, tensors.get_tensor(name), target)
 
 

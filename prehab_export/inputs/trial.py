@@ -10,7 +10,7 @@ from prehab_export.inputs.model_source import first_line
 from prehab_export.inputs.tasks import Task, model_inputs
 
 
-def check_runs(model: PreTrainedModel, samples: Samples, task: Task) -> None:
+def check_runs(model: PreTrainedModel, task: Task, samples: Samples) -> None:
     """Refuse data that the model itself does not take, tried with two samples.
 
     Raises:

@@ -3,6 +3,7 @@ from prehab_export.linalg.allocation import Group as Group
 from prehab_export.linalg.allocation import break_even as break_even
 from prehab_export.linalg.allocation import by_joint_loss as by_joint_loss
 from prehab_export.linalg.allocation import parameters as parameters
+from prehab_export.linalg.allocation import uniform as uniform
 from prehab_export.linalg.decomposition import Decomposition as Decomposition
 from prehab_export.linalg.decomposition import JointDecomposition as JointDecomposition
 from prehab_export.linalg.decomposition import decompose as decompose
@@ -25,3 +26,12 @@ from prehab_export.linalg.shrinkage import ClusterSums as ClusterSums
 from prehab_export.linalg.shrinkage import PlainSums as PlainSums
 from prehab_export.linalg.shrinkage import Sampling as Sampling
 from prehab_export.linalg.shrinkage import shrunk as shrunk
+from prehab_export.linalg.surrogates import Frame as Frame
+from prehab_export.linalg.surrogates import Nuclear as Nuclear
+from prehab_export.linalg.surrogates import Spectral as Spectral
+from prehab_export.linalg.surrogates import StochasticStableRank as StochasticStableRank
+from prehab_export.linalg.surrogates import Surrogate as Surrogate
+from prehab_export.linalg.surrogates import Tail as Tail
+from prehab_export.linalg.surrogates import Whitened as Whitened
+from prehab_export.linalg.surrogates import spectral as spectral
+from prehab_export.linalg.surrogates import stable_rank as stable_rank

@@ -251,7 +251,7 @@ def tails(values: Tensor) -> Tensor:
 
 
 def _eigh_descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+    values, vectors = torch.linalg.eigh(symmetric(matrix))
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 

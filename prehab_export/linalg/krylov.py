@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from converters.roots import cholesky, symmetric
+
 BLOCK = 32
 # Blocks beyond the eigenvectors asked for: at first, and more at a time where that was not enough. A block is one
 # degree of the polynomial that separates wanted from unwanted eigenvalues.
@@ -107,7 +109,7 @@ class _Space:
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values, descending, their vectors in the basis and the norms of their residuals; float64."""
         projected = self.seen.double() @ self.weighed.double().T
-        values, mixing = torch.linalg.eigh(0.5 * (projected + projected.T))
+        values, mixing = torch.linalg.eigh(symmetric(projected))
         values, mixing = values.flip(0), mixing.flip(1)
         # K of a Ritz vector leaves the space through the last block only.
         return values, mixing, (self.following.double().T @ mixing[-BLOCK:]).norm(dim=0)
@@ -128,7 +130,7 @@ def _without(rows: Tensor, basis: Tensor) -> Tensor:
 def _orthonormal(columns: Tensor) -> Tensor:
     """Orthonormal columns with the same leading spans, float64: Cholesky QR, or Householder where that breaks down."""
     wide = columns.double()
-    factor, info = torch.linalg.cholesky_ex(wide.T @ wide)
-    if int(info):
+    factor = cholesky(wide.T @ wide)
+    if factor is None:
         return torch.linalg.qr(wide).Q
     return torch.linalg.solve_triangular(factor.T, wide, upper=True, left=False)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from converters.onnx.modes import BLOCK
-from converters.roots import damped, root_of
+from converters.roots import damped, root_of, upper_root_of_inverse
 from prehab_export.linalg.decomposition import objective_value
 
 # Share of the mean diagonal that keeps a Hessian invertible; the value that GPTQ's authors use.
@@ -162,7 +162,7 @@ class Feedback:
         """For errors Δ that count as tr(Δ hessian Δᵀ)."""
         order = hessian.diagonal().argsort(descending=True, stable=True)
         regular = damped(hessian, FEEDBACK_DAMPING)[order][:, order]
-        ahead = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(regular)), upper=True)
+        ahead = upper_root_of_inverse(regular)
         return cls(order, ahead / ahead.diagonal()[:, None])
 
 

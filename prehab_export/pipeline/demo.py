@@ -8,7 +8,7 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from converters.folder import save_folder
-from prehab_export.compression import labelled_loss, train
+from prehab_export.compression import Trainable, labelled_loss, train
 from prehab_export.config import (
     BenchConfig,
     DataConfig,
@@ -72,13 +72,5 @@ def _train_vit(folder: Path) -> None:
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     data = load_data(DIGITS, task, processor, model.config, seed=0)
     _, training = held_out_split(data.train, seed=0)  # what the run puts aside is put aside here too
-    with bar("train", TRAINING.steps) as advance:
-        train(
-            model,
-            training,
-            TRAINING,
-            list(model.parameters()),
-            labelled_loss(task),
-            progress=lambda row: advance(1, note=f"loss {row['task_loss']:.3f}"),
-        )
+    train(Trainable(model, list(model.parameters())), training, TRAINING, labelled_loss(task), progress=bar)
     save_folder(model, folder, processor)

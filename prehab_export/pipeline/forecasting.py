@@ -50,7 +50,7 @@ class StageForecast:
 
 
 @dataclass(frozen=True)
-class Size:
+class SizeForecast:
     """Bytes before and after; ``after`` is None where ranks are not known."""
 
     name: str
@@ -70,9 +70,9 @@ class Forecast:
     coverage: Coverage
     layers: tuple[LayerForecast, ...]
     ranks_from: str
-    targeted: Size
-    total: Size
-    sizes: tuple[Size, ...]
+    targeted: SizeForecast
+    total: SizeForecast
+    sizes: tuple[SizeForecast, ...]
     stages: tuple[StageForecast, ...]
     disk_bytes: int
     disk_free_bytes: int
@@ -144,8 +144,8 @@ def _forecast(session: Session, through: list[str], valid: Collection[str], disk
         session.coverage,
         tuple(_by_kind(load, planned.ranks)),
         planned.origin,
-        Size("targeted layers", load.targeted, after),
-        Size("whole model", load.parameters, total),
+        SizeForecast("targeted layers", load.targeted, after),
+        SizeForecast("whole model", load.parameters, total),
         tuple(_sizes(session, total)),
         tuple(stages),
         disk,
@@ -175,8 +175,8 @@ def _planned(session: Session, load: Workload) -> _Planned:
         return _Planned({row["name"]: row["rank"] for row in rows}, parameters, "the truncation that is there")
     if cut.latency is not None:
         return _Planned(None, load.targeted, "measured times, which are not known yet")
-    layers = session.layers(session.empty_model)
-    ranks = dict(ranks_by(layers, ({}, {}), replace(cut, allocation="uniform")).ranks)
+    shapes = {layer.name: (layer.m, layer.n) for layer in load.layers}
+    ranks = dict(ranks_by(shapes, ({}, {}), replace(cut, allocation="uniform")).ranks)
     parameters = sum(_parameters(layer, ranks[layer.name]) for layer in load.layers)
     return _Planned(ranks, parameters, "an equal share for every layer")
 
@@ -197,16 +197,18 @@ def _by_kind(load: Workload, ranks: dict[str, int | None] | None) -> list[LayerF
     return found
 
 
-def _sizes(session: Session, total: int | None) -> list[Size]:
+def _sizes(session: Session, total: int | None) -> list[SizeForecast]:
     """Of the weight files, and of each graph of the run."""
     load = Numbers.of(session.empty_model)
     count = load.matrices + load.tables + load.rest
     removed = None if total is None else count - total
     width = DTYPES[session.artifact_dtype].itemsize
-    found = [Size(f"weight files, {session.artifact_dtype}", width * count, None if total is None else width * total)]
+    found = [
+        SizeForecast(f"weight files, {session.artifact_dtype}", width * count, None if total is None else width * total)
+    ]
     for mode in ("float32", *dict.fromkeys(session.config.quantize)):
         after = None if removed is None else load.bytes(mode, removed)
-        found.append(Size(f"ONNX graph, {mode}", load.bytes(mode), after))
+        found.append(SizeForecast(f"ONNX graph, {mode}", load.bytes(mode), after))
     return found
 
 

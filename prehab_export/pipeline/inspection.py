@@ -53,7 +53,7 @@ def inspect_model(
     ranks = ranks_of(model)
     factored = low_rank_layers(model)
     targets = {} if factored else target_layers(model, include, exclude)
-    groups = shared_inputs(model, _example(model, task), task, targets or factored)
+    groups = shared_inputs(model, task, _example(model, task), targets or factored)
     down_of = {name: first for first, *others in shared_groups(model) for name in others}
     layers = [_low_rank_facts(name, layer, groups[name], down_of.get(name)) for name, layer in factored.items()]
     factor_names = {f"{name}.{side}" for name in ranks for side in ("down", "up")}

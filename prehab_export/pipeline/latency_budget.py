@@ -6,36 +6,25 @@ from pathlib import Path
 from converters.lowrank import DenseLinear, dense_weight
 from prehab_export.compression import Truncation
 from prehab_export.config import AUTO
-from prehab_export.linalg import Cost, parameters
-from prehab_export.measurement import RankTimes, Setting, Shape, cache_folder, measure_rank_times
+from prehab_export.measurement import Setting, Shape, measure_rank_times, rank_times_folder
 from prehab_export.pipeline.checks import bench_config
-from prehab_export.pipeline.session import Session
+from prehab_export.pipeline.session import TIMES, Session
 from prehab_export.system import bar, write_json
-
-TIMES = "times.json"
 
 
 def time_ranks(session: Session, folder: Path) -> None:
     """Measure what the run's layers take, dense and at any rank, in requests as the bench makes them."""
     shapes = layer_shapes(session)
     setting = Setting(session.threads, tokens_at_a_time(session))
-    with bar("time layers", len(set(shapes))) as advance:
-        times = measure_rank_times(shapes, setting, cache=cache_folder(), progress=advance)
+    times = measure_rank_times(shapes, setting, cache=rank_times_folder(), progress=bar)
     write_json(folder / TIMES, times.to_json())
-
-
-def cost_of(session: Session) -> Cost:
-    """What the run's budget is counted in: parameters, or measured seconds."""
-    if session.config.cut.latency is None:
-        return parameters
-    return RankTimes.from_json(session.workspace.read_json("times", TIMES)).cost
 
 
 def predicted_latency(session: Session, truncation: Truncation) -> float | None:
     """The share of their dense time that the layers will take, by the measured times; None without any."""
     if session.config.cut.latency is None:
         return None
-    cost = cost_of(session)
+    cost = session.cost
     before = sum(cost(layer.out_features, layer.in_features, None) for layer in truncation.layers)
     return sum(cost(m, n, rank) for m, n, rank in truncation.units()) / before
 

@@ -1,6 +1,5 @@
 """``merge-lora``: an adapter into the factors of a finished artifact, giving another artifact of the same ranks."""
 
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from converters.onnx.options import ExportOptions, modes_beside, options_of
 from converters.onnx.ort_format import write_ort
 from converters.onnx.quantize import quantize_graph
 from converters.onnx.runtime import open_session
+from converters.publishing import published_folder
 from prehab_export.compression import Statistics, layer_metric, load_statistics
 from prehab_export.config import BenchConfig, TruncateConfig
 from prehab_export.deployment import TOLERANCE as ORT_TOLERANCE
@@ -82,9 +82,7 @@ def merge_lora(
         "layers": {name: asdict(layer) for name, layer in merged.layers.items()},
         "replaced": list(merged.replaced),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as beside:
-        made = Path(beside) / "artifact"
+    with published_folder(output) as made:
         cast_weights(model, dtype)
         save_folder(model, made, processor)
         cast_weights(model, torch.float32)
@@ -94,9 +92,6 @@ def merge_lora(
         for name in sorted(_missing(artifact / "onnx", made / "onnx") - {row["file"] for row in facts["left_out"]}):
             _leave_out(facts, name, "merge-lora cannot tell how it was made")
         (made / "README.md").write_text(render("pipeline", "merged.md.j2", facts), encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        made.rename(output)
     return facts
 
 
@@ -110,9 +105,7 @@ def _write_graphs(model: PreTrainedModel, artifact: Path, made: Path, threads: i
     model = model.to(options.dtype)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
     example = _example(model, task, options)
     reference = reference_of(model, task, [example])
-    export = export_exact(
-        model, made / GRAPH, task, reference, options.inputs, threads, options.kv_cache, fuse=options.fuse
-    )
+    export = export_exact(model, task, made / GRAPH, options.form, reference, threads=threads)
     if task.name == "text-generation":
         write_genai_config(model, made, GRAPH, export.inputs)
     graphs = [made / GRAPH]

@@ -10,7 +10,7 @@ from typing import Any
 from converters.errors import InputError
 from prehab_export.config import RunConfig, from_dict, read_options
 from prehab_export.pipeline.stages.dependencies import DEPENDENCIES, wanted_parents
-from prehab_export.pipeline.staleness import Reasons, Staleness
+from prehab_export.pipeline.staleness import Staleness, StaleReasons
 from prehab_export.pipeline.workspace import OPTIONS_FILE, UNFINISHED, Workspace
 from prehab_export.system import read_json
 
@@ -27,11 +27,11 @@ class StageStatus:
     made: str | None = None
     seconds: float | None = None
     bytes: int = 0
-    reasons: Reasons = field(default_factory=Reasons)
+    reasons: StaleReasons = field(default_factory=StaleReasons)
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptResults:
     """Results that no current option needs, of one stage; fits and sweeps have stages of their own."""
 
     stage: str
@@ -47,7 +47,7 @@ class RunStatus:
     output: Path
     config: RunConfig
     stages: tuple[StageStatus, ...]
-    kept: tuple[Kept, ...]
+    kept: tuple[KeptResults, ...]
     targets: dict[str, dict[str, Any]]
     fit: str | None
     sweep: dict[str, Any] | None
@@ -99,7 +99,7 @@ def _stages(workspace: Workspace, config: RunConfig, staleness: Staleness) -> li
         reasons = told[key]
         behind = [parent for parent in wanted_parents(stage, config) if found[parent].state != CURRENT]
         if not reasons and behind:
-            reasons = Reasons(others=(f"{behind[0]} is {found[behind[0]].state}",))
+            reasons = StaleReasons(others=(f"{behind[0]} is {found[behind[0]].state}",))
         if not reasons:
             workspace.select(name, key)
         state, seconds = STALE if reasons else CURRENT, (workspace.manifest(name, key) or {}).get("seconds")
@@ -126,13 +126,13 @@ def _time(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
 
 
-def _kept(workspace: Workspace) -> list[Kept]:
-    found: dict[str, Kept] = {}
+def _kept(workspace: Workspace) -> list[KeptResults]:
+    found: dict[str, KeptResults] = {}
     whole = [one for one in workspace.leftovers() if not one.key.endswith(".partial")]
     for leftover in whole:
         name = next((kind for kind in ("fit", "sweep") if leftover.stage.startswith(f"{kind}-")), leftover.stage)
-        before = found.get(name, Kept(name, 0, 0))
-        found[name] = Kept(name, before.results + 1, before.bytes + leftover.bytes)
+        before = found.get(name, KeptResults(name, 0, 0))
+        found[name] = KeptResults(name, before.results + 1, before.bytes + leftover.bytes)
     return list(found.values())
 
 

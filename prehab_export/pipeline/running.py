@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from converters.publishing import publish_text
 from prehab_export.config import RunConfig, plain_options, to_yaml
 from prehab_export.pipeline.checks import check, disk_estimate
 from prehab_export.pipeline.preflight import check_export
@@ -16,7 +17,7 @@ from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.stages.dependencies import wanted_parents
 from prehab_export.pipeline.stages.table import STAGES, Stage
 from prehab_export.pipeline.workspace import SOURCE, Workspace, stage_key, summaries
-from prehab_export.system import ParityError, check_disk_space, say, write_text_atomically
+from prehab_export.system import ParityError, check_disk_space, say
 
 # Stages that write an ONNX graph of a model whose like has not been exported before.
 EXPORTING = ("export", "baseline")
@@ -184,7 +185,7 @@ def _save_source(session: Session) -> None:
     """Remember what the run starts from, for those who ask without reading it again."""
     read = {**session.source, "evaluation": session.data.evaluation_fingerprint}
     told = {"config": plain_options(session.config), "read": summaries(read)}
-    write_text_atomically(session.workspace.root / SOURCE, json.dumps(told, indent=1) + "\n")
+    publish_text(session.workspace.root / SOURCE, json.dumps(told, indent=1) + "\n")
 
 
 __all__ = ["Stage", "bring_up", "bring_up_to_date", "opened", "opened_beside", "run", "select_valid"]

@@ -14,7 +14,7 @@ from converters.coverage import Coverage, coverage
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear
 from converters.selection import target_layers
-from prehab_export.compression import Statistics, load_statistics
+from prehab_export.compression import Calibrated, Statistics, load_statistics
 from prehab_export.config import AUTO, RunConfig
 from prehab_export.inputs import (
     TASKS,
@@ -37,13 +37,17 @@ from prehab_export.inputs import (
     torch_predictor,
     weight_files,
 )
+from prehab_export.linalg import Cost, parameters
+from prehab_export.measurement import RankTimes
 from prehab_export.pipeline.workspace import READ_FILES, Workspace
-from prehab_export.system import DigestCache, bar
+from prehab_export.system import DigestCache, bar, named
 
 # Training text or images put aside, to decide what is kept; never trained on and never reported on.
 HELD_OUT = 512
 # Moments, in the folders of the stages that gather them.
 STATISTICS = "statistics.safetensors"
+# What ranks take on this machine, in the folder of the stage that measures it.
+TIMES = "times.json"
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,17 @@ class Session:
         wanted = self.config.prehab.train.steps > 0
         return wanted and self.workspace.read_json("prehab", "prehab.json")["kept"]
 
+    def calibrated(self, model: nn.Module, statistics: Statistics) -> Calibrated:
+        """A dense model of the run with moments of it, and what the run's budget is counted in."""
+        return Calibrated(model, self.task, statistics, self.cost)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What the budget of ranks is counted in: parameters, or measured seconds."""
+        if self.config.cut.latency is None:
+            return parameters
+        return RankTimes.from_json(self.workspace.read_json("times", TIMES)).cost
+
     def load_statistics(self, stage: str) -> Statistics:
         """The moments that a stage gathered."""
         path = self.workspace.folder(stage) / STATISTICS
@@ -242,9 +257,8 @@ class Session:
 
     def metrics(self, model: nn.Module, samples: Samples, description: str) -> Metrics:
         """Of the model where it lies, in the run's precision."""
-        with bar(description, len(samples)) as advance:
-            batches = samples.batches(self.config.data.batch_size)
-            return evaluate(torch_predictor(model, self.task), batches, self.task, advance)
+        batches = samples.batches(self.config.data.batch_size)
+        return evaluate(torch_predictor(model, self.task), self.task, batches, progress=named(bar, description))
 
     def held_out_loss(self, model: nn.Module) -> float:
         return self.metrics(model, self.held_out, "held-out loss").loss

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from converters.errors import InputError
 from prehab_export.compression import (
+    Calibrated,
     Decompositions,
+    Factored,
     Samplesets,
-    Statistics,
+    block_refiner,
     compress,
     decompose_layers,
-    factor_bases,
     frozen_copy,
     refine,
 )
@@ -30,7 +31,7 @@ from prehab_export.pipeline.running import bring_up_to_date, opened_beside
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.sweep_methods import METHODS, Method
 from prehab_export.pipeline.workspace import stage_key
-from prehab_export.system import bar, say, warn, write_json
+from prehab_export.system import bar, named, say, warn, write_json
 
 Row = dict[str, Any]
 
@@ -110,49 +111,36 @@ class _Rows:
         return self.model
 
     def _measure(self, method: Method, ratio: float) -> Row:
-        session, model = self.session, self._model()
-        config, layers = session.config, session.layers(model)
+        session, calibrated = self.session, self._calibrated()
+        config = session.config
         cut = method.at(ratio, config.cut)
-        statistics = self._statistics()
         if self.decomposed is None:
-            with bar(f"decompose for {method.objective}", len(layers)) as advance:
-                self.decomposed = decompose_layers(layers, statistics, cut, progress=advance)
+            described = named(bar, f"decompose for {method.objective}")
+            self.decomposed = decompose_layers(calibrated, cut, progress=described)
         started = time.monotonic()
         samples = Samplesets(session.calibration, session.held_out, config.data.batch_size)
+        tunes = method.refined and config.refine.block_steps > 0
         result = compress(
-            model,
-            session.task,
-            layers,
-            statistics,
+            calibrated,
             samples,
             cut,
-            config.refine if method.refined else None,
             decomposed=self.decomposed,
-            seed=config.seed,
+            after_block=block_refiner(config.refine, calibrated.statistics, seed=config.seed) if tunes else None,
             progress=bar,
         )
         for warning in result.warnings:
             warn(warning)
-        candidate = result.truncation.apply(frozen_copy(model))
+        candidate = result.truncation.apply(frozen_copy(calibrated.model))
         if method.refined:
-            with bar("refine", config.refine.schedule.steps) as advance:
-                refine(
-                    candidate,
-                    model,
-                    session.task,
-                    session.training,
-                    config.refine,
-                    bases=factor_bases(candidate, statistics),
-                    seed=config.seed,
-                    progress=lambda row: advance(1, note=f"divergence {row['divergence']:.4f}"),
-                )
+            factored = Factored.of(candidate, session.task, calibrated.statistics)
+            refine(factored, session.training, config.refine, teacher=calibrated.model, seed=config.seed, progress=bar)
         seconds = time.monotonic() - started
         metrics = asdict(session.metrics(candidate, session.data.evaluation, f"{method.name} {ratio:g}"))
         facts = {key: value for key, value in result.truncation.summary().items() if key != "layers"}
         return {"method": method.name, "ratio": ratio, **metrics, "seconds": seconds, **facts}
 
-    def _statistics(self) -> Statistics:
-        return self.session.load_statistics("calibrate")
+    def _calibrated(self) -> Calibrated:
+        return Calibrated(self._model(), self.session.task, self.session.load_statistics("calibrate"))
 
 
 def sweep_cells(dense: Row, rows: list[Row]) -> tuple[list[str], list[list[str]]]:

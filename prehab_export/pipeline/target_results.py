@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prehab_export.measurement import Json, read_results
 from prehab_export.pipeline.workspace import KITS_MADE
-from prehab_export.system import write_text_atomically
+from prehab_export.system import write_json
 
 # Where a run keeps what was measured elsewhere.
 FOLDER = "targets"
@@ -16,7 +16,7 @@ def remember_kit(root: Path, digest: str, graphs: Mapping[str, str]) -> None:
     """Note by a kit's digest which graphs are in it (name → hash), so that its results can be told from those of other
     options."""
     made = _kits_made(root) | {digest: dict(graphs)}
-    write_text_atomically(root / KITS_MADE, json.dumps(made, indent=1) + "\n")
+    write_json(root / KITS_MADE, made)
 
 
 def results_of(root: Path, graphs: Mapping[str, str]) -> dict[str, Json]:

@@ -10,7 +10,6 @@ next run clears away.
 into (`SHOWN`) the current one is also shown beside ``run.yaml``, as hard links.
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -27,6 +26,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from converters.errors import InputError
+from converters.publishing import PARTIAL, publish_text
 from prehab_export.system import (
     FileDigest,
     StorageError,
@@ -36,7 +36,7 @@ from prehab_export.system import (
     remove,
     replacing,
     same_content,
-    write_text_atomically,
+    sha256_of_text,
 )
 
 OPTIONS_FILE = "run.yaml"
@@ -56,8 +56,7 @@ SHOWN = frozenset({"artifact", "baseline", "report"})
 KITS = ".kit-*"
 # What a killed process may leave.
 UNFINISHED = (
-    "*.partial",
-    *(f"{place}.partial" for place in ("stages/*/*", "manifests/*", "manifests/*/*", "targets/*")),
+    *(f"{place}*{PARTIAL}" for place in ("", "stages/*/", "manifests/", "manifests/*/", "targets/")),
     KITS,
 )
 # Digits of a key in the name of a folder.
@@ -83,7 +82,7 @@ def stage_key(stage: str, options: Mapping[str, Any], parents: Sequence[str] = (
     False
     """
     facts = {"stage": stage, "options": options, "parents": list(parents), "version": version("prehab-export")}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return sha256_of_text(json.dumps(facts, sort_keys=True, default=str))
 
 
 def summaries(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +94,7 @@ def summaries(values: Mapping[str, Any]) -> dict[str, Any]:
 
     def summary(value: Any) -> Any:
         text = json.dumps(value, sort_keys=True, default=str)
-        return value if len(text) < 80 else f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+        return value if len(text) < 80 else f"sha256:{sha256_of_text(text)}"
 
     return {name: summary(value) for name, value in values.items()}
 
@@ -260,7 +259,7 @@ class Workspace:
         manifest = self.manifest(stage, key)
         assert manifest is not None, f"{stage} has no result under {key}"
         content = [[name, facts["sha256"]] for name, facts in sorted(manifest["files"].items())]
-        return f"{key}:{hashlib.sha256(json.dumps(content).encode()).hexdigest()}"
+        return f"{key}:{sha256_of_text(json.dumps(content))}"
 
     def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
         return read_json(self._manifest_path(stage, key))
@@ -309,7 +308,7 @@ class Workspace:
         outdated = [stage for stage in sorted(SHOWN) if not self._is_shown(stage)]
         for stage in outdated:
             self.hide(stage)
-        write_text_atomically(self.root / CURRENT, json.dumps(self.current, indent=2, sort_keys=True) + "\n")
+        publish_text(self.root / CURRENT, json.dumps(self.current, indent=2, sort_keys=True) + "\n")
         for stage in outdated:
             if stage in self.current:
                 with replacing(self.root / stage) as partial:
@@ -384,7 +383,7 @@ class Workspace:
         return [Path(name).resolve() for name in names if name is not None]
 
     def save_options(self, text: str) -> None:
-        write_text_atomically(self.root / OPTIONS_FILE, text)
+        publish_text(self.root / OPTIONS_FILE, text)
 
     @property
     def has_results(self) -> bool:
@@ -409,4 +408,4 @@ class Workspace:
     def _write_manifest(self, stage: str, key: str, manifest: Mapping[str, Any]) -> None:
         path = self._manifest_path(stage, key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, json.dumps(manifest, indent=2, default=str) + "\n")
+        publish_text(path, json.dumps(manifest, indent=2, default=str) + "\n")

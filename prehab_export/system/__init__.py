@@ -1,6 +1,6 @@
-"""The room of the machine: files written whole or not at all, their digests, child processes, the terminal, progress,
-Markdown from templates, and what the machine is made of. It knows nothing of models, and imports only
-``converters``.
+"""The room of the machine: the files of a run and their digests, child processes, the current folder that none of them
+trusts, errors, the terminal, progress, Markdown from templates, and what the machine is made of. It knows nothing of
+models, and imports only ``converters``.
 """
 
 from prehab_export.system.exports import lazy_exports

@@ -8,6 +8,9 @@ from prehab_export.system.children import python_script as python_script
 from prehab_export.system.digests import DigestCache as DigestCache
 from prehab_export.system.digests import FileDigest as FileDigest
 from prehab_export.system.digests import sha256_of as sha256_of
+from prehab_export.system.digests import sha256_of_all as sha256_of_all
+from prehab_export.system.digests import sha256_of_text as sha256_of_text
+from prehab_export.system.digests import sha512_integrity as sha512_integrity
 from prehab_export.system.errors import BudgetError as BudgetError
 from prehab_export.system.errors import ParityError as ParityError
 from prehab_export.system.errors import StorageError as StorageError
@@ -23,12 +26,14 @@ from prehab_export.system.files import remove as remove
 from prehab_export.system.files import replacing as replacing
 from prehab_export.system.files import same_content as same_content
 from prehab_export.system.files import write_json as write_json
-from prehab_export.system.files import write_text_atomically as write_text_atomically
 from prehab_export.system.machine import available_cores as available_cores
 from prehab_export.system.machine import machine_facts as machine_facts
 from prehab_export.system.machine import usable_cores as usable_cores
+from prehab_export.system.progress import Advance as Advance
 from prehab_export.system.progress import Progress as Progress
+from prehab_export.system.progress import named as named
 from prehab_export.system.progress import silent as silent
+from prehab_export.system.progress import step as step
 from prehab_export.system.rendering import render as render
 from prehab_export.system.terminal import bar as bar
 from prehab_export.system.terminal import result_console as result_console

@@ -8,7 +8,9 @@ place of Python's own. This module imports nothing but what Python has loaded be
 import os
 import sys
 
-_PACKAGE = os.path.basename(os.path.dirname(__file__))
+# The folder of this package; this module lies in a room of it.
+_PACKAGE_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_PACKAGE = os.path.basename(_PACKAGE_FOLDER)
 
 
 def is_the_program() -> bool:
@@ -24,7 +26,7 @@ def leave_current_folder() -> None:
     Of a copy that is not installed the folder of this package stays, but last: what Python or its installed packages
     have wins.
     """
-    own, before = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), list(sys.path)
+    own, before = os.path.dirname(_PACKAGE_FOLDER), list(sys.path)
     given = "" if sys.flags.ignore_environment else os.environ.get("PYTHONPATH", "")
     entries = given.split(os.pathsep) if given else []
     meant = {os.path.abspath(entry) for entry in entries if not os.path.isabs(entry)}

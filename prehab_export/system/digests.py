@@ -1,17 +1,35 @@
-"""Content hashes of files, remembered where a file has not been touched."""
+"""Digests of texts and of files, the latter remembered where a file has not been touched."""
 
 import hashlib
 import json
+from base64 import b64encode
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prehab_export.system.files import write_text_atomically
+from converters.publishing import publish_text
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, streamed."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha512_integrity(path: Path) -> str:
+    """SHA-512 of a file's content in base64, as npm's registry tells it."""
+    with path.open("rb") as file:
+        return b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
+
+
+def sha256_of_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256_of_all(digests: Mapping[str, str]) -> str:
+    """One digest of several files, name → SHA-256 in the order of the mapping: names count, too."""
+    return sha256_of_text("".join(f"{name}\0{digest}\n" for name, digest in digests.items()))
 
 
 @dataclass
@@ -72,4 +90,4 @@ class DigestCache:
         """Remember what was asked for; files that nobody asks for any more are forgotten."""
         self._known = {name: digest for name, digest in self._known.items() if name in self._asked}
         rows = {name: [digest.size, digest.mtime_ns, digest.sha256] for name, digest in self._known.items()}
-        write_text_atomically(self.path, json.dumps(rows, indent=0) + "\n")
+        publish_text(self.path, json.dumps(rows, indent=0) + "\n")

@@ -1,10 +1,9 @@
-"""Errors with an exit code. Anything else that escapes is a defect and ends with exit code 1."""
+"""Errors with an exit code, beside `converters.errors`. Anything else that escapes is a defect and ends with exit code
+1. And how a disk that is full is told from other reasons."""
 
 import errno
 import os
 from collections.abc import Iterator
-
-from converters.errors import InputError
 
 # What a file system says when no more can be written, whoever was writing.
 _FULL = tuple(number for name in ("ENOSPC", "EDQUOT") if (number := getattr(errno, name, None)) is not None)
@@ -61,6 +60,3 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(cause))
         yield cause
         cause = cause.__cause__ or cause.__context__
-
-
-__all__ = ["BudgetError", "InputError", "ParityError", "StorageError", "TargetError", "is_full", "out_of_space"]

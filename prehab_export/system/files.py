@@ -1,4 +1,5 @@
-"""Content hashes of files, remembered where a file has not been touched; whole files or none; the cache folder."""
+"""The files of a run: shown under two names, replaced whole, read back, taken away; whether there is room; and where
+things are kept from one run to the next."""
 
 import json
 import os
@@ -9,39 +10,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from platformdirs import user_cache_path
+
 from converters.errors import InputError
 from converters.onnx.modes import DATA_SUFFIX
+from converters.publishing import publish_text, published_folder
 from prehab_export.system.errors import StorageError, out_of_space
 
 # How the names of files of external weights end.
 EXTERNAL_WEIGHTS = f".onnx{DATA_SUFFIX}"
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """The file holds all of the text or what it held before."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def cache_folder() -> Path:
-    """This program's folder for what later runs may use again: in XDG_CACHE_HOME, which must be absolute to count."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "prehab-export"
+    """This program's folder for what later runs may use again, where the system keeps such folders: in XDG_CACHE_HOME,
+    which must be absolute to count, or ``~/.cache`` on Linux."""
+    return user_cache_path("prehab-export", appauthor=False)
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    """Write a value of JSON types; the file holds all of it or what it held before."""
+    publish_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def link(source: str, target: str) -> None:
-    """Copy a file as a hard link, where the file system has them. External weights of a graph are copied in full:
-    onnx reads none that have another name somewhere, since they might be anybody's file."""
+    """Copy a file as a hard link, where the file system has them; of a symbolic link, the file that it leads to.
+    External weights of a graph are copied in full: onnx reads none that have another name somewhere, since they might
+    be anybody's file."""
     if source.endswith(EXTERNAL_WEIGHTS):
         shutil.copy2(source, target)
         return
     try:
-        Path(target).hardlink_to(source)
+        Path(target).hardlink_to(os.path.realpath(source))
     except OSError:
         shutil.copy2(source, target)
 
@@ -67,16 +66,15 @@ def check_disk_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A fresh sibling to write into, renamed to ``folder`` if the block succeeds, removed if it does not."""
-    partial = folder.with_name(folder.name + ".partial")
+    """A fresh folder of a run to write into, which takes the place of ``folder`` if the block succeeds.
+
+    Raises:
+        StorageError: the disk is full, or fails.
+    """
     try:
-        remove(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        remove(folder)
-        partial.rename(folder)
+        with published_folder(folder, replace=True) as fresh:
+            yield fresh
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
         if (reason := out_of_space(error)) is not None:
             raise StorageError(
                 f"cannot go on with {folder}: {reason}; nothing half-written is left. "

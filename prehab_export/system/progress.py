@@ -23,6 +23,14 @@ def silent(_what: str, _steps: int) -> Iterator[Advance]:
     yield lambda amount=1, note="": None
 
 
+@contextmanager
+def step(advance: Advance, note: str) -> Iterator[None]:
+    """One step of a work: its note stands there while it is done, and it counts once it is."""
+    advance(0, note)
+    yield
+    advance(1, note)
+
+
 def named(progress: Progress, what: str) -> Progress:
     """The same progress under a name of the caller's, which says what the work is for."""
     return lambda _what, steps: progress(what, steps)

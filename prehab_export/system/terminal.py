@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 from prehab_export.system.progress import Advance
@@ -67,9 +68,10 @@ def bar(what: str, steps: int) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim", markup=False),
+        # Takes the room that the others leave, and is cut off there.
+        TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(ratio=1, no_wrap=True)),
     )
-    with RichProgress(*columns, console=console, transient=True) as progress:
+    with RichProgress(*columns, console=console, transient=True, expand=True) as progress:
         task = progress.add_task(what, total=steps or None, note="")
         yield lambda amount=1, note="": progress.update(task, advance=amount, note=note)
 

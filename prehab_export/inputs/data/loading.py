@@ -1,6 +1,5 @@
 """Data as tasks take it: samples in a fixed order, turned into batches when they are asked for."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from prehab_export.inputs.data.source import Splits, choose_splits, open_source
 from prehab_export.inputs.data.windows import start_tokens
 from prehab_export.inputs.models import longest_input
 from prehab_export.inputs.tasks import Task
-from prehab_export.system import sha256_of
+from prehab_export.system import sha256_of, sha256_of_text
 
 DEFAULT_WINDOW = 256
 # More than a short run will ever see, and a bound on the time that a huge corpus takes to tokenise.
@@ -93,7 +92,7 @@ def load_data(
     }
     fingerprint = _fingerprint(source.fingerprint, config, description, splits.evaluation is None)
     judging = json.dumps([fingerprint, splits.evaluation_name, config.eval_samples])
-    evaluation_fingerprint = hashlib.sha256(judging.encode()).hexdigest()
+    evaluation_fingerprint = sha256_of_text(judging)
     return TaskData(train, evaluation, fingerprint, evaluation_fingerprint, description)
 
 
@@ -107,7 +106,7 @@ def _fingerprint(content: str, config: DataConfig, description: dict[str, Any], 
     deciding = ("config", "columns", "train_split", "sequence_length", "window_start", "labels_by_position")
     used = {key: description[key] for key in deciding} | {"cut": cut}
     used |= {"encoding": config.encoding, "delimiter": config.separator, "header": config.header}
-    return hashlib.sha256(json.dumps([content, used], sort_keys=True).encode()).hexdigest()
+    return sha256_of_text(json.dumps([content, used], sort_keys=True))
 
 
 def _label_names(splits: Splits, columns: Columns) -> tuple[str, ...]:

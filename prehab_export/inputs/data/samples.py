@@ -22,14 +22,16 @@ class Samples:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> "Batches":
         """Batches of ``batch_size`` samples, the last one maybe shorter, padded to the longest in each.
 
         indices: positions in these samples to take, in their order; all of them by default.
         """
-        rows = self.rows if indices is None else self.rows[np.asarray(indices, np.int64)]
-        for start in range(0, len(rows), batch_size):
-            yield self.collate(rows[start : start + batch_size].tolist())
+        return Batches(self if indices is None else self.at(indices), batch_size)
+
+    def at(self, indices: Sequence[int]) -> "Samples":
+        """The samples at these positions, in their order."""
+        return Samples(self.rows[np.asarray(indices, np.int64)], self.collate)
 
     def first(self, count: int) -> "Samples":
         return Samples(self.rows[:count], self.collate)
@@ -43,6 +45,21 @@ class Samples:
         order = np.random.default_rng(seed).permutation(len(self.rows))
         drawn, rest = np.sort(order[:count]), np.sort(order[count:])
         return Samples(self.rows[drawn], self.collate), Samples(self.rows[rest], self.collate)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Samples, so many at a time; made one by one, each time they are gone through."""
+
+    samples: Samples
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.samples), self.batch_size):
+            yield self.samples.collate(self.samples.rows[start : start + self.batch_size].tolist())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Datasets as they lie on disk or on the hub: which splits there are, and which rows train and which judge."""
 
 import glob
-import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from converters.errors import InputError
 from prehab_export.config import DataConfig
 from prehab_export.inputs.data.scratch import scratch_folder
 from prehab_export.inputs.data.text_files import check_text, guess_encoding, reader_options, table_options
-from prehab_export.system import sha256_of
+from prehab_export.system import sha256_of, sha256_of_all, sha256_of_text
 
 DIGITS = "sklearn-digits"
 DIGITS_EVALUATION = 360
@@ -71,7 +70,7 @@ def open_source(config: DataConfig, sha256_of: Callable[[Path], str] = sha256_of
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is raised, too
     if config.data == DIGITS:
-        return Source(_digits(), hashlib.sha256(DIGITS.encode()).hexdigest())  # the same rows for everyone
+        return Source(_digits(), sha256_of_text(DIGITS))  # the same rows for everyone
     path = Path(config.data)
     try:
         if path.is_file():
@@ -215,7 +214,7 @@ def _from_hub(config: DataConfig) -> Source:
     splits = datasets.load_dataset(config.data, config.data_config, **options)
     identity = f"{config.data}\0{config.data_config}\0{builder.hash}"
     splits = _checked(splits, config) if builder.name == "csv" else splits
-    return Source(splits, hashlib.sha256(identity.encode()).hexdigest())
+    return Source(splits, sha256_of_text(identity))
 
 
 def _checked(splits: DatasetDict, config: DataConfig) -> DatasetDict:
@@ -250,10 +249,7 @@ def _scratch() -> str:
 
 
 def _content_hash(root: Path, files: list[Path], sha256_of: Callable[[Path], str]) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(f"{file.relative_to(root.parent)}\0{sha256_of(file)}\n".encode())
-    return digest.hexdigest()
+    return sha256_of_all({str(file.relative_to(root.parent)): sha256_of(file) for file in sorted(files)})
 
 
 def _reason(error: Exception, config: DataConfig) -> str:

@@ -8,12 +8,9 @@
 Wherever it is taken, the runner checks the answers first and then measures the models in turns.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,10 +25,11 @@ from converters.errors import InputError
 from converters.onnx.generate import greedy_decode
 from converters.onnx.graph_facts import GraphFacts, external_files, read_graph
 from converters.onnx.runtime import open_session
+from converters.publishing import published_folder
 from prehab_export.config import BenchConfig
+from prehab_export.measurement.feeds import Case, prepare_request
 from prehab_export.measurement.targets.results import FORMAT, Json
-from prehab_export.measurement.worker import Case, make_plan
-from prehab_export.system import render
+from prehab_export.system import link, render, sha256_of
 
 KIT, RUNNER = "kit.json", "run_kit.py"
 
@@ -50,7 +48,7 @@ class Kit:
     @property
     def digest(self) -> str:
         """SHA-256 of kit.json, which holds those of all other files."""
-        return _digest(self.folder / KIT)
+        return sha256_of(self.folder / KIT)
 
 
 def make_kit(models: Mapping[str, Path], folder: Path, config: BenchConfig, cooldown_s: float = 0.0) -> Kit:
@@ -76,16 +74,8 @@ def make_kit(models: Mapping[str, Path], folder: Path, config: BenchConfig, cool
         raise InputError("there are no models to make a kit of")
     if len({(graph.takes_tokens, graph.decodes) for graph in graphs.values()}) > 1:
         raise InputError("the models take different inputs, and one kit cannot serve them")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with published_folder(folder, replace=True) as part:
         facts = _written(graphs, part, config, cooldown_s)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.chmod(part, 0o755)  # as any folder; a temporary one is its owner's alone
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return Kit(folder, facts)
 
 
@@ -127,7 +117,7 @@ def _written(graphs: Mapping[str, GraphFacts], folder: Path, config: BenchConfig
     (folder / "README.md").write_text(render("measurement", "kit.md.j2", facts), encoding="utf-8")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     facts["files"] = {
-        name: {"sha256": _digest(folder / name), "bytes": (folder / name).stat().st_size} for name in names
+        name: {"sha256": sha256_of(folder / name), "bytes": (folder / name).stat().st_size} for name in names
     }
     (folder / KIT).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
@@ -143,8 +133,11 @@ def _copy_model(name: str, slug: str, graph: GraphFacts, folder: Path) -> Json:
     place = folder / "models" / slug
     place.mkdir(parents=True)
     model = onnx.load(graph.path, load_external_data=False)
-    for file in (graph.path.name, *external_files(model)):
-        _link(graph.path.parent / file, place / file)
+    link(str(graph.path), str(place / graph.path.name))
+    for file in external_files(model):
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        # Not as a link: onnx reads no weights that have another name somewhere, those of the run's own graph included.
+        shutil.copyfile(graph.path.parent / file, place / file)
     kinds = {tensor.data_type for tensor in model.graph.initializer}
     small = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
     return {
@@ -154,15 +147,6 @@ def _copy_model(name: str, slug: str, graph: GraphFacts, folder: Path) -> Json:
         "bytes": graph.file_bytes,
         "kind": "quantised" if kinds & small else "float32",
     }
-
-
-def _link(source: Path, target: Path) -> None:
-    """A second name for the file where the disk allows it, else a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _tolerance(kind: str) -> float:
@@ -198,10 +182,10 @@ def _record(case: Case, graphs: Mapping[str, GraphFacts], slugs: Mapping[str, st
     for model, graph in graphs.items():
         session, slug = open_session(graph.path, case.threads), slugs[model]
         try:
-            plan = make_plan(session, case)
+            request = prepare_request(session, case)
         except ValueError as error:
             raise InputError(f"{model} at {name}: {error}") from error
-        feeds = {key: value.numpy().copy() for key, value in plan.prefill.items()}
+        feeds = {key: value.numpy().copy() for key, value in request.prefill.items()}
         if not inputs:
             inputs = {key: keep(key, value) for key, value in feeds.items()}
         names = [output.name for output in session.get_outputs() if not output.name.startswith("present.")]
@@ -219,8 +203,3 @@ def _record(case: Case, graphs: Mapping[str, GraphFacts], slugs: Mapping[str, st
         "new_tokens": case.new_tokens if tokens else None,
         "expected_tokens": tokens or None,
     }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

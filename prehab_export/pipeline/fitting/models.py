@@ -1,9 +1,7 @@
 """The models that a fit makes: cut, exported, quantised and judged, each published by itself."""
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,21 +13,29 @@ from transformers import PreTrainedModel
 from converters.dtypes import DTYPES, cast_weights, holds_exactly
 from converters.folder import save_folder
 from converters.lowrank import dense_weight
-from converters.onnx.coverage import coverage
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import quantize_graph
-from prehab_export.compression import Decompositions, Plan, Samplesets, compress, decompose_layers, frozen_copy
+from converters.onnx.quantized_weights import count_quantized
+from prehab_export.compression import (
+    Calibrated,
+    Decompositions,
+    RankPlan,
+    Samplesets,
+    compress,
+    decompose_layers,
+    frozen_copy,
+)
 from prehab_export.config import drop_of
-from prehab_export.deployment import tell_coverage
+from prehab_export.deployment import reloaded, tell_quantized
 from prehab_export.inputs import Metrics
+from prehab_export.pipeline.fitting.published import Published
 from prehab_export.pipeline.fitting.search import FLOAT32, Layers
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.export import export_model
 from prehab_export.pipeline.stages.quantize import activation_sample
 from prehab_export.pipeline.stages.table import STAGES
-from prehab_export.pipeline.stages.verify import graph_metrics, reloaded
-from prehab_export.pipeline.workspace import stage_key
-from prehab_export.system import bar, link, say, warn, write_json
+from prehab_export.pipeline.stages.verify import graph_metrics
+from prehab_export.system import bar, link, say, sha256_of_text, warn, write_json
 
 Row = dict[str, Any]
 
@@ -39,40 +45,32 @@ class FitModels:
     computed where it is not."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
-        self.calibrated, self.baseline = session.identity("calibrate"), session.identity("baseline")
-        # Of each stage's result in this fit.
-        self._identities = {"baseline": self.baseline}
-
-    def stage(self, name: str, options: Row, parents: Sequence[str], work: Callable[[Path], None]) -> Path:
-        """The folder that ``work`` fills, once for these options and for the results that it reads."""
-        workspace, key = self.session.workspace, stage_key(name, options, parents)
-        if workspace.find(name, key) is None:
-            with workspace.publish(name, key, options) as folder:
-                work(folder)
-        self._identities[name] = workspace.identity(name, key)
-        return workspace.result(name, key)
+        self.session, self.published = session, Published(session)
+        self.modes = (FLOAT32, *dict.fromkeys(session.config.quantize))
+        self._calibration = self.published.identity("calibrate")
 
     @cached_property
-    def dense(self) -> Plan:
+    def dense(self) -> RankPlan:
         """The plan that cuts nothing."""
-        return Plan(dict.fromkeys(self.layers.shapes))
+        return RankPlan(dict.fromkeys(self.layers.shapes))
 
     @cached_property
     def model(self) -> PreTrainedModel:
         return self.session.load_dense()
 
     @cached_property
+    def calibrated(self) -> Calibrated:
+        return Calibrated(self.model, self.session.task, self.session.load_statistics("calibrate"))
+
+    @cached_property
     def decomposed(self) -> Decompositions:
-        session, layers = self.session, self.session.layers(self.model)
-        with bar("decompose", len(layers)) as advance:
-            return decompose_layers(layers, session.load_statistics("calibrate"), session.config.cut, progress=advance)
+        return decompose_layers(self.calibrated, self.session.config.cut, progress=bar)
 
     @cached_property
     def layers(self) -> Layers:
         """Shapes and predicted losses; of the weights nothing is needed once these are known."""
         session, cut = self.session, self.session.config.cut
-        folder = self.stage("fit-spectra", self._cut_options(), [self.calibrated], self._write_spectra)
+        folder = self.published.result("fit-spectra", self._cut_options(), [self._calibration], self._write_spectra)
         tensors, index = (
             load_file(folder / "losses.safetensors"),
             json.loads((folder / "index.json").read_text(encoding="utf-8")),
@@ -93,10 +91,12 @@ class FitModels:
         save_file({str(at): x.cpu().contiguous() for at, (_, x) in enumerate(entries)}, folder / "losses.safetensors")
         write_json(folder / "index.json", [list(names) for names, _ in entries])
 
-    def _made(self, plan: Plan) -> Path:
+    def _made(self, plan: RankPlan) -> Path:
         """``model/`` with its graph, exported and reopened, of a plan that cuts something."""
         options = plan_facts(plan) | self._cut_options() | self._export_options()
-        return self.stage(f"fit-model-{slug_of(plan)}", options, [self.calibrated], partial(self._make, plan))
+        return self.published.result(
+            f"fit-model-{slug_of(plan)}", options, [self._calibration], partial(self._make, plan)
+        )
 
     def _cut_options(self) -> Row:
         """What decides the factors besides a plan's ranks: the options that choose the ranks are left out."""
@@ -107,65 +107,55 @@ class FitModels:
         """What decides the folder besides the factors, as of a run's own ``export``."""
         return dict(STAGES["export"].options(self.session.config))
 
-    def _make(self, plan: Plan, folder: Path) -> None:
+    def _make(self, plan: RankPlan, folder: Path) -> None:
         session, config = self.session, self.session.config
         say(f"make a model of {len(plan_facts(plan)['ranks'])} cut layers", style="bold")
-        result = compress(
-            self.model,
-            session.task,
-            session.layers(self.model),
-            session.load_statistics("calibrate"),
-            Samplesets(session.calibration, session.held_out, config.data.batch_size),
-            config.cut,
-            decomposed=self.decomposed,
-            plan=plan,
-            seed=config.seed,
-            progress=bar,
-        )
+        samples = Samplesets(session.calibration, session.held_out, config.data.batch_size)
+        result = compress(self.calibrated, samples, config.cut, decomposed=self.decomposed, plan=plan, progress=bar)
         for warning in result.warnings:
             warn(warning)
         model = cast(PreTrainedModel, frozen_copy(self.model))
         result.truncation.apply(model)
         model.cpu()
         export_model(session.on_cpu, model, folder)
-        reloaded(session.on_cpu, folder)
+        reloaded(folder, session.on_cpu.task, trust_remote_code=config.trust_remote_code)
 
-    def graph(self, plan: Plan, mode: str) -> Path:
+    def graph(self, plan: RankPlan, mode: str) -> Path:
         """The ONNX graph of a plan in a mode."""
         return self._graph(plan, mode)[1]
 
-    def graph_identity(self, plan: Plan, mode: str) -> str:
+    def graph_identity(self, plan: RankPlan, mode: str) -> str:
         """Of the result that holds the `graph`, for the keys of what is measured of it."""
-        return self._identities[self._graph(plan, mode)[0]]
+        return self.published.identity(self._graph(plan, mode)[0])
 
-    def _graph(self, plan: Plan, mode: str) -> tuple[str, Path]:
+    def _graph(self, plan: RankPlan, mode: str) -> tuple[str, Path]:
         """The stage that holds a graph, and the graph."""
         slug = slug_of(plan)
         if mode != FLOAT32:
-            stage, parents = f"fit-graph-{slug}-{mode}", [self.calibrated, self.graph_identity(plan, FLOAT32)]
-            folder = self.stage(stage, {"mode": mode}, parents, partial(self._quantize, plan, mode))
+            stage, parents = f"fit-graph-{slug}-{mode}", [self._calibration, self.graph_identity(plan, FLOAT32)]
+            folder = self.published.result(stage, {"mode": mode}, parents, partial(self._quantize, plan, mode))
             return stage, folder / FILE_NAMES[mode]
         if slug == "dense":
             return "baseline", self.session.workspace.folder("baseline") / "onnx" / "model.onnx"
         return f"fit-model-{slug}", self._made(plan) / "model" / "onnx" / "model.onnx"
 
-    def _quantize(self, plan: Plan, mode: str, folder: Path) -> None:
+    def _quantize(self, plan: RankPlan, mode: str, folder: Path) -> None:
         source = self.graph(plan, FLOAT32)
         graph = folder / FILE_NAMES[mode]
         quantize_graph(source, graph, mode, partial(activation_sample, self.session.on_cpu, source))
-        tell_coverage(f"{slug_of(plan)} {mode}", coverage(source, graph))
+        tell_quantized(f"{slug_of(plan)} {mode}", count_quantized(source, graph))
 
-    def metrics(self, plan: Plan, mode: str, split: str = "evaluation") -> Metrics:
+    def metrics(self, plan: RankPlan, mode: str, split: str = "evaluation") -> Metrics:
         """Of the graph, on ONNX Runtime."""
         name = f"fit-{split}-{slug_of(plan)}-{mode}"
         judging = {"evaluation": self.session.data.evaluation_fingerprint} if split == "evaluation" else {}
         options = {"split": split, **judging}
-        folder = self.stage(
+        folder = self.published.result(
             name, options, [self.graph_identity(plan, mode)], partial(self._evaluate, plan, mode, split)
         )
         return Metrics(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
 
-    def _evaluate(self, plan: Plan, mode: str, split: str, folder: Path) -> None:
+    def _evaluate(self, plan: RankPlan, mode: str, split: str, folder: Path) -> None:
         session = self.session.on_cpu
         samples = session.data.evaluation if split == "evaluation" else session.held_out
         description = f"{slug_of(plan)} {mode}, {split}"
@@ -173,12 +163,12 @@ class FitModels:
             folder / "metrics.json", asdict(graph_metrics(session, self.graph(plan, mode), description, samples))
         )
 
-    def drop(self, plan: Plan, mode: str) -> float:
+    def drop(self, plan: RankPlan, mode: str) -> float:
         """What is lost against the dense float32 graph, on the evaluation split."""
         dense, own = self.metrics(self.dense, FLOAT32), self.metrics(plan, mode)
         return drop_of(dense.metric, dense.value, own.value)
 
-    def write_folder(self, plan: Plan, mode: str, folder: Path) -> None:
+    def write_folder(self, plan: RankPlan, mode: str, folder: Path) -> None:
         """The deployable folder of a plan: ``onnx/`` holds the graph that was measured."""
         session = self.session.on_cpu
         if slug_of(plan) == "dense":
@@ -194,12 +184,12 @@ class FitModels:
             shutil.copytree(quantised, folder / "onnx", copy_function=link, dirs_exist_ok=True)
 
 
-def slug_of(plan: Plan) -> str:
+def slug_of(plan: RankPlan) -> str:
     """A plan's short name: ``dense``, or a hash of its ranks."""
     facts = plan_facts(plan)
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10] if facts["ranks"] else "dense"
+    return sha256_of_text(json.dumps(facts))[:10] if facts["ranks"] else "dense"
 
 
-def plan_facts(plan: Plan) -> Row:
+def plan_facts(plan: RankPlan) -> Row:
     ranks = {name: rank for name, rank in sorted(plan.ranks.items()) if rank is not None}
     return {"ranks": ranks, "shared": sorted(list(group) for group in plan.shared)}

@@ -1,16 +1,23 @@
 """The stages before anything is compressed: an adapter merged, moments gathered."""
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from converters.adapters import merge_dense_adapter
 from converters.folder import save_folder
-from converters.lowrank import DenseLinear, dense_weight
+from converters.lowrank import dense_weight
 from converters.model_config import ties_embeddings
-from prehab_export.compression import CalibrationWarning, Statistics, calibrate, doubts, moments_size, save_statistics
+from prehab_export.compression import (
+    CalibrationWarning,
+    Gather,
+    Statistics,
+    calibrate,
+    doubts,
+    moments_size,
+    save_statistics,
+)
 from prehab_export.inputs import check_runs, device_of, room_for
 from prehab_export.pipeline.session import STATISTICS, Session
 from prehab_export.system import bar, say, warn, write_json
@@ -27,9 +34,8 @@ def merge_adapter(session: Session, folder: Path) -> None:
 
 def calibrate_dense(session: Session, folder: Path) -> None:
     model = session.load_dense()
-    check_runs(model, session.calibration, session.task)
-    layers = session.layers(model)
-    statistics = gather_statistics(session, model, layers)
+    check_runs(model, session.task, session.calibration)
+    statistics = gather(session, model)
     save_statistics(statistics, folder / STATISTICS)
     warned = doubts(statistics)
     for warning in warned:
@@ -37,7 +43,7 @@ def calibrate_dense(session: Session, folder: Path) -> None:
     facts = {
         "samples": len(session.calibration),
         "tokens": {group: moment.tokens for group, moment in statistics.inputs.items()},
-        "layers": len(layers),
+        "layers": len(statistics.groups),
         "input_groups": len(statistics.inputs),
         "groups": statistics.groups,
         "gradient_units": statistics.units,
@@ -46,19 +52,18 @@ def calibrate_dense(session: Session, folder: Path) -> None:
     write_json(folder / "calibrate.json", facts)
 
 
-def gather_statistics(session: Session, model: PreTrainedModel, layers: Mapping[str, DenseLinear]) -> Statistics:
+def gather(session: Session, model: PreTrainedModel) -> Statistics:
+    """The moments that the run's options ask for."""
     options = session.config
+    layers = session.layers(model)
     shapes = ((w.shape[0], w.shape[1]) for w in map(dense_weight, layers.values()))
-    with bar("calibrate", len(session.calibration)) as advance, warnings.catch_warnings():
+    wanted = Gather(
+        gradients=options.needs_gradients,
+        labels=options.calibrate.labels,
+        keep_on=room_for(moments_size(shapes, options.needs_gradients), device_of(model)),
+    )
+    batches = session.calibration.batches(options.data.batch_size)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # said once, by the stage
-        return calibrate(
-            model,
-            session.calibration.batches(options.data.batch_size),
-            session.task,
-            layers,
-            gradients=options.needs_gradients,
-            labels=options.calibrate.labels,
-            keep_on=room_for(moments_size(shapes, options.needs_gradients), device_of(model)),
-            seed=options.seed,
-            progress=advance,
-        )
+        found = calibrate(model, session.task, batches, layers, gather=wanted, seed=options.seed, progress=bar)
+    return found.statistics

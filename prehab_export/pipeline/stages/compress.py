@@ -2,44 +2,50 @@
 
 from pathlib import Path
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from converters.coverage import coverage
 from converters.folder import save_folder
-from prehab_export.compression import Compression, Samplesets, Statistics, Truncation, compress, frozen_copy
-from prehab_export.deployment import digests_of
-from prehab_export.pipeline.latency_budget import cost_of, predicted_latency
+from prehab_export.compression import (
+    Calibrated,
+    Compression,
+    Samplesets,
+    Truncation,
+    block_refiner,
+    compress,
+    frozen_copy,
+)
+from prehab_export.deployment import tensor_digests
+from prehab_export.pipeline.latency_budget import predicted_latency
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.export import DIGESTS
 from prehab_export.system import bar, say, warn, write_json
 
 
-def compressed_loss(session: Session, model: PreTrainedModel, statistics: Statistics) -> float:
+def compressed_loss(session: Session, calibrated: Calibrated) -> float:
     """Held-out loss of the model as it would be compressed now; the model itself is left alone."""
-    return session.held_out_loss(_compressed(session, model, statistics).truncation.apply(frozen_copy(model)))
+    truncation = _compressed(session, calibrated).truncation
+    return session.held_out_loss(truncation.apply(frozen_copy(calibrated.model)))
 
 
-def _compressed(session: Session, model: nn.Module, statistics: Statistics) -> Compression:
-    samples = Samplesets(session.calibration, session.held_out, session.config.data.batch_size)
+def _compressed(session: Session, calibrated: Calibrated) -> Compression:
+    config = session.config
+    samples = Samplesets(session.calibration, session.held_out, config.data.batch_size)
+    tunes = config.refine.block_steps > 0
     return compress(
-        model,
-        session.task,
-        session.layers(model),
-        statistics,
+        calibrated,
         samples,
-        session.config.cut,
-        session.config.refine,
-        cost=cost_of(session),
-        seed=session.config.seed,
+        config.cut,
+        after_block=block_refiner(config.refine, calibrated.statistics, seed=config.seed) if tunes else None,
         progress=bar,
     )
 
 
 def truncate_prepared(session: Session, folder: Path) -> None:
     model, statistics = session.load_prepared()
-    covered = coverage(model, session.layers(model))
-    compression = _compressed(session, model, statistics)
+    calibrated = session.calibrated(model, statistics)
+    covered = coverage(model, calibrated.layers)
+    compression = _compressed(session, calibrated)
     for warning in compression.warnings:
         warn(warning)
     latency = predicted_latency(session, compression.truncation)
@@ -59,7 +65,7 @@ def truncate_prepared(session: Session, folder: Path) -> None:
 
 def save_factored(session: Session, model: PreTrainedModel, folder: Path) -> None:
     model.cpu()
-    write_json(folder / DIGESTS, digests_of(model))
+    write_json(folder / DIGESTS, tensor_digests(model))
     save_folder(model, folder / "model", session.fresh_processor())
 
 

@@ -7,16 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from converters.dtypes import main_dtype, name_of
 from converters.errors import InputError
-from converters.folder import from_pretrained
 from converters.onnx.runtime import open_session
 from prehab_export.config import RunConfig, from_dict
-from prehab_export.deployment import TOLERANCE, check_digests, check_graph, compare_logits, digests_of, load_reference
-from prehab_export.inputs import Metrics, Samples, evaluate, onnx_predictor, torch_predictor
+from prehab_export.deployment import TOLERANCE, check_graph, load_reference, reloaded
+from prehab_export.inputs import Metrics, Samples, evaluate, onnx_predictor
 from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.workspace import Workspace
 from prehab_export.system import (
@@ -26,6 +21,7 @@ from prehab_export.system import (
     dies_with_us,
     environment,
     is_full,
+    named,
     out_of_space,
     python_module,
     write_json,
@@ -43,7 +39,8 @@ def verify(session: Session) -> dict[str, Any]:
     """
     export, baseline = session.workspace.folder("export"), session.workspace.folder("baseline")
     exported, dense = export / "model" / "onnx" / "model.onnx", baseline / "onnx" / "model.onnx"
-    reload, compressed_pytorch = _check_reload(session, export)
+    model, reload = reloaded(export, session.task, trust_remote_code=session.config.trust_remote_code)
+    compressed_pytorch = session.metrics(model, session.data.evaluation, "compressed model, PyTorch")
     return {
         "tolerance": TOLERANCE,
         "compressed": {"reload": reload, "onnx": _check_graph(session, export, exported, "compressed")},
@@ -57,40 +54,6 @@ def verify(session: Session) -> dict[str, Any]:
     }
 
 
-def _check_reload(session: Session, export: Path) -> tuple[dict[str, Any], Metrics]:
-    model, facts = reloaded(session, export)
-    return facts, session.metrics(model, session.data.evaluation, "compressed model, PyTorch")
-
-
-def reloaded(session: Session, export: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The exported folder as ``from_pretrained`` gives it back: every tensor bit for bit, and the same answers.
-
-    Tensors are compared in the dtype in which they are stored; answers, and all that is done with the model, are of
-    the same weights in float32.
-
-    Raises:
-        ParityError: a reloaded tensor or answer differs.
-    """
-    reference = load_reference(export)
-    model = from_pretrained(export / "model", trust_remote_code=session.config.trust_remote_code)
-    check_digests(reference.digests, digests_of(model))
-    dtype = main_dtype(model)
-    if dtype != torch.float32:  # loaded anew, since what is made along the way depends on the dtype too
-        model = from_pretrained(
-            export / "model", dtype=torch.float32, trust_remote_code=session.config.trust_remote_code
-        )
-    predict = torch_predictor(model, session.task)
-    answers = [
-        compare_logits(batch, logits, predict(batch), session.task)
-        for batch, logits in zip(reference.batches, reference.logits, strict=True)
-    ]
-    worst = max(answer.relative for answer in answers)
-    if not all(answer.relative <= TOLERANCE for answer in answers):
-        raise ParityError(f"the reloaded model answers differently: max |Δ| is {worst:.2e} of the logits' scale")
-    facts = {"tensors": len(reference.digests), "dtype": name_of(dtype), "exact": True, "max_relative": worst}
-    return model, facts
-
-
 def _check_graph(session: Session, folder: Path, graph: Path, name: str) -> dict[str, Any]:
     try:
         return check_graph(load_reference(folder), session.task, graph, session.threads)
@@ -102,9 +65,8 @@ def graph_metrics(session: Session, graph: Path, description: str, samples: Samp
     """The task metric of a graph on ONNX Runtime, over the evaluation split or these samples."""
     runtime = open_session(graph, threads=session.threads)
     samples = session.data.evaluation if samples is None else samples
-    with bar(description, len(samples)) as advance:
-        batches = samples.batches(session.config.data.batch_size)
-        return evaluate(onnx_predictor(runtime, session.task), batches, session.task, advance)
+    batches = samples.batches(session.config.data.batch_size)
+    return evaluate(onnx_predictor(runtime, session.task), session.task, batches, progress=named(bar, description))
 
 
 def verify_in_fresh_process(session: Session, folder: Path) -> None:
