@@ -88,11 +88,11 @@ from prehab_export.pipeline import Forecast as Forecast
 from prehab_export.pipeline import KeptResults as KeptResults
 from prehab_export.pipeline import LayerForecast as LayerForecast
 from prehab_export.pipeline import Leftover as Leftover
-from prehab_export.pipeline import ModelSize as ModelSize
-from prehab_export.pipeline import Reasons as Reasons
 from prehab_export.pipeline import RunStatus as RunStatus
+from prehab_export.pipeline import SizeForecast as SizeForecast
 from prehab_export.pipeline import StageForecast as StageForecast
 from prehab_export.pipeline import StageStatus as StageStatus
+from prehab_export.pipeline import StaleReasons as StaleReasons
 from prehab_export.pipeline import Workspace as Workspace
 from prehab_export.pipeline import fit as fit
 from prehab_export.pipeline import forecast as forecast

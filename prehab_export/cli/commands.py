@@ -78,12 +78,11 @@ def fit(target: str, python: str, threads: tuple[int, ...], as_json: bool, **giv
       prehab-export fit my-bert -o out --task text-classification --data reviews.csv --p95 20ms --quantize int8
       prehab-export fit out --target ssh://user@board --memory 128MB --max-drop 1%
     """
-    from prehab_export.config import Budget
+    from prehab_export.config import Budget, Target
 
     config, output = requested(given)
     metric = "perplexity" if config.task == "text-generation" else "accuracy"
     budget = Budget.parsed(**{name: given[name] for name in ("p95", "memory", "size", "max_drop")}, metric=metric)
-    from prehab_export.config import Target
     from prehab_export.pipeline import FitRequest
     from prehab_export.pipeline import fit as run_fit
 

@@ -1,7 +1,8 @@
-"""What a run is asked to do: one frozen dataclass a stage, checked when made.
+"""What a run is asked to do: one frozen dataclass per stage, checked when it is made.
 
-Light on purpose: the command line builds its options from these defaults without loading torch. Messages name the
-command line's flags; a YAML file has the shape of ``RunConfig``, one section a stage.
+It is light on purpose: the command line builds its options from these defaults without loading torch. Messages name the
+flags of the command line, or the option itself where it has no flag; a YAML file has the shape of ``RunConfig``, one
+section per stage. Each class documents its fields; help texts are made from that.
 """
 
 from dataclasses import dataclass, field, replace

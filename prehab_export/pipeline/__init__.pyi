@@ -6,7 +6,7 @@ from prehab_export.pipeline.fitting.report import lines_of as lines_of
 from prehab_export.pipeline.fitting.request import FitRequest as FitRequest
 from prehab_export.pipeline.forecasting import Forecast as Forecast
 from prehab_export.pipeline.forecasting import LayerForecast as LayerForecast
-from prehab_export.pipeline.forecasting import ModelSize as ModelSize
+from prehab_export.pipeline.forecasting import SizeForecast as SizeForecast
 from prehab_export.pipeline.forecasting import StageForecast as StageForecast
 from prehab_export.pipeline.forecasting import forecast as forecast
 from prehab_export.pipeline.inspection import inspect_model as inspect_model
@@ -21,7 +21,7 @@ from prehab_export.pipeline.run_status import StageStatus as StageStatus
 from prehab_export.pipeline.run_status import status as status
 from prehab_export.pipeline.running import run as run
 from prehab_export.pipeline.stages.dependencies import DEPENDENCIES as DEPENDENCIES
-from prehab_export.pipeline.staleness import Reasons as Reasons
+from prehab_export.pipeline.staleness import StaleReasons as StaleReasons
 from prehab_export.pipeline.staleness import worded as worded
 from prehab_export.pipeline.sweep_methods import METHODS as METHODS
 from prehab_export.pipeline.sweeping import Row as Row

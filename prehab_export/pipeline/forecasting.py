@@ -50,7 +50,7 @@ class StageForecast:
 
 
 @dataclass(frozen=True)
-class ModelSize:
+class SizeForecast:
     """Bytes before and after; ``after`` is None where ranks are not known."""
 
     name: str
@@ -70,9 +70,9 @@ class Forecast:
     coverage: Coverage
     layers: tuple[LayerForecast, ...]
     ranks_from: str
-    selected: ModelSize
-    total: ModelSize
-    sizes: tuple[ModelSize, ...]
+    selected: SizeForecast
+    total: SizeForecast
+    sizes: tuple[SizeForecast, ...]
     stages: tuple[StageForecast, ...]
     disk_bytes: int
     disk_free_bytes: int
@@ -144,8 +144,8 @@ def _forecast(session: Session, through: list[str], valid: Collection[str], disk
         session.coverage,
         tuple(_by_kind(load, planned.ranks)),
         planned.origin,
-        ModelSize("selected layers", load.selected, after),
-        ModelSize("whole model", load.parameters, total),
+        SizeForecast("selected layers", load.selected, after),
+        SizeForecast("whole model", load.parameters, total),
         tuple(_sizes(session, total)),
         tuple(stages),
         disk,
@@ -197,18 +197,18 @@ def _by_kind(load: Workload, ranks: dict[str, int | None] | None) -> list[LayerF
     return found
 
 
-def _sizes(session: Session, total: int | None) -> list[ModelSize]:
+def _sizes(session: Session, total: int | None) -> list[SizeForecast]:
     """Of the weight files, and of each graph of the run."""
     load = Numbers.of(session.empty_model)
     count = load.matrices + load.tables + load.rest
     removed = None if total is None else count - total
     width = DTYPES[session.artifact_dtype].itemsize
     found = [
-        ModelSize(f"weight files, {session.artifact_dtype}", width * count, None if total is None else width * total)
+        SizeForecast(f"weight files, {session.artifact_dtype}", width * count, None if total is None else width * total)
     ]
     for mode in ("float32", *dict.fromkeys(session.config.quantize)):
         after = None if removed is None else load.bytes(mode, removed)
-        found.append(ModelSize(f"ONNX graph, {mode}", load.bytes(mode), after))
+        found.append(SizeForecast(f"ONNX graph, {mode}", load.bytes(mode), after))
     return found
 
 

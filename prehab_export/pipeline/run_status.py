@@ -10,7 +10,7 @@ from typing import Any
 from converters.errors import InputError
 from prehab_export.config import RunConfig, from_dict, read_options
 from prehab_export.pipeline.stages.dependencies import DEPENDENCIES, wanted_parents
-from prehab_export.pipeline.staleness import Reasons, Staleness
+from prehab_export.pipeline.staleness import Staleness, StaleReasons
 from prehab_export.pipeline.workspace import OPTIONS_FILE, UNFINISHED, Workspace
 from prehab_export.system import read_json
 
@@ -27,7 +27,7 @@ class StageStatus:
     made: str | None = None
     seconds: float | None = None
     bytes: int = 0
-    reasons: Reasons = field(default_factory=Reasons)
+    reasons: StaleReasons = field(default_factory=StaleReasons)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _stages(workspace: Workspace, config: RunConfig, staleness: Staleness) -> li
         reasons = told[key]
         behind = [parent for parent in wanted_parents(stage, config) if found[parent].state != CURRENT]
         if not reasons and behind:
-            reasons = Reasons(others=(f"{behind[0]} is {found[behind[0]].state}",))
+            reasons = StaleReasons(others=(f"{behind[0]} is {found[behind[0]].state}",))
         if not reasons:
             workspace.select(name, key)
         state, seconds = STALE if reasons else CURRENT, (workspace.manifest(name, key) or {}).get("seconds")

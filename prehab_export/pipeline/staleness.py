@@ -42,7 +42,7 @@ HASHED = 256_000_000
 
 
 @dataclass(frozen=True)
-class Reasons:
+class StaleReasons:
     """What a result was made by that is another now: options, and the rest in words."""
 
     options: tuple[Difference, ...] = ()
@@ -80,7 +80,7 @@ class Staleness:
         digests = {Path(name): FileDigest(*row) for name, row in rows.items()}
         return {path: found for path, found in _changes(digests) if found is not None}
 
-    def reasons(self, stage: str, key: str) -> Reasons:
+    def reasons(self, stage: str, key: str) -> StaleReasons:
         """Why what the stage has made under this key is not what the options ask for; nothing where it is, as far as
         that can be told."""
         manifest: Manifest = self.workspace.manifest(stage, key) or {"files": {}}
@@ -98,7 +98,7 @@ class Staleness:
             others += [f"{parent} was made anew, with another outcome" for parent in self._made_anew(stage, manifest)]
         if not (options or others) and self._was_passed_over(stage, key):
             others.append("something else that it was made from is another now")
-        return Reasons(tuple(options), tuple(others))
+        return StaleReasons(tuple(options), tuple(others))
 
     def differing_options(self, stage: str, manifest: Manifest) -> list[Difference]:
         """The options of the work that are not as they were, of those that the stage or one that it reads depends
