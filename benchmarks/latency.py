@@ -30,6 +30,7 @@ from prehab_export.config.bench import BenchConfig
 from prehab_export.linalg.allocation import parameters, uniform_rank
 from prehab_export.measurement.benchmark import bench
 from prehab_export.pipeline.session import quiet_libraries
+from prehab_export.system.terminal import bar
 
 # Operators that multiply by a weight.
 LINEAR = {"MatMul", "Gemm", "FusedMatMul"}
@@ -77,7 +78,7 @@ def main(
             config = BenchConfig(
                 threads=count, batch_sizes=batches, sequence_lengths=lengths, rounds=rounds, new_tokens=new_tokens
             )
-            run = bench(graphs, config, progress=lambda line: click.echo(line, err=True))
+            run = bench(graphs, config, progress=bar)
             add_ideals(run, kept)
             result["runs"].append(run)
             for row in run["comparison"]:
@@ -122,7 +123,7 @@ def build(shape: str, blocks: int | None, tiny: bool = False) -> transformers.Pr
 
 def cut(model: transformers.PreTrainedModel, removed: float, multiple: int) -> float:
     """Random factors in every layer, the same share off each, ranks rounded down; returns the share kept."""
-    layers = px.target_layers(model)
+    layers = px.select_layers(model)
     factors, before, after = {}, 0.0, 0.0
     for name, layer in layers.items():
         m, n = dense_weight(layer).shape

@@ -25,6 +25,7 @@ from converters.onnx.modes import FULL, KV_CACHES
 from prehab_export.config.bench import BenchConfig
 from prehab_export.measurement.benchmark import bench
 from prehab_export.pipeline.session import quiet_libraries
+from prehab_export.system.terminal import bar
 
 # Key and value heads: fewer than heads of queries; as many; as many, and no rotation of keys.
 SHAPES = ("llama-gqa", "llama-mha", "opt")
@@ -68,7 +69,7 @@ def main(
             if kind != FULL:
                 assert not export.warnings, export.warnings
         del model
-        result |= bench(graphs, config, progress=lambda line: click.echo(line, err=True))
+        result |= bench(graphs, config, progress=bar)
     result["cache_bytes_per_token"] = per_token
     for case in result["cases"]:
         case["cache_mb"] = per_token[case["model"]] * (case["sequence"] + new_tokens) / 1e6

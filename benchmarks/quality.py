@@ -179,7 +179,7 @@ class Bench:
             return asdict(px.evaluate(onnx_predictor(session, self.task), self.task, batches))
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
-        return px.target_layers(model, self.options.include)
+        return px.select_layers(model, self.options.include)
 
     def row(self, name: str, ratio: float, seed: int) -> dict[str, Any]:
         """One recipe at one ratio: the metric, what it took, and how it was trained."""
@@ -289,7 +289,7 @@ class Bench:
         """Tune the compressed model in place to do what ``teacher`` does, without labels."""
         samples = self.training if self.options.refine_on == "training" else self.calibration
         factored = self.factored(model, statistics, self.options.eigenbasis)
-        return refine(factored, teacher, samples, RefineConfig(schedule), seed=seed, progress=bar)
+        return refine(factored, samples, RefineConfig(schedule), teacher=teacher, seed=seed, progress=bar)
 
     def factored(self, model: nn.Module, statistics: px.Statistics, eigenbasis: bool) -> Factored:
         return Factored.of(model, self.task, statistics) if eigenbasis else Factored(model, self.task)

@@ -23,7 +23,8 @@ import click
 import torch
 from torch import Tensor
 
-from prehab_export.linalg.decomposition import damped, decompose, objective_value
+from converters.roots import damped
+from prehab_export.linalg.decomposition import decompose, objective_value
 from prehab_export.system.machine import machine_facts
 
 Factors = Callable[[int], tuple[Tensor, Tensor]]
@@ -58,7 +59,7 @@ def _layer(shape: str, keeps: tuple[float, ...], options: dict[str, Any]) -> dic
     c = _moment(n, generator).to(options["device"])
     most = int(max(keeps) * m * n / (m + n))
     ways: dict[str, Callable[[], Factors]] = {
-        "ours": lambda: decompose(weight, c, most=most).truncated,
+        "ours": lambda: decompose(weight, c, max_rank=most).truncated,
         "svd-llm": lambda: _svd_llm(weight, c, most),
     }
     if options["all_ranks"]:

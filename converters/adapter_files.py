@@ -1,6 +1,6 @@
-"""What a PEFT adapter's folder says of itself: its config and the names and shapes of its tensors.
+"""Read a PEFT adapter's config and the names and shapes of its tensors.
 
-Nothing here loads weights, PEFT or torch, so that an adapter can be refused before any slow work.
+Nothing here loads weights, PEFT or torch, so an unusable adapter is refused before any slow work.
 """
 
 import json
@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 
 from converters.errors import InputError
 
-ADAPTER_NAME = "default"  # under which PEFT is asked to load
+ADAPTER_NAME = "default"  # the name under which PEFT loads the adapter
 
 _PREFIX = "base_model.model."
-# Methods of PEFT that no change of weights can stand for, and why.
-_INPUTS, _MIXTURE = "it works by what it adds to the model's inputs", "it mixes adapters by the input"
+# PEFT's methods that cannot be expressed as a change of weights, and why.
+_INPUTS, _MIXTURE = "it works by adding to the model's inputs", "it mixes adapters depending on the input"
 _NOT_WEIGHTS = {
     "PROMPT_TUNING": _INPUTS,
     "MULTITASK_PROMPT_TUNING": _INPUTS,
@@ -29,29 +29,30 @@ _NOT_WEIGHTS = {
     "XLORA": _MIXTURE,
     "POLY": _MIXTURE,
 }
-# What a LoRA config may ask for that no merged model of the same shape holds.
+# Options of a LoRA config that no merged model of the same shape can express.
 _NEVER_MERGED = {"alora_invocation_tokens": "activated LoRA", "layer_replication": "layer replication"}
-# What it may ask for that a product of two factors added to a weight cannot hold.
+# Options that a product of two factors added to a weight cannot express.
 _NOT_PLAIN = {
     "use_dora": "DoRA",
     "target_parameters": "LoRA on bare parameters",
     "trainable_token_indices": "trainable tokens",
 }
-# Other starts (PiSSA, OLoRA, LoftQ, …) also change the base weights, which the adapter does not carry.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Other initialisations (PiSSA, OLoRA, LoftQ, …) also change the base weights, which the adapter does not contain.
+_PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter's config and safetensors header say.
+    """The contents of an adapter's config and safetensors header.
 
     Attributes:
         path: the adapter's folder.
-        base_model: what it was trained on, as its config names it, or None.
-        method: PEFT's name of it, such as LORA.
-        not_plain: what makes it something else than plain LoRA, in words; None for plain LoRA.
+        base_model: the model that it was trained on, as named in its config, or None.
+        method: PEFT's name of the method, such as LORA.
+        not_plain: why it is not plain LoRA, in words; None for plain LoRA.
         ranks: LoRA rank by layer name; empty for other methods.
-        replaced: full tensors beside the LoRA pairs (biases, a classifier head), by name; of another method all.
+        replaced: names of the full tensors beside the LoRA pairs (biases, a classifier head); for other methods, of all
+            tensors.
     """
 
     path: Path
@@ -66,8 +67,8 @@ def check_adapter(adapter: Path) -> AdapterInfo:
     """Read an adapter's config and tensor names; no weights are loaded.
 
     Raises:
-        InputError: not a PEFT folder, a method that cannot be merged into weights, weights in pickle, or a LoRA pair
-            that is not one.
+        InputError: not a PEFT folder, a method that cannot be merged into weights, weights in a pickle, or a LoRA pair
+            whose halves do not match.
     """
     adapter = Path(adapter)
     config, shapes = _read_config(adapter), _tensor_shapes(adapter)
@@ -88,23 +89,25 @@ def check_adapter(adapter: Path) -> AdapterInfo:
     for layer, pair in ranks.items():
         if pair.get("A") != pair.get("B"):
             raise InputError(f"{adapter}: lora_A and lora_B of {layer} do not match")
-    of_layers = {layer: pair["A"] for layer, pair in ranks.items()}
-    return AdapterInfo(adapter, base, method, not_plain, of_layers, tuple(replaced))
+    layer_ranks = {layer: pair["A"] for layer, pair in ranks.items()}
+    return AdapterInfo(adapter, base, method, not_plain, layer_ranks, tuple(replaced))
 
 
 def _not_plain(config: Mapping[str, Any]) -> str | None:
+    """Why the adapter is not plain LoRA, in words; None if it is."""
     if config["peft_type"] != "LORA":
         return str(config["peft_type"])
     return next((f"{title} ({option})" for option, title in _NOT_PLAIN.items() if config.get(option)), None)
 
 
 def is_duplicate(key: str) -> bool:
-    """With bias="all" PEFT also writes the biases inside its own wrapper of a replaced module."""
+    """Whether a tensor is a second copy: with bias="all", PEFT also writes the biases inside its wrapper of a replaced
+    module."""
     return ".modules_to_save." in key or ".original_module." in key
 
 
 def plain_name(key: str) -> str:
-    """A tensor's name without what PEFT puts around it."""
+    """Return a tensor's name without the parts that PEFT adds."""
     return key.replace(_PREFIX, "").replace(f".{ADAPTER_NAME}", "").replace(".base_layer", "")
 
 
@@ -126,10 +129,10 @@ def _read_config(adapter: Path) -> dict[str, Any]:
             raise InputError(f"{path}: {title} ({option}) cannot be merged into the weights of the same model")
     if method != "LORA":
         return config
-    start = config.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
+    initialisation = config.get("init_lora_weights")
+    if initialisation not in _PLAIN_INITIALISATIONS:
         raise InputError(
-            f"{path}: training started from changed base weights (init_lora_weights={start!r}); save the "
+            f"{path}: training started from changed base weights (init_lora_weights={initialisation!r}); save the "
             "adapter again with PEFT's path_initial_model_for_weight_conversion"
         )
     return config
@@ -138,8 +141,9 @@ def _read_config(adapter: Path) -> dict[str, Any]:
 def _tensor_shapes(adapter: Path) -> dict[str, list[int]]:
     path = adapter / "adapter_model.safetensors"
     if not path.is_file():
-        found = " (adapter_model.bin is pickle, which is not read)" if (adapter / "adapter_model.bin").exists() else ""
-        raise InputError(f"{adapter} has no adapter_model.safetensors{found}: save the adapter as safetensors")
+        has_pickle = (adapter / "adapter_model.bin").exists()
+        hint = " (adapter_model.bin is a pickle, which is not read)" if has_pickle else ""
+        raise InputError(f"{adapter} has no adapter_model.safetensors{hint}: save the adapter as safetensors")
     try:
         with safe_open(path, framework="numpy") as tensors:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118

@@ -1,7 +1,7 @@
-"""The errors a caller is meant to read. Each message says what was wrong, where, and how to mend it."""
+"""Define the error for wrong input. Its messages say what was wrong, where, and how to fix it."""
 
 
 class InputError(ValueError):
-    """The request cannot be carried out as given: a wrong path, name, shape or value."""
+    """The request cannot be carried out: a path, name, shape or value is wrong."""
 
     exit_code = 2

@@ -1,5 +1,7 @@
-"""Some libraries that write files do not look whether they could (onnx's and ONNX Runtime's own code in C++). What they
-then fail at is the half of a file that they read back, and nothing in their words tells of the disk.
+"""Explain errors that a full disk causes in libraries that do not notice it.
+
+Some libraries (the C++ code of onnx and ONNX Runtime) do not check whether their writes succeed. They fail later, when
+they read back half a file, and their message does not mention the disk.
 """
 
 import errno
@@ -12,16 +14,16 @@ from pathlib import Path
 
 from converters.errors import InputError
 
-# Less than this is no room.
+# With less free space than this, a disk counts as full.
 LEAST_BYTES = 1_000_000
 
 
 @contextmanager
-def told_where_full(folder: Path) -> Iterator[None]:
-    """Around such work: an error is told as a full disk if ``folder`` is full by then, or the one of temporary files.
+def explaining_full_disk(folder: Path) -> Iterator[None]:
+    """Turn an error of the block into that of a full disk, if the disk of ``folder`` or of temporary files is full.
 
     Raises:
-        OSError: with ENOSPC, from the error that it explains.
+        OSError: ENOSPC, with the error of the block as its cause.
     """
     try:
         yield

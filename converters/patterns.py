@@ -1,4 +1,4 @@
-"""Few shell-style patterns for many names."""
+"""Find a few shell-style patterns that match many names."""
 
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
@@ -6,7 +6,7 @@ from glob import escape
 
 
 def covering_patterns(names: Collection[str], others: Collection[str]) -> list[str]:
-    """Patterns that between them match all of the dotted names and none of the others, as few as a greedy choice finds.
+    """Find patterns that together match all dotted names and none of the others, as few as a greedy search finds.
 
     >>> covering_patterns(["vision.layers.0.q", "vision.layers.1.q"], ["text.layers.0.q"])
     ['vision.*']
@@ -18,26 +18,27 @@ def covering_patterns(names: Collection[str], others: Collection[str]) -> list[s
         for pattern in dict.fromkeys(candidate for name in names for candidate in _candidates(name))
         if not any(fnmatchcase(other, pattern) for other in others)
     }
-    left, chosen = set(names), []
-    while left:
-        best = min(allowed, key=lambda pattern: _rank(pattern, len(allowed[pattern] & left)))
+    unmatched, chosen = set(names), []
+    while unmatched:
+        best = min(allowed, key=lambda pattern: _preference(pattern, len(allowed[pattern] & unmatched)))
         chosen.append(best)
-        left -= allowed[best]
+        unmatched -= allowed[best]
     return chosen
 
 
-def _rank(pattern: str, matches: int) -> tuple[int, bool, bool, int]:
-    """The most matches first; a single layer by its name; then what names a part of the model, and the shortest."""
+def _preference(pattern: str, matches: int) -> tuple[int, bool, bool, int]:
+    """A sort key: most matches first; for a single match its plain name; then patterns that begin with a part of the
+    model; then the shortest."""
     return -matches, matches == 1 and "*" in pattern, pattern.startswith("*"), len(pattern)
 
 
 def exclude_options(names: Collection[str], others: Collection[str]) -> str:
-    """The options of the command line that leave these layers out, and none of the others."""
+    """Return the command-line options that exclude these layers and none of the others."""
     return " ".join(f"--exclude {pattern!r}" for pattern in covering_patterns(names, others))
 
 
 def _candidates(name: str) -> Iterator[str]:
-    """The name itself; what it begins with, what it ends with, and what is the same whatever its numbers are."""
+    """The name itself, its beginnings, its endings, and its beginnings with every number replaced by ``*``."""
     parts = escape(name).split(".")
     yield escape(name)
     for size in range(1, len(parts)):

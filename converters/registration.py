@@ -1,13 +1,13 @@
-"""How transformers learns to read a folder of factored models.
+"""Teach transformers to load folders of factored models.
 
-The ranks stand in ``config.json`` as a ``quantization_config``, the place that transformers offers for
-layers that are not what the architecture says; a quantizer registered under our name puts empty factors
-where the dense layers stood before any weight is read.
+The ranks are stored in ``config.json`` as a ``quantization_config``. This is the place that transformers provides for
+layers that differ from the architecture. A quantizer registered under our name replaces the dense layers by empty
+factors before any weight is read.
 
-transformers only *warns* about a ``quant_method`` that nobody registered and then returns random weights.
-So ``config.json`` also names an impossible ``transformers_weights`` file, which transformers checks before
-it reads any weight: a process that did not call `register_auto_model` gets a ValueError that tells it to.
-Tools that only read ``model_type`` are not disturbed.
+transformers only *warns* about a ``quant_method`` that is not registered, and then returns random weights. So
+``config.json`` also names an impossible ``transformers_weights`` file, which transformers checks before it reads any
+weight. A process that did not call `register_auto_model` then gets a ValueError that tells it to. Tools that only read
+``model_type`` are not affected.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -35,8 +35,11 @@ GUARD = (
 class LowRankConfig(QuantizationConfigMixin):
     """The ``quantization_config`` entry of ``config.json``.
 
-    ranks: of every compressed layer, by name.
-    shared: groups of layers that hold one ``down`` between them; it is stored under the first one's name.
+    ranks: the rank of every compressed layer, by name.
+    shared: groups of layers that share one ``down``, which is stored under the name of the first.
+
+    Raises:
+        InputError: an unknown format version, or ranks and groups that contradict each other.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
@@ -47,7 +50,7 @@ class LowRankConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if self.format_version != FORMAT_VERSION:
             raise InputError(
-                f"low-rank format version {self.format_version} is unknown, this release reads "
+                f"low-rank format version {self.format_version} is unknown; this release reads "
                 f"version {FORMAT_VERSION}: upgrade prehab-export"
             )
         for name, rank in self.ranks.items():
@@ -62,22 +65,22 @@ class LowRankConfig(QuantizationConfigMixin):
 
 
 class LowRankQuantizer(HfQuantizer):
-    """Puts empty factors where the dense layers stood, while the model is still on the meta device."""
+    """Replaces dense layers by empty factors while the model is still on the meta device."""
 
     quantization_config: LowRankConfig
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        # The one hook that sees the model's config before its weights file is looked up.
+        # This is the only hook that gets the model's config before the weights file is looked up.
         return without_guard(config)
 
-    update_tp_plan = update_attn_implementation  # that hook in transformers before 5.21
+    update_tp_plan = update_attn_implementation  # the same hook in transformers before 5.21
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         ranks = self.quantization_config.ranks
-        within = _names_within(model, ranks)
-        groups = [[within[name] for name in group] for group in self.quantization_config.shared if group[0] in within]
-        factorize_empty(model, {within[name]: rank for name, rank in ranks.items() if name in within}, groups)
-        # One tensor is in the file where the model has several names for it.
+        names = _names_within(model, ranks)
+        groups = [[names[name] for name in group] for group in self.quantization_config.shared if group[0] in names]
+        factorize_empty(model, {names[name]: rank for name, rank in ranks.items() if name in names}, groups)
+        # The file holds a shared tensor once; the model has several names for it.
         model.all_tied_weights_keys |= {
             f"{name}.down.weight": f"{first}.down.weight" for first, *others in groups for name in others
         }
@@ -87,12 +90,12 @@ class LowRankQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        # Factors are ordinary floats: allow .half(), .float() and training.
+        # Factors are ordinary floating-point weights: allow .half(), .float() and training.
         model.is_quantized = False  # type: ignore[assignment]
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        # Called by save_pretrained before it writes the config: ranks may have changed since loading.
+        # save_pretrained calls this before it writes the config; ranks may have changed since loading.
         self.quantization_config.ranks = ranks_of(model)
         self.quantization_config.shared = shared_of(model)
         return None, {}
@@ -106,9 +109,9 @@ class LowRankQuantizer(HfQuantizer):
 
 
 def register_auto_model() -> None:
-    """Let ``AutoModelFor….from_pretrained`` (and every concrete class) read folders of factored models.
+    """Let ``AutoModelFor….from_pretrained`` (and that of every concrete class) load folders of factored models.
 
-    Changes transformers' tables for this process; calling it again does nothing.
+    This changes transformers' tables for the whole process; calling it again does nothing.
     """
     if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(QUANT_METHOD)(LowRankConfig)
@@ -116,17 +119,17 @@ def register_auto_model() -> None:
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
-    """The rank of every two-factor linear, by layer name."""
+    """Return the rank of every two-factor linear, by layer name."""
     return {name: layer.rank for name, layer in low_rank_layers(model).items()}
 
 
 def shared_of(model: nn.Module) -> list[list[str]]:
-    """The layers that hold one ``down`` between them, group by group, sorted by their first names."""
+    """Return the groups of layers that share one ``down``, sorted by their first names."""
     return sorted(list(group) for group in shared_groups(model))
 
 
 def other_names(model: nn.Module) -> dict[str, str]:
-    """Parameters of modules that are registered several times: every further name → the first one."""
+    """Map the further names of parameters to their first names, for modules that are registered several times."""
     return {
         f"{name}.{part}": f"{first}.{part}"
         for name, first in module_places(model).items()
@@ -135,37 +138,38 @@ def other_names(model: nn.Module) -> dict[str, str]:
 
 
 def module_places(model: nn.Module) -> dict[str, str]:
-    """Modules that are registered several times: every further name → the first one. A ``down`` that several layers
-    hold is not among them, for it is told by `shared_of`."""
-    firsts = {id(module): name for name, module in model.named_modules()}
-    held = {id(layer.down) for layer in low_rank_layers(model).values()}
-    names = dict(model.named_modules(remove_duplicate=False))
-    layers = {id(module) for module in names.values() if isinstance(module, LowRankLinear)}
+    """Map the further names of modules that are registered several times to their first names. A ``down`` that layers
+    share is not included; `shared_of` returns it."""
+    first_names = {id(module): name for name, module in model.named_modules()}
+    downs = {id(layer.down) for layer in low_rank_layers(model).values()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {id(module) for module in modules.values() if isinstance(module, LowRankLinear)}
     return {
-        name: firsts[id(module)]
-        for name, module in names.items()
-        if firsts[id(module)] != name and not (id(module) in held and _first_of_its_layer(name, names, firsts, layers))
+        name: first_names[id(module)]
+        for name, module in modules.items()
+        if first_names[id(module)] != name
+        and not (id(module) in downs and _is_under_first_name(name, modules, first_names, layers))
     }
 
 
-def _first_of_its_layer(
-    name: str, names: Mapping[str, nn.Module], firsts: Mapping[int, str], layers: Collection[int]
+def _is_under_first_name(
+    name: str, modules: Mapping[str, nn.Module], first_names: Mapping[int, str], layers: Collection[int]
 ) -> bool:
-    """Whether the two-factor layer that this name lies in goes by its first name here."""
+    """Whether the parent in this name is a two-factor layer, named by its first name."""
     parent = name.rpartition(".")[0]
-    return id(names[parent]) in layers and firsts[id(names[parent])] == parent
+    return id(modules[parent]) in layers and first_names[id(modules[parent])] == parent
 
 
 def without_guard(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Take our impossible file name out of a config, in place, so that the weights can be read."""
+    """Remove our impossible file name from a config, in place, so that the weights can be read."""
     if getattr(config, "transformers_weights", None) == GUARD:
         del config.transformers_weights
     return config
 
 
 def _names_within(model: PreTrainedModel, saved: Iterable[str]) -> dict[str, str]:
-    """Saved layer name → the name in this model: a task model's folder read as the bare model lacks the prefix
-    and the head; a bare model's folder read as a task model gains the prefix."""
+    """Map saved layer names to their names in this model. If a task model's folder is loaded as the bare model, the
+    prefix and the head are dropped; if a bare model's folder is loaded as a task model, the prefix is added."""
     names = list(saved)
     prefix = f"{model.base_model_prefix}."
     if model.base_model is model:

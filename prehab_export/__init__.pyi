@@ -3,6 +3,7 @@ from converters.adapters import MergeReport as MergeReport
 from converters.adapters import merge_dense_adapter as merge_dense_adapter
 from converters.adapters import merge_into_factors as merge_into_factors
 from converters.coverage import Coverage as Coverage
+from converters.coverage import ParameterGroup as ParameterGroup
 from converters.coverage import coverage as coverage
 from converters.dtypes import cast_weights as cast_weights
 from converters.errors import InputError as InputError
@@ -16,7 +17,7 @@ from converters.onnx.export import OnnxExport as OnnxExport
 from converters.onnx.export import export_onnx as export_onnx
 from converters.onnx.form import GraphForm as GraphForm
 from converters.registration import register_auto_model as register_auto_model
-from converters.selection import target_layers as target_layers
+from converters.selection import select_layers as select_layers
 from prehab_export.compression import Calibrated as Calibrated
 from prehab_export.compression import CalibrationWarning as CalibrationWarning
 from prehab_export.compression import Compression as Compression
@@ -53,6 +54,7 @@ from prehab_export.config import BenchConfig as BenchConfig
 from prehab_export.config import Budget as Budget
 from prehab_export.config import CalibrateConfig as CalibrateConfig
 from prehab_export.config import DataConfig as DataConfig
+from prehab_export.config import Difference as Difference
 from prehab_export.config import Figures as Figures
 from prehab_export.config import Miss as Miss
 from prehab_export.config import PrehabConfig as PrehabConfig
@@ -61,6 +63,7 @@ from prehab_export.config import RefineSchedule as RefineSchedule
 from prehab_export.config import RehabConfig as RehabConfig
 from prehab_export.config import RunConfig as RunConfig
 from prehab_export.config import Schedule as Schedule
+from prehab_export.config import Target as Target
 from prehab_export.config import TrainConfig as TrainConfig
 from prehab_export.config import TruncateConfig as TruncateConfig
 from prehab_export.inputs import TASKS as TASKS
@@ -81,13 +84,22 @@ from prehab_export.linalg import JointDecomposition as JointDecomposition
 from prehab_export.linalg import Sampling as Sampling
 from prehab_export.measurement import bench as bench
 from prehab_export.pipeline import FitRequest as FitRequest
+from prehab_export.pipeline import Forecast as Forecast
+from prehab_export.pipeline import KeptResults as KeptResults
+from prehab_export.pipeline import LayerForecast as LayerForecast
 from prehab_export.pipeline import Leftover as Leftover
-from prehab_export.pipeline import Target as Target
+from prehab_export.pipeline import ModelSize as ModelSize
+from prehab_export.pipeline import Reasons as Reasons
+from prehab_export.pipeline import RunStatus as RunStatus
+from prehab_export.pipeline import StageForecast as StageForecast
+from prehab_export.pipeline import StageStatus as StageStatus
 from prehab_export.pipeline import Workspace as Workspace
 from prehab_export.pipeline import fit as fit
+from prehab_export.pipeline import forecast as forecast
 from prehab_export.pipeline import inspect_model as inspect_model
 from prehab_export.pipeline import merge_lora as merge_lora
 from prehab_export.pipeline import run as run
+from prehab_export.pipeline import status as status
 from prehab_export.pipeline import sweep as sweep
 from prehab_export.system import Advance as Advance
 from prehab_export.system import BudgetError as BudgetError

@@ -16,15 +16,19 @@ import onnxruntime
 import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from progress_record import ProgressRecord
 from rich.console import Console
 
 from converters.errors import InputError
 from converters.onnx.graph_facts import read_graph
+from converters.onnx.runtime import open_session
 from prehab_export.cli.tables.bench import format_bench
 from prehab_export.config.bench import PROVIDERS, BenchConfig
 from prehab_export.measurement.benchmark import bench, turns
-from prehab_export.measurement.figures import ratio_interval
-from prehab_export.measurement.worker import Case, Times, kernel_times, make_plan, open_session, serve, session_options
+from prehab_export.measurement.feeds import Case, prepare_request
+from prehab_export.measurement.figures import percentile_interval, ratio_interval
+from prehab_export.measurement.operator_times import kernel_times
+from prehab_export.measurement.worker import Times, serve
 from prehab_export.measurement.worker_process import WorkerProcess
 from prehab_export.system import machine
 from prehab_export.system.machine import available_cores, machine_facts
@@ -34,7 +38,7 @@ QUICK = {"threads": 1, "warmup": 0, "rounds": 2, "min_seconds": 0.0, "sequence_l
 
 
 def opened(path):
-    return open_session(str(path), session_options(1), "CPUExecutionProvider")
+    return open_session(path)
 
 
 def weights(name, *shape, scale=0.1):
@@ -165,9 +169,9 @@ def no_orphans():
 def test_two_vision_models(tmp_path):
     big = vision(tmp_path / "dense" / "model.onnx", hidden=40_000, external=True)
     small = vision(tmp_path / "small.onnx", hidden=64)
-    said = []
+    record = ProgressRecord()
     config = BenchConfig(**QUICK | {"batch_sizes": (1, 3), "rounds": 5})
-    result = bench({"dense": big.parent, "small": small}, config, progress=said.append)
+    result = bench({"dense": big.parent, "small": small}, config, progress=record)
 
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert str(tmp_path) not in json.dumps(result)
@@ -206,7 +210,9 @@ def test_two_vision_models(tmp_path):
     assert 0 < compared["speedup_low"] <= compared["speedup_high"]
     assert compared["size_ratio"] == pytest.approx(other["file_mb"] / dense["file_mb"])
     assert 0 < compared["model_memory_ratio"] < compared["memory_ratio"] < 1
-    first_case = [line.rsplit(" ", 1)[1] for line in said if "round" in line and "batch 1" in line]
+    record.check_all_done("bench")
+    # Each note twice: while its step is done, and once it is.
+    first_case = [note.split(":")[0] for note in record.notes[::2] if "round" in note and "batch 1" in note]
     assert first_case == ["dense", "small", "small", "dense", "dense", "small", "small", "dense", "dense", "small"]
 
 
@@ -239,7 +245,7 @@ def test_a_provider_that_is_not_there(tmp_path):
 def test_a_provider_that_does_not_start_is_not_replaced(tmp_path):
     """ONNX Runtime goes on with the CPU's kernels and a log line; a measurement must not."""
     with pytest.raises(Exception, match=r"did not start|not in available provider"):
-        open_session(str(vision(tmp_path / "m.onnx")), session_options(1), PROVIDERS["cuda"])
+        open_session(vision(tmp_path / "m.onnx"), provider=PROVIDERS["cuda"])
 
 
 @pytest.mark.usefixtures("no_orphans")
@@ -328,11 +334,11 @@ def test_table(tmp_path):
 def test_texts_end_with_the_tokens_that_models_look_for(tmp_path):
     session = opened(encoder(tmp_path / "m.onnx"))
     case = Case(threads=1, batch=3, sequence=9, new_tokens=1, vocab_size=VOCAB, end_tokens=[2, 5])
-    ids = make_plan(session, case).prefill["input_ids"].numpy()
+    ids = prepare_request(session, case).prefill["input_ids"].numpy()
     assert ids[:, -2:].tolist() == [[2, 5]] * 3
     assert not np.isin(ids[:, :-2], [2, 5]).any()
     assert 0 <= ids.min() <= ids.max() < VOCAB
-    short = make_plan(session, replace(case, sequence=2)).prefill["input_ids"].numpy()
+    short = prepare_request(session, replace(case, sequence=2)).prefill["input_ids"].numpy()
     assert short.shape == (3, 2)
 
 
@@ -340,7 +346,7 @@ def test_texts_end_with_the_tokens_that_models_look_for(tmp_path):
 def test_decode_feeds_the_cache_back(tmp_path, batch):
     """Prefill and steps end at the logits that one pass over all the tokens gives."""
     session = opened(decoder(tmp_path / "m.onnx"))
-    plan = make_plan(session, Case(threads=1, batch=batch, sequence=5, new_tokens=6, vocab_size=VOCAB))
+    request = prepare_request(session, Case(threads=1, batch=batch, sequence=5, new_tokens=6, vocab_size=VOCAB))
     seen = []
 
     class Recorder:
@@ -349,11 +355,11 @@ def test_decode_feeds_the_cache_back(tmp_path, batch):
             return seen[-1]
 
     times = Times()
-    serve(SimpleNamespace(**vars(plan) | {"session": Recorder()}), times)
+    serve(SimpleNamespace(**vars(request) | {"session": Recorder()}), times)
     assert (len(times.total_ms), len(times.first_token_ms), len(times.step_ms)) == (1, 1, 5)
     assert times.total_ms[0] == pytest.approx(times.first_token_ms[0] + sum(times.step_ms))
 
-    ids = np.concatenate([feeds["input_ids"].numpy() for feeds in (plan.prefill, *plan.steps)], axis=1)
+    ids = np.concatenate([feeds["input_ids"].numpy() for feeds in (request.prefill, *request.steps)], axis=1)
     assert ids.shape == (batch, 10)
     assert ids.max() < VOCAB
     empty = np.zeros((batch, 1, 0, HIDDEN), np.float32)
@@ -371,8 +377,8 @@ def test_decode_feeds_the_cache_back(tmp_path, batch):
 
 def test_inputs_are_the_same_for_every_model(tmp_path):
     case = Case(threads=1, batch=2, sequence=8, new_tokens=4, vocab_size=VOCAB)
-    plans = [make_plan(opened(encoder(tmp_path / n)), case) for n in ("a.onnx", "b.onnx")]
-    ids = [plan.prefill["input_ids"].numpy() for plan in plans]
+    requests = [prepare_request(opened(encoder(tmp_path / n)), case) for n in ("a.onnx", "b.onnx")]
+    ids = [request.prefill["input_ids"].numpy() for request in requests]
     np.testing.assert_array_equal(*ids)
     assert len(np.unique(ids[0])) > 1
 
@@ -543,14 +549,14 @@ def test_time_limit(program):
 
 @pytest.mark.usefixtures("no_orphans")
 def test_interrupt_leaves_no_worker(tmp_path):
-    def interrupt(line):
-        if "round 2" in line:
+    def interrupt(note):
+        if "round 2" in note:
             assert psutil.Process().children()
             raise KeyboardInterrupt
 
     path = vision(tmp_path / "m.onnx")
     with pytest.raises(KeyboardInterrupt):
-        bench({"a": path, "b": path}, BenchConfig(**QUICK), progress=interrupt)
+        bench({"a": path, "b": path}, BenchConfig(**QUICK), progress=ProgressRecord(interrupt))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
@@ -558,12 +564,17 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     vision(tmp_path / "m.onnx")
     code = """
         from pathlib import Path
-        from prehab_export.config import BenchConfig
-        from prehab_export.measurement import bench
-        bench({"m": Path("m.onnx")}, BenchConfig(rounds=10**6), progress=lambda line: print(line, flush=True))
+        from prehab_export import BenchConfig, bench
+        from progress_record import ProgressRecord
+        told = ProgressRecord(lambda note: print(note, flush=True))
+        bench({"m": Path("m.onnx")}, BenchConfig(rounds=10**6), progress=told)
     """
     parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        [sys.executable, "-c", textwrap.dedent(code)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     while "round 2" not in parent.stdout.readline():
         assert parent.poll() is None
@@ -595,6 +606,14 @@ def test_ratio_interval():
     low, high = ratio_interval([rng.normal(2, 0.1, 50) for _ in range(20)], [rng.normal(1, 0.1, 50) for _ in range(20)])
     assert 1.9 < low < 2 < high < 2.1
     assert ratio_interval([np.ones(9)] * 4, [np.ones(9)] * 4) == (None, None)
+
+
+def test_rounds_are_drawn_whole():
+    """Runs of one round are no news of each other: six rounds say as little with 50 runs in each as with one."""
+    few, many = ([np.full(runs, float(level)) for level in range(6)] for runs in (1, 50))
+    assert percentile_interval(many, 50) == pytest.approx(percentile_interval(few, 50))
+    low, high = percentile_interval(many, 50)
+    assert low <= 1 < 4 <= high
 
 
 # ---- the machine

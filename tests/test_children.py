@@ -26,7 +26,7 @@ from prehab_export.measurement.targets.kit import make_kit
 from prehab_export.measurement.targets.limits import Limits, run_limited
 from prehab_export.measurement.targets.local import measure_locally
 from prehab_export.measurement.targets.remote import _HASHES, _NEEDED
-from prehab_export.system.children import end_with_all_of_it, find_program, python_module
+from prehab_export.system.children import find_program, kill_process_tree, python_module
 from prehab_export.system.current_folder import leave_current_folder, without_current_folder
 
 TRAPS = (
@@ -324,8 +324,12 @@ def test_nothing_is_called_in_a_child_but_on_linux(monkeypatch):
     """Windows' Python refuses a ``preexec_fn``."""
     given = []
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **options: given.append(options["preexec_fn"]) or ended)
-    ended = subprocess.CompletedProcess([], 0, "", "")
+
+    def start(*_, **options):
+        given.append(options["preexec_fn"])
+        raise subprocess.SubprocessError
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     run_limited(["anything"], Limits())
     assert given == [None]
 
@@ -340,7 +344,7 @@ def test_a_child_ends_with_all_that_it_started(monkeypatch, groups):
     assert process.stdout.readline()
     started = psutil.Process(process.pid).children(recursive=True)
     assert len(started) == 1
-    end_with_all_of_it(process)
+    kill_process_tree(process)
     process.stdout.close()
     assert process.poll() is not None
     assert not psutil.wait_procs(started, timeout=30)[1]

@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from converters.errors import InputError
-from prehab_export.cli.commands import _parsed, cli
+from prehab_export.cli.commands import cli
+from prehab_export.cli.parsing import requested
 from prehab_export.config.data import DataConfig
 from prehab_export.config.options import from_dict, to_yaml
 from prehab_export.config.run import RunConfig
@@ -213,9 +214,8 @@ def test_an_empty_folder_is_refused(tmp_path, word_tokenizer):
 def test_the_command_line_has_all_of_it(tmp_path):
     given = ["--encoding", "cp1252", "--delimiter", "tab", "--no-header", "--labels-by-position"]
     arguments = ["model", "-o", str(tmp_path), "--task", "text-generation", "--data", "a.csv", *given]
-    flags = cli.commands["run"].make_context("run", [*arguments, "--window-start", "none"]).params
-    flags = {name: value for name, value in flags.items() if name not in ("force", "as_json")}
-    config, _ = _parsed(flags.pop("model"), flags, inherit=False)
+    given = cli.commands["run"].make_context("run", [*arguments, "--window-start", "none"]).params
+    config, _ = requested(given, inherit=False)
     expected = {"encoding": "cp1252", "delimiter": "tab", "header": False, "labels_by_position": True}
     assert config.data == DataConfig("a.csv", window_start="none", **expected)
     assert from_dict(RunConfig, yaml.safe_load(to_yaml(config))) == config

@@ -174,7 +174,7 @@ def large_case(m, n, outlier=1.0):
 def test_leading_ranks_alone_are_as_good(narrow_blocks, m, n, sides, outlier):
     weight, c, g = large_case(m, n, outlier)
     g = g if "G" in sides else None
-    exact, leading = decompose(weight, c, g), decompose(weight, c, g, most=40)
+    exact, leading = decompose(weight, c, g), decompose(weight, c, g, max_rank=40)
     assert len(leading.spectrum) == 40  # found without the others
     assert leading.up.shape == (m, 40)
     assert leading.down.shape == (40, n)
@@ -190,7 +190,7 @@ def test_leading_ranks_alone_are_as_good(narrow_blocks, m, n, sides, outlier):
 def test_leading_joint_ranks_alone_are_as_good(narrow_blocks, sides):
     weight, c, g = large_case(224, 160)
     weights, gradients = [weight[:96], weight[96:]], [g[:96, :96], g[96:, 96:]] if "G" in sides else None
-    exact, leading = (decompose_jointly(weights, c, gradients, most) for most in (None, 30))
+    exact, leading = (decompose_jointly(weights, c, gradients, max_rank) for max_rank in (None, 30))
     assert len(leading.spectrum) == 30
     own = gradients or [torch.eye(len(w), dtype=c.dtype) for w in weights]
     for rank in (5, 30):
@@ -208,7 +208,7 @@ def test_leading_ranks_that_a_krylov_space_does_not_settle_are_exact(narrow_bloc
         c = c @ c.T
     else:
         weight = weight[:, :9] @ weight[:9]
-    exact, leading = decompose(weight, c), decompose(weight, c, most=40)
+    exact, leading = decompose(weight, c), decompose(weight, c, max_rank=40)
     assert torch.equal(leading.spectrum, exact.spectrum)
     assert torch.equal(leading.up @ leading.down, exact.up[:, :40] @ exact.down[:40])
 
@@ -218,7 +218,7 @@ def test_leading_ranks_that_a_krylov_space_does_not_settle_are_exact(narrow_bloc
 def test_fewer_ranks_of_a_small_weight_are_the_first_of_all(m, n, sides):
     weight, c, g = case(m, n)
     moments = (c if "C" in sides else None, g if "G" in sides else None)
-    every, some = decompose(weight, *moments), decompose(weight, *moments, most=5)
+    every, some = decompose(weight, *moments), decompose(weight, *moments, max_rank=5)
     assert torch.equal(some.spectrum, every.spectrum)
     assert some.objective(3) == every.objective(3)
     assert torch.allclose(some.up @ some.down, every.up[:, :5] @ every.down[:5], rtol=0, atol=1e-10)

@@ -10,22 +10,27 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from progress_record import ProgressRecord
 
 from converters.errors import InputError
 from converters.folder import from_pretrained
 from converters.lowrank import LowRankLinear
 from converters.onnx.graph_facts import read_graph
 from converters.onnx.runtime import open_session
-from prehab_export.cli.commands import cli, main
+from prehab_export.cli.commands import cli
+from prehab_export.cli.entry import main
 from prehab_export.config.bench import BenchConfig
 from prehab_export.config.budget import Budget, Figures, drop_of
 from prehab_export.config.calibrate import CalibrateConfig
 from prehab_export.config.data import DataConfig
 from prehab_export.config.run import RunConfig
+from prehab_export.config.target import Target
 from prehab_export.config.truncate import TruncateConfig
 from prehab_export.linalg.allocation import break_even, parameters
-from prehab_export.pipeline.fitting import fitting
-from prehab_export.pipeline.fitting.fitting import FitRequest, fit, unsteady
+from prehab_export.pipeline.fitting import finals, surveying
+from prehab_export.pipeline.fitting.finals import unsteady
+from prehab_export.pipeline.fitting.fitting import fit
+from prehab_export.pipeline.fitting.request import FitRequest
 from prehab_export.pipeline.fitting.search import (
     FLOAT32,
     Candidate,
@@ -40,9 +45,8 @@ from prehab_export.pipeline.fitting.search import (
     pareto,
     tightened,
 )
-from prehab_export.pipeline.fitting.survey import Anchor, LayerProbe, layer_probes, probed_ranks, understood
+from prehab_export.pipeline.fitting.survey import Anchor, LayerGraph, surveyed_ranks, understood, write_layer_graphs
 from prehab_export.pipeline.fitting.target import measure_layers, measure_models, place_of
-from prehab_export.pipeline.target_bench import Target
 from prehab_export.system.errors import BudgetError
 from prehab_export.system.machine import machine_facts
 
@@ -269,8 +273,8 @@ def test_a_device_that_changes_its_pace_is_told_of():
         return [{"model": "dense-float32", "threads": at + 1, "p95_ms": value} for at, value in enumerate(p95)]
 
     assert unsteady(rows(2.0, 4.0), rows(2.2, 3.5)) is None
-    assert "4.00 ms at the probe and 6.00 ms" in unsteady(rows(2.0, 4.0), rows(2.0, 6.0))
-    assert "4.00 ms at the probe and 2.00 ms" in unsteady(rows(2.0, 4.0), rows(2.0, 2.0))
+    assert "4.00 ms in the survey and 6.00 ms" in unsteady(rows(2.0, 4.0), rows(2.0, 6.0))
+    assert "4.00 ms in the survey and 2.00 ms" in unsteady(rows(2.0, 4.0), rows(2.0, 2.0))
 
 
 def test_a_drop_is_in_points_of_accuracy_and_relative_for_perplexity():
@@ -295,9 +299,9 @@ def test_of_what_fits_the_most_accurate_is_chosen_and_dense_where_it_fits():
     assert chosen([tried(0.01, 8), tried(0.01, 7)], budget).predicted.p95_ms == 7
 
 
-def test_probed_ranks_reach_break_even_and_rise():
+def test_surveyed_ranks_reach_break_even_and_rise():
     for m, n in ((384, 384), (1536, 384), (20, 30), (5, 4)):
-        ranks = probed_ranks(m, n)
+        ranks = surveyed_ranks(m, n)
         assert list(ranks) == sorted(set(ranks))
         assert ranks[-1] == break_even(m, n)
 
@@ -309,13 +313,15 @@ def test_what_was_measured_on_this_machine_holds_for_no_other():
 
 
 def test_layers_and_models_are_measured_by_kits(tmp_path):
-    probes = list(layer_probes([(24, 16), (24, 16), (16, 16)], 5, (FLOAT32, "int8"), tmp_path / "layers"))
-    assert {p.copies for p in probes if p.shape == (24, 16)} == {2}
-    rows = measure_layers(probes, 5, (1,), Target("local"), tmp_path / "kits")
-    assert [row["model"] for row in rows] == [p.slug for p in probes]
-    whole = {p.slug: p.graph for p in probes if p.shape == (16, 16) and p.mode == FLOAT32}
+    record, shapes = ProgressRecord(), [(24, 16), (24, 16), (16, 16)]
+    graphs = write_layer_graphs(shapes, 5, (FLOAT32, "int8"), tmp_path / "layers", record)
+    assert {p.copies for p in graphs if p.shape == (24, 16)} == {2}
+    rows = measure_layers(graphs, 5, (1,), Target("local"), tmp_path / "kits", record)
+    assert [row["model"] for row in rows] == [p.slug for p in graphs]
+    whole = {p.slug: p.path for p in graphs if p.shape == (16, 16) and p.mode == FLOAT32}
     config = BenchConfig(threads=1, batch_sizes=(5,), warmup=0, rounds=1, min_seconds=0.0)
-    results = measure_models(whole, config, (1,), Target("local"), tmp_path / "kits")
+    results = measure_models(whole, config, (1,), Target("local"), tmp_path / "kits", record)
+    record.check_all_done("write layer graphs", "time layers", "measure here")
     assert [row["model"] for row in results["rows"]] == list(whole)
     assert all(0 < row["p50_ms"] <= row["p95_ms"] for row in (*rows, *results["rows"]))
     assert results["device"]["runtime_version"]
@@ -323,14 +329,14 @@ def test_layers_and_models_are_measured_by_kits(tmp_path):
 
 def test_what_the_target_tells_is_read_back_exactly():
     layers = Layers({"a": (32, 32)}, {"a": losses_of(32, 0)}, {}, 1, 0.0)
-    probes = [LayerProbe(f"{r}", FLOAT32, (32, 32), r, 2, Path()) for r in (None, 8, 16)]
+    graphs = [LayerGraph(f"{r}", FLOAT32, (32, 32), r, 2, Path()) for r in (None, 8, 16)]
     anchors = [Anchor(f"w{r}", FLOAT32, [(32, 32, r)], mb, Path()) for r, mb in ((None, 4.0), (8, 2.0))]
     times = {"None": 8.0, "8": 2.0, "16": 6.0, "wNone": 9.0, "w8": 5.0}  # ms; two layers in each of the first three
     rows = [
         {"model": model, "threads": 3, "p50_ms": ms, "p95_ms": 1.5 * ms, "peak_mb": 10 * ms}
         for model, ms in times.items()
     ]
-    (known,) = understood(rows, layers, probes, anchors, {FLOAT32: 0.25}, 7).values()
+    (known,) = understood(rows, layers, graphs, anchors, {FLOAT32: 0.25}, 7).values()
     assert known.setup == Setup(FLOAT32, 3)
     found = Search(layers, {known.setup: known}).candidate(known, {"a": 12}, (), 1.0)
     # Half-way between ranks 8 and 16: 2 ms of layer time, where the models have 1 and 4.
@@ -341,7 +347,7 @@ def test_what_the_target_tells_is_read_back_exactly():
     assert found.predicted.memory_mb == pytest.approx(50 + 40 * (12 - 8) * 64 / (1024 - 512))
     assert found.loss == 1.25
     assert (
-        understood([row | {"peak_mb": None} for row in rows], layers, probes, anchors, {}, 7)[known.setup].memory
+        understood([row | {"peak_mb": None} for row in rows], layers, graphs, anchors, {}, 7)[known.setup].memory
         is None
     )
 
@@ -357,10 +363,10 @@ def seconds_of(m, n, rank, mode):
     return parameters(m, n, rank) * (1 if mode == "int8" else 4) / 1e6 * MS_PER_MB / 1e3
 
 
-def fake_layers(probes, threads):
+def fake_layers(graphs, threads):
     return [
         {"model": p.slug, "threads": t, "p50_ms": 1e3 * p.copies * seconds_of(*p.shape, p.rank, p.mode) / t}
-        for p in probes
+        for p in graphs
         for t in threads
     ]
 
@@ -379,16 +385,17 @@ def device(monkeypatch):
     """Notes what is asked of it."""
     asked = []
 
-    def layers(probes, tokens, threads, target, folder):
+    def layers(graphs, tokens, threads, target, folder, progress):
         asked.append("layers")
-        return fake_layers(probes, threads)
+        return fake_layers(graphs, threads)
 
-    def models(models, config, threads, target, folder):
+    def models(models, config, threads, target, folder, progress):
         asked.append("models")
         return fake_models(models, threads)
 
-    monkeypatch.setattr(fitting, "measure_layers", layers)
-    monkeypatch.setattr(fitting, "measure_models", models)
+    monkeypatch.setattr(surveying, "measure_layers", layers)
+    for visits in (surveying, finals):
+        monkeypatch.setattr(visits, "measure_models", models)
     return asked
 
 
@@ -417,7 +424,7 @@ def recommended(result):
     return row
 
 
-def test_three_budgets_three_models_one_probe_and_an_impossible_one(config, root, device):
+def test_three_budgets_three_models_one_survey_and_an_impossible_one(config, root, device):
     result = result_of(fit(config, root, FitRequest(Budget(p95_ms=1000.0))))
     assert result["verdict"].startswith("The dense model is within the budget")
     dense = recommended(result)
@@ -433,7 +440,7 @@ def test_three_budgets_three_models_one_probe_and_an_impossible_one(config, root
         seen.append(row)
     assert len({json.dumps(row["ranks"]) for row in seen}) == 3
     assert seen[0]["share_removed"] < seen[1]["share_removed"] < seen[2]["share_removed"]
-    assert "layers" not in device[3:]  # one probe serves every budget
+    assert "layers" not in device[3:]  # one survey serves every budget
 
     model = from_pretrained(root / "fit" / "model")
     cut = {name: layer.rank for name, layer in model.named_modules() if isinstance(layer, LowRankLinear)}
@@ -455,7 +462,7 @@ def test_what_is_slower_than_predicted_is_asked_for_once_more(config, root, devi
     dense = recommended(result_of(fit(config, root, FitRequest(Budget(p95_ms=1000.0)))))
     del device[:]
 
-    def slower(models, config, threads, target, folder):
+    def slower(models, config, threads, target, folder, progress):
         device.append("models")
         told = fake_models(models, threads)
         cut = [row for row in told["rows"] if not row["model"].startswith("dense")]
@@ -463,7 +470,7 @@ def test_what_is_slower_than_predicted_is_asked_for_once_more(config, root, devi
             row |= {"p50_ms": 1.2 * row["p50_ms"], "p95_ms": 1.2 * row["p95_ms"]}
         return told
 
-    monkeypatch.setattr(fitting, "measure_models", slower)
+    monkeypatch.setattr(finals, "measure_models", slower)
     limit = 0.86 * dense["measured"]["p95_ms"]
     row = recommended(result_of(fit(config, root, FitRequest(Budget(p95_ms=limit)))))
     assert row["measured"]["p95_ms"] <= limit

@@ -151,11 +151,11 @@ def test_spreading_keeps_products_and_evens_out_the_ranks(layers):
         torch.testing.assert_close(new @ turned.down, up @ pair.down)
     c = weighing.second_moment
     k = turned.down @ (c + c.diagonal().mean() * torch.eye(len(c))) @ turned.down.T
-    m = weighing.left(turned.ups)
+    m = weighing.ups_gram(turned.ups)
     torch.testing.assert_close(m, k, rtol=1e-6, atol=1e-6 * float(k.trace()))
     assert float(k.diagonal().max() / k.diagonal().min()) < 1.5
     before_k = pair.down @ (c + c.diagonal().mean() * torch.eye(len(c))) @ pair.down.T
-    assert (m.diagonal() * k.diagonal()).sum() < (weighing.left(pair.ups).diagonal() * before_k.diagonal()).sum()
+    assert (m.diagonal() * k.diagonal()).sum() < (weighing.ups_gram(pair.ups).diagonal() * before_k.diagonal()).sum()
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 32, 48])
@@ -293,7 +293,7 @@ def test_a_run_keeps_the_refit_only_where_held_out_samples_gain(vit_folder, tmp_
     is_plain = plain.read_bytes() == (stage / "compressed" / FILE_NAMES["int4"]).read_bytes()
     assert is_plain == (gain < 0)
     assert open_session(stage / "compressed" / FILE_NAMES["int4"]).get_outputs()[0].name == "logits"
-    assert invoke("quantize", output, "--no-quantize-refit") == 0
+    assert invoke("quantize", output, "--set", "quantize_refit=false") == 0
     stage = stage_folder(output, "quantize")
     rows = json.loads((stage / "quantize.json").read_text())["graphs"]
     assert [row["refit"] for row in rows] == [None, None]

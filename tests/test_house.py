@@ -1,6 +1,8 @@
 """The rules of the house that a program can see."""
 
 import ast
+import builtins
+import inspect
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import prehab_export
 
@@ -319,3 +322,34 @@ def test_no_pickle():
         assert "torch.load(" not in text, name
         assert "torch.save(" not in text, name
         assert "import pickle" not in text, name
+
+
+def classes_of_ours(hint: object) -> set[type]:
+    """The classes of this project in a type."""
+    parts = set[type]().union(*(classes_of_ours(part) for part in get_args(hint)))
+    ours = isinstance(hint, type) and hint.__module__.split(".")[0] in PACKAGES
+    return parts | ({hint} if ours else set())
+
+
+def signatures() -> Iterator[tuple[str, dict[str, object], str]]:
+    """(name, types, documentation) of every public function, class and public method."""
+    for name in prehab_export.__all__:
+        value = getattr(prehab_export, name)
+        if not callable(value):
+            continue
+        members = [member for key, member in vars(value).items() if key[0] != "_"] if isinstance(value, type) else []
+        for function in (value, *members):
+            function = function.fget if isinstance(function, property) else getattr(function, "__func__", function)
+            if isinstance(function, type) or inspect.isfunction(function):
+                lazily = {"InferenceSession": object}  # imported for type checkers only, since it is slow to load
+                yield name, get_type_hints(function, localns=lazily), function.__doc__ or ""
+
+
+def test_what_public_functions_take_return_and_raise_is_public():
+    known = set(prehab_export.__all__)
+    for name, hints, documentation in signatures():
+        for part, hint in hints.items():
+            classes = {found.__name__ for found in classes_of_ours(hint)}
+            assert classes <= known, f"{name}, {part}: {classes - known} is not public"
+        raised = set(re.findall(r"^\s+(\w+(?:Error|Chain|Warning)):", documentation, re.MULTILINE))
+        assert raised <= known | set(dir(builtins)), f"{name} raises {raised - known}"

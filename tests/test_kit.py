@@ -11,11 +11,13 @@ import numpy as np
 import onnx
 import psutil
 import pytest
+from progress_record import ProgressRecord
 from small_models import build, truncated
 from test_pipeline import invoke, vit_options
 
 from converters.errors import InputError
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.quantize import quantize_graph
 from prehab_export.config.bench import BenchConfig
 from prehab_export.measurement.targets.kit import KIT, RUNNER, make_kit, read_kit
@@ -63,7 +65,7 @@ def run_kit(folder, *arguments, **options):
 def test_a_kit_takes_nothing_from_the_graph_that_it_was_made_of(tmp_path):
     """onnx reads no weights in a file that has another name somewhere."""
     graph = tmp_path / "model.onnx"
-    export_onnx(build("vit"), graph, TASKS["vit"], external_data_threshold=0)
+    export_onnx(build("vit"), TASKS["vit"], graph, GraphForm(external_data_threshold=0))
     (tmp_path / "link.onnx").symlink_to(graph)
     kit = make_kit({"direct": graph, "by a link": tmp_path / "link.onnx"}, tmp_path / "kit", QUICK)
     for path in (graph, *(kit.folder / model["file"] for model in kit.facts["models"])):
@@ -276,7 +278,10 @@ def test_bad_limits():
 def test_too_little_memory_is_said(own_kit):
     with pytest.raises(TargetError, match="not all models run in 10 MB"):
         measure_locally(own_kit, Limits(memory_mb=10))
-    results = measure_locally(own_kit, Limits(cores=(min(os.sched_getaffinity(0)),), memory_mb=4000))
+    limits, record = Limits(cores=(min(os.sched_getaffinity(0)),), memory_mb=4000), ProgressRecord()
+    results = measure_locally(own_kit, limits, progress=record)
+    record.check_all_done("measure here")
+    assert any("round 2 of 2" in note for note in record.notes)
     assert results["limits"]["memory_mb"] == 4000
     assert results["limits"]["memory_limit"] in ("cgroup", "RLIMIT_DATA")
     assert results["place"] == "local"
@@ -284,7 +289,10 @@ def test_too_little_memory_is_said(own_kit):
 
 def test_the_table_of_threads_and_memory(own_kit):
     rewritten(own_kit, lambda facts: facts.update(models=facts["models"][:1]))
-    table = matrix(read_kit(own_kit.folder), (1,), (10.0, 4000.0))
+    record = ProgressRecord()
+    table = matrix(read_kit(own_kit.folder), (1,), (10.0, 4000.0), record)
+    record.check_all_done("threads × memory")
+    assert record.works[0].steps == 3
     assert [(cell["memory_mb"], cell["runs"]) for cell in table["cells"]] == [(10.0, False), (4000.0, True)]
     assert table["cells"][1]["p50_ms"] > 0
     (least,) = table["least"]
@@ -295,9 +303,14 @@ def test_the_table_of_threads_and_memory(own_kit):
     assert run_limited(command, Limits(cores, least["memory_mb"] * 0.8)).code != 0
 
 
-def test_nothing_is_left_of_what_takes_too_long():
-    with pytest.raises(InputError, match="took longer"):
-        run_limited([sys.executable, "-c", "import time; time.sleep(60)"], Limits(), timeout_s=0.5)
+def test_nothing_is_left_where_the_watcher_fails():
+    def watch(line):
+        assert line == "working"
+        raise ArithmeticError("the display is gone")
+
+    code = "import sys, time; print('working', file=sys.stderr, flush=True); time.sleep(60)"
+    with pytest.raises(ArithmeticError, match="display"):
+        run_limited([sys.executable, "-c", code], Limits(), watch)
     assert not [p for p in psutil.Process().children(recursive=True) if "time.sleep(60)" in " ".join(p.cmdline())]
 
 

@@ -330,7 +330,7 @@ from pathlib import Path
 from converters.onnx.export import export_onnx
 sys.path.insert(0, "tests")
 from test_onnx_export import make
-export_onnx(make("vit", 6), Path(sys.argv[1]), "image-classification")
+export_onnx(make("vit", 6), "image-classification", Path(sys.argv[1]))
 """
 
 
@@ -525,6 +525,7 @@ def test_sessions_state_their_threads(exported):
     session = open_session(exported("vit")[1].path, threads=2)
     options = session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (2, 1)
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_a_graph_written_piece_by_piece_is_the_one_that_onnx_reads(exported, tmp_path):

@@ -138,7 +138,8 @@ def mamba_folder(tmp_path_factory):
 
 def test_a_run_is_refused_before_calibration_and_leaves_no_options(mamba_folder, prose, tmp_path, capsys):
     output = tmp_path / "out"
-    options = ["--task", "text-generation", "--data", prose, "--sequence-length", 16, "--bench-length", 16, *QUICK]
+    options = ["--task", "text-generation", "--data", prose, "--sequence-length", 16, *QUICK]
+    options += ["--set", "bench.sequence_lengths=16"]
     assert invoke("run", mamba_folder, *options, "-o", output) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "key/value cache" in said

@@ -17,12 +17,12 @@ from test_pipeline import QUICK, TEXT, invoke, vit_options
 
 from converters.errors import InputError
 from converters.onnx import write
-from converters.onnx.coverage import VECTORS, Coverage, Left, coverage
 from converters.onnx.export import export_onnx
 from converters.onnx.form import GraphForm
 from converters.onnx.graph_facts import read_graph
 from converters.onnx.modes import BLOCK, FILE_NAMES, MODES
 from converters.onnx.quantize import quantize_graph
+from converters.onnx.quantized_weights import VECTORS, Left, QuantizedWeights, count_quantized
 from converters.onnx.runtime import open_session
 from prehab_export.config.data import DataConfig
 from prehab_export.config.run import RunConfig
@@ -190,7 +190,7 @@ def test_smaller_numbers_make_smaller_files(family, tmp_path):
     for mode in ("int4", "int8", "int8-blocks", "float16"):
         graph = quantize_graph(source, tmp_path / FILE_NAMES[mode], mode)
         sizes[mode] = graph.stat().st_size
-        assert coverage(source, graph).share > 0.97
+        assert count_quantized(source, graph).share > 0.97
         actual = open_session(graph).run(["logits"], feeds)[0]
         assert np.abs(actual - expected).max() <= ALLOWED[mode] * np.abs(expected).max()
     assert sizes["int4"] < min(sizes["int8"], sizes["int8-blocks"])
@@ -235,7 +235,7 @@ def test_what_stays_in_floating_point_is_told(tmp_path):
     )
     source = tmp_path / "model.onnx"
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10), source)
-    told = coverage(source, quantize_graph(source, tmp_path / "int4.onnx", "int4"))
+    told = count_quantized(source, quantize_graph(source, tmp_path / "int4.onnx", "int4"))
     assert told.weights == sum(array.size for array in weights.values())
     left = {entry.operator: entry for entry in told.left}
     assert {name: (entry.tensors, entry.weights, entry.bytes) for name, entry in left.items()} == {
@@ -250,12 +250,12 @@ def test_much_in_floating_point_is_a_warning(capfd):
         Left("Conv", tensors=3, weights=150, bytes=600, reason="slow"),
         Left(VECTORS, tensors=9, weights=5, bytes=20, reason="short"),
     )
-    quantization.tell_coverage("dense int8", Coverage(1000, left))
+    quantization.tell_quantized("dense int8", QuantizedWeights(1000, left))
     told = " ".join("".join(capfd.readouterr()).split())
     assert "84.5% of 1,000 weights quantised" in told
     assert "warning: 15.0% of the weights of dense int8 stay in floating point, in 3 tensors of Conv: slow" in told
     assert VECTORS not in told
-    quantization.tell_coverage("dense int8", Coverage(10_000, left))
+    quantization.tell_quantized("dense int8", QuantizedWeights(10_000, left))
     assert "warning" not in "".join(capfd.readouterr())
 
 
@@ -357,7 +357,7 @@ def test_weights_beside_the_graph_are_published_under_the_name_that_is_looked_fo
     monkeypatch.setattr(write, "EXTERNAL_DATA_THRESHOLD", 1000)
     output = tmp_path / "run"
     options = ["--task", "text-generation", "--data", prose, "--sequence-length", "24", *QUICK, "--rank-multiple", "2"]
-    options += ["--bench-length", "8", "--new-tokens", "4"]
+    options += ["--set", "bench.sequence_lengths=8", "--set", "bench.new_tokens=4"]
     assert invoke("quantize", gpt2_folder, *options, "-o", output, "--quantize", "int4") == 0
     captured = capsys.readouterr()
     assert "weights quantised" in captured.out + captured.err

@@ -10,20 +10,21 @@ import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from progress_record import ProgressRecord
 from runs import stage_folder
 from test_allocation import spectrum_losses
-from test_pipeline import invoke, vit_options
+from test_pipeline import UNGUARDED, invoke, vit_options
 
 from prehab_export.linalg.allocation import _lower_hull, break_even, by_joint_loss, parameters, rank_menu
 from prehab_export.measurement import rank_times
-from prehab_export.measurement.rank_times import Curve, RankTimes, Setting, grid, measure_rank_times
+from prehab_export.measurement.rank_times import Curve, RankTimes, Setting, measure_rank_times, measured_ranks
 
 SETTING = Setting(threads=1, tokens=4)
 
 
 def by_parameters(m, n, _copies, _setting):
     """Times of a machine on which every parameter costs the same."""
-    ranks = grid(m, n)
+    ranks = measured_ranks(m, n)
     return Curve(1e-9 * m * n, ranks, tuple(1e-9 * rank * (m + n) for rank in ranks))
 
 
@@ -32,8 +33,8 @@ def dense_is_fastest(m, n, _copies, _setting):
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000))
-def test_the_grid_rises_to_break_even(m, n):
-    ranks = grid(m, n)
+def test_the_measured_ranks_rise_to_break_even(m, n):
+    ranks = measured_ranks(m, n)
     assert list(ranks) == sorted(set(ranks))
     assert ranks[0] >= 1
     assert ranks[-1] == break_even(m, n)
@@ -78,9 +79,10 @@ def test_measurements_that_cannot_be_kept_are_no_reason_to_fail(reason, tmp_path
 
 def test_measured_once_and_then_looked_up(tmp_path, monkeypatch):
     shapes = [(64, 32), (64, 32), (16, 32)]
-    done = []
-    first = measure_rank_times(shapes, SETTING, cache=tmp_path, progress=done.append)
-    assert sum(done) == 2
+    record = ProgressRecord()
+    first = measure_rank_times(shapes, SETTING, cache=tmp_path, progress=record)
+    record.check_all_done("time layers")
+    assert record.works[0].steps == 2
     for curve in first.curves.values():
         assert min(curve.dense, *curve.seconds) > 0
     monkeypatch.setattr(rank_times, "_measured", lambda *_: pytest.fail("measured again"))
@@ -130,18 +132,18 @@ def test_a_run_within_a_budget_of_latency(vit_folder, tmp_path, own_cache, monke
     monkeypatch.setattr(rank_times, "_measured", by_parameters)
     output = tmp_path / "run"
     options = [*vit_options(vit_folder), "-o", output, "--budget", "latency:0.5"]
-    assert invoke("run", *options, "--prehab-steps", "2", "--no-prehab-guard") == 0
+    assert invoke("run", *options, "--prehab-steps", "2", *UNGUARDED) == 0
     report = json.loads((output / "report" / "report.json").read_text())
     times = json.loads((stage_folder(output, "times") / "times.json").read_text())
     assert report["truncate"]["predicted_latency"] <= 0.5 + 1e-9
     # Here time is parameters, so that the share of one is the share of the other.
-    kept = 1 - report["truncate"]["targeted_share_removed"]
+    kept = 1 - report["truncate"]["selected_share_removed"]
     assert report["truncate"]["predicted_latency"] == pytest.approx(kept, rel=1e-3)
     assert times["setting"] == {"threads": 1, "tokens": 17}
     assert "latency:0.5" in (output / "artifact" / "README.md").read_text()
     capsys.readouterr()
     monkeypatch.setattr(rank_times, "_measured", lambda *_: pytest.fail("measured again"))
-    assert invoke("run", *options, "--prehab-steps", "2", "--no-prehab-guard") == 0
+    assert invoke("run", *options, "--prehab-steps", "2", *UNGUARDED) == 0
 
 
 def test_where_no_layer_is_faster_in_two_factors_that_is_said(vit_folder, tmp_path, own_cache, monkeypatch, capsys):

@@ -32,7 +32,9 @@ def test_end_to_end_the_outputs_come_closer(family, hidden_share):
     student = along(model, task, batches, layers, statistics, plan).apply(frozen_copy(model))
     before, ranks = divergence(model, student, task, batches), plan.ranks
     others = {n: p.clone() for n, p in student.named_parameters() if id(p) not in map(id, factor_parameters(student))}
-    rows = refine(Factored(student, task), model, as_samples(batches), replace(STEPS, hidden_share=hidden_share))
+    rows = refine(
+        Factored(student, task), as_samples(batches), replace(STEPS, hidden_share=hidden_share), teacher=model
+    )
     assert divergence(model, student, task, batches) < 0.9 * before
     assert len(rows) == 30
     assert ("hidden_error" in rows[0]) == bool(hidden_share)
@@ -47,7 +49,7 @@ def test_labels_are_not_looked_at():
     for shift in (0, 1):
         student = plan.apply(frozen_copy(model))
         relabelled = [batch | {"labels": (batch["labels"] + shift) % 2} for batch in batches]
-        refine(Factored(student, task), model, as_samples(relabelled), STEPS)
+        refine(Factored(student, task), as_samples(relabelled), STEPS, teacher=model)
         results.append(torch.cat([p.flatten() for p in factor_parameters(student)]))
     assert torch.equal(*results)
 

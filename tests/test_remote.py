@@ -17,16 +17,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+from progress_record import ProgressRecord
 from small_models import build
 
 from converters.errors import InputError
 from converters.onnx.export import export_onnx
 from prehab_export.config.bench import BenchConfig
+from prehab_export.config.target import Target
 from prehab_export.measurement.targets.kit import make_kit
 from prehab_export.measurement.targets.limits import Limits, run_limited
 from prehab_export.measurement.targets.remote import _HASHES, measure_remotely
 from prehab_export.measurement.targets.shell import adb, ssh
-from prehab_export.pipeline.target_bench import Target
 from prehab_export.system.errors import ParityError, TargetError
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
@@ -97,13 +98,14 @@ def left_there(home):
 @needs_sshd
 def test_over_ssh_and_nothing_is_left(kit, server):
     url, options, home, _ = server
-    said = []
+    record = ProgressRecord()
     with ssh(url, options) as shell:
-        results = measure_remotely(kit, shell, "ssh", sys.executable, progress=said.append)
+        results = measure_remotely(kit, shell, "ssh", sys.executable, progress=record)
+        record.check_all_done(f"copy to {shell.name}", f"measure at {shell.name}")
     assert results["place"] == "ssh"
     assert [row["model"] for row in results["cases"]] == ["dense", "same"]
     assert all(row["ok"] for row in results["parity"])
-    assert any("round 2 of 2" in line for line in said)
+    assert any("round 2 of 2" in note for note in record.notes)
     assert left_there(home) == []
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(home) in " ".join(p.info["cmdline"] or [])]
 
@@ -111,15 +113,16 @@ def test_over_ssh_and_nothing_is_left(kit, server):
 @needs_sshd
 def test_what_is_there_is_not_copied_again(kit, server):
     url, options, home, _ = server
-    said = []
+    record = ProgressRecord()
     with ssh(url, options) as shell:
         measure_remotely(kit, shell, "ssh", sys.executable, keep=True)
         kept = home / ".cache/prehab-export/kits/kept"
         assert (kept / "kit.json").is_file()
         (kept / "README.md").write_text("changed")
         (kept / "left-over.bin").write_text("of another kit")
-        measure_remotely(kit, shell, "ssh", sys.executable, keep=True, progress=said.append)
-    assert [line for line in said if line.startswith("copying")] == ["copying README.md (1 of 1)"]
+        measure_remotely(kit, shell, "ssh", sys.executable, keep=True, progress=record)
+    copied = record.works[0]
+    assert (copied.steps, set(copied.notes)) == (1, {"README.md"})
     assert not (kept / "left-over.bin").exists()
 
 
@@ -138,7 +141,7 @@ def test_a_connection_that_is_lost_in_the_middle(kit, server, tmp_path):
                         child.kill()
 
     with ssh(url, options) as shell, pytest.raises(TargetError, match="connection was lost"):
-        measure_remotely(long, shell, "ssh", sys.executable, progress=cut)
+        measure_remotely(long, shell, "ssh", sys.executable, progress=ProgressRecord(cut))
     deadline = time.monotonic() + 30
     while runners(home) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -168,7 +171,7 @@ def test_a_runner_that_is_killed_there(kit, server, tmp_path):
                     process.kill()
 
     with ssh(url, options) as shell, pytest.raises(TargetError, match="killed there, most likely for want of memory"):
-        measure_remotely(long, shell, "ssh", sys.executable, progress=kill)
+        measure_remotely(long, shell, "ssh", sys.executable, progress=ProgressRecord(kill))
     assert left_there(home) == []
 
 
@@ -183,7 +186,7 @@ def test_an_error_of_the_watcher_ends_the_command(kit, server, tmp_path):
             raise ArithmeticError("the display is gone")
 
     with ssh(url, options) as shell, pytest.raises(ArithmeticError, match="display"):
-        measure_remotely(long, shell, "ssh", sys.executable, progress=fail)
+        measure_remotely(long, shell, "ssh", sys.executable, progress=ProgressRecord(fail))
     deadline = time.monotonic() + 30
     while runners(home) and time.monotonic() < deadline:
         time.sleep(0.2)

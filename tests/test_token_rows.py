@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from converters.errors import InputError
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import calibrate
 from prehab_export.compression.dataflow import TokenRows
@@ -128,7 +128,7 @@ def test_a_table_of_positions_with_as_many_rows_as_tokens_has_no_padding():
     model = transformers.DebertaV2ForSequenceClassification(config).eval()
     samples = batches(((4, 2), (3, 4)))
     table = model.deberta.encoder.get_rel_embedding().detach()
-    layers = target_layers(model)
+    layers = select_layers(model)
     names = [name for name in layers if name.endswith(("pos_key_proj", "pos_query_proj"))]
     assert table.shape[0] == samples[0]["attention_mask"].numel()
     assert len(names) == 4

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx
 
 from converters.errors import InputError
-from converters.full_disk import told_where_full
+from converters.full_disk import explaining_full_disk
 from converters.onnx.quiet import quiet
 from converters.publishing import published_files
 
@@ -53,7 +53,7 @@ def write_ort(graph: Path, folder: Path) -> OrtFiles:
     from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 
     files = OrtFiles(folder / f"{graph.stem}.ort", folder / f"{graph.stem}.required_operators_and_types.config")
-    with published_files(files.operators, files.model) as own, quiet(), told_where_full(own):
+    with published_files(files.operators, files.model) as own, quiet(), explaining_full_disk(own):
         convert_onnx_models_to_ort(
             graph, output_dir=own, optimization_styles=[OptimizationStyle.Fixed], enable_type_reduction=True
         )

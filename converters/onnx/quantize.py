@@ -14,7 +14,8 @@ mode              products with a weight             activations
 Embedding tables are in blocks in every integer mode, of 4 bits in ``int8-tables4`` and ``int4``, of 8 bits elsewhere;
 an output layer that is tied to a table is a product on the same bytes (`converters.onnx.blocks`). Products of
 activations stay as they are, and so do convolutions: with int8 weights, ONNX Runtime's takes three times as long as in
-float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``). `converters.onnx.coverage` tells what stays.
+float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``). `converters.onnx.quantized_weights` tells
+what stays.
 A block of a product is 32 inputs of one output: ranks in multiples of it waste nothing. Weights that are multiplied
 head by head have three axes, and there the kernels know one scale a weight only.
 """
@@ -30,7 +31,7 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from converters.errors import InputError
-from converters.full_disk import told_where_full
+from converters.full_disk import explaining_full_disk
 from converters.onnx.blocks import plain_products, products_in_blocks, tables_in_blocks
 from converters.onnx.modes import MODES
 from converters.onnx.quiet import quiet
@@ -72,7 +73,7 @@ def quantize_graph(
     _check(source)
     if mode == "int8-static" and sample is None:
         raise InputError("int8-static needs a sample to find the ranges of activations on")
-    with published_files(data_file(target), target) as folder, quiet(), told_where_full(folder):
+    with published_files(data_file(target), target) as folder, quiet(), explaining_full_disk(folder):
         model = ir.load(source)
         before = _weight_bytes(model)
         threshold = 0 if has_external_data(model) else None

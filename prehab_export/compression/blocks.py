@@ -12,7 +12,7 @@ class NotAChain(Exception):
 
 @dataclass(frozen=True)
 class Block:
-    """One entry of the model's list of blocks, and the targeted layers inside it, in the model's order."""
+    """One entry of the model's list of blocks, and the selected layers inside it, in the model's order."""
 
     name: str
     layers: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Gathers second moments of the inputs and output gradients of each targeted layer, on a small sample.
+"""Gathers second moments of the inputs and output gradients of each selected layer, on a small sample.
 
 For each layer these are ``C = E[x xᵀ]`` and ``μ = E[x]`` over valid tokens and, if requested, ``G = E[Σ_t g_t g_tᵀ]``.
 Here ``g_t = ∂ℓ/∂y_t`` is the gradient of *one unit's* loss ℓ (a sample of a classifier, a predicted token of a language
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from converters.errors import InputError
 from converters.patterns import exclude_options
 from converters.roots import weighs
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export.compression.activations import RowOrder, by_sample, frozen, row_order
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.dataflow import TokenRows
@@ -92,7 +92,7 @@ def calibrate(
 
     Args:
         batches: batches for the task; the task's token mask excludes padding.
-        layers: the layers to compress, by name; by default those that `target_layers` selects.
+        layers: the layers to compress, by name; by default those that `select_layers` selects.
         gather: what to gather; by default everything.
 
     Raises:
@@ -100,7 +100,7 @@ def calibrate(
             (the message names the layer).
     """
     gather = gather or Gather()
-    layers = target_layers(model) if layers is None else layers
+    layers = select_layers(model) if layers is None else layers
     device = device_of(model)
     iterator = (moved(batch, device) for batch in batches)
     first = next(iterator, None)
@@ -386,7 +386,7 @@ def _gradient_hook(action: Callable[[Tensor], None]) -> Callable:
     """Return a forward hook that calls ``action`` with the gradient of the module's output."""
 
     def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # All parameters are frozen, so the graph starts at the first targeted layers. The clone protects the leaf from
+        # All parameters are frozen, so the graph starts at the first selected layers. The clone protects the leaf from
         # models that work in place.
         tracked = output if output.requires_grad else output.requires_grad_().clone()
         tracked.register_hook(action)

@@ -1,6 +1,6 @@
 """Refits the factors of a compressed model to the grid of a quantisation, with nearly the same products."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from converters.lowrank import low_rank_layers, shared_groups
 from prehab_export.compression.metric import layer_metric
 from prehab_export.compression.moments import Statistics
 from prehab_export.linalg import Grid, Pair, Weighing, fit_to_grid
+from prehab_export.system import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def refit_to_grid(
     gradient_shrinkage: float,
     *,
     replaceable: Collection[str],
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = silent,
 ) -> list[GridFit]:
     """Replace the factors of every two-factor layer, in place, by factors on the grid; a bias absorbs the mean error.
 
@@ -41,22 +42,21 @@ def refit_to_grid(
         statistics: moments of the model before truncation.
         gradient_shrinkage: as in ``TruncateConfig``.
         replaceable: names of the parameters that may change; a layer with any other parameter is skipped.
-        progress: called with the number of layers done.
     """
     layers = low_rank_layers(model)
     groups = shared_groups(model)
     followers = {name for group in groups for name in group[1:]}
     units = {group[0]: group for group in groups}
     fits = []
-    for leader in layers:
-        if leader in followers:
-            continue
-        names = units.get(leader, (leader,))
-        needed = {f"{name}.up.{part}" for name in names for part, _ in layers[name].up.named_parameters()}
-        if needed | {f"{leader}.down.weight"} <= set(replaceable):
-            fits.append(_refit(model, names, statistics, grid, gradient_shrinkage))
-        if progress is not None:
-            progress(len(names))
+    with progress("fit to the grid", len(layers)) as advance:
+        for leader in layers:
+            if leader in followers:
+                continue
+            names = units.get(leader, (leader,))
+            needed = {f"{name}.up.{part}" for name in names for part, _ in layers[name].up.named_parameters()}
+            if needed | {f"{leader}.down.weight"} <= set(replaceable):
+                fits.append(_refit(model, names, statistics, grid, gradient_shrinkage))
+            advance(len(names))
     return fits
 
 

@@ -51,7 +51,7 @@ class InputMoment:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments of every targeted layer.
+    """Moments of every selected layer.
 
     inputs: input group → moments; layers that read the same tensor share one entry.
     groups: layer name → input group (named after its first layer).

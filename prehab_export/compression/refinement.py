@@ -65,10 +65,10 @@ def block_refiner(config: RefineConfig, statistics: Statistics, *, seed: int = 0
 
 def refine(
     factored: Factored,
-    teacher: nn.Module,
     samples: Samples,
     config: RefineConfig,
     *,
+    teacher: nn.Module,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Row]:
@@ -78,8 +78,8 @@ def refine(
     hidden states, averaged over blocks.
 
     Args:
-        teacher: the dense model, frozen.
         samples: samples to draw inputs from; their labels are not used.
+        teacher: the dense model, frozen.
     """
     student, task = factored.model, factored.task
     blocks = [block.name for block in find_blocks(student, low_rank_layers(student))] if config.hidden_share else []

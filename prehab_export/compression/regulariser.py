@@ -93,7 +93,7 @@ class Regulariser:
         if (whitening == "fisher" or weights != "equal") and not statistics.gradients:
             raise InputError(
                 f"prehab with whitening {whitening!r} and layer weights {weights!r} needs gradient moments; calibrate "
-                "with gradients, or use --prehab-whitening activation --prehab-layer-weights equal"
+                "with gradients, or use --set prehab.whitening=activation --set prehab.layer_weights=equal"
             )
         metrics = _Whitening(self.calibrated.with_statistics(statistics), self.truncation.gradient_shrinkage)
         predicted = self._losses(metrics)

@@ -1,4 +1,4 @@
-"""Truncates a model's targeted layers: decompose each layer once, allocate ranks, cut, balance and measure.
+"""Truncates a model's selected layers: decompose each layer once, allocate ranks, cut, balance and measure.
 
 One decomposition per layer serves every ratio and allocation. It is stored up to the break-even rank, at the size of
 the dense weight, and only sliced afterwards. Layers with the same input are also decomposed together, with one shared
@@ -54,7 +54,7 @@ class Refit:
 
 @dataclass(frozen=True)
 class Truncation:
-    """New weights of the targeted layers, and the results of every layer.
+    """New weights of the selected layers, and the results of every layer.
 
     factors: layer → its factors.
     refits: layer that stays dense → its new weight, if drift correction fitted one.
@@ -100,12 +100,12 @@ class Truncation:
         after = sum(layer.parameters_after for layer in self.layers)
         losses = [layer.predicted_loss for layer in self.layers if layer.predicted_loss is not None]
         return {
-            "targeted_parameters_before": before,
-            "targeted_parameters_after": after,
-            "targeted_share_removed": 1 - after / before,
-            # One multiply-add per weight and token, so both counts are the same for the targeted layers.
-            "targeted_multiply_adds_per_token_before": before,
-            "targeted_multiply_adds_per_token_after": after,
+            "selected_parameters_before": before,
+            "selected_parameters_after": after,
+            "selected_share_removed": 1 - after / before,
+            # One multiply-add per weight and token, so both counts are the same for the selected layers.
+            "selected_multiply_adds_per_token_before": before,
+            "selected_multiply_adds_per_token_after": after,
             "predicted_loss_increase": sum(losses) if losses else None,
             "layers_factored": len(self.factors),
             "layers_dense": len(self.layers) - len(self.factors),

@@ -11,5 +11,5 @@ from prehab_export.deployment.parity import reference_batches as reference_batch
 from prehab_export.deployment.parity import reference_of as reference_of
 from prehab_export.deployment.parity import save_reference as save_reference
 from prehab_export.deployment.parity import tensor_digests as tensor_digests
-from prehab_export.deployment.quantization import tell_coverage as tell_coverage
+from prehab_export.deployment.quantization import tell_quantized as tell_quantized
 from prehab_export.deployment.verification import reloaded as reloaded

@@ -1,6 +1,6 @@
-"""The room of mathematics: tensors in, tensors out. Decompositions in whitened metrics, how ranks are shared out,
-surrogates of rank, shrinkage of sampled moments, quantisation grids, and an optimiser in a basis of its own. No
-model, no path and no config object comes in here; it imports ``converters`` for what names a quantisation has.
+"""The mathematics: decompositions in whitened metrics, allocation of ranks, surrogates of rank, shrinkage of sampled
+moments, quantisation grids, and an optimiser that works in an eigenbasis. Functions take tensors and return tensors; no
+model, path or config object comes in here. This room imports ``converters`` for matrix roots and quantisation modes.
 """
 
 from prehab_export.system.exports import lazy_exports

@@ -1,9 +1,9 @@
-"""AdamW in the coordinates in which a layer's curvature is nearly diagonal.
+"""Run AdamW in coordinates in which a layer's curvature is nearly diagonal.
 
-The K-FAC curvature of a layer's weight is G ⊗ C, so of a factor pair's ``up`` it is diagonal on the left in the
-eigenvectors of G, and of ``down`` on the right in those of C. Adam, which scales every coordinate by itself, does best
-there: SOAP (arXiv 2409.11321), with the moments that calibration has collected anyway in the place of running
-averages, and hence with bases that stay.
+The K-FAC curvature of a layer's weight is G ⊗ C. So for the factor ``up``, it is diagonal on the left in the
+eigenvectors of G, and for ``down`` on the right in the eigenvectors of C. Adam scales each coordinate on its own and
+works best in such a basis. This is SOAP (arXiv 2409.11321), with the moments that calibration collects anyway instead
+of running averages, so the bases never change.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,16 +16,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Basis:
-    """Orthonormal columns for the rows (``left``, m×m) or the columns (``right``, n×n) of an m×n parameter."""
+    """An orthonormal basis for the rows (``left``, m×m), the columns (``right``, n×n) or both of an m×n parameter."""
 
     left: Tensor | None = None
     right: Tensor | None = None
 
     def into(self, values: Tensor) -> Tensor:
+        """Return the coordinates of ``values`` (m×n) in this basis."""
         values = values if self.left is None else self.left.T @ values
         return values if self.right is None else values @ self.right
 
     def back(self, values: Tensor) -> Tensor:
+        """Return the m×n matrix with these coordinates: the inverse of `into`."""
         values = values if self.left is None else self.left @ values
         return values if self.right is None else values @ self.right.T
 
@@ -34,7 +36,7 @@ Bases = Mapping[Tensor, Basis]
 
 
 class EigenbasisAdamW(torch.optim.AdamW):
-    """AdamW of which the parameters in ``bases`` are stepped in their basis, all others as ever."""
+    """AdamW that updates the parameters in ``bases`` in their own basis, and all others as usual."""
 
     def __init__(self, parameters: Any, bases: Bases, **options: Any) -> None:
         super().__init__(parameters, **options)
@@ -42,16 +44,17 @@ class EigenbasisAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        turned = [
+        """Turn parameters and gradients into their bases, take AdamW's step, and turn the parameters back."""
+        in_bases = [
             (parameter, self.bases[parameter])
             for group in self.param_groups
             for parameter in group["params"]
             if parameter in self.bases and parameter.grad is not None
         ]
-        for parameter, basis in turned:
+        for parameter, basis in in_bases:
             parameter.copy_(basis.into(parameter))
             parameter.grad = basis.into(parameter.grad)
         result = super().step(closure)
-        for parameter, basis in turned:
+        for parameter, basis in in_bases:
             parameter.copy_(basis.back(parameter))
         return result

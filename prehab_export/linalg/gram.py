@@ -1,13 +1,13 @@
-"""``XᵀX`` without working out both of its halves."""
+"""Compute ``XᵀX`` without computing both of its halves."""
 
 from torch import Tensor
 
-# A strip is a quarter of the columns: 10 of 16 blocks are computed. Narrower ones would not fill a processor.
+# A strip is a quarter of the columns, so 10 of 16 blocks are computed. Narrower strips would not fill a processor.
 _STRIPS, _NARROWEST = 4, 256
 
 
 def gram(x: Tensor) -> Tensor:
-    """``XᵀX`` (n×n) of X (t×n), exactly symmetric outside the diagonal blocks.
+    """Return ``XᵀX`` (n×n) of X (t×n), exactly symmetric outside the diagonal blocks.
 
     >>> import torch
     >>> gram(torch.tensor([[1.0, 2.0]])).tolist()

@@ -1,13 +1,15 @@
-"""The leading eigenvectors of a large Gram matrix from a block Krylov space, in float32 with float64 Rayleigh–Ritz.
+"""Compute the leading eigenvectors of a large Gram matrix in a block Krylov space.
 
-Truncation to a rank far below full needs the leading eigenvectors only. Block Lanczos with full reorthogonalisation
-(Golub and Underwood, 1977; the eigenvalue bounds are Saad's, SIAM J. Numer. Anal. 17, 1980) spans them, up to rounding,
-in a space somewhat larger than their number, at the cost of as many products of the matrix with a vector: matrix
-products throughout, where a full eigen- or singular value decomposition spends its time reading memory.
+Truncation to a rank far below full needs only the leading eigenvectors. Block Lanczos with full reorthogonalisation
+(Golub and Underwood, 1977; the eigenvalue bounds are Saad's, SIAM J. Numer. Anal. 17, 1980) finds a space that contains
+them up to rounding and has somewhat more dimensions than there are eigenvectors. It costs one product of the matrix
+with a vector per dimension. These are matrix products throughout, whereas a full eigenvalue or singular value
+decomposition spends its time reading memory.
 
-The matrix is given as ``K = F A Fᵀ`` and never formed, so that float32 costs accuracy in proportion to the square root
-of its condition and not to the condition. The space it spans is then searched in float64. How much a larger space
-could still gain is estimated from the residuals; where that is not next to nothing, there is no answer.
+The matrix is given as ``K = F A Fᵀ`` and never formed, so the accuracy lost to float32 grows with the square root of
+its condition number, not with the condition number. The space is built in float32 and then searched in float64
+(Rayleigh–Ritz). The residuals show how much a larger space could still gain; if that is more than next to nothing, no
+result is returned.
 """
 
 from dataclasses import dataclass
@@ -18,119 +20,127 @@ from torch import Tensor
 from converters.roots import cholesky, symmetric
 
 BLOCK = 32
-# Blocks beyond the eigenvectors asked for: at first, and more at a time where that was not enough. A block is one
-# degree of the polynomial that separates wanted from unwanted eigenvalues.
+# Blocks beyond the requested eigenvectors: at first, and per extension if those were not enough. Each block adds one
+# degree to the polynomial that separates the leading eigenvalues from the others.
 FIRST_BLOCKS, MORE_BLOCKS = 18, 8
-# Spaces beyond this share of the full one save nothing worth having over the full decomposition.
+# A space beyond this share of the full one saves nothing worthwhile over the full decomposition.
 LARGEST_SHARE = 0.65
-# What is still to be gained, as a share of the discarded energy. What is found is far below this estimate.
+# The largest accepted estimate of what is still to be gained, as a share of the discarded energy. The true gain is far
+# below the estimate.
 TOLERANCE = 1e-6
-# More blocks have to cut the estimate to this share: where eigenvalues lie close they do not, and are not worth it.
+# An extension has to cut the estimate to this share. Where eigenvalues lie close together it does not, and is not worth
+# its cost.
 PROGRESS = 0.1
-# Below this share of the whole energy, float32 cannot tell the discarded part well enough to judge convergence.
+# If the discarded part is below this share of the whole energy, float32 cannot resolve it well enough to judge
+# convergence.
 RESOLVED = 1e-5
 
 
 @dataclass(frozen=True)
 class Leading:
-    """values: the leading eigenvalues, descending; vectors: s×most, orthonormal; beyond: the sum of all others, which
-    float32 resolves to about 1e-7 of the trace. float64."""
+    """The leading eigenpairs of an s×s matrix, float64.
+
+    values: k eigenvalues, descending.
+    vectors: s×k, orthonormal.
+    remainder: the sum of all other eigenvalues, which float32 resolves to about 1e-7 of the trace.
+    """
 
     values: Tensor
     vectors: Tensor
-    beyond: float
+    remainder: float
 
 
-def worthwhile(size: int, most: int) -> bool:
-    """Whether the Krylov space for ``most`` eigenvectors is small against the whole.
+def worthwhile(size: int, count: int) -> bool:
+    """Whether the Krylov space for ``count`` eigenvectors is small compared with the whole space.
 
     >>> worthwhile(4096, 819), worthwhile(4096, 2985), worthwhile(768, 153)
     (True, False, False)
     """
-    return most + FIRST_BLOCKS * BLOCK <= LARGEST_SHARE * size
+    return count + FIRST_BLOCKS * BLOCK <= LARGEST_SHARE * size
 
 
-def leading(factor: Tensor, middle: Tensor | None, trace: float, most: int, seed: int = 0) -> Leading | None:
-    """The first ``most`` eigenpairs of ``F A Fᵀ``; None where they do not converge, or float32 cannot tell.
+def leading(factor: Tensor, middle: Tensor | None, trace: float, count: int, seed: int = 0) -> Leading | None:
+    """Compute the first ``count`` eigenpairs of ``F A Fᵀ``; None if they do not converge or float32 cannot tell.
 
     Args:
         factor: F, s×l.
         middle: A, l×l, symmetric positive semidefinite; None for the identity.
-        trace: of F A Fᵀ.
-        seed: of the vectors the space starts from.
+        trace: the trace of F A Fᵀ.
+        seed: seed of the random vectors that the space starts from.
     """
     space = _Space(factor.float(), None if middle is None else middle.float(), seed)
-    size, bound = most + FIRST_BLOCKS * BLOCK, float("inf")
+    size, last_gain = count + FIRST_BLOCKS * BLOCK, float("inf")
     while size <= LARGEST_SHARE * factor.shape[0]:
         space.grow(size)
         values, mixing, residuals = space.ritz()
-        beyond = trace - float(values[:most].sum())
-        gain = _gain(values, residuals, most)
-        if beyond < RESOLVED * trace or gain > PROGRESS * bound:
+        remainder = trace - float(values[:count].sum())
+        gain = _possible_gain(values, residuals, count)
+        if remainder < RESOLVED * trace or gain > PROGRESS * last_gain:
             return None
-        if gain <= TOLERANCE * beyond:
-            vectors = _orthonormal(space.basis.T @ mixing[:, :most].float())
-            return Leading(values[:most].clamp_min(0), vectors, beyond)
-        size, bound = size + MORE_BLOCKS * BLOCK, gain
+        if gain <= TOLERANCE * remainder:
+            vectors = _orthonormal(space.basis.T @ mixing[:, :count].float())
+            return Leading(values[:count].clamp_min(0), vectors, remainder)
+        size, last_gain = size + MORE_BLOCKS * BLOCK, gain
     return None
 
 
 class _Space:
-    """A growing Krylov space: rows q of its orthonormal ``basis``, and with them q F and q F A."""
+    """A growing Krylov space: the rows q of its orthonormal ``basis``, with q F in ``qf`` and q F A in ``qfa``."""
 
     def __init__(self, factor: Tensor, middle: Tensor | None, seed: int) -> None:
         self.factor, self.middle = factor, middle
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(BLOCK, factor.shape[0], generator=generator).to(factor.device)
         self.basis = factor.new_empty(0, factor.shape[0])
-        self.seen = self.weighed = factor.new_empty(0, factor.shape[1])
-        self.following = start  # what the next block is made of
+        self.qf = self.qfa = factor.new_empty(0, factor.shape[1])
+        self.next_rows = start  # the next block, before it is orthonormalised
 
     def grow(self, size: int) -> None:
-        """Whole blocks, to at least this size."""
-        blocks, total = [(self.seen, self.weighed)], -(-size // BLOCK) * BLOCK
-        held = self.factor.new_empty(total, self.factor.shape[0])
+        """Add whole blocks until the space has at least this many dimensions."""
+        blocks, total = [(self.qf, self.qfa)], -(-size // BLOCK) * BLOCK
+        basis = self.factor.new_empty(total, self.factor.shape[0])
         count = len(self.basis)
-        held[:count] = self.basis
+        basis[:count] = self.basis
         while count < total:
-            new = held[count : count + BLOCK]
-            # Twice, for rounding: what is left of a block after the first pass may be small.
-            new.copy_(_orthonormal(self.following.T).T)
-            new.copy_(_orthonormal(_without(new, held[:count]).T).T)
+            block = basis[count : count + BLOCK]
+            # Orthonormalised twice because of rounding: the first pass may leave only a small part of a block.
+            block.copy_(_orthonormal(self.next_rows.T).T)
+            block.copy_(_orthonormal(_without(block, basis[:count]).T).T)
             count += BLOCK
-            seen = new @ self.factor
-            weighed = seen if self.middle is None else seen @ self.middle
-            blocks.append((seen, weighed))
-            self.following = _without(weighed @ self.factor.T, held[:count])
-        self.basis = held
-        self.seen = torch.cat([seen for seen, _ in blocks])
-        self.weighed = self.seen if self.middle is None else torch.cat([weighed for _, weighed in blocks])
+            qf = block @ self.factor
+            qfa = qf if self.middle is None else qf @ self.middle
+            blocks.append((qf, qfa))
+            self.next_rows = _without(qfa @ self.factor.T, basis[:count])
+        self.basis = basis
+        self.qf = torch.cat([qf for qf, _ in blocks])
+        self.qfa = self.qf if self.middle is None else torch.cat([qfa for _, qfa in blocks])
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ritz values, descending, their vectors in the basis and the norms of their residuals; float64."""
-        projected = self.seen.double() @ self.weighed.double().T
+        """Return the Ritz values, descending, the Ritz vectors in the basis, and the residual norms; float64."""
+        projected = self.qf.double() @ self.qfa.double().T
         values, mixing = torch.linalg.eigh(symmetric(projected))
         values, mixing = values.flip(0), mixing.flip(1)
-        # K of a Ritz vector leaves the space through the last block only.
-        return values, mixing, (self.following.double().T @ mixing[-BLOCK:]).norm(dim=0)
+        # K maps a Ritz vector out of the space through the last block only.
+        return values, mixing, (self.next_rows.double().T @ mixing[-BLOCK:]).norm(dim=0)
 
 
-def _gain(values: Tensor, residuals: Tensor, most: int) -> float:
-    """What the kept energy may still gain: with residual ρ and gap g to the first discarded Ritz value, each kept
-    value rises by at most about the lesser of ρ²/g and ρ."""
-    gap = (values[:most] - values[most]).clamp_min(torch.finfo(values.dtype).tiny)
-    kept = residuals[:most]
-    return float(torch.minimum(kept, kept.square() / gap).sum())
+def _possible_gain(values: Tensor, residuals: Tensor, count: int) -> float:
+    """Estimate how much energy the first ``count`` Ritz values may still gain: with residual ρ and gap g to the next
+    Ritz value, each of them rises by at most about the lesser of ρ²/g and ρ."""
+    gap = (values[:count] - values[count]).clamp_min(torch.finfo(values.dtype).tiny)
+    rho = residuals[:count]
+    return float(torch.minimum(rho, rho.square() / gap).sum())
 
 
 def _without(rows: Tensor, basis: Tensor) -> Tensor:
+    """The part of ``rows`` that is orthogonal to the rows of ``basis``."""
     return rows - (rows @ basis.T) @ basis
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Orthonormal columns with the same leading spans, float64: Cholesky QR, or Householder where that breaks down."""
-    wide = columns.double()
-    factor = cholesky(wide.T @ wide)
+    """Orthonormal columns with the same leading spans, float64: by Cholesky QR, or Householder if that breaks down."""
+    doubles = columns.double()
+    factor = cholesky(doubles.T @ doubles)
     if factor is None:
-        return torch.linalg.qr(wide).Q
-    return torch.linalg.solve_triangular(factor.T, wide, upper=True, left=False)
+        return torch.linalg.qr(doubles).Q
+    return torch.linalg.solve_triangular(factor.T, doubles, upper=True, left=False)

@@ -1,19 +1,19 @@
-"""How far a sampled second moment can be trusted, and its shrinkage towards a multiple of the identity.
+"""Estimate how far a sampled second moment can be trusted, and shrink it towards a multiple of the identity.
 
 Ledoit and Wolf (2004, J. Multivariate Analysis 88, 365–411) mix the sample moment with ``μI``, ``μ = tr(Ĉ)/n``:
-``(1 − ρ)Ĉ + ρμI``. The expected Frobenius error is least at ``ρ* = E‖Ĉ − C‖² / E‖Ĉ − μI‖²``; the denominator is read
-off the sample, the numerator is the sampling error of Ĉ. Theirs is for independent rows. Tokens of one sample are
-not independent; samples are. With ``S_i = Σ_t x_t x_tᵀ`` over the rows of sample i and its size ``s_i``, the moment
-is the ratio ``Ĉ = Σ S_i / Σ s_i``, and its linearised variance with the sample as the unit (Cochran, Sampling
-Techniques, §6 and §11: ratio estimator, one-stage clusters of unequal size) is
+``(1 − ρ)Ĉ + ρμI``. The expected Frobenius error is least at ``ρ* = E‖Ĉ − C‖² / E‖Ĉ − μI‖²``. The denominator can be
+read off the sample; the numerator is the sampling error of Ĉ. Their estimate of it assumes independent rows. Tokens of
+one sample are not independent, but samples are. Let ``S_i = Σ_t x_t x_tᵀ`` over the rows of sample i, and let ``s_i``
+be its size. The moment is the ratio ``Ĉ = Σ S_i / Σ s_i``, and its linearised variance with the sample as the unit
+(Cochran, Sampling Techniques, §6 and §11: ratio estimator, one-stage clusters of unequal size) is
 
-    E‖Ĉ − C‖² ≈ B/(B−1) · Σ_i ‖S_i − s_i Ĉ‖² / (Σ s_i)²,
+    E‖Ĉ − C‖² ≈ B/(B−1) · Σ_i ‖S_i − s_i Ĉ‖² / (Σ s_i)².
 
-which for samples of one row is Ledoit and Wolf's, but for the factor B/(B−1) that makes it right for few samples.
-No distribution is assumed; OAS (Chen et al. 2010, arXiv 0907.4698), its rival on small samples, is for normal,
-independent rows. Multiplied out, the variance needs only ``Σ‖S_i‖²`` and ``Σ s_i⟨S_i, Ĉ⟩``, not the ``S_i``.
+For samples of one row this is Ledoit and Wolf's estimate, except for the factor B/(B−1) that corrects it for few
+samples. No distribution is assumed; OAS (Chen et al. 2010, arXiv 0907.4698), its rival on small samples, assumes
+normal, independent rows. Multiplied out, the variance needs only ``Σ‖S_i‖²`` and ``Σ s_i⟨S_i, Ĉ⟩``, not the ``S_i``.
 
-The *effective* number of tokens is how many independent tokens would have the same error (Kish's design effect).
+The *effective* number of tokens is the number of independent tokens with the same error (Kish's design effect).
 """
 
 from dataclasses import dataclass
@@ -25,18 +25,19 @@ from torch import Tensor
 from prehab_export.linalg.gram import gram
 from prehab_export.linalg.masking import real
 
-# Directions behind Σ s_i⟨S_i, Ĉ⟩ (see ``ClusterSums``), and up to how many features all of them are taken.
+# Random directions that estimate Σ s_i⟨S_i, Ĉ⟩ (see ``ClusterSums``).
 _PROBES = 8
-_ALL = 32
+# Up to this many features, all directions are used instead.
+_MAX_EXACT_FEATURES = 32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How well a second moment is known from its sample; both errors are squared and relative to ‖Ĉ‖²_F.
+    """How precisely a sample determines its second moment; both errors are squared and relative to ‖Ĉ‖²_F.
 
-    samples: independent samples behind the moment.
-    error: E‖Ĉ − C‖² / ‖Ĉ‖²; NaN where it was not asked for, like the next (see ``known``).
-    token_error: the same for a moment estimated from one independent token.
+    samples: the number of independent samples behind the moment.
+    error: E‖Ĉ − C‖² / ‖Ĉ‖²; NaN if it was not measured (see ``known``).
+    token_error: the same error for a moment estimated from one independent token; NaN together with ``error``.
     """
 
     samples: int
@@ -45,31 +46,31 @@ class Sampling:
 
     @property
     def known(self) -> bool:
-        """Whether the errors were asked for. Where they were not, nothing is concluded from them: no warning of a small
-        sample is given, and no more is shrunk than was configured."""
+        """Whether the errors were measured. If not, nothing is concluded from them: there is no warning of a small
+        sample, and no more shrinkage than was configured."""
         return not isnan(self.error)
 
     @property
     def effective_tokens(self) -> float | None:
-        """The number of independent tokens that would estimate the moment as well; inf when nothing varies, None when
-        the errors are not known."""
+        """The number of independent tokens that would estimate the moment equally well; inf when nothing varies, None
+        when the errors are not known."""
         if not self.known:
             return None
         return self.token_error / self.error if self.error > 0 else float("inf")
 
     def intensity(self, moment: Tensor) -> float:
-        """Ledoit and Wolf's ρ* in [0, 1] for this n×n moment: sampling error over distance from its own μI. 0 when the
-        sampling error is not known."""
+        """Return Ledoit and Wolf's ρ* in [0, 1] for this n×n moment: the sampling error over the distance from its own
+        μI; 0 when the sampling error is not known."""
         if not self.known:
             return 0.0
         energy, trace = _energy(moment), float(moment.detach().double().trace())
         distance = energy - trace**2 / moment.shape[0]
-        # A moment that is its own target (to rounding) is left alone either way.
+        # A moment that equals its own μI (to rounding) stays the same for any ρ.
         return min(1.0, self.error * energy / distance) if distance > energy * 1e-14 else 1.0
 
 
 def shrunk(matrix: Tensor, rho: float) -> Tensor:
-    """``(1 − ρ)A + ρ·mean(diag A)·I`` in float64, n×n: the trace stays.
+    """Return ``(1 − ρ)A + ρ·mean(diag A)·I``, n×n in float64; the trace does not change.
 
     >>> shrunk(torch.tensor([[3.0, 1.0], [1.0, 1.0]]), 0.5).tolist()
     [[2.5, 0.5], [0.5, 1.5]]
@@ -82,13 +83,15 @@ def shrunk(matrix: Tensor, rho: float) -> Tensor:
 
 
 class ClusterSums:
-    """Running sums over samples that yield ``Sampling`` and the sum of outer products itself.
+    """Running sums over samples: the sum of outer products, and the sums from which ``Sampling`` follows.
 
-    ``Σ s_i⟨S_i, Ĉ⟩`` would need a second n×n sum, at the cost of the first. It is ``κ Σ⟨S_i, Ĉ⟩`` with κ the mean size
-    of a sample as the moment sees it, which is taken on 8 random directions P: ``κ = ⟨ΣsSP, ΣSP⟩ / ‖ΣSP‖²``. That is
-    exact when all sizes are the same, and when one direction outweighs the rest.
+    ``Σ s_i⟨S_i, Ĉ⟩`` would need a second n×n sum, at the cost of the first. It equals ``κ Σ⟨S_i, Ĉ⟩`` with κ the mean
+    sample size, weighted as the moment weighs the samples. κ is estimated on 8 random directions P:
+    ``κ = ⟨ΣsSP, ΣSP⟩ / ‖ΣSP‖²``. The estimate is exact when all sizes are equal, and when one direction outweighs the
+    rest.
 
-    ``keep_on`` is where the n×n sum lies, by default with the values; everything else stays with them.
+    Args:
+        keep_on: the device of the n×n sum, by default that of the values; everything else stays with the values.
     """
 
     def __init__(self, keep_on: torch.device | None = None) -> None:
@@ -98,20 +101,26 @@ class ClusterSums:
         self.outer = self._weighted = torch.empty(0)
 
     def add(self, values: Tensor, mask: Tensor, sizes: Tensor) -> None:
-        """Add B samples: values (B, T, n) float32 or float64, mask bool (B, T) of real rows, sizes s_i (B)."""
-        x = values.masked_fill(~mask[..., None], 0)  # padding may hold anything, NaN included
+        """Add B samples.
+
+        Args:
+            values: (B, T, n), float32 or float64.
+            mask: (B, T) bool, True for real rows.
+            sizes: (B), the s_i.
+        """
+        x = values.masked_fill(~mask[..., None], 0)  # padding may hold anything, even NaN
         samples, tokens, n = x.shape
         flat, per_row = x.reshape(-1, n), sizes.to(x.dtype)[:, None].expand(samples, tokens).reshape(-1, 1)
         probes = _probes(n).to(x)
-        if 4 * tokens < n:  # ‖S_i‖ from the T×T Gram matrix; otherwise from S_i, which then makes up the sum
+        if 4 * tokens < n:  # ‖S_i‖ from the T×T Gram matrix; otherwise from S_i itself, which then also gives the sum
             outer = gram(flat)
             self.squared_norms += float((x @ x.mT).double().square().sum())
         else:
             outer = x.new_zeros(n, n)
             for sample in x:
-                own = gram(sample)
-                outer += own
-                self.squared_norms += float(own.flatten().dot(own.flatten()))
+                sample_outer = gram(sample)
+                outer += sample_outer
+                self.squared_norms += float(sample_outer.flatten().dot(sample_outer.flatten()))
         weighted = (flat * per_row).T @ (flat @ probes)
         if self.outer.numel() == 0:
             self.outer, self._weighted = outer.to(self.keep_on or x.device), weighted
@@ -125,7 +134,8 @@ class ClusterSums:
         self.squared_size += float(sizes.double().square().sum())
 
     def sampling(self) -> Sampling:
-        """Of ``outer / size``. One sample alone says nothing of the next, so its tokens stand in for samples."""
+        """Return the sampling error of ``outer / size``. A single sample says nothing about the next one, so its
+        tokens stand in for samples."""
         total = self.outer.double()
         energy = _energy(total)
         if energy == 0:
@@ -135,13 +145,13 @@ class ClusterSums:
         if self.samples < 2:
             return Sampling(self.samples, token_error / self.rows, token_error)
         probed = total @ _probes(total.shape[0]).to(total)
-        seen_size = float((self._weighted.to(probed) * probed).sum() / (probed * probed).sum())
-        error = self.squared_norms / energy - 2 * seen_size / self.size + self.squared_size / self.size**2
+        weighted_size = float((self._weighted.to(probed) * probed).sum() / (probed * probed).sum())
+        error = self.squared_norms / energy - 2 * weighted_size / self.size + self.squared_size / self.size**2
         return Sampling(self.samples, max(0.0, error) * self.samples / (self.samples - 1), token_error)
 
 
 class PlainSums:
-    """`ClusterSums` that say nothing of sampling: one product for all samples, whatever their length."""
+    """`ClusterSums` without the sampling error: one matrix product for all samples, whatever their length."""
 
     def __init__(self, keep_on: torch.device | None = None) -> None:
         self.keep_on = keep_on
@@ -149,7 +159,7 @@ class PlainSums:
         self.outer = torch.empty(0)
 
     def add(self, values: Tensor, mask: Tensor, sizes: Tensor) -> None:
-        """As `ClusterSums.add`."""
+        """Add B samples, as `ClusterSums.add` does."""
         rows = real(values, mask)
         outer = gram(rows)
         self.outer = self.outer + outer.to(self.outer.device) if self.outer.numel() else outer.to(self.keep_on)
@@ -157,6 +167,7 @@ class PlainSums:
         self.rows += len(rows)
 
     def sampling(self) -> Sampling:
+        """Return the number of samples with unknown errors."""
         return Sampling(self.samples, nan, nan)
 
 
@@ -166,7 +177,7 @@ def _energy(matrix: Tensor) -> float:
 
 
 def _probes(n: int) -> Tensor:
-    """P, n×8 of ±1, the same every time; the identity where n is small."""
-    if n <= _ALL:
+    """P, n×8 of ±1, the same every time; the n×n identity for small n."""
+    if n <= _MAX_EXACT_FEATURES:
         return torch.eye(n)
     return torch.randint(0, 2, (n, _PROBES), generator=torch.Generator().manual_seed(n)) * 2.0 - 1

@@ -11,7 +11,7 @@ The first model is the baseline. What makes the figures comparable:
   round share whatever else the machine was doing.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import product
@@ -20,12 +20,10 @@ from pathlib import Path
 from converters.errors import InputError
 from converters.onnx.graph_facts import GraphFacts, read_graph
 from prehab_export.config import PROVIDERS, BenchConfig, at_least, check_provider
-from prehab_export.measurement.figures import Row, Samples, case_row, compare_rows
-from prehab_export.measurement.roofline import as_row, measure_ceilings, roofline_of
+from prehab_export.measurement.figures import Row, Timings, case_row, compare_rows
+from prehab_export.measurement.roofline import Ceilings, as_row, measure_ceilings, roofline_of
 from prehab_export.measurement.worker_process import WorkerProcess
-from prehab_export.system import machine_facts
-
-Progress = Callable[[str], None]
+from prehab_export.system import Advance, Progress, machine_facts, silent, step
 
 PROFILED_RUNS = 5
 
@@ -42,7 +40,7 @@ def bench(
     models: Mapping[str, Path],
     config: BenchConfig,
     vocab_size: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Row:
     """Measure every model in every case; returns JSON types under machine, config, ceilings, cases and comparison.
 
@@ -57,35 +55,34 @@ def bench(
     Args:
         models: name → ONNX file (or a folder with ``model.onnx``); the first is the baseline.
         vocab_size: token ids are drawn below it; found from the embedding table when None.
-        progress: called with a short line as work goes on.
 
     Raises:
         InputError: a model or the provider is missing, or a model does not run at a size asked for, or outgrew memory
             or time.
     """
-    say = progress or (lambda _: None)
     check_provider(config.provider)
     graphs = _read_graphs(models)
     vocab_size = _common_vocab_size(graphs, vocab_size)
     cases = _cases(config, graphs, vocab_size)
-    memory = [{name: _memory(name, graph, config, case, say) for name, graph in graphs.items()} for case in cases]
-    rows: list[Row] = []
-    comparison: list[Row] = []
-    ceilings = {}
-    for threads in dict.fromkeys(case["threads"] for case in cases):
-        say(f"ceilings of this machine at {threads} thread(s)")
-        ceilings[threads] = measure_ceilings(threads, PROVIDERS[config.provider], config.timeout_s)
-    for case, peaks in zip(cases, memory, strict=True):
-        loads, samples = _latency(graphs, config, case, say)
-        profiles = {name: _profile(name, graph, config, case, say) for name, graph in graphs.items()}
-        new = [
-            case_row(name, case, loads[name] | peaks[name], samples[name], graph) | {"operators": profiles[name]}
-            for name, graph in graphs.items()
-        ]
-        for row in new:
-            row |= roofline_of(row, graphs[row["model"]].weight_bytes, ceilings[case["threads"]])
-        rows += new
-        comparison += compare_rows(new, samples)
+    thread_counts = list(dict.fromkeys(case["threads"] for case in cases))
+    # Of each model in each case its memory, its turns, and its operators.
+    steps = len(thread_counts) + len(cases) * len(graphs) * (config.rounds + 2)
+    with progress("bench", steps) as advance:
+        memory = [_memory(graphs, config, case, advance) for case in cases]
+        ceilings = {threads: _ceilings(threads, config, advance) for threads in thread_counts}
+        rows: list[Row] = []
+        comparison: list[Row] = []
+        for case, peaks in zip(cases, memory, strict=True):
+            loads, timings = _latency(graphs, config, case, advance)
+            operators = _operators(graphs, config, case, advance)
+            new = [
+                case_row(name, case, loads[name] | peaks[name], timings[name], graph) | {"operators": operators[name]}
+                for name, graph in graphs.items()
+            ]
+            for row in new:
+                row |= roofline_of(row, graphs[row["model"]].weight_bytes, ceilings[case["threads"]])
+            rows += new
+            comparison += compare_rows(new, timings)
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     settings |= RUNTIME | {"execution_provider": PROVIDERS[config.provider], "vocab_size": vocab_size}
     measured = {"ceilings": [as_row(peaks) for peaks in ceilings.values()], "cases": rows, "comparison": comparison}
@@ -143,12 +140,23 @@ def _sizes(case: Row) -> str:
     return f" at batch {case['batch']}{sequence}, {case['threads']} thread(s)"
 
 
-def _memory(name: str, graph: GraphFacts, config: BenchConfig, case: Row, say: Progress) -> Row:
-    """The memory figures of a fresh process; its times are not used, since the sampling disturbs them."""
-    say(f"memory of {name}{_sizes(case)}")
-    with WorkerProcess(name + _sizes(case), config.timeout_s) as worker:
-        answer = _load(worker, graph, config, case, sample_memory=True)
-    return {key: value for key, value in answer.items() if key.endswith("_mb")}
+def _memory(graphs: Mapping[str, GraphFacts], config: BenchConfig, case: Row, advance: Advance) -> dict[str, Row]:
+    """The memory figures of each model in a fresh process; its times are not used, since the sampling disturbs them."""
+    figures = {}
+    for name, graph in graphs.items():
+        with step(advance, f"memory of {name}{_sizes(case)}"), _worker(name, config, case) as worker:
+            answer = _load(worker, graph, config, case, sample_memory=True)
+        figures[name] = {key: value for key, value in answer.items() if key.endswith("_mb")}
+    return figures
+
+
+def _ceilings(threads: int, config: BenchConfig, advance: Advance) -> Ceilings:
+    with step(advance, f"ceilings of this machine at {threads} thread(s)"):
+        return measure_ceilings(threads, PROVIDERS[config.provider], config.timeout_s)
+
+
+def _worker(name: str, config: BenchConfig, case: Row) -> WorkerProcess:
+    return WorkerProcess(name + _sizes(case), config.timeout_s)
 
 
 def _load(worker: WorkerProcess, graph: GraphFacts, config: BenchConfig, case: Row, sample_memory: bool = False) -> Row:
@@ -157,28 +165,30 @@ def _load(worker: WorkerProcess, graph: GraphFacts, config: BenchConfig, case: R
     return worker.ask(action="load", model=path, provider=provider, case=case, sample_memory=sample_memory)
 
 
-def _profile(name: str, graph: GraphFacts, config: BenchConfig, case: Row, say: Progress) -> Row:
-    """Kernel times by operator, from a process of their own: noting them would disturb the others."""
-    say(f"operators of {name}{_sizes(case)}")
-    with WorkerProcess(name + _sizes(case), config.timeout_s) as worker:
-        request = {"model": str(graph.path.resolve()), "provider": PROVIDERS[config.provider], "case": case}
-        return worker.ask(action="profile", runs=PROFILED_RUNS, **request)["phases"]
+def _operators(graphs: Mapping[str, GraphFacts], config: BenchConfig, case: Row, advance: Advance) -> dict[str, Row]:
+    """Kernel times by operator, each model's from a process of their own: noting them would disturb the others."""
+    phases = {}
+    for name, graph in graphs.items():
+        with step(advance, f"operators of {name}{_sizes(case)}"), _worker(name, config, case) as worker:
+            question = {"model": str(graph.path.resolve()), "provider": PROVIDERS[config.provider], "case": case}
+            phases[name] = worker.ask(action="profile", runs=PROFILED_RUNS, **question)["phases"]
+    return phases
 
 
 def _latency(
-    graphs: Mapping[str, GraphFacts], config: BenchConfig, case: Row, say: Progress
-) -> tuple[dict[str, Row], dict[str, Samples]]:
-    """Loads and samples of every model, each in a worker of its own, turn by turn."""
+    graphs: Mapping[str, GraphFacts], config: BenchConfig, case: Row, advance: Advance
+) -> tuple[dict[str, Row], dict[str, Timings]]:
+    """Loads and timings of every model, each in a worker of its own, turn by turn."""
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(WorkerProcess(name + _sizes(case), config.timeout_s)) for name in graphs}
+        workers = {name: stack.enter_context(_worker(name, config, case)) for name in graphs}
         loads = {name: _load(worker, graphs[name], config, case) for name, worker in workers.items()}
         for worker in workers.values():
             worker.ask(action="turn", min_runs=config.warmup, min_seconds=0)
         answers: dict[str, list[Row]] = {name: [] for name in graphs}
         for number, name in turns(list(graphs), config.rounds):
-            say(f"latency{_sizes(case)}: round {number + 1} of {config.rounds}, {name}")
-            answers[name].append(workers[name].ask(action="turn", min_runs=1, min_seconds=config.min_seconds))
-    return loads, {name: Samples.of(rounds) for name, rounds in answers.items()}
+            with step(advance, f"{name}: round {number + 1} of {config.rounds}{_sizes(case)}"):
+                answers[name].append(workers[name].ask(action="turn", min_runs=1, min_seconds=config.min_seconds))
+    return loads, {name: Timings.of(rounds) for name, rounds in answers.items()}
 
 
 def turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:

@@ -1,15 +1,17 @@
 """The figures that stand in a bench's result, from the times and memory that its workers answered."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import bootstrap
 
 from converters.onnx.graph_facts import GraphFacts
 
 Row = dict[str, Any]
+Interval = tuple[float | None, float | None]
 
 PERCENTILES = (50, 90, 99)
 CONFIDENCE = 0.95
@@ -18,7 +20,7 @@ LEAST_ROUNDS = 5  # with fewer there is nothing to draw from, and the interval w
 
 
 @dataclass(frozen=True)
-class Samples:
+class Timings:
     """What one model's turns came to, in milliseconds: one array per round."""
 
     total: list[np.ndarray]
@@ -26,7 +28,7 @@ class Samples:
     step: list[np.ndarray]
 
     @classmethod
-    def of(cls, turns: list[Row]) -> "Samples":
+    def of(cls, turns: list[Row]) -> "Timings":
         """From a worker's answers, one for each round."""
         total, first, step = (
             [np.asarray(turn[key]) for turn in turns] for key in ("total_ms", "first_token_ms", "step_ms")
@@ -34,8 +36,8 @@ class Samples:
         return cls(total, first, step)
 
 
-def case_row(name: str, case: Row, taken: Row, samples: Samples, graph: GraphFacts) -> Row:
-    total, step = np.concatenate(samples.total), np.concatenate(samples.step)
+def case_row(name: str, case: Row, taken: Row, timings: Timings, graph: GraphFacts) -> Row:
+    total, step = np.concatenate(timings.total), np.concatenate(timings.step)
     batch = case["batch"]
     row = {
         "model": name,
@@ -47,28 +49,28 @@ def case_row(name: str, case: Row, taken: Row, samples: Samples, graph: GraphFac
         **{
             f"p{percent}_{end}_ms": value
             for percent in PERCENTILES
-            for end, value in zip(("low", "high"), percentile_interval(samples.total, percent), strict=True)
+            for end, value in zip(("low", "high"), percentile_interval(timings.total, percent), strict=True)
         },
         "mean_ms": total.mean(),
         "throughput_per_s": batch * 1e3 / total.mean(),
         "file_mb": graph.file_bytes / 1e6,
-        "time_to_first_token_ms": _percentile(np.concatenate(samples.first_token), 50) if graph.decodes else None,
+        "time_to_first_token_ms": _percentile(np.concatenate(timings.first_token), 50) if graph.decodes else None,
         "inter_token_p50_ms": _percentile(step, 50),
         "inter_token_p90_ms": _percentile(step, 90),
         "tokens_per_s": batch * 1e3 / step.mean() if step.size else None,
-        "round_p50_ms": [_finite(np.median(values)) for values in samples.total],
+        "round_p50_ms": [_finite(np.median(values)) for values in timings.total],
     }
     return {key: _finite(value) for key, value in (row | taken).items()}
 
 
-def compare_rows(rows: list[Row], samples: Mapping[str, Samples]) -> list[Row]:
+def compare_rows(rows: list[Row], timings: Mapping[str, Timings]) -> list[Row]:
     """Each further model against the first, in one case."""
     baseline = rows[0]
-    return [_compare(baseline, row, samples[baseline["model"]], samples[row["model"]]) for row in rows[1:]]
+    return [_compare(baseline, row, timings[baseline["model"]], timings[row["model"]]) for row in rows[1:]]
 
 
-def _compare(base: Row, row: Row, base_samples: Samples, samples: Samples) -> Row:
-    low, high = ratio_interval(base_samples.total, samples.total)
+def _compare(base: Row, row: Row, base_timings: Timings, timings: Timings) -> Row:
+    low, high = ratio_interval(base_timings.total, timings.total)
     compared = {
         "model": row["model"],
         "baseline": base["model"],
@@ -88,36 +90,42 @@ def _compare(base: Row, row: Row, base_samples: Samples, samples: Samples) -> Ro
     return {key: _finite(value) for key, value in compared.items()}
 
 
-def ratio_interval(
-    baseline: list[np.ndarray], model: list[np.ndarray], resamples: int = RESAMPLES
-) -> tuple[float | None, float | None]:
-    """A bootstrap interval (`CONFIDENCE`) of median(baseline) / median(model).
+def ratio_interval(baseline: list[np.ndarray], model: list[np.ndarray]) -> Interval:
+    """Of median(baseline) / median(model); both models' turns of a round are drawn together."""
 
-    Rounds are drawn with replacement, both models' turns of a round together; None with fewer than `LEAST_ROUNDS`.
+    def ratio(drawn: np.ndarray) -> float:
+        return np.median(_pooled(baseline, drawn)) / np.median(_pooled(model, drawn))
+
+    return _interval(len(baseline), ratio)
+
+
+def percentile_interval(rounds: list[np.ndarray], percent: float) -> Interval:
+    """Of a percentile of all runs."""
+    return _interval(len(rounds), lambda drawn: float(np.percentile(_pooled(rounds, drawn), percent)))
+
+
+def _interval(rounds: int, statistic: Callable[[np.ndarray], float]) -> Interval:
+    """A bootstrap interval (`CONFIDENCE`), whole rounds drawn with replacement; None with fewer than `LEAST_ROUNDS`.
+
+    Args:
+        statistic: of the rounds with these numbers.
     """
-    rounds = len(baseline)
     if rounds < LEAST_ROUNDS:
         return None, None
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, rounds, (resamples, rounds))
-    ratios = [
-        np.median(np.concatenate([baseline[i] for i in draw])) / np.median(np.concatenate([model[i] for i in draw]))
-        for draw in draws
-    ]
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    found = bootstrap(
+        (np.arange(rounds),),
+        statistic,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        vectorized=False,
+        rng=np.random.default_rng(0),
+    )
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-def percentile_interval(
-    rounds: list[np.ndarray], percent: float, resamples: int = RESAMPLES
-) -> tuple[float | None, float | None]:
-    """A bootstrap interval (`CONFIDENCE`) of a percentile of all runs, whole rounds drawn with replacement."""
-    if len(rounds) < LEAST_ROUNDS:
-        return None, None
-    draws = np.random.default_rng(0).integers(0, len(rounds), (resamples, len(rounds)))
-    values = [np.percentile(np.concatenate([rounds[i] for i in draw]), percent) for draw in draws]
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+def _pooled(rounds: list[np.ndarray], drawn: np.ndarray) -> np.ndarray:
+    return np.concatenate([rounds[number] for number in drawn])
 
 
 def _model_memory(row: Row) -> float | None:

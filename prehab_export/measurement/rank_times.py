@@ -21,10 +21,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from converters.onnx.runtime import session_options
+from converters.onnx.runtime import CPU, session_options
 from converters.publishing import publish_text
 from prehab_export.linalg import break_even
-from prehab_export.system import cache_folder, machine_facts, sha256_of_text
+from prehab_export.system import Progress, cache_folder, machine_facts, sha256_of_text, silent, step
 
 Shape = tuple[int, int]
 
@@ -33,6 +33,8 @@ LOWEST, POINTS = 8, 8
 # Beyond this nothing stays in a cache, and more copies tell no more.
 MOST_BYTES = 64_000_000
 ROUNDS, TURN_SECONDS = 7, 0.01
+# Another number where the way of measuring changes in what none of those above says.
+METHOD = 2
 
 
 @dataclass(frozen=True)
@@ -95,29 +97,19 @@ def measure_rank_times(
     setting: Setting,
     *,
     cache: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress = silent,
 ) -> RankTimes:
     """Time every shape that the layers have.
 
     Args:
         shapes: (m, n) of each layer, as often as it occurs.
         cache: a folder to look measurements up in, and to keep them in.
-        progress: called with 1 after each shape.
     """
-    curves = {}
-    for (m, n), count in Counter(shapes).items():
-        copies = max(1, min(count, MOST_BYTES // (4 * m * n)))
-        file = None if cache is None else cache / f"{_key(m, n, copies, setting)}.json"
-        if file is not None and file.is_file():
-            values = json.loads(file.read_text(encoding="utf-8"))
-            curve = Curve(values["dense"], tuple(values["ranks"]), tuple(values["seconds"]))
-        else:
-            curve = _measured(m, n, copies, setting)
-            if file is not None:
-                _keep(file, curve)
-        curves[m, n] = curve
-        if progress is not None:
-            progress(1)
+    counts, curves = Counter(shapes), {}
+    with progress("time layers", len(counts)) as advance:
+        for (m, n), count in counts.items():
+            with step(advance, f"{m}×{n}"):
+                curves[m, n] = _curve(m, n, max(1, min(count, MOST_BYTES // (4 * m * n))), setting, cache)
     return RankTimes(setting, curves)
 
 
@@ -126,10 +118,22 @@ def rank_times_folder() -> Path:
     return cache_folder() / "rank-times"
 
 
-def grid(m: int, n: int) -> tuple[int, ...]:
+def _curve(m: int, n: int, copies: int, setting: Setting, cache: Path | None) -> Curve:
+    """Looked up, or measured and kept."""
+    file = None if cache is None else cache / f"{_key(m, n, copies, setting)}.json"
+    if file is not None and file.is_file():
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return Curve(values["dense"], tuple(values["ranks"]), tuple(values["seconds"]))
+    curve = _measured(m, n, copies, setting)
+    if file is not None:
+        _keep(file, curve)
+    return curve
+
+
+def measured_ranks(m: int, n: int) -> tuple[int, ...]:
     """The ranks to measure: evenly spread on a logarithmic scale up to break-even, in multiples of the lowest.
 
-    >>> grid(768, 768)
+    >>> measured_ranks(768, 768)
     (8, 16, 24, 40, 72, 128, 224, 384)
     """
     most = break_even(m, n)
@@ -140,7 +144,7 @@ def grid(m: int, n: int) -> tuple[int, ...]:
 
 
 def _measured(m: int, n: int, copies: int, setting: Setting) -> Curve:
-    ranks = grid(m, n)
+    ranks = measured_ranks(m, n)
     runs = [_runner(m, n, rank, copies, setting) for rank in (None, *ranks)]
     for run in runs:
         run()  # ONNX Runtime plans its memory on the first run
@@ -165,7 +169,7 @@ def _seconds(run: Callable[[], None]) -> float:
 def _runner(m: int, n: int, rank: int | None, copies: int, setting: Setting) -> Callable[[], None]:
     """One run of ``copies`` layers with weights of their own, all reading one input."""
     graph = ir.serde.serialize_model(layer_graph(m, n, rank, copies, setting.tokens)).SerializeToString()
-    session = onnxruntime.InferenceSession(graph, session_options(setting.threads), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(graph, session_options(setting.threads), providers=[CPU])
     binding = session.io_binding()  # outputs stay where they are: what allocating them takes is no layer's cost
     x = np.random.default_rng(0).standard_normal((setting.tokens, n), dtype=np.float32)
     binding.bind_cpu_input("x", x)
@@ -201,7 +205,7 @@ def _key(m: int, n: int, copies: int, setting: Setting) -> str:
     """What a measurement depends on. The method is part of it: its numbers are in this file."""
     facts = machine_facts()
     known = [facts["cpu"], facts["vector_extensions"], facts["available_cores"], facts["libraries"]["onnxruntime"]]
-    text = json.dumps([*known, m, n, copies, asdict(setting), LOWEST, POINTS, ROUNDS, TURN_SECONDS])
+    text = json.dumps([*known, m, n, copies, asdict(setting), METHOD, LOWEST, POINTS, ROUNDS, TURN_SECONDS])
     return sha256_of_text(text)[:24]
 
 

@@ -48,8 +48,8 @@ class Ceilings:
 
 @cache
 def measure_ceilings(threads: int, provider: str, timeout_s: float) -> Ceilings:
-    """Three probes of a second or so, each in a process of its own; the fastest run of each counts. A machine does not
-    change: each is measured once."""
+    """Three products for a second or so, each in a process of its own; the fastest run of each counts. A machine does
+    not change: each is measured once."""
     with tempfile.TemporaryDirectory() as folder:
         product, stream = Path(folder, "product.onnx"), Path(folder, "stream.onnx")
         ir.save(_product(PRODUCT), product)
@@ -58,7 +58,7 @@ def measure_ceilings(threads: int, provider: str, timeout_s: float) -> Ceilings:
 
         def fastest_ms(graph: Path, rows: int) -> float:
             case = {"threads": threads, "batch": rows, "sequence": None, "new_tokens": 1, "vocab_size": None}
-            with WorkerProcess(f"the probe {graph.stem}", timeout_s) as worker:
+            with WorkerProcess(f"the ceilings ({graph.stem})", timeout_s) as worker:
                 worker.ask(action="load", model=str(graph), provider=provider, case=case, sample_memory=False)
                 return min(worker.ask(action="turn", min_runs=5, min_seconds=TURN_SECONDS)["total_ms"])
 

@@ -55,18 +55,18 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """The worker's answer to one request.
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """The worker's answer to one question.
 
         Raises:
-            InputError: the worker refused the request, was killed, or took longer than ``timeout_s`` seconds.
+            InputError: the worker refused the question, was killed, or took longer than ``timeout_s`` seconds.
             RuntimeError: the worker ended by a defect of its own.
         """
         watchdog = Timer(self.timeout_s, self._kill_late)
         watchdog.daemon = True
         watchdog.start()
         try:
-            line = self._exchange(json.dumps(request))
+            line = self._exchange(json.dumps(question))
         finally:
             watchdog.cancel()
         if not line.endswith("\n"):
@@ -76,9 +76,9 @@ class WorkerProcess:
             raise InputError(f"{self.name}: {answer['error']}") from self._stderr_error()
         return answer
 
-    def _exchange(self, request: str) -> str:
+    def _exchange(self, question: str) -> str:
         try:
-            self._stdin.write(request + "\n")
+            self._stdin.write(question + "\n")
             self._stdin.flush()
             return self._stdout.readline()
         except BrokenPipeError:  # it died before it was asked

@@ -16,8 +16,7 @@ def time_ranks(session: Session, folder: Path) -> None:
     """Measure what the run's layers take, dense and at any rank, in requests as the bench makes them."""
     shapes = layer_shapes(session)
     setting = Setting(session.threads, tokens_at_a_time(session))
-    with bar("time layers", len(set(shapes))) as advance:
-        times = measure_rank_times(shapes, setting, cache=rank_times_folder(), progress=advance)
+    times = measure_rank_times(shapes, setting, cache=rank_times_folder(), progress=bar)
     write_json(folder / TIMES, times.to_json())
 
 

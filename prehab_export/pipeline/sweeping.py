@@ -133,7 +133,7 @@ class _Rows:
         candidate = result.truncation.apply(frozen_copy(calibrated.model))
         if method.refined:
             factored = Factored.of(candidate, session.task, calibrated.statistics)
-            refine(factored, calibrated.model, session.training, config.refine, seed=config.seed, progress=bar)
+            refine(factored, session.training, config.refine, teacher=calibrated.model, seed=config.seed, progress=bar)
         seconds = time.monotonic() - started
         metrics = asdict(session.metrics(candidate, session.data.evaluation, f"{method.name} {ratio:g}"))
         facts = {key: value for key, value in result.truncation.summary().items() if key != "layers"}

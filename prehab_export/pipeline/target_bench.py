@@ -3,21 +3,18 @@
 import re
 import tempfile
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from converters.errors import InputError
-from prehab_export.config import RunConfig
+from prehab_export.config import RunConfig, Target
 from prehab_export.measurement import (
     LOOPBACK,
     Json,
     Kit,
-    Limits,
-    Shell,
-    adb,
     find_browser,
     find_web,
+    limits_of,
     make_kit,
     matrix,
     measure_in_browser,
@@ -25,7 +22,7 @@ from prehab_export.measurement import (
     measure_remotely,
     read_results,
     serve_by_hand,
-    ssh,
+    shell_of,
 )
 from prehab_export.pipeline.checks import bench_config
 from prehab_export.pipeline.running import bring_up_to_date, opened
@@ -34,59 +31,7 @@ from prehab_export.pipeline.stages.quantize import graph_hashes, graphs_of
 from prehab_export.pipeline.stages.table import STAGES
 from prehab_export.pipeline.target_results import FOLDER, remember_kit, results_of
 from prehab_export.pipeline.workspace import KITS
-from prehab_export.system import say, usable_cores, warn, write_json
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where to measure, and how.
-
-    name: ``local``, ``kit:FOLDER``, ``ssh://user@host:port``, ``adb``, ``adb:SERIAL`` or ``browser``.
-    python: the interpreter on another machine; keep: leave the kit there.
-    pin: run on so many cores only; memory_mb: with so much memory; both local.
-    matrix_memory_mb: sizes of the table threads × memory; none for no table.
-    browser: the browser's command; web: the dist folder of onnxruntime-web; by_hand: serve the page at host and port
-        to whoever opens it, until interrupted.
-    """
-
-    name: str
-    python: str = "python3"
-    keep: bool = False
-    cooldown_s: float = 0.0
-    pin: int | None = None
-    memory_mb: float | None = None
-    matrix_memory_mb: tuple[float, ...] = ()
-    browser: str | None = None
-    web: Path | None = None
-    by_hand: bool = False
-    host: str = "127.0.0.1"
-    port: int = 0
-
-    def __post_init__(self) -> None:
-        if not re.match(r"(local$|kit:.|ssh://|adb(:|$)|browser$)", self.name):
-            raise InputError(
-                f"--target must be local, kit:FOLDER, ssh://user@host, adb[:serial] or browser, not {self.name!r}"
-            )
-        if self.name != "local" and (self.pin or self.memory_mb or self.matrix_memory_mb):
-            raise InputError("--pin-cores, --memory-limit and --matrix are for --target local")
-        if self.name != "browser" and (self.browser or self.web or self.by_hand):
-            raise InputError("--browser, --ort-web and --by-hand are for --target browser")
-        if self.cooldown_s < 0:
-            raise InputError(f"--cooldown must be 0 or more seconds, not {self.cooldown_s}")
-        if any(size <= 0 for size in self.matrix_memory_mb):
-            raise InputError("--matrix takes megabytes above 0")
-        self.limits()
-
-    def limits(self) -> Limits:
-        usable = usable_cores()
-        if self.pin is not None and not 1 <= self.pin <= len(usable):
-            raise InputError(f"--pin-cores must lie between 1 and {len(usable)}, the cores of this process")
-        return Limits(None if self.pin is None else tuple(usable[: self.pin]), self.memory_mb)
-
-    def shell(self) -> AbstractContextManager[Shell]:
-        if self.name.startswith("ssh://"):
-            return ssh(self.name)
-        return adb(self.name.partition(":")[2] or None)
+from prehab_export.system import bar, say, warn, write_json
 
 
 def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
@@ -99,7 +44,7 @@ def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
         ParityError: a model gives other answers there.
     """
     if target.name.startswith(("ssh://", "adb")):
-        with target.shell() as shell:  # what cannot be reached is found out before anything slow
+        with shell_of(target) as shell:  # what cannot be reached is found out before anything slow
             shell.run("true")
     elif target.name == "browser":
         target = replace(target, web=find_web(target.web))
@@ -175,17 +120,13 @@ def _thread_counts(session: Session) -> tuple[int, ...]:
 
 def _measured(kit: Kit, target: Target, threads: tuple[int, ...]) -> Json:
     if target.name == "browser":
-        return measure_in_browser(
-            kit, threads, browser=target.browser, web=target.web, progress=lambda line: say(f"  {line}")
-        )
+        return measure_in_browser(kit, threads, browser=target.browser, web=target.web, progress=bar)
     if target.name != "local":
-        with target.shell() as shell:
-            return measure_remotely(
-                kit, shell, target.name.partition(":")[0], target.python, target.keep, lambda line: say(f"  {line}")
-            )
-    results = measure_locally(kit, target.limits())
+        with shell_of(target) as shell:
+            return measure_remotely(kit, shell, target.name.partition(":")[0], target.python, target.keep, bar)
+    results = measure_locally(kit, limits_of(target), progress=bar)
     if target.matrix_memory_mb:
-        results["matrix"] = matrix(kit, threads, target.matrix_memory_mb, lambda line: say(f"  {line}"))
+        results["matrix"] = matrix(kit, threads, target.matrix_memory_mb, bar)
     return results
 
 

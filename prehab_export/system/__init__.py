@@ -1,6 +1,6 @@
-"""The room of the machine: the files of a run and their digests, child processes, the current folder that none of them
-trusts, errors, the terminal, progress, Markdown from templates, and what the machine is made of. It knows nothing of
-models, and imports only ``converters``.
+"""The machine and its operating system: files of a run and their digests, child processes, protection against code in
+the current folder, errors, terminal output, progress, Markdown from templates, and facts about the hardware. This room
+knows nothing about models and imports only ``converters``.
 """
 
 from prehab_export.system.exports import lazy_exports

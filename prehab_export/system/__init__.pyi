@@ -1,8 +1,8 @@
 from prehab_export.system.children import KILLED as KILLED
-from prehab_export.system.children import dies_with_us as dies_with_us
-from prehab_export.system.children import end_with_all_of_it as end_with_all_of_it
+from prehab_export.system.children import die_with_parent as die_with_parent
 from prehab_export.system.children import environment as environment
 from prehab_export.system.children import find_program as find_program
+from prehab_export.system.children import kill_process_tree as kill_process_tree
 from prehab_export.system.children import python_module as python_module
 from prehab_export.system.children import python_script as python_script
 from prehab_export.system.digests import DigestCache as DigestCache
@@ -19,6 +19,7 @@ from prehab_export.system.errors import is_full as is_full
 from prehab_export.system.errors import out_of_space as out_of_space
 from prehab_export.system.files import cache_folder as cache_folder
 from prehab_export.system.files import check_disk_space as check_disk_space
+from prehab_export.system.files import free_space as free_space
 from prehab_export.system.files import link as link
 from prehab_export.system.files import read_json as read_json
 from prehab_export.system.files import remove as remove
@@ -32,6 +33,7 @@ from prehab_export.system.progress import Advance as Advance
 from prehab_export.system.progress import Progress as Progress
 from prehab_export.system.progress import named as named
 from prehab_export.system.progress import silent as silent
+from prehab_export.system.progress import step as step
 from prehab_export.system.rendering import render as render
 from prehab_export.system.terminal import bar as bar
 from prehab_export.system.terminal import result_console as result_console

@@ -1,5 +1,7 @@
-"""Other programs, Python first of all: started so that none runs what lies in the current folder, none outlives us, and
-none needs more of the system than it has. Everything that starts a process starts it through here."""
+"""Start other programs, mostly Python, safely: no child runs code from the current folder or outlives this process.
+
+Every child process of this project is started through this module.
+"""
 
 import ctypes
 import os
@@ -19,11 +21,11 @@ from prehab_export.system.current_folder import without_current_folder
 
 _PR_SET_PDEATHSIG = 1
 
-# The number of SIGKILL, which Windows has no name for.
+# The number of SIGKILL, which has no name on Windows.
 KILLED = 9
 
-# Runs a module of ours with the very packages that this process has, wherever they were found: neither the current
-# folder nor another copy of them stands in. ``-P`` keeps the current folder out of everything else.
+# Runs one of our modules with the same packages that this process uses, wherever they were found, so that neither the
+# current folder nor another copy of them takes their place. ``-P`` keeps the current folder out of all other imports.
 _RUN_MODULE = """
 import runpy, sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -36,42 +38,47 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 
 def python_module(module: str, *arguments: str) -> list[str]:
-    """The command line that runs a module of this project in a Python of its own."""
+    """Return the command line that runs a module of this project in a new Python process."""
     packages = [(package.__name__, str(package.__file__)) for package in (converters, prehab_export)]
     return [*_python(), "-c", _RUN_MODULE.format(packages=packages), module, *arguments]
 
 
 def python_script(script: Path, *arguments: str) -> list[str]:
-    """The command line that runs a file in a Python of its own, which does not import from the file's folder."""
+    """Return the command line that runs a file in a new Python process, which does not import from the file's
+    folder."""
     return [*_python(), str(script), *arguments]
 
 
 def _python() -> list[str]:
+    """This Python with the flags that a child inherits."""
     inherited = (("-E", sys.flags.ignore_environment), ("-s", sys.flags.no_user_site))
-    return [sys.executable, "-P", *(flag for flag, given in inherited if given)]
+    return [sys.executable, "-P", *(flag for flag, is_set in inherited if is_set)]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment for a child: no place in it means the current folder. Children speak UTF-8."""
+    """Return the environment for a child process, with ``more`` variables: no entry refers to the current folder, and
+    text is UTF-8."""
     return without_current_folder({**os.environ, "PYTHONUTF8": "1", **more})
 
 
 def find_program(name: str) -> str | None:
-    """Where a program lies, as an absolute path; None where it is not. Only a name with a folder in it may mean the
-    current one."""
+    """Return the absolute path of a program, or None if it is not found. The current folder is only searched if the
+    name itself contains a folder."""
     path = environment().get("PATH", os.defpath)
-    found = shutil.which(name) if os.path.dirname(name) else shutil.which(name, path=path)
-    if found is None or not (os.path.isabs(found) or os.path.dirname(name)):
-        return None  # Windows looks into the current folder before all others
-    return os.path.abspath(found)
+    program = shutil.which(name) if os.path.dirname(name) else shutil.which(name, path=path)
+    if program is None or not (os.path.isabs(program) or os.path.dirname(name)):
+        return None  # Windows searches the current folder before any other
+    return os.path.abspath(program)
 
 
-def dies_with_us() -> Callable[[], None] | None:
-    """What a child calls between fork and exec, so that the kernel ends it when the thread that started it is gone,
-    killed without a word included (prctl(2)). None but on Linux."""
+def die_with_parent() -> Callable[[], None] | None:
+    """Return a ``preexec_fn`` for a child process that must not outlive this one; None on systems other than Linux.
+
+    The kernel then kills the child when the thread that started it ends, even if that is killed (prctl(2)).
+    """
     if sys.platform != "linux":
         return None
-    library = ctypes.CDLL(None)  # loaded here: between fork and exec hardly anything is safe
+    library = ctypes.CDLL(None)  # loaded now, because hardly anything is safe between fork and exec
 
     def prepare() -> None:
         library.prctl(_PR_SET_PDEATHSIG, KILLED)
@@ -79,8 +86,8 @@ def dies_with_us() -> Callable[[], None] | None:
     return prepare
 
 
-def end_with_all_of_it(process: subprocess.Popen) -> None:
-    """End a child that leads a session of its own, and whatever it has started."""
+def kill_process_tree(process: subprocess.Popen) -> None:
+    """Kill a child that leads its own session, and all processes that it has started."""
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

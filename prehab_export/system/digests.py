@@ -1,4 +1,4 @@
-"""Digests of texts and of files, the latter remembered where a file has not been touched."""
+"""Compute digests of texts and files, and reuse those of files that have not changed."""
 
 import hashlib
 import json
@@ -11,30 +11,31 @@ from converters.publishing import publish_text
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, streamed."""
+    """Return the SHA-256 of a file's content, read in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha512_integrity(path: Path) -> str:
-    """SHA-512 of a file's content in base64, as npm's registry tells it."""
+    """Return the SHA-512 of a file's content in base64, as npm's registry states it."""
     with path.open("rb") as file:
         return b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
 
 
 def sha256_of_text(text: str) -> str:
-    """SHA-256 of a text in UTF-8."""
+    """Return the SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_of_all(digests: Mapping[str, str]) -> str:
-    """One digest of several files, name → SHA-256 in the order of the mapping: names count, too."""
+    """Combine the digests of several files (name → SHA-256) into one; names and their order count."""
     return sha256_of_text("".join(f"{name}\0{digest}\n" for name, digest in digests.items()))
 
 
 @dataclass
 class FileDigest:
-    """What a file held when its size and time of modification were these: equal again, it is not read again."""
+    """A file's digest with the size and modification time it had. As long as both are the same, the file is not read
+    again."""
 
     size: int
     mtime_ns: int
@@ -42,14 +43,14 @@ class FileDigest:
 
     @classmethod
     def of(cls, path: Path) -> "FileDigest":
-        # The time is taken first: what is written while it is read then counts as changed.
+        """Read a file and note its digest, size and modification time."""
+        # The time is read first, so that a file that is written meanwhile counts as changed.
         facts = path.stat()
         return cls(facts.st_size, facts.st_mtime_ns, sha256_of(path))
 
     def still_holds(self, path: Path) -> bool:
-        """Whether the file has this content. A file with another time but this content, as a copy has, is read once;
-        its new time is then remembered here.
-        """
+        """Whether the file has this content. A file with the same content but another time, such as a copy, is read
+        once; its new time is stored here."""
         if not path.is_file():
             return False
         facts = path.stat()
@@ -64,30 +65,30 @@ class FileDigest:
 
 @dataclass
 class DigestCache:
-    """SHA-256 of files that lie elsewhere (a model's weights), kept in a file from one command to the next."""
+    """SHA-256 digests of files outside the run's folder (a model's weights), stored in a file between commands."""
 
     path: Path
-    _known: dict[str, FileDigest] = field(init=False)
-    _asked: set[str] = field(init=False, default_factory=set)
+    _digests: dict[str, FileDigest] = field(init=False)
+    _used_names: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         try:
             rows = json.loads(self.path.read_text(encoding="utf-8"))
-            self._known = {name: FileDigest(*row) for name, row in rows.items()}
-        except (OSError, ValueError, TypeError, AttributeError):  # not there, or not ours: everything is read anew
-            self._known = {}
+            self._digests = {name: FileDigest(*row) for name, row in rows.items()}
+        except (OSError, ValueError, TypeError, AttributeError):  # missing or unreadable: compute everything again
+            self._digests = {}
 
     def sha256_of(self, path: Path) -> str:
-        """The file's hash, from memory where its size and time of modification are those of last time."""
+        """Return the file's digest, without reading the file if its size and modification time have not changed."""
         name = str(path.resolve())
-        known, facts = self._known.get(name), path.stat()
-        if known is None or (known.size, known.mtime_ns) != (facts.st_size, facts.st_mtime_ns):
-            known = self._known[name] = FileDigest.of(path)
-        self._asked.add(name)
-        return known.sha256
+        digest, facts = self._digests.get(name), path.stat()
+        if digest is None or (digest.size, digest.mtime_ns) != (facts.st_size, facts.st_mtime_ns):
+            digest = self._digests[name] = FileDigest.of(path)
+        self._used_names.add(name)
+        return digest.sha256
 
     def save(self) -> None:
-        """Remember what was asked for; files that nobody asks for any more are forgotten."""
-        self._known = {name: digest for name, digest in self._known.items() if name in self._asked}
-        rows = {name: [digest.size, digest.mtime_ns, digest.sha256] for name, digest in self._known.items()}
+        """Write the digests that were used; those of other files are dropped."""
+        self._digests = {name: digest for name, digest in self._digests.items() if name in self._used_names}
+        rows = {name: [digest.size, digest.mtime_ns, digest.sha256] for name, digest in self._digests.items()}
         publish_text(self.path, json.dumps(rows, indent=0) + "\n")

@@ -1,43 +1,45 @@
-"""Errors with an exit code, beside `converters.errors`. Anything else that escapes is a defect and ends with exit code
-1. And how a disk that is full is told from other reasons."""
+"""Define the errors with an exit code beside those of `converters.errors`, and recognise a full disk.
+
+Any other error that reaches the user is a bug and ends with exit code 1.
+"""
 
 import errno
 import os
 from collections.abc import Iterator
 
-# What a file system says when no more can be written, whoever was writing.
+# Error numbers of a file system that has no more room (or no more for this user), then of one that cannot be written.
 _FULL = tuple(number for name in ("ENOSPC", "EDQUOT") if (number := getattr(errno, name, None)) is not None)
 _OUT_OF_SPACE = (*_FULL, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class ParityError(RuntimeError):
-    """A written artifact does not compute what the model in memory computes; nothing was published."""
+    """A written artifact does not compute what the model in memory does; nothing was published."""
 
     exit_code = 3
 
 
 class BudgetError(RuntimeError):
-    """All is done, but the result is not within what was asked for."""
+    """All work is done, but the result exceeds the requested budget."""
 
     exit_code = 4
 
 
 class TargetError(RuntimeError):
-    """The place to measure at cannot be reached, lacks something, or was lost on the way."""
+    """The target to measure at cannot be reached, lacks something, or was lost during the work."""
 
     exit_code = 5
 
 
 class StorageError(RuntimeError):
-    """The disk is full or fails in the middle of the work; what was finished before is kept."""
+    """The disk became full or failed during the work; what was finished before is kept."""
 
     exit_code = 6
 
 
 def out_of_space(error: BaseException, reasons: tuple[int, ...] = _OUT_OF_SPACE) -> str | None:
-    """What the file system said, if an error or one of its causes is that nothing more could be written; else None.
+    """Return the file system's message if an error, or one of its causes, is that no more can be written; else None.
 
-    Libraries that write from other languages (safetensors, Arrow) hand the system's words on as text.
+    Libraries that write from other languages (safetensors, Arrow) pass the system's message on as text only.
     """
     for cause in _chain(error):
         if isinstance(cause, OSError) and cause.errno is not None and cause.errno in reasons:
@@ -49,14 +51,15 @@ def out_of_space(error: BaseException, reasons: tuple[int, ...] = _OUT_OF_SPACE)
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error or one of its causes is that the disk has no room, or the user none on it."""
+    """Whether an error, or one of its causes, is a full disk or an exhausted quota."""
     return out_of_space(error, _FULL) is not None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
+    """The error and its causes, each once."""
+    yielded: set[int] = set()
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    while cause is not None and id(cause) not in yielded:
+        yielded.add(id(cause))
         yield cause
         cause = cause.__cause__ or cause.__context__

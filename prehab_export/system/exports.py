@@ -1,10 +1,11 @@
-"""What a package shows to the others: the names in the ``__init__.pyi`` beside its ``__init__.py``.
+"""Load a package's public names lazily, from the list in the ``__init__.pyi`` beside its ``__init__.py``.
 
-Editors, type checkers and readers see the stub's typed imports; at run time a name is imported when it is first asked
-for (the arrangement of SPEC 1, scientific-python.org). So a stub is the one list of what other rooms may use, and
-importing a room loads neither torch nor onnxruntime.
+Editors, type checkers and readers see the typed imports in the stub. At run time, each name is imported when it is
+first used (as in SPEC 1, scientific-python.org). So the stub is the only list of what other rooms may use, and a room
+is imported without loading torch or onnxruntime.
 
-Nothing is imported at the top of this module: it runs before the current folder has left the path (`current_folder`).
+Nothing is imported at the top of this module, because it runs before the current folder is removed from the path
+(see `current_folder`).
 """
 
 TYPE_CHECKING = False
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def lazy_exports(package: str, file: str) -> "tuple[Callable[[str], Any], Callable[[], list[str]]]":
-    """The ``__getattr__`` and ``__dir__`` of a package whose stub lies beside it.
+    """Return the ``__getattr__`` and ``__dir__`` of a package with a stub.
 
     Args:
         package: the package's ``__name__``.
@@ -40,7 +41,7 @@ def lazy_exports(package: str, file: str) -> "tuple[Callable[[str], Any], Callab
 
 
 def _read(stub: str) -> dict[str, str]:
-    """Name → the module that it is imported from."""
+    """Map each name in the stub to the module that it is imported from."""
     import ast
 
     with open(stub, encoding="utf-8") as file:

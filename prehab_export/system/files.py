@@ -1,5 +1,4 @@
-"""The files of a run: shown under two names, replaced whole, read back, taken away; whether there is room; and where
-things are kept from one run to the next."""
+"""Write, link, replace, read and remove the files of a run, check disk space, and locate the cache folder."""
 
 import json
 import os
@@ -17,25 +16,27 @@ from converters.onnx.modes import DATA_SUFFIX
 from converters.publishing import publish_text, published_folder
 from prehab_export.system.errors import StorageError, out_of_space
 
-# How the names of files of external weights end.
+# The end of the names of files with external weights.
 EXTERNAL_WEIGHTS = f".onnx{DATA_SUFFIX}"
 
 
 def cache_folder() -> Path:
-    """This program's folder for what later runs may use again, where the system keeps such folders: in XDG_CACHE_HOME,
-    which must be absolute to count, or ``~/.cache`` on Linux."""
+    """Return this program's folder for files that later runs can reuse, in the system's usual place: on Linux in
+    XDG_CACHE_HOME, if that is an absolute path, or else in ``~/.cache``."""
     return user_cache_path("prehab-export", appauthor=False)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value of JSON types; the file holds all of it or what it held before."""
+    """Write a value of JSON types; the file then holds either all of it or what it held before."""
     publish_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def link(source: str, target: str) -> None:
-    """Copy a file as a hard link, where the file system has them; of a symbolic link, the file that it leads to.
-    External weights of a graph are copied in full: onnx reads none that have another name somewhere, since they might
-    be anybody's file."""
+    """Link ``target`` to the file ``source`` by a hard link, or copy it if the file system has no hard links.
+
+    Symbolic links are followed. External weights of a graph are always copied: onnx refuses to read a file that has a
+    second name, since it could be any file on the system.
+    """
     if source.endswith(EXTERNAL_WEIGHTS):
         shutil.copy2(source, target)
         return
@@ -45,26 +46,33 @@ def link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def check_disk_space(folder: Path, needed: int) -> None:
-    """Raises:
-    InputError: the file system of ``folder`` has less than ``needed`` bytes free.
-    """
+def free_space(folder: Path) -> int:
+    """Bytes that are free where a folder lies, or would lie."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing).free
+
+
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Check that the file system of ``folder`` has ``needed`` bytes free.
+
+    Raises:
+        InputError: it has less.
+    """
+    free = free_space(folder)
     if free < needed:
         raise InputError(
-            f"{folder} needs about {needed / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free; free some space "
-            f"(`prehab-export clean {folder}` takes away results of earlier options), or give a folder on another "
+            f"{folder} needs about {needed / 1e9:.1f} GB more, but only {free / 1e9:.1f} GB are free; free some space "
+            f"(`prehab-export clean {folder}` removes results of earlier options), or name a folder on another "
             "disk with -o"
         )
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A fresh folder of a run to write into, which takes the place of ``folder`` if the block succeeds.
+    """Open a fresh folder to write into, which replaces ``folder`` if the block succeeds.
 
     Raises:
-        StorageError: the disk is full, or fails.
+        StorageError: the disk is full or fails.
     """
     try:
         with published_folder(folder, replace=True) as fresh:
@@ -73,28 +81,29 @@ def replacing(folder: Path) -> Iterator[Path]:
         if (reason := out_of_space(error)) is not None:
             raise StorageError(
                 f"cannot go on with {folder}: {reason}; nothing half-written is left. "
-                f"Free some space{_where_else(folder)}, then the same command goes on from here"
+                f"Free some space{_or_temporary(folder)}; the same command then continues from here"
             ) from error
         raise
 
 
-def _where_else(folder: Path) -> str:
-    """The places that lack room, where temporary files lie on another disk: nobody knows which of the two it was."""
+def _or_temporary(folder: Path) -> str:
+    """The places that may lack space, if temporary files are on another disk: the error does not say which is full."""
     temporary = Path(tempfile.gettempdir())
     return "" if temporary.stat().st_dev == folder.parent.stat().st_dev else f" there or in {temporary}"
 
 
 def same_content(shown: Path, source: Path) -> bool:
-    """Whether a shown file is the result's: a hard link to it, or a copy with its size and time."""
+    """Whether ``shown`` is ``source`` under another name: a hard link, or a copy with the same size and time."""
     if not (shown.is_file() and source.is_file()):
         return False
-    ours, theirs = shown.stat(), source.stat()
-    if os.path.samestat(ours, theirs):
+    shown_facts, source_facts = shown.stat(), source.stat()
+    if os.path.samestat(shown_facts, source_facts):
         return True
-    return (ours.st_size, ours.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
+    return (shown_facts.st_size, shown_facts.st_mtime_ns) == (source_facts.st_size, source_facts.st_mtime_ns)
 
 
 def remove(path: Path) -> None:
+    """Remove a file or a folder with everything in it."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -102,7 +111,7 @@ def remove(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What we have written there; None where nothing is, or what a machine that lost its power left of it."""
+    """Read a JSON file; None if there is none, or if it is damaged, as after a power failure."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (json.JSONDecodeError, UnicodeDecodeError):

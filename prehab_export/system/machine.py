@@ -1,6 +1,6 @@
-"""What a measurement was taken on: processor, cores that this process may use, memory, system, library versions.
+"""Describe the machine behind a measurement: processor, usable cores, memory, operating system, library versions.
 
-Nothing here names a person, a host or a path, so that the answer can be published with a result.
+Nothing here names a person, a host or a path, so the description can be published with a result.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 LIBRARIES = ("prehab-export", "torch", "transformers", "onnx", "onnxruntime", "peft", "safetensors")
-# What decides the speed of low-precision matrix products; the rest of a processor's flags says little here.
+# The processor flags that decide the speed of low-precision matrix products.
 VECTOR_EXTENSIONS = (
     *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
@@ -24,7 +24,7 @@ _UNLIMITED_BYTES = 1 << 60  # the first cgroup version writes a huge number for 
 
 
 def machine_facts() -> dict[str, Any]:
-    """The machine in JSON types. What cannot be known on this system is None; memory is in MB (10⁶ bytes)."""
+    """Describe the machine in JSON types. What this system does not reveal is None; memory is in MB (10⁶ bytes)."""
     flags = set((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
     limit = min(_cgroup_memory_limits(), default=None)
     return {
@@ -44,32 +44,34 @@ def machine_facts() -> dict[str, Any]:
 
 
 def available_cores() -> int:
-    """The cores that this process may really use: its affinity, cut by a container's CPU quota; at least 1."""
+    """Count the cores that this process may really use: its affinity, limited by the container's CPU quota; at least
+    1."""
     return max(1, min([len(usable_cores()), *(int(quota) for quota in _cgroup_cpu_quotas())]))
 
 
 def usable_cores() -> list[int]:
-    """The numbers of the cores that this process may run on; all of them where the system knows no affinity."""
+    """Return the numbers of the cores that this process may run on; all cores if the system has no affinity."""
     has_affinity = hasattr(os, "sched_getaffinity")  # neither macOS nor Windows has it
     return sorted(os.sched_getaffinity(0)) if has_affinity else list(range(os.cpu_count() or 1))
 
 
 def _cpu_model() -> str | None:
-    """A readable processor or board name; ARM Linux has no "model name", its board does."""
+    """The name of the processor, or else of the board: ARM Linux has no "model name" of the processor."""
     if platform.system() == "Darwin":
-        asked = subprocess.run(
+        sysctl = subprocess.run(
             ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"],
             capture_output=True,
             encoding="utf-8",
             env={},
             check=False,
         )
-        return asked.stdout.strip() or None
+        return sysctl.stdout.strip() or None
     board = _text(Path("/proc/device-tree/model"))
     return _cpuinfo("model name") or board or _cpuinfo("Hardware") or platform.processor() or None
 
 
 def _cpuinfo(field: str) -> str | None:
+    """The first value of a field in /proc/cpuinfo."""
     for line in (_text(Path("/proc/cpuinfo")) or "").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == field and value.strip():
@@ -93,7 +95,7 @@ def _version(package: str) -> str | None:
 
 
 def _cgroup_cpu_quotas() -> Iterator[float]:
-    """Cores granted by each limit that holds for this process (cgroup version 2, then version 1)."""
+    """The number of cores granted by each limit on this process (cgroup version 2, then version 1)."""
     for folder in _cgroup_folders(""):
         quota, _, period = (_text(folder / "cpu.max") or "").partition(" ")
         if quota.isdigit() and period.isdigit():
@@ -105,6 +107,7 @@ def _cgroup_cpu_quotas() -> Iterator[float]:
 
 
 def _cgroup_memory_limits() -> Iterator[int]:
+    """Each memory limit on this process, in bytes."""
     for controller, file in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
         for folder in _cgroup_folders(controller):
             limit = _text(folder / file) or ""
@@ -113,9 +116,9 @@ def _cgroup_memory_limits() -> Iterator[int]:
 
 
 def _cgroup_folders(controller: str) -> Iterator[Path]:
-    """This process's control group and its parents; "" is version 2's single hierarchy.
+    """The folders of this process's control group and its parents; "" names version 2's single hierarchy.
 
-    Inside a container the path of /proc/self/cgroup may be the host's and not exist: the root then stands in.
+    Inside a container, the path in /proc/self/cgroup may be the host's and not exist; only the root then counts.
     """
     for line in (_text(Path("/proc/self/cgroup")) or "").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -127,6 +130,7 @@ def _cgroup_folders(controller: str) -> Iterator[Path]:
 
 
 def _text(path: Path) -> str | None:
+    """The stripped text of a file; None if it is empty, missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8").strip("\0 \n") or None
     except (OSError, UnicodeDecodeError):

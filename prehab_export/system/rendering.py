@@ -1,8 +1,8 @@
-"""This package's Markdown templates, filled in: what is filled in is text, whatever it looks like.
+"""Render Markdown templates, with every value escaped as plain text.
 
-Models, data, devices and files bear names that others gave them: one with a pipe would break a table, one with brackets
-become a link. So every value is escaped on its way in; a filter that makes Markdown, YAML or a shell's word of a value
-says so by its type.
+Models, data sets, devices and files have names chosen by others: a pipe in a name would break a table, and brackets
+would make it a link. So every value is escaped when it is inserted. A filter that already returns Markdown, YAML or a
+shell word marks its result with the type `Finished`.
 """
 
 import json
@@ -18,7 +18,7 @@ from prehab_export.system.terminal import printable
 
 
 def render(room: str, template: str, facts: dict[str, Any]) -> str:
-    """A template of a room (``pipeline``), filled in; a fact that is missing is an error, not a gap."""
+    """Render a template of a room (such as ``pipeline``); a missing fact raises an error instead of leaving a gap."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(f"prehab_export.{room}"),
         undefined=jinja2.StrictUndefined,
@@ -34,22 +34,22 @@ def render(room: str, template: str, facts: dict[str, Any]) -> str:
 
 
 class Finished(str):
-    """Text that needs no escaping any more."""
+    """Text that needs no more escaping."""
 
 
 def _finished(value: Any) -> Any:
-    """What a template puts out for a value; an undefined one raises."""
+    """Convert a value to the template's output; an undefined value raises."""
     return value if isinstance(value, Finished | int | float) else Finished(escape_markdown(str(value)))
 
 
-# Signs that mean something wherever they stand; an underscore within a word does not, an ampersand only in an entity.
+# Characters that are markup anywhere in a line. An underscore inside a word is not, and an ampersand only in an entity.
 _MARKS = re.compile(r"[\\`*\[\]<>|~#$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
-# What makes a list or a heading of a line that begins with it.
+# Characters at the start of a line that make it a list or a heading.
 _STARTS = re.compile(r"^(?:[-+=](?=\s|[-=]|$)|\d+(?=[.)](?:\s|$)))")
 
 
 def escape_markdown(text: str) -> str:
-    r"""Text as Markdown (CommonMark, with GitHub's tables) that shows just this text, in one line.
+    r"""Return one line of Markdown (CommonMark, with GitHub's tables) that displays exactly this text.
 
     >>> print(escape_markdown("x[/v2]|*a*"))
     x\[/v2\]\|\*a\*
@@ -64,7 +64,7 @@ def escape_markdown(text: str) -> str:
 
 
 def code_span(text: str) -> Finished:
-    """Text as a code span, in which only the backticks around it and a table's pipes mean anything.
+    """Return text as a code span, in which only backticks and a table's pipes need care.
 
     >>> print(code_span("a`b|c"))
     `` a`b\\|c ``
@@ -76,16 +76,17 @@ def code_span(text: str) -> Finished:
 
 
 def _one_line(text: str) -> str:
+    """The text in one line, printable and encodable in UTF-8."""
     return " ".join(printable(text.encode("utf-8", "backslashreplace").decode("utf-8")).split())
 
 
 def _cells(values: Iterable[str]) -> Finished:
-    """The inner of a table's row."""
+    """The cells of a table's row, without the outer pipes."""
     return Finished(" | ".join(escape_markdown(value) for value in values))
 
 
 def _yaml(text: str) -> Finished:
-    """A string in YAML; JSON's are YAML's."""
+    """A string in YAML; a JSON string is one, too."""
     return Finished(text if re.fullmatch(r"[A-Za-z][\w.-]*(/[\w.-]+)?", text) else json.dumps(text))
 
 

@@ -1,4 +1,5 @@
-"""What a long piece of work says of itself, on stderr: a live bar on a terminal, plain lines elsewhere."""
+"""Print messages, warnings and progress on stderr: a live bar on a terminal, plain lines elsewhere. Results go to
+stdout."""
 
 import sys
 import time
@@ -9,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 from prehab_export.system.progress import Advance
@@ -17,8 +19,8 @@ _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 16
 
 
 class _Literal(Console):
-    """A console that shows text as it is: what looks like markup in the name of a file or a device is part of the name,
-    and a control character is shown instead of obeyed. Looks are given as ``style``."""
+    """A console that prints text literally. What looks like markup in the name of a file or device is part of the
+    name, and control characters are shown, not executed. Formatting is only given by ``style``."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -28,7 +30,7 @@ class _Literal(Console):
 
 
 def printable(text: str) -> str:
-    r"""Text with its control characters, line ends and tabs aside, written out.
+    r"""Write out control characters as escapes, except line ends and tabs.
 
     >>> printable("a\x1b[31mb")
     'a\\x1b[31mb'
@@ -40,22 +42,24 @@ console = _Literal(stderr=True, soft_wrap=True)
 
 
 def result_console() -> Console:
-    """For results, on stdout: as wide as the terminal, and wide enough for long layer names where there is none."""
+    """Return a console for results on stdout: as wide as the terminal, or wide enough for long layer names without
+    one."""
     return _Literal() if Console().is_terminal else _Literal(width=160)
 
 
 def say(text: str, style: str | None = None) -> None:
-    """A line on stderr, as it is; ``style`` as in rich: ``bold``, ``dim``, ``yellow``."""
+    """Print a line on stderr, literally; ``style`` is one of rich's: ``bold``, ``dim``, ``yellow``."""
     console.print(text, style=style)
 
 
 def warn(text: str) -> None:
+    """Print a warning on stderr."""
     say(f"  warning: {text}", style="yellow")
 
 
 @contextmanager
 def bar(what: str, steps: int) -> Iterator[Advance]:
-    """Progress that a person watches: a `Progress`."""
+    """Show progress to a person; a `Progress`."""
     what = printable(what)
     if not console.is_terminal:
         with _lines(what, steps) as advance:
@@ -67,15 +71,17 @@ def bar(what: str, steps: int) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", style="dim", markup=False),
+        # Takes the room that the others leave, and is cut off there.
+        TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(ratio=1, no_wrap=True)),
     )
-    with RichProgress(*columns, console=console, transient=True) as progress:
+    with RichProgress(*columns, console=console, transient=True, expand=True) as progress:
         task = progress.add_task(what, total=steps or None, note="")
         yield lambda amount=1, note="": progress.update(task, advance=amount, note=note)
 
 
 @contextmanager
 def _lines(what: str, steps: int, every_s: float = 15.0) -> Iterator[Advance]:
+    """Print a line of progress at most every ``every_s`` seconds."""
     done, last = 0, time.monotonic()
 
     def advance(amount: int = 1, note: str = "") -> None:

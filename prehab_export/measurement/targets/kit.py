@@ -27,8 +27,8 @@ from converters.onnx.graph_facts import GraphFacts, external_files, read_graph
 from converters.onnx.runtime import open_session
 from converters.publishing import published_folder
 from prehab_export.config import BenchConfig
+from prehab_export.measurement.feeds import Case, prepare_request
 from prehab_export.measurement.targets.results import FORMAT, Json
-from prehab_export.measurement.worker import Case, make_plan
 from prehab_export.system import link, render, sha256_of
 
 KIT, RUNNER = "kit.json", "run_kit.py"
@@ -182,10 +182,10 @@ def _record(case: Case, graphs: Mapping[str, GraphFacts], slugs: Mapping[str, st
     for model, graph in graphs.items():
         session, slug = open_session(graph.path, case.threads), slugs[model]
         try:
-            plan = make_plan(session, case)
+            request = prepare_request(session, case)
         except ValueError as error:
             raise InputError(f"{model} at {name}: {error}") from error
-        feeds = {key: value.numpy().copy() for key, value in plan.prefill.items()}
+        feeds = {key: value.numpy().copy() for key, value in request.prefill.items()}
         if not inputs:
             inputs = {key: keep(key, value) for key, value in feeds.items()}
         names = [output.name for output in session.get_outputs() if not output.name.startswith("present.")]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import InputError
-from prehab_export.system import dies_with_us, environment, usable_cores
+from prehab_export.measurement.targets.watched import Watch, finish
+from prehab_export.system import die_with_parent, environment, usable_cores
 
 try:
     import resource
@@ -63,13 +64,13 @@ class Ended:
     kind: str | None
 
 
-def run_limited(command: Sequence[str], limits: Limits, timeout_s: float | None = None) -> Ended:
+def run_limited(command: Sequence[str], limits: Limits, watch: Watch | None = None) -> Ended:
     """Run a command within limits, to its end.
 
-    Raises:
-        InputError: it took longer than ``timeout_s``.
+    Args:
+        watch: called with each line of stderr as it comes; what it raises ends the command and is raised here.
     """
-    bind = dies_with_us()
+    bind = die_with_parent()
     with _memory_limit(limits.memory_mb) as (kind, enter):
 
         def prepare() -> None:  # in the child, before the command
@@ -80,21 +81,20 @@ def run_limited(command: Sequence[str], limits: Limits, timeout_s: float | None 
             enter()
 
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 command,
-                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 encoding="utf-8",
                 errors="replace",
-                timeout=timeout_s,
-                stdin=subprocess.DEVNULL,
                 env=environment(),
                 preexec_fn=prepare if limits != Limits() else bind,  # Windows takes none
             )
-        except subprocess.TimeoutExpired as error:
-            raise InputError(f"it took longer than {timeout_s:.0f} s within the limits") from error
         except subprocess.SubprocessError:  # the limit leaves no room to start in
             return Ended(-9, "", "the process could not start", kind)
-    return Ended(done.returncode, done.stdout, done.stderr, kind)
+        output, errors = finish(process, watch)
+    return Ended(process.returncode, output, errors, kind)
 
 
 @contextmanager

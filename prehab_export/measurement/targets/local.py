@@ -2,13 +2,15 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from prehab_export.measurement.targets.kit import RUNNER, Kit
 from prehab_export.measurement.targets.limits import Ended, Limits, can_pin, run_limited
 from prehab_export.measurement.targets.results import Json, read_results
-from prehab_export.system import ParityError, TargetError, python_script, usable_cores
+from prehab_export.measurement.targets.rounds import follow, rounds_of
+from prehab_export.system import ParityError, Progress, TargetError, python_script, silent, step, usable_cores
 
 # An exit code of the runner.
 _OUT_OF_TOLERANCE = 3
@@ -17,7 +19,9 @@ _OUT_OF_TOLERANCE = 3
 PRECISION = 50
 
 
-def measure_locally(kit: Kit, limits: Limits, arguments: Sequence[str] = (), place: str = "local") -> Json:
+def measure_locally(
+    kit: Kit, limits: Limits, arguments: Sequence[str] = (), place: str = "local", progress: Progress = silent
+) -> Json:
     """The results of the kit's runner in a process of its own; they say what limits held.
 
     Raises:
@@ -26,7 +30,9 @@ def measure_locally(kit: Kit, limits: Limits, arguments: Sequence[str] = (), pla
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "results.json")
-        ended = run_limited([*_command(kit), "--place", place, "--out", str(out), *arguments], limits)
+        command = [*_command(kit), "--place", place, "--out", str(out), *arguments]
+        with progress("measure here", rounds_of(kit)) as advance:
+            ended = run_limited(command, limits, follow(advance))
         if ended.code != 0:
             if limits.memory_mb is not None and ended.code != _OUT_OF_TOLERANCE:
                 # A process without memory fails in many ways; if it works with more, that is what it lacked.
@@ -40,29 +46,26 @@ def measure_locally(kit: Kit, limits: Limits, arguments: Sequence[str] = (), pla
     return results | {"limits": {"cores": cores, "memory_mb": limits.memory_mb, "memory_limit": ended.kind}}
 
 
-def matrix(
-    kit: Kit, threads: Sequence[int], memory_mb: Sequence[float], progress: Callable[[str], None] | None = None
-) -> Json:
+def matrix(kit: Kit, threads: Sequence[int], memory_mb: Sequence[float], progress: Progress = silent) -> Json:
     """Threads × memory for every model: whether it runs and how fast, and the least memory in which it does.
 
     Returns:
         ``cells``: model, threads, memory_mb, runs, p50_ms and p95_ms of the slowest case; ``least``: model, threads,
         memory_mb, found by bisection to 2%; ``memory_limit``: which limit held.
     """
-    say = progress or (lambda _: None)
     _check(kit)  # from here on, what does not run lacks memory
     cells, least, kind = [], [], None
-    for count in threads:
-        cores = tuple(usable_cores()[:count]) if can_pin() else None
-        for model in kit.facts["models"]:
+    models = kit.facts["models"]
+    with progress("threads × memory", len(threads) * len(models) * (len(memory_mb) + 1)) as advance:
+        for count, model in product(threads, models):
+            cores = tuple(usable_cores()[:count]) if can_pin() else None
+            own = {"model": model["name"], "threads": count}
             for size in memory_mb:
-                say(f"{model['name']}, {count} thread(s), {size:g} MB")
-                cell, kind = _cell(kit, model["slug"], count, Limits(cores, size))
-                cells.append({"model": model["name"], "threads": count, "memory_mb": size, **cell})
-            say(f"{model['name']}, {count} thread(s): the least memory")
-            least.append(
-                {"model": model["name"], "threads": count, "memory_mb": _least(kit, model["slug"], count, cores)}
-            )
+                with step(advance, f"{model['name']}, {count} thread(s), {size:g} MB"):
+                    cell, kind = _cell(kit, model["slug"], count, Limits(cores, size))
+                cells.append({**own, "memory_mb": size, **cell})
+            with step(advance, f"{model['name']}, {count} thread(s): the least memory"):
+                least.append({**own, "memory_mb": _least(kit, model["slug"], count, cores)})
     return {"cells": cells, "least": least, "memory_limit": kind}
 
 

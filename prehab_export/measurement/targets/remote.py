@@ -3,14 +3,14 @@
 import json
 import shlex
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from prehab_export.measurement.targets.kit import KIT, RUNNER, Kit
 from prehab_export.measurement.targets.results import Json, read_results
+from prehab_export.measurement.targets.rounds import follow, rounds_of
 from prehab_export.measurement.targets.shell import Shell
-from prehab_export.system import ParityError, TargetError
+from prehab_export.system import ParityError, Progress, TargetError, silent, step
 
 # Prints the hash of every file below a folder; runs there.
 _HASHES = """
@@ -45,7 +45,7 @@ def measure_remotely(
     place: str,
     python: str = "python3",
     keep: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = silent,
 ) -> Json:
     """The results of a kit's runner on the machine behind ``shell``.
 
@@ -57,17 +57,17 @@ def measure_remotely(
         TargetError: no Python or runtime there, no room, the connection is lost, or the runner fails.
         ParityError: a model gives other answers there.
     """
-    say = progress or (lambda _: None)
     _check_python(shell, python)
     folder = f"{shell.home}/{kit.digest[:16]}" if not keep else f"{shell.home}/kept"
     try:
-        _copy(kit, shell, folder, python, say)
+        _copy(kit, shell, folder, python, progress)
         results = f"{folder}/results-{kit.digest[:16]}.json"
         line = (
             f"{shlex.quote(python)} {shlex.quote(f'{folder}/{RUNNER}')} --end-with-stdin --place {place} "
             f"--out {shlex.quote(results)}"
         )
-        code, _, errors = shell.run(line, say)
+        with progress(f"measure at {shell.name}", rounds_of(kit)) as advance:
+            code, _, errors = shell.run(line, follow(advance))
         if code == _OUT_OF_TOLERANCE:
             raise ParityError(f"{shell.name}: {_error_of(errors)}")
         if code == _KILLED:
@@ -96,7 +96,7 @@ def _check_python(shell: Shell, python: str) -> None:
         )
 
 
-def _copy(kit: Kit, shell: Shell, folder: str, python: str, say: Callable[[str], None]) -> None:
+def _copy(kit: Kit, shell: Shell, folder: str, python: str, progress: Progress) -> None:
     quoted = shlex.quote(folder)
     code, found, errors = shell.run(f"mkdir -p {quoted} && {shlex.quote(python)} -c {shlex.quote(_HASHES)} {quoted}")
     if code != 0:
@@ -114,9 +114,10 @@ def _copy(kit: Kit, shell: Shell, folder: str, python: str, say: Callable[[str],
         ]
     )
     shell.run(line)
-    for at, name in enumerate(missing):
-        say(f"copying {name} ({at + 1} of {len(missing)})")
-        shell.put(kit.folder / name, f"{folder}/{name}")
+    with progress(f"copy to {shell.name}", len(missing)) as advance:
+        for name in missing:
+            with step(advance, name):
+                shell.put(kit.folder / name, f"{folder}/{name}")
 
 
 def _remove(shell: Shell, folder: str) -> None:

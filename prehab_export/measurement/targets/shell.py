@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import IO
 from urllib.parse import urlsplit
 
 from converters.errors import InputError
+from prehab_export.measurement.targets.watched import Watch, finish
 from prehab_export.system import TargetError, environment, find_program
 
 # What ssh returns for its own failures, whatever the command returned.
@@ -31,8 +31,8 @@ class Shell:
     """A machine that can be told things.
 
     prefix: what stands before a shell line. lost: the exit code that means that the connection failed, not the line.
-    copies: arguments that copy a local file there and back, ``(source, target)`` → command; None to send files through
-    the shell itself. home: the folder to keep kits in.
+    push, pull: ``(source, destination)`` → the command that copies a local file there, and one from there; None to send
+    files through the shell itself. home: the folder to keep kits in.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Shell:
     push: Callable[[str, str], list[str]] | None = None
     pull: Callable[[str, str], list[str]] | None = None
 
-    def run(self, line: str, watch: Callable[[str], None] | None = None) -> tuple[int, str, str]:
+    def run(self, line: str, watch: Watch | None = None) -> tuple[int, str, str]:
         """Run a shell line there, its stdin held open until it ends; returns exit code, stdout and stderr.
 
         Args:
@@ -62,46 +62,18 @@ class Shell:
             errors="replace",
             env=environment(),
         )
-        errors: list[str] = []
-        failures: list[Exception] = []
+        output, errors = finish(process, watch)  # a runner there ends when its stdin closes, which this end's is then
+        return self._judged(process.returncode, output, errors)
 
-        def read_errors() -> None:
-            assert process.stderr is not None
-            for text in process.stderr:
-                errors.append(text)
-                if watch is not None and not failures:
-                    try:
-                        watch(text.rstrip("\n"))
-                    except Exception as error:
-                        failures.append(error)
-                        process.kill()  # else both ends would wait for each other
-
-        reader = Thread(target=read_errors, daemon=True)
-        reader.start()
-        try:
-            assert process.stdout is not None
-            output = process.stdout.read()
-            process.wait()
-        finally:
-            process.kill()  # of our end; a runner there ends when its stdin closes
-            process.wait()
-            reader.join()
-            for stream in (process.stdin, process.stdout, process.stderr):
-                if stream is not None:
-                    stream.close()
-        if failures:
-            raise failures[0]
-        return self._judged(process.returncode, output, "".join(errors))
-
-    def put(self, source: Path, target: str) -> None:
+    def put(self, source: Path, destination: str) -> None:
         """Copy a file there; it appears under its name when it is complete.
 
         Raises:
             TargetError: it could not be written, or the connection was lost.
         """
-        part, place = shlex.quote(f"{target}.part"), shlex.quote(target)
+        part, place = shlex.quote(f"{destination}.part"), shlex.quote(destination)
         if self.push is not None:
-            done = _done(self.push(str(source), f"{target}.part"))
+            done = _done(self.push(str(source), f"{destination}.part"))
         else:
             with source.open("rb") as file:
                 line = [*self.prefix, f"cat > {part}"]
@@ -109,17 +81,17 @@ class Shell:
         self._expect(self._judged(done.returncode, "", done.stderr), f"{source.name} could not be copied")
         self._expect(self.run(f"mv {part} {place}"), f"{source.name} could not be copied")
 
-    def get(self, source: str, target: Path) -> None:
+    def get(self, source: str, destination: Path) -> None:
         """Raises:
         TargetError: it is not there, or the connection was lost.
         """
         if self.pull is not None:
-            done = _done(self.pull(source, str(target)))
+            done = _done(self.pull(source, str(destination)))
             self._expect(self._judged(done.returncode, "", done.stderr), f"{source} could not be fetched")
             return
         code, output, errors = self.run(f"cat {shlex.quote(source)}")
         self._expect((code, output, errors), f"{source} could not be fetched")
-        target.write_text(output, encoding="utf-8")
+        destination.write_text(output, encoding="utf-8")
 
     def _judged(self, code: int, output: str, errors: str) -> tuple[int, str, str]:
         unplugged = self.push is not None and code != 0 and any(text in errors.lower() for text in _UNPLUGGED)
@@ -224,6 +196,6 @@ def adb(serial: str | None) -> Iterator[Shell]:
         serial or "the device",
         (*base, "shell"),
         "/data/local/tmp/prehab-export",
-        push=lambda source, target: [*base, "push", source, target],
-        pull=lambda source, target: [*base, "pull", source, target],
+        push=lambda source, destination: [*base, "push", source, destination],
+        pull=lambda source, destination: [*base, "pull", source, destination],
     )

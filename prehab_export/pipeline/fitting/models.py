@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,9 +13,9 @@ from transformers import PreTrainedModel
 from converters.dtypes import DTYPES, cast_weights, holds_exactly
 from converters.folder import save_folder
 from converters.lowrank import dense_weight
-from converters.onnx.coverage import coverage
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import quantize_graph
+from converters.onnx.quantized_weights import count_quantized
 from prehab_export.compression import (
     Calibrated,
     Decompositions,
@@ -27,15 +26,15 @@ from prehab_export.compression import (
     frozen_copy,
 )
 from prehab_export.config import drop_of
-from prehab_export.deployment import reloaded, tell_coverage
+from prehab_export.deployment import reloaded, tell_quantized
 from prehab_export.inputs import Metrics
+from prehab_export.pipeline.fitting.published import Published
 from prehab_export.pipeline.fitting.search import FLOAT32, Layers
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.export import export_model
 from prehab_export.pipeline.stages.quantize import activation_sample
 from prehab_export.pipeline.stages.table import STAGES
 from prehab_export.pipeline.stages.verify import graph_metrics
-from prehab_export.pipeline.workspace import stage_key
 from prehab_export.system import bar, link, say, sha256_of_text, warn, write_json
 
 Row = dict[str, Any]
@@ -46,19 +45,9 @@ class FitModels:
     computed where it is not."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
-        self.calibration, self.baseline = session.identity("calibrate"), session.identity("baseline")
-        # Of each stage's result in this fit.
-        self._identities = {"baseline": self.baseline}
-
-    def stage(self, name: str, options: Row, parents: Sequence[str], work: Callable[[Path], None]) -> Path:
-        """The folder that ``work`` fills, once for these options and for the results that it reads."""
-        workspace, key = self.session.workspace, stage_key(name, options, parents)
-        if workspace.find(name, key) is None:
-            with workspace.publish(name, key, options) as folder:
-                work(folder)
-        self._identities[name] = workspace.identity(name, key)
-        return workspace.result(name, key)
+        self.session, self.published = session, Published(session)
+        self.modes = (FLOAT32, *dict.fromkeys(session.config.quantize))
+        self._calibration = self.published.identity("calibrate")
 
     @cached_property
     def dense(self) -> RankPlan:
@@ -81,7 +70,7 @@ class FitModels:
     def layers(self) -> Layers:
         """Shapes and predicted losses; of the weights nothing is needed once these are known."""
         session, cut = self.session, self.session.config.cut
-        folder = self.stage("fit-spectra", self._cut_options(), [self.calibration], self._write_spectra)
+        folder = self.published.result("fit-spectra", self._cut_options(), [self._calibration], self._write_spectra)
         tensors, index = (
             load_file(folder / "losses.safetensors"),
             json.loads((folder / "index.json").read_text(encoding="utf-8")),
@@ -105,7 +94,9 @@ class FitModels:
     def _made(self, plan: RankPlan) -> Path:
         """``model/`` with its graph, exported and reopened, of a plan that cuts something."""
         options = plan_facts(plan) | self._cut_options() | self._export_options()
-        return self.stage(f"fit-model-{slug_of(plan)}", options, [self.calibration], partial(self._make, plan))
+        return self.published.result(
+            f"fit-model-{slug_of(plan)}", options, [self._calibration], partial(self._make, plan)
+        )
 
     def _cut_options(self) -> Row:
         """What decides the factors besides a plan's ranks: the options that choose the ranks are left out."""
@@ -135,14 +126,14 @@ class FitModels:
 
     def graph_identity(self, plan: RankPlan, mode: str) -> str:
         """Of the result that holds the `graph`, for the keys of what is measured of it."""
-        return self._identities[self._graph(plan, mode)[0]]
+        return self.published.identity(self._graph(plan, mode)[0])
 
     def _graph(self, plan: RankPlan, mode: str) -> tuple[str, Path]:
         """The stage that holds a graph, and the graph."""
         slug = slug_of(plan)
         if mode != FLOAT32:
-            stage, parents = f"fit-graph-{slug}-{mode}", [self.calibration, self.graph_identity(plan, FLOAT32)]
-            folder = self.stage(stage, {"mode": mode}, parents, partial(self._quantize, plan, mode))
+            stage, parents = f"fit-graph-{slug}-{mode}", [self._calibration, self.graph_identity(plan, FLOAT32)]
+            folder = self.published.result(stage, {"mode": mode}, parents, partial(self._quantize, plan, mode))
             return stage, folder / FILE_NAMES[mode]
         if slug == "dense":
             return "baseline", self.session.workspace.folder("baseline") / "onnx" / "model.onnx"
@@ -152,14 +143,14 @@ class FitModels:
         source = self.graph(plan, FLOAT32)
         graph = folder / FILE_NAMES[mode]
         quantize_graph(source, graph, mode, partial(activation_sample, self.session.on_cpu, source))
-        tell_coverage(f"{slug_of(plan)} {mode}", coverage(source, graph))
+        tell_quantized(f"{slug_of(plan)} {mode}", count_quantized(source, graph))
 
     def metrics(self, plan: RankPlan, mode: str, split: str = "evaluation") -> Metrics:
         """Of the graph, on ONNX Runtime."""
         name = f"fit-{split}-{slug_of(plan)}-{mode}"
         judging = {"evaluation": self.session.data.evaluation_fingerprint} if split == "evaluation" else {}
         options = {"split": split, **judging}
-        folder = self.stage(
+        folder = self.published.result(
             name, options, [self.graph_identity(plan, mode)], partial(self._evaluate, plan, mode, split)
         )
         return Metrics(**json.loads((folder / "metrics.json").read_text(encoding="utf-8")))

@@ -11,7 +11,7 @@ loss (``allocation``). Where the best ranks for one of the two limits keep to th
 both; where they do not, both are spent as one cost, the weight between them found by bisection.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prehab_export.config import Budget, Figures
 from prehab_export.linalg import Cost, Group, by_joint_loss, parameters
+from prehab_export.system import Progress, silent, step
 
 FLOAT32 = "float32"
 # Shares of their dense time at which each setup is looked at, for the whole picture.
@@ -78,7 +79,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Layers:
-    """The targeted layers: (m, n) of each, the predicted loss at ranks 0, 1, … of each, and of each group that may
+    """The selected layers: (m, n) of each, the predicted loss at ranks 0, 1, … of each, and of each group that may
     share a ``down``, at joint ranks; losses in nats."""
 
     shapes: Mapping[str, tuple[int, int]]
@@ -119,7 +120,7 @@ class Knowledge:
     """What the target told of one setup.
 
     cost: seconds of a layer. latency: summed seconds of the layers → p50 of a request in ms. tail: p95 over p50.
-    size, memory: parameters of the targeted layers → MB. penalty: what quantisation alone costs, in nats.
+    size, memory: parameters of the selected layers → MB. penalty: what quantisation alone costs, in nats.
     """
 
     setup: Setup
@@ -248,12 +249,14 @@ class Search:
         """Candidates over the whole range of times, for the picture and the table."""
         return [self.allocated(known, known.cost, keep) for keep in LADDER]
 
-    def all(self, budget: Budget, progress: Callable[[int], object] = lambda _: None) -> list[Candidate]:
+    def all(self, budget: Budget, progress: Progress = silent) -> list[Candidate]:
         """Every candidate: dense, over the whole range, and at the budget and a little inside it."""
         found = list(self.uncut)
-        for known in self.known.values():
-            found += [*self.ladder(known), self.within(known, budget), self.within(known, tightened(budget, MARGIN))]
-            progress(1)
+        with progress("search", len(self.known)) as advance:
+            for setup, known in self.known.items():
+                inside = tightened(budget, MARGIN)
+                with step(advance, str(setup)):
+                    found += [*self.ladder(known), self.within(known, budget), self.within(known, inside)]
         return distinct(found)
 
 

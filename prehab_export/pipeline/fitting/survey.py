@@ -2,11 +2,11 @@
 
 Of every layer shape, the time at a few ranks and dense, in each kind of quantisation: one tiny graph each, with several
 copies of the layer, so that weights come from where a model's weights come from. Of a few whole models, the *anchors*,
-time, memory and size: between them everything else is read off (``fit_search``).
+time, memory and size: between them everything else is read off (``search``).
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from converters.onnx.quantize import quantize_graph
 from prehab_export.linalg import break_even
 from prehab_export.measurement import Curve, RankTimes, Setting, Shape, layer_graph
 from prehab_export.pipeline.fitting.search import FLOAT32, Knowledge, Layers, Line, Setup
+from prehab_export.system import Progress, silent, step
 
 Row = Mapping[str, Any]
 
@@ -31,20 +32,20 @@ MULTIPLE = 8
 
 
 @dataclass(frozen=True)
-class LayerProbe:
-    """A graph of ``copies`` m×n layers, dense or as two factors."""
+class LayerGraph:
+    """A graph of ``copies`` m×n layers, dense (rank None) or as two factors."""
 
     slug: str
     mode: str
     shape: Shape
     rank: int | None
     copies: int
-    graph: Path
+    path: Path
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A whole model in one mode. units: (m, n, rank) of its targeted layers, None for dense."""
+    """A whole model in one mode. units: (m, n, rank) of its selected layers, None for dense."""
 
     slug: str
     mode: str
@@ -57,12 +58,12 @@ class Anchor:
         return sum(m * n if rank is None else rank * (m + n) for m, n, rank in self.units)
 
 
-def probed_ranks(m: int, n: int) -> tuple[int, ...]:
+def surveyed_ranks(m: int, n: int) -> tuple[int, ...]:
     """The ranks to time: in multiples that kernels like, where the layer is not too small for them.
 
-    >>> probed_ranks(384, 384)
+    >>> surveyed_ranks(384, 384)
     (16, 48, 96, 144, 192)
-    >>> probed_ranks(32, 32)
+    >>> surveyed_ranks(32, 32)
     (1, 4, 8, 16)
     """
     most = break_even(m, n)
@@ -75,33 +76,43 @@ def case_of(shape: Shape) -> str:
     return f"layer-{shape[0]}x{shape[1]}"
 
 
-def layer_probes(
+def write_layer_graphs(
     shapes: Iterable[Shape],
     tokens: int,
     modes: Sequence[str],
     folder: Path,
-    progress: Callable[[int], object] = lambda _: None,
-) -> Iterator[LayerProbe]:
+    progress: Progress = silent,
+) -> list[LayerGraph]:
     """Write the graphs of every shape in every mode.
 
     Args:
         shapes: (m, n) of each layer, as often as it occurs.
         tokens: rows that go through a layer at a time.
-        progress: called with 1 after each shape.
     """
-    for (m, n), count in Counter(shapes).items():
-        copies = max(1, min(count, MOST_BYTES // (4 * m * n)))
-        for rank in (None, *probed_ranks(m, n)):
-            name = f"{case_of((m, n))}-{'dense' if rank is None else f'r{rank}'}"
-            source = folder / f"{name}-{FLOAT32}.onnx"
-            folder.mkdir(parents=True, exist_ok=True)
-            ir.save(layer_graph(m, n, rank, copies, tokens), source)
-            for mode in modes:
-                graph = folder / f"{name}-{mode}.onnx"
-                if mode != FLOAT32:
-                    quantize_graph(source, graph, mode, partial(_sample, (m, n), tokens), may_grow=True)
-                yield LayerProbe(f"{name}-{mode}", mode, (m, n), rank, copies, graph)
-        progress(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = Counter(shapes)
+    graphs: list[LayerGraph] = []
+    with progress("write layer graphs", len(counts)) as advance:
+        for (m, n), count in counts.items():
+            with step(advance, f"{m}×{n}"):
+                copies = max(1, min(count, MOST_BYTES // (4 * m * n)))
+                for rank in (None, *surveyed_ranks(m, n)):
+                    graphs += _written((m, n), rank, copies, tokens, modes, folder)
+    return graphs
+
+
+def _written(
+    shape: Shape, rank: int | None, copies: int, tokens: int, modes: Sequence[str], folder: Path
+) -> Iterator[LayerGraph]:
+    """The graphs of one shape at one rank, None for dense."""
+    name = f"{case_of(shape)}-{'dense' if rank is None else f'r{rank}'}"
+    source = folder / f"{name}-{FLOAT32}.onnx"
+    ir.save(layer_graph(*shape, rank, copies, tokens), source)
+    for mode in modes:
+        path = folder / f"{name}-{mode}.onnx"
+        if mode != FLOAT32:
+            quantize_graph(source, path, mode, partial(_sample, shape, tokens), may_grow=True)
+        yield LayerGraph(f"{name}-{mode}", mode, shape, rank, copies, path)
 
 
 def layer_input(shape: Shape, tokens: int) -> dict[str, np.ndarray]:
@@ -116,7 +127,7 @@ def _sample(shape: Shape, tokens: int) -> Iterator[dict[str, np.ndarray]]:
 def understood(
     rows: Sequence[Row],
     layers: Layers,
-    probes: Sequence[LayerProbe],
+    graphs: Sequence[LayerGraph],
     anchors: Sequence[Anchor],
     penalties: Mapping[str, float],
     tokens: int,
@@ -131,7 +142,7 @@ def understood(
     modes = dict.fromkeys(anchor.mode for anchor in anchors)
     known = {}
     for mode in modes:
-        own = [probe for probe in probes if probe.mode == mode]
+        own = [graph for graph in graphs if graph.mode == mode]
         whole = [anchor for anchor in anchors if anchor.mode == mode]
         for count in threads:
             times = _times(own, {p.slug: told[p.slug, count]["p50_ms"] for p in own}, Setting(count, tokens))
@@ -142,10 +153,10 @@ def understood(
     return known
 
 
-def _times(probes: Sequence[LayerProbe], p50_ms: Mapping[str, float], setting: Setting) -> RankTimes:
+def _times(graphs: Sequence[LayerGraph], p50_ms: Mapping[str, float], setting: Setting) -> RankTimes:
     curves = {}
-    for shape in dict.fromkeys(probe.shape for probe in probes):
-        own = {p.rank: p50_ms[p.slug] / 1e3 / p.copies for p in probes if p.shape == shape}
+    for shape in dict.fromkeys(graph.shape for graph in graphs):
+        own = {p.rank: p50_ms[p.slug] / 1e3 / p.copies for p in graphs if p.shape == shape}
         ranks = sorted(rank for rank in own if rank is not None)
         curves[shape] = Curve(own[None], tuple(ranks), tuple(own[rank] for rank in ranks))
     return RankTimes(setting, curves)

@@ -9,12 +9,12 @@ from prehab_export.pipeline.checks import bench_config
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.quantize import graph_hashes, graphs_of
 from prehab_export.pipeline.target_results import results_of
-from prehab_export.system import write_json
+from prehab_export.system import bar, write_json
 
 
 def bench_graphs(session: Session, folder: Path) -> None:
     vocabulary = vocabulary_size(session.model_config)
-    write_json(folder / "bench.json", bench(graphs_of(session), bench_config(session), vocabulary))
+    write_json(folder / "bench.json", bench(graphs_of(session), bench_config(session), vocabulary, bar))
 
 
 def target_results(session: Session) -> dict[str, Any]:

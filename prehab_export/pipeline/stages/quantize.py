@@ -10,22 +10,21 @@ from typing import Any
 import torch
 
 from converters.folder import from_pretrained
-from converters.lowrank import low_rank_layers
-from converters.onnx.coverage import coverage
 from converters.onnx.graph_facts import read_graph
 from converters.onnx.modes import FILE_NAMES
 from converters.onnx.quantize import Feeds, quantize_graph
+from converters.onnx.quantized_weights import count_quantized
 from converters.onnx.runtime import open_session
 from converters.onnx.weights import replace_weights, weight_names
 from converters.onnx.write import data_file
 from converters.publishing import move_together
 from prehab_export.compression import GridFit, refit_to_grid
-from prehab_export.deployment import tell_coverage
+from prehab_export.deployment import tell_quantized
 from prehab_export.inputs import Metrics, feeds_of
 from prehab_export.linalg import GRIDS
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.verify import graph_metrics
-from prehab_export.system import bar, say, write_json
+from prehab_export.system import bar, named, say, write_json
 
 # Ranges of activations need far fewer samples than moments.
 SAMPLE = 128
@@ -50,9 +49,9 @@ def quantize(session: Session, folder: Path) -> None:
             if side == "compressed" and session.config.quantize_refit and mode in GRIDS:
                 metrics, refit = _with_refit(session, source, graph, mode, metrics)
             facts = {"model": side, "mode": mode, "bytes": read_graph(graph).file_bytes, **asdict(metrics)}
-            covered = coverage(source, graph)
-            tell_coverage(f"{side} {mode}", covered)
-            rows.append(facts | {"refit": refit, "weights_quantised": covered.share, "coverage": asdict(covered)})
+            counted = count_quantized(source, graph)
+            tell_quantized(f"{side} {mode}", counted)
+            rows.append(facts | {"refit": refit, "weights_quantised": counted.share, "coverage": asdict(counted)})
     write_json(folder / "quantize.json", {"graphs": rows})
 
 
@@ -117,15 +116,14 @@ def _refitted(session: Session, source: Path, target: Path, mode: str) -> list[G
     """The graph in float32, its factors on the mode's grid."""
     folder = session.workspace.folder("export") / "model"
     model = from_pretrained(folder, dtype=torch.float32, trust_remote_code=session.config.trust_remote_code)
-    with bar(f"fit to {mode}", len(low_rank_layers(model))) as advance:
-        fits = refit_to_grid(
-            model,
-            session.load_prepared_statistics(),
-            GRIDS[mode],
-            session.config.cut.gradient_shrinkage,
-            replaceable=weight_names(source),
-            progress=advance,
-        )
+    fits = refit_to_grid(
+        model,
+        session.load_prepared_statistics(),
+        GRIDS[mode],
+        session.config.cut.gradient_shrinkage,
+        replaceable=weight_names(source),
+        progress=named(bar, f"fit to {mode}"),
+    )
     replace_weights(source, target, model.state_dict())
     return fits
 

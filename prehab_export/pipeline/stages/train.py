@@ -55,7 +55,7 @@ def _prehabbed(
     history = prehab(
         calibrated, session.training, options, config.cut, evaluate=evaluate, seed=config.seed, progress=progress
     )
-    return history, gather(session, cast(PreTrainedModel, calibrated.model))
+    return history, calibrated.with_statistics(gather(session, cast(PreTrainedModel, calibrated.model)))
 
 
 def _with_found_strength(session: Session, calibrated: Calibrated) -> tuple[PrehabConfig, list[dict[str, float]]]:
@@ -80,7 +80,7 @@ def refine_factors(session: Session, folder: Path) -> None:
     before = session.held_out_loss(model)
     start = copy.deepcopy(model)
     factored = Factored.of(model, session.task, session.load_prepared_statistics())
-    history = refine(factored, teacher, session.training, options, seed=session.config.seed, progress=bar)
+    history = refine(factored, session.training, options, teacher=teacher, seed=session.config.seed, progress=bar)
     after = session.held_out_loss(model)
     kept = after < before
     facts = {"kept": kept, "held_out_loss_before": before, "held_out_loss_after": after, "teacher": followed}

@@ -18,7 +18,7 @@ from prehab_export.system import (
     ParityError,
     StorageError,
     bar,
-    dies_with_us,
+    die_with_parent,
     environment,
     is_full,
     named,
@@ -85,7 +85,7 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
         input=json.dumps(request),
         encoding="utf-8",
         check=False,
-        preexec_fn=dies_with_us(),
+        preexec_fn=die_with_parent(),
     )
     answer = json.loads(answer_path.read_text(encoding="utf-8")) if answer_path.is_file() else {}
     if "parity_error" in answer:

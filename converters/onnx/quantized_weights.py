@@ -44,7 +44,7 @@ class Left:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class QuantizedWeights:
     """``weights``: numbers in the weights of the graph that was quantised; ``left``: those that were not, the most
     first."""
 
@@ -57,7 +57,7 @@ class Coverage:
         return 1 - sum(left.weights for left in self.left) / self.weights if self.weights else 1.0
 
 
-def coverage(source: Path, quantized: Path) -> Coverage:
+def count_quantized(source: Path, quantized: Path) -> QuantizedWeights:
     """Compare the weights of two graphs, of which the second was made from the first. Weights are not read."""
     before, after = (onnx.load(path, load_external_data=False).graph for path in (source, quantized))
     names = {parameter_name(tensor.name) for tensor in before.initializer}
@@ -81,7 +81,7 @@ def coverage(source: Path, quantized: Path) -> Coverage:
         for operator, tensors in groups.items()
     )
     total = sum(_numbers(tensor) for tensor in before.initializer if ir.DataType(tensor.data_type) in _FLOATING)
-    return Coverage(total, tuple(sorted(left, key=lambda group: -group.weights)))
+    return QuantizedWeights(total, tuple(sorted(left, key=lambda group: -group.weights)))
 
 
 def _readers(graph: onnx.GraphProto) -> dict[str, str]:
