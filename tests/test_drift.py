@@ -270,7 +270,7 @@ def by_whole_passes(model, task, batches, layers, statistics, plan):
     fitter, factors = _Fitter(Calibrated(model, task, statistics), plan, STRONG.gradient_shrinkage), {}
     with torch.no_grad():
         for members in fitter.by_input(walk.order):
-            part = fitter.fitted(members, _gather(walk.observe(student, members), members))
+            part = fitter.fit(members, _gather(walk.observe(student, members), members))
             part.apply(student)
             factors |= part.factors
     return factors

@@ -102,7 +102,7 @@ class BlockWalk:
 
     The states are on the models' device, in the dtypes that blocks pass on in the task's precision.
 
-    Raises (when made):
+    Raises (when created):
         NotAChain: the blocks cannot be run one by one.
     """
 

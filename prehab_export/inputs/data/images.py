@@ -130,7 +130,7 @@ class ImageSplit:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What a check of a split's images found.
+    """The results of checking the images of a split.
 
     sizes: (width, height) → a row with an image of that size.
     transparent: how many of the ``checked`` images have transparency.
