@@ -2,8 +2,8 @@
 
 The order makes the result reliable. onnxscript's ONNX Runtime rules come first, because they must see the norms as the
 model wrote them (``SkipSimplifiedLayerNormalization`` also takes the residual sum). The opset-23 rules then find the
-rotary embeddings. The first set recognises these but cannot replace them: its rule for the cosine table expects a matrix
-product where transformers now multiplies elementwise. Whatever matches no rule does not change.
+rotary embeddings. The first set recognises these but cannot replace them: its rule for the cosine table expects a
+matrix product where transformers now multiplies elementwise. Whatever matches no rule does not change.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
 """Name the contents of a graph: weights keep their names in the model, everything else is numbered.
 
 A weight has its ``state_dict`` name. ONNX multiplies weights from the right (x @ W), so the weight of an ``nn.Linear``
-is stored transposed, and its name then ends in ``.T``: ``…query.down.weight.T`` is in×rank. The name of a weight that is
-multiplied head by head ends in ``.heads`` (heads×width×rank) or, transposed per head, in ``.heads.T``. A weight with
+is stored transposed, and its name then ends in ``.T``: ``…query.down.weight.T`` is in×rank. The name of a weight that
+is multiplied head by head ends in ``.heads`` (heads×width×rank) or, transposed per head, in ``.heads.T``. A weight with
 several names, such as a shared ``down``, has the first. Constants that the exporter or a fusion created are called
 ``constant_{i}``. The name of stacked weights consists of the parts that their names share, with the different parts in
 braces: ``…attention.{query,key,value}.down.weight.T``.
