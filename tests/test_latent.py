@@ -119,7 +119,7 @@ def test_a_latent_wider_than_its_keys_is_not_taken(tmp_path):
     model = make(LLAMA, 20)  # keys and values are 16 wide
     export = export_onnx(model, "text-generation", tmp_path / "model.onnx", GraphForm(kv_cache="latent"))
     assert kind_of_cache(export.inputs) == "full"
-    assert "no narrower than what they make" in export.warnings[0]
+    assert "no narrower than the keys" in export.warnings[0]
 
 
 def test_an_unknown_cache_is_refused(tmp_path):

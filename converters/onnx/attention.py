@@ -1,11 +1,11 @@
-"""Attention as ONNX's own ``Attention`` operator (opset 23), put in place of a model's attention while it is traced.
+"""Use ONNX's own ``Attention`` operator (opset 23) as a model's attention while it is traced.
 
-Matching the operator in a finished graph depends on how each architecture, transformers release and mask spells
-its softmax. transformers calls attention through a registry instead, so the operator can be traced directly, with
-the key/value heads of grouped-query attention unrepeated and the mask as the model computes it: padding on either
-side, sliding windows and any split into past and new tokens stay exact. ONNX Runtime's ``GroupQueryAttention``
-does not offer that: it refuses several new tokens after a past for batches above one, and takes the rotary
-positions of a prompt from the sequence's start whatever ``position_ids`` says.
+To find attention in a finished graph, one would have to know how each architecture, transformers release and mask
+writes its softmax. But transformers calls attention through a registry, so the operator can be traced directly. The
+key/value heads of grouped-query attention are then not repeated, and the mask is the one that the model computes, so
+padding on either side, sliding windows and any split into past and new tokens are exact. ONNX Runtime's
+``GroupQueryAttention`` is no alternative: it refuses several new tokens after a past for batches above one, and counts
+the rotary positions of a prompt from the start of the sequence, whatever ``position_ids`` says.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from converters.model_config import attention_of
 ONNX_ATTENTION = "onnx"
 PLAIN_ATTENTION = "eager"
 
-# What an attention may be asked to do beyond scale and mask; the operator has no equal for these.
+# Options of attention, beyond scale and mask, that the operator does not support.
 _UNSUPPORTED = ("s_aux", "position_bias", "head_mask")
 
 
@@ -35,10 +35,11 @@ def onnx_attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, S, d), key and value (B, H_kv, T, d), additive mask (B, 1, S, T) → (B, S, H, d).
+    """Compute attention with ONNX's operator: query (B, H, S, d), key and value (B, H_kv, T, d), additive mask
+    (B, 1, S, T) → (B, S, H, d).
 
     Raises:
-        NotImplementedError: the model asks for something that the operator cannot do.
+        NotImplementedError: the model uses an option that the operator does not support.
     """
     refuse(options, "softcap")
     if attention_mask is None and (module.is_causal if is_causal is None else is_causal):
@@ -48,12 +49,14 @@ def onnx_attention(
 
 
 def refuse(options: Mapping[str, Any], *more: str) -> None:
-    """Raises:
-    NotImplementedError: the model asks its attention for something of which there is no equal here.
+    """Check that a model's attention uses no unsupported options; ``more`` names further unsupported options.
+
+    Raises:
+        NotImplementedError: it uses some.
     """
-    asked = [name for name in (*more, *_UNSUPPORTED) if options.get(name) is not None]
-    if asked:
-        raise NotImplementedError(f"attention with {', '.join(asked)}")
+    unsupported = [name for name in (*more, *_UNSUPPORTED) if options.get(name) is not None]
+    if unsupported:
+        raise NotImplementedError(f"attention with {', '.join(unsupported)}")
 
 
 def additive_mask(
@@ -63,8 +66,9 @@ def additive_mask(
     local_size: int | None = None,
     **options: Any,
 ) -> Tensor | None:
-    """The additive mask; none where every token sees every other. transformers materialises that one while tracing,
-    for it cannot tell a mask of ones from another; but without a padding mask there is nothing to tell."""
+    """Return the additive mask; None if every token sees every other. While tracing, transformers creates even such a
+    mask, since it cannot distinguish a mask of ones from others; without a padding mask, there is nothing to
+    distinguish."""
     if attention_mask is None and allow_is_bidirectional_skip and local_size is None:
         return None
     return eager_mask(attention_mask=attention_mask, local_size=local_size, **options)
@@ -76,7 +80,7 @@ AttentionMaskInterface.register(ONNX_ATTENTION, additive_mask)
 
 @contextmanager
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let the model use the named attention; models that do not use the registry keep their own."""
+    """Let the model use the named attention within the block; models that do not use the registry keep their own."""
     configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
     before = {key: attention_of(config) for key, config in configs.items()}
     try:

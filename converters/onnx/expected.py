@@ -1,8 +1,9 @@
-"""What a graph spells out that one operator could do: attentions, norms, activations, rotary embeddings.
+"""Find what a graph computes with many operators although one would do: attention, norms, activations, rotary
+embeddings.
 
-A fusion that finds no match says nothing; the graph is right and slow. So the finished graph is searched for the form
-that each takes when it is not fused. What a model's modules are called says less: a norm may be a function, a model may
-have no attention at all, or one that another rule has fused.
+A fusion rule that finds no match says nothing; the graph is then correct but slow. So the finished graph is searched
+for the form that each of them has when it is not fused. The names of a model's modules say less: a norm may be a
+function, and a model may have no attention at all, or one that another rule has fused.
 """
 
 from collections import Counter
@@ -18,7 +19,7 @@ from converters.onnx.attention import ONNX_ATTENTION, onnx_attention
 
 ATTENTION, NORM, ACTIVATION, ROTARY = "attention", "norm", "GELU", "rotary embedding"
 
-# What each becomes in a fused graph; any of them will do.
+# The operators that each of them may become in a fused graph.
 OPERATORS = {
     ATTENTION: {"Attention", "GroupQueryAttention", "MultiHeadAttention", "ScaledDotProductAttention"},
     NORM: {"LayerNormalization", "RMSNormalization"},
@@ -27,7 +28,7 @@ OPERATORS = {
 }
 
 _PRODUCTS = {"Einsum", "FusedMatMul", "MatMul"}
-# What may stand between the scores of an attention, its softmax, and the product with the values.
+# Operators that may be between the scores of an attention, its softmax, and the product with the values.
 _CARRY = {
     "Add", "Cast", "Clip", "Concat", "Div", "Dropout", "Expand", "Identity", "Max", "Mul", "Reshape", "Slice",
     "Squeeze", "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze", "Where",
@@ -36,21 +37,21 @@ _CARRY = {
 
 @contextmanager
 def counting(model: PreTrainedModel) -> Iterator[Counter[str]]:
-    """The norms, activations and attentions (by ONNX's operator) that the model goes through within."""
-    seen: Counter[str] = Counter()
+    """Count the norms, activations and attentions (by ONNX's operator) that the model computes within the block."""
+    counts: Counter[str] = Counter()
 
     def count(kind: str) -> Callable[..., None]:
-        return lambda *_: seen.update([kind])
+        return lambda *_: counts.update([kind])
 
     def attend(*args: Any, **options: Any) -> tuple[Tensor, None]:
-        seen.update([ATTENTION])
+        counts.update([ATTENTION])
         return onnx_attention(*args, **options)
 
     modules = ((_kind(module), module) for module in model.modules())
     handles = [module.register_forward_hook(count(kind)) for kind, module in modules if kind is not None]
     AttentionInterface.register(ONNX_ATTENTION, attend)
     try:
-        yield seen
+        yield counts
     finally:
         AttentionInterface.register(ONNX_ATTENTION, onnx_attention)
         for handle in handles:
@@ -58,6 +59,7 @@ def counting(model: PreTrainedModel) -> Iterator[Counter[str]]:
 
 
 def _kind(module: nn.Module) -> str | None:
+    """Whether a module is a norm or an activation, by its class."""
     name = type(module).__name__
     if isinstance(module, nn.LayerNorm) or name.endswith(("RMSNorm", "LayerNorm")):
         return NORM
@@ -65,60 +67,60 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def spelled_out(graph: ir.Graph) -> Counter[str]:
-    """How many of each kind the finished graph holds in the form of plain operators."""
-    found: Counter[str] = Counter()
+    """Count what the finished graph has in the form of plain operators, by kind."""
+    counts: Counter[str] = Counter()
     for node in graph.all_nodes():
-        for kind, is_one in _PLAIN_FORMS.items():
-            found[kind] += is_one(node)
-    return +found
+        for kind, is_plain in _PLAIN_FORMS.items():
+            counts[kind] += is_plain(node)
+    return +counts
 
 
 def _is_plain_attention(node: ir.Node) -> bool:
-    """A softmax over products of activations, and a product of it with activations again."""
+    """Whether the node is a softmax over products of activations, and multiplied with activations afterwards."""
     if node.op_type != "Softmax":
         return False
-    return any(_mixes(before) for before in _reached(node, back=True)) and any(
-        _mixes(after) for after in _reached(node, back=False)
+    return any(_multiplies_activations(before) for before in _neighbours(node, back=True)) and any(
+        _multiplies_activations(after) for after in _neighbours(node, back=False)
     )
 
 
 def _is_plain_norm(node: ir.Node) -> bool:
-    """The root of a mean of squares, to which something small may be added."""
+    """Whether the node is the root of a mean of squares, to which a small number may be added."""
     if node.op_type not in ("Sqrt", "Rsqrt") and not _raises_to(node, -0.5) and not _raises_to(node, 0.5):
         return False
-    source = _maker(node.inputs[0])
+    source = _producer(node.inputs[0])
     parts = source.inputs if source is not None and source.op_type in ("Add", "Max", "Clip") else node.inputs[:1]
-    makers = [_maker(part) for part in parts]
-    return any(maker is not None and maker.op_type == "ReduceMean" for maker in makers)
+    producers = [_producer(part) for part in parts]
+    return any(producer is not None and producer.op_type == "ReduceMean" for producer in producers)
 
 
 def _is_plain_gelu(node: ir.Node) -> bool:
-    """An ``Erf``; or 1 + tanh(…) of a sum that a cube is part of; or a sigmoid of 1.702 x."""
+    """Whether the node is an ``Erf``, or 1 + tanh(…) of a sum that includes a cube, or a sigmoid of 1.702 x."""
     if node.op_type == "Erf":
         return True
     if node.op_type == "Sigmoid":
-        scaled = _maker(node.inputs[0])
+        scaled = _producer(node.inputs[0])
         return scaled is not None and scaled.op_type == "Mul" and any(_is_near(v, 1.702) for v in scaled.inputs)
     if node.op_type != "Tanh" or not any(
         after.op_type == "Add" and any(_is_near(value, 1.0) for value in after.inputs)
         for after in node.outputs[0].consumers()
     ):
         return False
-    scaled = _maker(node.inputs[0])
+    scaled = _producer(node.inputs[0])
     return scaled is not None and scaled.op_type in ("Mul", "Add")
 
 
 def _is_plain_rotary(node: ir.Node) -> bool:
-    """Halves of one tensor, or every other number of it, changed over with one of them negated."""
+    """Whether the node joins the halves of a tensor, or its even and odd entries, swapped and with one part negated."""
     if node.op_type != "Concat" or len(node.inputs) != 2:
         return False
-    negative, kept = (_maker(value, "Unsqueeze") for value in node.inputs)
-    if negative is None or negative.op_type != "Neg":
+    negation, second = (_producer(value, "Unsqueeze") for value in node.inputs)
+    if negation is None or negation.op_type != "Neg":
         return False
-    negated = _maker(negative.inputs[0])
-    if negated is None or kept is None or negated.op_type != kept.op_type or kept.op_type not in ("Slice", "Split"):
+    first = _producer(negation.inputs[0])
+    if first is None or second is None or first.op_type != second.op_type or second.op_type not in ("Slice", "Split"):
         return False
-    return negated.inputs[0] is kept.inputs[0]
+    return first.inputs[0] is second.inputs[0]
 
 
 _PLAIN_FORMS = {
@@ -129,43 +131,43 @@ _PLAIN_FORMS = {
 }
 
 
-def _reached(node: ir.Node, *, back: bool) -> Iterator[ir.Node]:
-    """The first nodes before or after this one that do more than carry its values."""
-    seen, ahead = {node}, [node]
-    while ahead:
-        current = ahead.pop()
+def _neighbours(node: ir.Node, *, back: bool) -> Iterator[ir.Node]:
+    """The first nodes before (``back``) or after this one that do more than pass its values on."""
+    visited, queue = {node}, [node]
+    while queue:
+        current = queue.pop()
         if back:
-            near = [maker for value in current.inputs if (maker := _maker(value)) is not None]
+            adjacent = [producer for value in current.inputs if (producer := _producer(value)) is not None]
         else:
-            near = [reader for value in current.outputs for reader in value.consumers()]
-        for other in near:
-            if other not in seen:
-                seen.add(other)
+            adjacent = [reader for value in current.outputs for reader in value.consumers()]
+        for other in adjacent:
+            if other not in visited:
+                visited.add(other)
                 if other.op_type in _CARRY:
-                    ahead.append(other)
+                    queue.append(other)
                 else:
                     yield other
 
 
-def _mixes(node: ir.Node) -> bool:
-    """Whether it is a product of two activations."""
+def _multiplies_activations(node: ir.Node) -> bool:
+    """Whether the node is a product of two activations."""
     return node.op_type in _PRODUCTS and not any(value is None or _is_constant(value) for value in node.inputs[:2])
 
 
 def _is_constant(value: ir.Value) -> bool:
-    """A weight, or what was made of one by turning or casting it."""
-    while (maker := value.producer()) is not None and maker.op_type in ("Cast", "Identity", "Reshape", "Transpose"):
-        source = maker.inputs[0]
+    """Whether a value is a weight, or a weight that was cast, reshaped or transposed."""
+    while (node := value.producer()) is not None and node.op_type in ("Cast", "Identity", "Reshape", "Transpose"):
+        source = node.inputs[0]
         if source is None:
             return False
         value = source
-    return value.is_initializer() or (maker is not None and maker.op_type == "Constant")
+    return value.is_initializer() or (node is not None and node.op_type == "Constant")
 
 
-def _maker(value: ir.Value | None, *more: str) -> ir.Node | None:
-    """What makes a value, casts and these operators left out."""
+def _producer(value: ir.Value | None, *skipped: str) -> ir.Node | None:
+    """The node that computes a value, before any casts and operators of the kinds ``skipped``."""
     node = None if value is None else value.producer()
-    while node is not None and node.op_type in ("Cast", "Identity", *more):
+    while node is not None and node.op_type in ("Cast", "Identity", *skipped):
         source = node.inputs[0]
         node = None if source is None else source.producer()
     return node
@@ -176,20 +178,21 @@ def _raises_to(node: ir.Node, exponent: float) -> bool:
 
 
 def _is_near(value: ir.Value | None, number: float) -> bool:
+    """Whether a value is a constant close to a number."""
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     return tensor is not None and tensor.size == 1 and abs(float(tensor.numpy().reshape(-1)[0]) - number) < 1e-2
 
 
 def missing(expected: Mapping[str, int], fusions: Mapping[str, int]) -> list[str]:
-    """A sentence for each kind of operator that the graph has fewer of than it could have.
+    """Write a sentence for each kind of operator that is missing in the graph.
 
     >>> missing({"norm": 3}, {"LayerNormalization": 2})
-    ['1 of 3 norms is not one operator in the graph, which will be slower for it']
+    ['1 of 3 norms is not one operator in the graph, which makes it slower']
     """
     sentences = []
     for kind, count in expected.items():
-        short = count - sum(fusions.get(operator, 0) for operator in OPERATORS[kind])
-        if short > 0:
-            verb = "is not one operator" if short == 1 else "are not one operator each"
-            sentences.append(f"{short} of {count} {kind}s {verb} in the graph, which will be slower for it")
+        shortfall = count - sum(fusions.get(operator, 0) for operator in OPERATORS[kind])
+        if shortfall > 0:
+            verb = "is not one operator" if shortfall == 1 else "are not one operator each"
+            sentences.append(f"{shortfall} of {count} {kind}s {verb} in the graph, which makes it slower")
     return sentences

@@ -1,4 +1,4 @@
-"""torch → ONNX for image classification, text classification and text generation."""
+"""Export models from torch to ONNX, for image classification, text classification and text generation."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -28,18 +28,22 @@ from converters.onnx.write import publish_graph
 
 TASKS = ("image-classification", "text-classification", "text-generation")
 
-# Fused graphs use the Attention, RotaryEmbedding and RMSNormalization that opset 23 brought; plain ones do without.
+# Fused graphs use Attention, RotaryEmbedding and RMSNormalization, which were added in opset 23; plain ones do not.
 FUSED_OPSET, PLAIN_OPSET = 23, 20
 
-# What the exporter says of an operator that it cannot write.
+# The exporter's message about an operator that it cannot write.
 _WITHOUT_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """What was written: ``fusions`` counts the fused operators in the graph, ``bytes`` the graph and its external
-    data; ``warnings`` tell what the graph spells out that one operator could do, and which layers did not allow the
-    cache that was asked for; ``cache_bytes_per_token`` is None where there is no cache."""
+    """Facts about an exported graph.
+
+    fusions: number of fused operators in the graph, by operator.
+    bytes: size of the graph and its external data.
+    warnings: which operations were not fused, and which layers do not support the requested cache.
+    cache_bytes_per_token: None if the graph has no cache.
+    """
 
     path: Path
     inputs: tuple[str, ...]
@@ -59,25 +63,26 @@ def export_onnx(
     *,
     samples: Mapping[str, Tensor] | None = None,
 ) -> OnnxExport:
-    """Write the model, dense or factored, as one ONNX graph; the model is handed back as it was.
+    """Write the model, dense or factored, as one ONNX graph; the model does not change.
 
-    - image-classification: ``pixel_values`` → ``logits``; the batch is free; the image is of the form's ``image_size``
-      or, without it, of the config's.
-    - text-classification: ``input_ids``, ``attention_mask``, ``token_type_ids`` → ``logits``, of which the ones
-      that the model uses and, if the form has ``text_inputs``, that are named there.
+    - image-classification: ``pixel_values`` → ``logits``. The batch size is free; the image size is the form's
+      ``image_size`` or else the config's.
+    - text-classification: ``input_ids``, ``attention_mask``, ``token_type_ids`` → ``logits``. The graph has those
+      inputs that the model uses and, if the form has ``text_inputs``, that are among them.
     - text-generation: ``input_ids``, ``attention_mask``, ``position_ids`` (if the model takes them) and
-      ``past_key_values.{i}.key/value`` → ``logits`` and ``present.{i}.key/value``, for prompt (past length 0)
-      and decoding alike. Padding is the attention mask's matter, on either side. With ``kv_cache`` ``latent-values``
-      or ``latent`` the cache holds what is narrower of low-rank layers, under other names (`converters.onnx.latent`).
+      ``past_key_values.{i}.key/value`` → ``logits`` and ``present.{i}.key/value``, both for a prompt (past length 0)
+      and for decoding. The attention mask marks padding, on either side. With ``kv_cache`` ``latent-values`` or
+      ``latent``, the cache holds narrower latents of low-rank layers, under other names (see
+      `converters.onnx.latent`).
 
-    The model is traced with the first rows of ``samples`` (inputs by name, rows outermost) where given, and otherwise
-    with inputs made up from its config; the graph is the same for all inputs.
+    The model is traced with the first rows of ``samples`` (inputs by name, rows outermost), or else with artificial
+    inputs that fit its config; the graph is the same for all inputs.
 
-    The graph keeps the model's dtype. ONNX Runtime on CPU runs float16 graphs but has few bfloat16 kernels and does
-    not open such a graph: cast a bfloat16 model to float32 first.
+    The graph has the model's dtype. ONNX Runtime on CPU runs float16 graphs, but it has few bfloat16 kernels and cannot
+    open a bfloat16 graph: cast such a model to float32 first.
 
     Raises:
-        InputError: an unknown task, or a model that does not fit it.
+        InputError: an unknown task, a model that does not fit the task, or ``path`` is a folder.
         RuntimeError: torch could not trace the model.
     """
     if task not in TASKS:
@@ -85,7 +90,7 @@ def export_onnx(
     form = form or GraphForm()
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
-    with _as_found(model), torch.no_grad():
+    with _evaluating(model), torch.no_grad():
         traced = _Traced(model, task, form, samples)
         attention, reason = _attention(traced) if form.fuse else (PLAIN_ATTENTION, None)
         graph = _trace(traced, attention, FUSED_OPSET if form.fuse else PLAIN_OPSET)
@@ -112,13 +117,13 @@ def check_exportable(
     *,
     samples: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Trace a model as `export_onnx` does, with or without fused operators, and write nothing.
+    """Check that `export_onnx` can trace a model, with or without fused operators; nothing is written.
 
     Raises:
         InputError: a model that does not fit the task.
         RuntimeError: torch could not trace the model.
     """
-    with _as_found(model), torch.no_grad():
+    with _evaluating(model), torch.no_grad():
         traced = _Traced(model, task, form or GraphForm(), samples)
         attention, _ = _attention(traced)
         try:
@@ -128,7 +133,7 @@ def check_exportable(
 
 
 class _Traced(nn.Module):
-    """A model with tensors in and tensors out, in the order of the graph's inputs and outputs."""
+    """A model that takes and returns tensors in the order of the graph's inputs and outputs."""
 
     def __init__(
         self,
@@ -160,15 +165,15 @@ class _Traced(nn.Module):
 
     @contextmanager
     def attending(self, base: str) -> Iterator[None]:
-        """With ``base`` for attention, as far as the cache allows it."""
+        """Use ``base`` as the model's attention within the block, except where the cache needs its own."""
         layout = nullcontext(base) if self.layout is None else self.layout.attention(base)
         with layout as name, attention_implementation(self.model, name), traceable_frequencies(self.model):
             yield
 
 
 @contextmanager
-def _as_found(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and no cache beside the one that is asked for, both undone at the end."""
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Set evaluation mode, and no cache except on request, within the block; both are restored at the end."""
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
@@ -180,13 +185,13 @@ def _as_found(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _attention(traced: _Traced) -> tuple[str, str | None]:
-    """The attention to trace with: ONNX's operator, unless the model asks for more than it can do; and why not."""
-    with traced.attending(ONNX_ATTENTION), counting(traced.model) as seen:
+    """The attention to trace with, and the reason if it is not ONNX's operator."""
+    with traced.attending(ONNX_ATTENTION), counting(traced.model) as counts:
         try:
             traced(*traced.inputs.tensors.values())
         except NotImplementedError as error:
             return PLAIN_ATTENTION, f"ONNX's operator cannot do {error}"
-    if not seen[ATTENTION] and not _mixes_latents(traced):
+    if not counts[ATTENTION] and not _mixes_latents(traced):
         return PLAIN_ATTENTION, "the model does not take its attention from transformers' registry"
     return ONNX_ATTENTION, None
 
@@ -196,10 +201,11 @@ def _mixes_latents(traced: _Traced) -> bool:
 
 
 def _unfused(traced: _Traced, graph: ir.Model, fusions: Mapping[str, int], reason: str | None) -> list[str]:
-    """A sentence for each kind of operator that the finished graph holds spelled out; of attention with the reason."""
+    """A sentence for each kind of operation that the finished graph has in unfused form, with the reason for
+    attention."""
     plain = spelled_out(graph.graph)
     if _mixes_latents(traced):
-        del plain[ATTENTION]  # it is written so because it is less work
+        del plain[ATTENTION]  # over latents, the unfused form is less work
     sentences = []
     for kind, count in plain.items():
         fused = sum(fusions.get(operator, 0) for operator in OPERATORS[kind])
@@ -209,6 +215,11 @@ def _unfused(traced: _Traced, graph: ir.Model, fusions: Mapping[str, int], reaso
 
 
 def _trace(traced: _Traced, attention: str, opset: int) -> ir.Model:
+    """Trace the model to an ONNX graph with torch's exporter.
+
+    Raises:
+        RuntimeError: torch could not trace it.
+    """
     inputs = traced.inputs
     try:
         with quiet(), traced.attending(attention):
@@ -231,7 +242,7 @@ def _trace(traced: _Traced, attention: str, opset: int) -> ir.Model:
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost cause in one line; the exporter wraps it in advice."""
+    """The innermost cause of an exporter's error, in one line and without the advice around it."""
     while error.__cause__ is not None:
         error = error.__cause__
     if operator := _WITHOUT_FUNCTION.search(str(error)):
@@ -241,13 +252,14 @@ def _reason(error: BaseException) -> str:
 
 
 def _first_names(model: PreTrainedModel) -> dict[str, str]:
-    """Every name of a parameter or buffer → the first name of that very tensor."""
+    """Map every name of a parameter or buffer to the first name of the same tensor."""
     tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     first: dict[int, str] = {}
     return {name: first.setdefault(id(tensor), name) for name, tensor in tensors}
 
 
 def _optimise(graph: ir.Model, fused: bool, first_names: Mapping[str, str]) -> None:
+    """Name the weights, fuse or simplify the graph, and tidy it, in place."""
     with quiet():
         restore_weight_names(graph.graph, "model.", first_names)
         store_transposed(graph)

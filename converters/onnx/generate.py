@@ -1,4 +1,4 @@
-"""Decoding with an exported decoder and its own cache: numpy and ONNX Runtime, nothing else."""
+"""Decode with an exported decoder and its cache, using only NumPy and ONNX Runtime."""
 
 import numpy as np
 import onnxruntime
@@ -11,8 +11,13 @@ from converters.number_formats import ARRAY_FORMATS
 def greedy_decode(
     session: onnxruntime.InferenceSession, input_ids: NDArray[np.int64], new_tokens: int
 ) -> NDArray[np.int64]:
-    """The prompt (batch, sequence), no padding, and after it the ``new_tokens`` most likely tokens, one by one:
-    (batch, sequence + new_tokens). Decoding does not stop at an end-of-sequence token.
+    """Extend a prompt by the most likely token, ``new_tokens`` times. Decoding does not stop at an end token.
+
+    Args:
+        input_ids: the prompt, (batch, sequence), without padding.
+
+    Returns:
+        (batch, sequence + new_tokens), beginning with the prompt.
 
     Raises:
         InputError: the graph has no cache inputs, or the prompt is not a matrix with at least one token.
@@ -28,27 +33,27 @@ def greedy_decode(
 def decode_along(
     session: onnxruntime.InferenceSession, input_ids: NDArray[np.int64], tokens: NDArray[np.int64]
 ) -> NDArray[np.floating]:
-    """The logits (batch, K, vocabulary) from which each of ``tokens`` (batch, K) would be picked, if those before it
-    had been.
+    """Return the logits (batch, K, vocabulary) before each of ``tokens`` (batch, K), given the prompt ``input_ids`` and
+    the tokens before it.
 
     Raises:
         InputError: as `greedy_decode`.
     """
     decoding = _Decoding(session, input_ids)
-    steps = [input_ids.astype(np.int64), *(tokens[:, at : at + 1] for at in range(tokens.shape[1] - 1))]
+    steps = [input_ids.astype(np.int64), *(tokens[:, i : i + 1] for i in range(tokens.shape[1] - 1))]
     return np.stack([decoding.feed(step) for step in steps], axis=1)
 
 
 class _Decoding:
-    """A session with the cache of what it was fed."""
+    """A session with the cache of all tokens that it has read."""
 
     def __init__(self, session: onnxruntime.InferenceSession, prompt: NDArray[np.int64]) -> None:
         if prompt.ndim != 2 or prompt.shape[1] == 0:
-            raise InputError(f"input_ids must be (batch, sequence) with a token or more, got shape {prompt.shape}")
+            raise InputError(f"input_ids must be (batch, sequence) with at least one token, got shape {prompt.shape}")
         self._session, self._cache, self._length = session, empty_cache(session, prompt.shape[0]), 0
 
     def feed(self, step: NDArray[np.int64]) -> NDArray[np.floating]:
-        """The logits (batch, vocabulary) after the tokens (batch, sequence)."""
+        """Return the logits (batch, vocabulary) after the tokens ``step`` (batch, sequence)."""
         self._length += step.shape[1]
         present = [name.replace("past_key_values", "present", 1) for name in self._cache]
         inputs = step_inputs(self._session, step, self._length)
@@ -58,7 +63,7 @@ class _Decoding:
 
 
 def empty_cache(session: onnxruntime.InferenceSession, batch: int) -> dict[str, NDArray[np.floating]]:
-    """A past of length 0 (batch, heads, 0, width) for every cache input of the graph.
+    """Return a past of length 0, (batch, heads, 0, width), for every cache input of the graph.
 
     Raises:
         InputError: the graph has none.
@@ -72,7 +77,8 @@ def empty_cache(session: onnxruntime.InferenceSession, batch: int) -> dict[str, 
 def step_inputs(
     session: onnxruntime.InferenceSession, step: NDArray[np.int64], total: int
 ) -> dict[str, NDArray[np.int64]]:
-    """The inputs beside the cache for the last tokens ``step`` (batch, sequence) of ``total``, without padding."""
+    """Return all inputs except the cache for the tokens ``step`` (batch, sequence), the last of ``total`` tokens,
+    without padding."""
     batch, length = step.shape
     values = {
         "input_ids": step,

@@ -1,10 +1,10 @@
-"""Attention that finds its heads by itself.
+"""Let attention split its inputs into heads itself, to save transposes.
 
-A model splits queries, keys and values into heads, turns heads and tokens round, attends, and turns the answer back:
-four transposes of everything. ONNX's ``Attention`` takes the tensors as the linear layers give them, heads side by
-side, and walks over them in strides, which saves a seventh to a third of the time
-(``benchmarks/encoder_operators.py``). Where keys are rotated or come from a cache, they have their heads apart already,
-and stay as they are.
+A model splits queries, keys and values into heads, swaps the axes of heads and tokens, attends, and swaps them back:
+four transposes of everything. ONNX's ``Attention`` also takes the tensors as the linear layers return them, with heads
+side by side, and reads them in strides. This saves a seventh to a third of the time
+(``benchmarks/encoder_operators.py``). Keys that are rotated or come from a cache already have separate heads; such an
+attention does not change.
 """
 
 import onnx_ir as ir
@@ -14,7 +14,7 @@ _SWAPPED = (0, 2, 1, 3)
 
 
 def keep_heads_together(model: ir.Model) -> int:
-    """Rewrite every attention that allows it, in place; returns how many."""
+    """Rewrite every attention that allows it, in place; returns the number of rewritten ones."""
     count = sum(_rewrite(model.graph, node) for node in list(model.graph) if _is_attention(node))
     if count:
         RemoveUnusedNodesPass()(model)
@@ -26,59 +26,62 @@ def _is_attention(node: ir.Node) -> bool:
 
 
 def _rewrite(graph: ir.Graph, node: ir.Node) -> bool:
-    states = [_whole(value) for value in node.inputs[:3]]
-    answer = _joined(node.outputs[0])
+    """Rewrite one attention, in place; returns whether it was possible."""
+    states = [_before_split(value) for value in node.inputs[:3]]
+    output = _after_join(node.outputs[0])
     heads = [_axis(value, 1) for value in node.inputs[:2]]
-    if answer is None or any(part is None for part in (*states, *heads)):
+    if output is None or any(part is None for part in (*states, *heads)):
         return False
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     attributes |= {"q_num_heads": heads[0], "kv_num_heads": heads[1]}
     new = ir.node("Attention", [*states, *node.inputs[3:]], attributes)
-    taker = new.outputs[0]
-    taker.shape, taker.type, taker.name = answer.shape, answer.type, answer.name
+    new_output = new.outputs[0]
+    new_output.shape, new_output.type, new_output.name = output.shape, output.type, output.name
     graph.insert_before(node, new)
-    answer.replace_all_uses_with(taker, replace_graph_outputs=True)
+    output.replace_all_uses_with(new_output, replace_graph_outputs=True)
     return True
 
 
-def _whole(value: ir.Value | None) -> ir.Value | None:
-    """The tensor (B, T, H·d) that ``value`` (B, H, T, d) was made from, if that is all that was done to it."""
-    turned = _producer(value, "Transpose")
-    split = None if turned is None or not _swaps(turned) else _producer(turned.inputs[0], "Reshape")
-    return None if split is None else _side_by_side(split.inputs[0], value)
+def _before_split(value: ir.Value | None) -> ir.Value | None:
+    """The tensor (B, T, H·d) that was split into ``value`` (B, H, T, d), if nothing else was done to it."""
+    transpose = _producer(value, "Transpose")
+    reshape = None if transpose is None or not _swaps(transpose) else _producer(transpose.inputs[0], "Reshape")
+    return None if reshape is None else _side_by_side(reshape.inputs[0], value)
 
 
-def _joined(value: ir.Value) -> ir.Value | None:
-    """What (B, T, H·d) is made of ``value`` (B, H, T, d), if that is all that is done with it."""
-    turned = _only_reader(value, "Transpose")
-    whole = None if turned is None or not _swaps(turned) else _only_reader(turned.outputs[0], "Reshape")
-    return None if whole is None else _side_by_side(whole.outputs[0], value)
+def _after_join(value: ir.Value) -> ir.Value | None:
+    """The tensor (B, T, H·d) that ``value`` (B, H, T, d) is joined to, if nothing else is done with it."""
+    transpose = _only_reader(value, "Transpose")
+    reshape = None if transpose is None or not _swaps(transpose) else _only_reader(transpose.outputs[0], "Reshape")
+    return None if reshape is None else _side_by_side(reshape.outputs[0], value)
 
 
-def _side_by_side(value: ir.Value | None, apart: ir.Value | None) -> ir.Value | None:
-    """``value``, if it is (B, T, H·d) where ``apart`` is (B, H, T, d)."""
-    heads, width = _axis(apart, 1), _axis(apart, 3)
+def _side_by_side(value: ir.Value | None, split: ir.Value | None) -> ir.Value | None:
+    """``value`` if it is (B, T, H·d) where ``split`` is (B, H, T, d); else None."""
+    heads, width = _axis(split, 1), _axis(split, 3)
     if value is None or value.shape is None or len(value.shape) != 3 or heads is None or width is None:
         return None
     return value if _axis(value, 2) == heads * width else None
 
 
 def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
+    """The node that computes a value, if it is of this kind."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == kind else None
 
 
 def _only_reader(value: ir.Value, kind: str) -> ir.Node | None:
+    """The node that reads a value, if it is the only one and of this kind."""
     nodes = [use.node for use in value.uses()]
     return nodes[0] if len(nodes) == 1 and nodes[0].op_type == kind and not value.is_graph_output() else None
 
 
 def _swaps(node: ir.Node) -> bool:
-    """Whether a transpose turns heads and tokens round."""
+    """Whether a transpose swaps the axes of heads and tokens."""
     return tuple(node.attributes.get_ints("perm", ())) == _SWAPPED
 
 
 def _axis(value: ir.Value | None, index: int) -> int | None:
-    """The size of an axis, where it is known."""
+    """The size of an axis, if it is known."""
     size = None if value is None or value.shape is None else value.shape[index]
     return size if isinstance(size, int) else None

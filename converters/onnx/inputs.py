@@ -1,4 +1,4 @@
-"""What a graph is called with, per task: names, example tensors, and which axes are free."""
+"""Build the inputs of a graph for each task: names, example tensors and free axes."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from converters.onnx.cache import CacheLayout
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
-# Sizes of the example: above 1, as a traced 1 becomes a constant, and unlike each other.
+# Sizes of the example: above 1, because a traced 1 becomes a constant, and all different.
 BATCH, SEQUENCE, PAST = 2, 3, 5
 
 Axes = dict[int, str]
@@ -22,7 +22,7 @@ Axes = dict[int, str]
 
 @dataclass(frozen=True)
 class GraphInputs:
-    """Example tensors by input name, and the names of their free axes."""
+    """Example tensors by input name, and the names of their free axes by input name and index."""
 
     tensors: dict[str, Tensor]
     axes: dict[str, Axes]
@@ -35,10 +35,10 @@ class GraphInputs:
 def image_inputs(
     model: PreTrainedModel, image_size: tuple[int, int] | None = None, samples: Mapping[str, Tensor] | None = None
 ) -> GraphInputs:
-    """``pixel_values`` (batch, channels, height, width), taken from ``samples`` where given; only the batch is free.
+    """Build ``pixel_values`` (batch, channels, height, width), from ``samples`` if given; only the batch is free.
 
     Raises:
-        InputError: the config does not say how large its images are, and there is no sample either.
+        InputError: the image size is not given, not in the config, and there is no sample.
     """
     if samples is not None:
         pixels = _rows(samples["pixel_values"].to(model.device, model.dtype))
@@ -56,21 +56,24 @@ def image_inputs(
 def text_inputs(
     model: PreTrainedModel, offered: Sequence[str] | None, samples: Mapping[str, Tensor] | None = None
 ) -> GraphInputs:
-    """Token inputs (batch, sequence): those of TEXT_INPUTS that are offered and that the model makes use of.
+    """Build token inputs (batch, sequence): those of TEXT_INPUTS that are offered and that the model uses.
 
-    Tokens are those of ``samples`` (B, T), where given; else ordinary ones with the end of a text behind them, which
-    some models look for.
+    Tokens are those of ``samples`` (B, T) if given. Otherwise they are ordinary ones followed by those that end a text,
+    since some models search for these.
+
+    Args:
+        offered: names of the inputs that the tokenizer produces; None for all.
 
     Raises:
-        InputError: ``offered`` lacks input_ids, or the model does not take them.
+        InputError: ``offered`` lacks ``input_ids``, or the model does not take them.
     """
     if offered is not None and "input_ids" not in offered:
-        raise InputError(f"text_inputs must have input_ids among them, got {list(offered)}")
+        raise InputError(f"text_inputs must contain input_ids, got {list(offered)}")
     if not _takes(model, "input_ids"):
-        raise InputError(f"{type(model).__name__} does not take input_ids: it is not a model of text")
+        raise InputError(f"{type(model).__name__} does not take input_ids: it is not a text model")
     names = [name for name in TEXT_INPUTS if _takes(model, name) and (offered is None or name in offered)]
     if samples is not None and samples["input_ids"].shape[1] < SEQUENCE:
-        samples = None  # a length of 1 would become a constant of the graph
+        samples = None  # a length of 1 would become a constant in the graph
     if samples is None:
         ids = ordinary_tokens(model.config, BATCH, SEQUENCE).to(model.device)
     else:
@@ -85,8 +88,8 @@ def text_inputs(
 def decoder_inputs(
     model: PreTrainedModel, layout: CacheLayout, samples: Mapping[str, Tensor] | None = None
 ) -> GraphInputs:
-    """``input_ids`` (B, S), ``attention_mask`` (B, P+S), ``position_ids`` (B, S) where the model takes them, and
-    ``past_key_values.{i}.key/value`` (B, heads, P, width)."""
+    """Build ``input_ids`` (B, S), ``attention_mask`` (B, P+S), ``position_ids`` (B, S) if the model takes them, and the
+    cache inputs of ``layout``, such as ``past_key_values.{i}.key/value`` (B, heads, P, width)."""
     ids = ordinary_tokens(model.config, BATCH, SEQUENCE).to(model.device)
     if samples is not None and samples["input_ids"].shape[1] >= SEQUENCE:
         ids = _rows(samples["input_ids"][:, :SEQUENCE].to(model.device))
@@ -107,20 +110,20 @@ def decoder_inputs(
 
 
 def ordinary_tokens(config: PreTrainedConfig, rows: int, length: int) -> Tensor:
-    """Ids (rows, length) as a text has them: none that means something special, and at the end of each row, once, those
-    that mark one."""
+    """Build ids (rows, length) like those of a text: no special tokens, except that each row ends with the tokens that
+    mark its end."""
     ends = model_config.special_tokens(config)[: length - 1]
     special = {*ends, model_config.padding_token(config)}
     size = model_config.vocabulary_size(config) or rows * length + len(special)
     ordinary = [token for token in range(min(size, 100)) if token not in special] or [0]
     count = length - len(ends)
-    ids = torch.tensor([ordinary[at % len(ordinary)] for at in range(1, rows * count + 1)])
+    ids = torch.tensor([ordinary[index % len(ordinary)] for index in range(1, rows * count + 1)])
     return torch.cat([ids.reshape(rows, count), torch.tensor(ends, dtype=torch.long).expand(rows, -1)], dim=1)
 
 
-def tells_token_types(model: PreTrainedModel) -> bool:
-    """Whether the model learnt different things of ``token_type_ids``. RoBERTa takes them and knows one type only;
-    GPT-2 takes them and would look them up among its words."""
+def distinguishes_token_types(model: PreTrainedModel) -> bool:
+    """Whether the model has learnt several token types. RoBERTa takes ``token_type_ids`` but knows only one type; GPT-2
+    takes them but would look them up among its words."""
     types = model_config.token_types(model.config)
     if types is not None:
         return types >= 2
@@ -128,11 +131,12 @@ def tells_token_types(model: PreTrainedModel) -> bool:
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:
-    if name == "token_type_ids" and not tells_token_types(model):
+    """Whether the model uses an input of this name."""
+    if name == "token_type_ids" and not distinguishes_token_types(model):
         return False
     return name in inspect.signature(model.forward).parameters
 
 
 def _rows(values: Tensor) -> Tensor:
-    """As many rows as an example has, the first ones over and over."""
+    """The first ``BATCH`` rows, repeated if there are fewer."""
     return values[torch.arange(BATCH, device=values.device) % len(values)].contiguous()

@@ -1,17 +1,17 @@
-"""A decoder's cache with the latents of low-rank key and value projections in the place of keys and values.
+"""Cache the latents of low-rank key and value projections instead of keys and values.
 
-``k = up(down(x))``: ``down(x)``, of width r, is all that need be kept of a token. Where one ``down`` serves keys and
-values, one latent serves both.
+With ``k = up(down(x))``, the latent ``down(x)``, of width r, is all that needs to be cached for a token. If keys and
+values share one ``down``, one latent serves both.
 
-- Values are never rebuilt: attention mixes the latents, and ``up`` is applied to the mixture, P (Z Uᵀ) = (P Z) Uᵀ
+- Values are never rebuilt: attention mixes the latents, and ``up`` is applied to the mixture: P (Z Uᵀ) = (P Z) Uᵀ
   (as in multi-head latent attention, arXiv 2405.04434, §2.1).
-- Keys are not rebuilt either where nothing lies between projection and cache: q (Z Uᵀ)ᵀ = (q U) Zᵀ; a bias adds the
-  same to every score of a query, which the softmax does not see.
-- Keys that are normalised or rotated are rebuilt for the whole past in every step, from the latents and a table of
-  the past tokens' angles, which all layers share. That costs time, which grows with the past.
+- Keys are not rebuilt either if nothing happens between projection and cache: q (Z Uᵀ)ᵀ = (q U) Zᵀ. A bias adds the
+  same value to all scores of a query, which the softmax ignores.
+- Keys that are normalised or rotated are rebuilt for the whole past in every step, from the latents and a table of the
+  past tokens' angles, which all layers share. This takes time that grows with the past.
 
-What a model does between projection and cache is not read from its code: a guess is held to what the model really
-hands to its cache, and where none fits, keys or values are kept as they are.
+What a model does between projection and cache is not read from its code. Instead, guesses are compared with the keys
+and values that the model really passes to its cache. If no guess fits, keys or values are cached directly.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,8 +38,15 @@ ATTENTION = "latent"
 
 @dataclass(frozen=True)
 class Projection:
-    """The keys, or the values, that a low-rank layer makes, and no other layer's: a part of a layer that makes queries,
-    keys and values would have to be stored a second time."""
+    """How a low-rank layer produces the keys, or the values, that are cached.
+
+    A layer that produces queries, keys and values at once is not supported: a part of it would have to be stored twice.
+
+    layer: the two-factor layer.
+    heads, width: the number of heads, and the width of each.
+    norm: the norm between the layer and the cache, if there is one.
+    rotated: whether a rotary embedding is applied before the cache.
+    """
 
     layer: LowRankLinear
     heads: int
@@ -49,23 +56,25 @@ class Projection:
 
     @property
     def plain(self) -> bool:
-        """Whether ``up`` is all that lies between latents and cache, and so can change sides in a product."""
+        """Whether only ``up`` is between latents and cache, so that it can be applied on the other side of attention's
+        products."""
         return self.norm is None and not self.rotated
 
     def by_head(self) -> Tensor:
-        """``up``, (heads, width, rank)."""
+        """Return the weight of ``up`` as (heads, width, rank)."""
         return self.layer.up.weight.reshape(self.heads, self.width, -1)
 
     def bias_by_head(self) -> Tensor | None:
-        """(heads, 1, width)."""
+        """Return the bias of ``up`` as (heads, 1, width)."""
         bias = self.layer.up.bias
         return None if bias is None else bias.reshape(self.heads, 1, self.width)
 
     def rebuild(self, latents: Tensor, angles: Tensor | None) -> Tensor:
-        """Latents (B, 1, T, rank) and angles (B, 1, T, rotated width) → (B, heads, T, width)."""
+        """Compute keys or values from latents: latents (B, 1, T, rank), angles (B, 1, T, rotated width) → (B, heads, T,
+        width)."""
         states = nn.functional.linear(latents.squeeze(1), self.layer.up.weight, self.layer.up.bias)
         if self.norm is not None and _size(self.norm) != self.width:
-            states = self.norm.forward(states)  # no hooks: it is not the model that calls it
+            states = self.norm.forward(states)  # without hooks, which are for the model's own calls
         states = states.unflatten(-1, (self.heads, self.width))
         if self.norm is not None and _size(self.norm) == self.width:
             states = self.norm.forward(states)
@@ -75,8 +84,13 @@ class Projection:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer of the cache: (heads, width) of its keys and of its values, what makes them, where that is known and
-    worth it, and whether one latent serves both."""
+    """How one layer of the cache is stored.
+
+    module: the attention module.
+    shapes: (heads, width) of the keys, and of the values.
+    key, value: the projection whose latents are cached; None to cache keys, or values, directly.
+    shared: whether one latent serves both.
+    """
 
     module: nn.Module
     shapes: tuple[tuple[int, int], tuple[int, int]]
@@ -86,26 +100,30 @@ class LayerPlan:
 
     @property
     def mixes_latents(self) -> bool:
-        """Whether attention itself has to do with latents; rebuilt keys are keys like others."""
+        """Whether attention itself works on latents; rebuilt keys are ordinary keys."""
         return self.value is not None or (self.key is not None and self.key.plain)
 
     def past(self, index: int) -> dict[str, tuple[int, int]]:
+        """Return (heads, width) of this layer's cache inputs, by name; ``index`` is the number of the layer."""
         name = f"past_key_values.{index}"
         if self.shared and self.key is not None:
             return {f"{name}.latent": (1, self.key.layer.rank)}
         parts = zip(("key", "value"), (self.key, self.value), self.shapes, strict=True)
         return {
-            f"{name}.{part}" if made_by is None else f"{name}.{part}_latent": shape
-            if made_by is None
-            else (1, made_by.layer.rank)
-            for part, made_by, shape in parts
+            f"{name}.{part}" if projection is None else f"{name}.{part}_latent": shape
+            if projection is None
+            else (1, projection.layer.rank)
+            for part, projection, shape in parts
         }
 
 
 class LatentLayout(CacheLayout):
-    """Cache inputs ``past_key_values.{i}.latent`` (B, 1, P, rank), one for keys and values, or ``.key_latent`` and
-    ``.value_latent``; ``.key`` and ``.value`` where those are kept; and, where keys are rotated,
-    ``past_key_values.angles`` (B, 1, P, rotated width): the cosines, then the sines, of one half of the width."""
+    """A cache with latents in at least one layer.
+
+    Cache inputs are ``past_key_values.{i}.latent`` (B, 1, P, rank) for keys and values together, or ``.key_latent`` and
+    ``.value_latent``; ``.key`` and ``.value`` if those are cached directly; and, if keys are rotated,
+    ``past_key_values.angles`` (B, 1, P, rotated width), with the cosines and then the sines of half the width.
+    """
 
     def __init__(self, plans: Sequence[LayerPlan], rotated_width: int, dtype: torch.dtype) -> None:
         past = {name: shape for index, plan in enumerate(plans) for name, shape in plan.past(index).items()}
@@ -120,15 +138,15 @@ class LatentLayout(CacheLayout):
         past_angles = tensors.pop() if self.rotates else None
         layers = [part.layer for plan in self.plans for part in (plan.key, plan.value) if part is not None]
         with _Watch([plan.module for plan in self.plans], layers) as watch:
-            kept = []
+            latent_layers = []
             for plan in self.plans:
-                own = [tensors.pop(0) for _ in range(1 if plan.shared else 2)]
-                kept.append(_LatentLayer(plan, own, watch, past_angles))
+                layer_past = [tensors.pop(0) for _ in range(1 if plan.shared else 2)]
+                latent_layers.append(_LatentLayer(plan, layer_past, watch, past_angles))
             cache = DynamicCache()
-            cache.layers = list(kept)
+            cache.layers = list(latent_layers)
             output: Any = model(**inputs, past_key_values=cache, use_cache=True)
             angles = [watch.angles_after(past_angles)] if self.rotates else []
-        return (output.logits, *(tensor for layer in kept for tensor in layer.kept), *angles)
+        return (output.logits, *(tensor for layer in latent_layers for tensor in layer.cached), *angles)
 
     @property
     def mixes_latents(self) -> bool:
@@ -136,7 +154,8 @@ class LatentLayout(CacheLayout):
 
     @contextmanager
     def attention(self, base: str) -> Iterator[str]:
-        """Attention over latents where there are any, ``base`` elsewhere."""
+        """Register attention over latents for the layers that have latents, and ``base`` for the others; yields its
+        name."""
         by_module = {_identity(plan.module): plan for plan in self.plans}
 
         def attend(module: nn.Module, *args: Any, **options: Any) -> tuple[Tensor, None]:
@@ -151,10 +170,16 @@ class LatentLayout(CacheLayout):
 
 
 def latent_layout(model: PreTrainedModel, full: CacheLayout, kind: str) -> tuple[CacheLayout, list[str]]:
-    """The cache of this kind (of `converters.onnx.modes.KV_CACHES`), and what is to be said of layers that do not
-    allow it.
+    """Choose the layout for a kind of cache.
 
-    A latent is taken where it is narrower than what it stands for.
+    A latent is only used if it is narrower than the keys or values that it replaces.
+
+    Args:
+        full: the layout with keys and values.
+        kind: one of `converters.onnx.modes.KV_CACHES`.
+
+    Returns:
+        The layout, and a warning for each group of layers that does not support this kind.
     """
     if kind == FULL:
         return full, []
@@ -165,19 +190,20 @@ def latent_layout(model: PreTrainedModel, full: CacheLayout, kind: str) -> tuple
         count = sum(getattr(plan, part) is None for plan in plans)
         if count:
             warnings.append(
-                f"{part}s of {count} of {len(plans)} layers are cached as they are: their projections are dense, one "
-                "with the queries', no narrower than what they make, or followed by more than a norm and a rotation"
+                f"{part}s of {count} of {len(plans)} layers are cached as they are: their projections are dense, "
+                f"combined with that of the queries, no narrower than the {part}s, or followed by more than a norm and "
+                "a rotation"
             )
     if not any(plan.key or plan.value for plan in plans):
         return full, warnings
     layout = LatentLayout(plans, width, full.dtype)
-    if reason := _unfit(model, layout, ids):
+    if reason := _why_unfit(model, layout, ids):
         return full, [f"keys and values are cached as they are: {reason}"]
     return layout, warnings
 
 
 def kind_of_cache(inputs: Iterable[str]) -> str:
-    """The kind of cache, of `converters.onnx.modes.KV_CACHES`, of a graph with these inputs.
+    """Return the kind of cache (one of `converters.onnx.modes.KV_CACHES`) of a graph with these inputs.
 
     >>> kind_of_cache(["input_ids", "past_key_values.0.key", "past_key_values.0.value_latent"])
     'latent-values'
@@ -189,15 +215,15 @@ def kind_of_cache(inputs: Iterable[str]) -> str:
 
 
 @torch.no_grad()
-def _unfit(model: PreTrainedModel, layout: LatentLayout, ids: Tensor) -> str | None:
-    """Why the model does not answer from this cache as it does without one, if it does not."""
+def _why_unfit(model: PreTrainedModel, layout: LatentLayout, ids: Tensor) -> str | None:
+    """Why the model's answers with this cache differ from those without one; None if they are equal."""
     empty = [torch.zeros(len(ids), heads, 0, width, dtype=layout.dtype) for heads, width in layout.past.values()]
     expected = model(input_ids=ids, use_cache=False).logits
     try:
         with layout.attention(PLAIN_ATTENTION) as name, attention_implementation(model, name):
             actual = layout.run(model, {"input_ids": ids}, [tensor.to(model.device) for tensor in empty])[0]
     except NotImplementedError as error:
-        return f"there is no equal over latents of {error}"
+        return f"attention over latents does not support {error}"
     except RuntimeError:
         return "the model does not take its attention from transformers' registry"
     if (actual - expected).abs().max() > _tolerance(expected.dtype) * expected.abs().max():
@@ -215,16 +241,24 @@ def latent_attention(
     softcap: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """query (B, H, S, d), key (B, H_kv, T, d) or latents (B, 1, T, r), value alike, additive mask (B, 1, S, T) →
-    (B, S, H, d).
+    """Compute attention over keys and values, or over latents in place of either.
+
+    Args:
+        query: (B, H, S, d).
+        key: keys (B, H_kv, T, d), or latents (B, 1, T, r).
+        value: values (B, H_kv, T, d), or latents (B, 1, T, r).
+        mask: additive, (B, 1, S, T).
+
+    Returns:
+        (B, S, H, d).
 
     Raises:
-        NotImplementedError: the model asks for more than scale, mask and soft cap.
+        NotImplementedError: the model uses more than a scale, a mask and a soft cap.
     """
     refuse(options)
     heads, width = query.shape[1], query.shape[3]
     (groups, _), _ = plan.shapes
-    rows = query.reshape(query.shape[0], groups, -1, width)  # the queries of a group of heads, one after the other
+    rows = query.reshape(query.shape[0], groups, -1, width)  # the queries of a group's heads, one head after another
     if plan.key is not None and plan.key.plain:
         rows = (rows @ plan.key.by_head()).flatten(1, 2).unsqueeze(1)
     scores = (rows @ key.transpose(2, 3)).reshape(query.shape[0], heads, -1, key.shape[2])
@@ -245,8 +279,12 @@ def latent_attention(
 
 
 def rotate(states: Tensor, angles: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864) by halves: states (B, heads, T, width), of which the first ``2h`` are
-    rotated; angles (B, 1, T, 2h), h cosines and h sines."""
+    """Apply a rotary embedding (arXiv 2104.09864) by halves.
+
+    Args:
+        states: (B, heads, T, width); the first ``2h`` of the width are rotated.
+        angles: (B, 1, T, 2h), h cosines and h sines.
+    """
     half = angles.shape[-1] // 2
     cosine, sine = angles[..., :half], angles[..., half:]
     first, second, rest = states[..., :half], states[..., half : 2 * half], states[..., 2 * half :]
@@ -255,7 +293,7 @@ def rotate(states: Tensor, angles: Tensor) -> Tensor:
 
 
 class _Watch:
-    """What the model goes through in one run: the output of ``down`` by low-rank layer, cosines and sines by module."""
+    """Records one run of a model: the output of ``down`` per low-rank layer, and cosines and sines per module."""
 
     def __init__(self, modules: Iterable[nn.Module], layers: Iterable[LowRankLinear]) -> None:
         self._modules, self._layers = list(modules), list(layers)
@@ -269,7 +307,7 @@ class _Watch:
             handle = module.register_forward_pre_hook(self._note_angles, with_kwargs=True)
             self._stack.callback(handle.remove)
         for layer in self._layers:
-            # By the layer: while a model is traced, a module that two layers share is another object in each.
+            # Recorded by layer, not by ``down``: during tracing, a shared module is a different object in each layer.
             note = partial(self._note_latents, _identity(layer))
             self._stack.callback(layer.down.register_forward_hook(note).remove)
         return self
@@ -278,11 +316,11 @@ class _Watch:
         self._stack.close()
 
     def latents_of(self, projection: Projection) -> Tensor:
-        """(B, 1, S, rank)."""
+        """Return the latents of the new tokens, (B, 1, S, rank)."""
         return self.latents[_identity(projection.layer)].unsqueeze(1)
 
     def angles_after(self, past: Tensor | None) -> Tensor:
-        """Of all tokens, the past ones' first; the same tensor for every layer of a run."""
+        """Return the angles of all tokens, past ones first; the same tensor for every layer of a run."""
         if self._table is None:
             new = next(iter(self.angles.values()))
             self._table = new if past is None else torch.cat([past, new.expand(past.shape[0], -1, -1, -1)], dim=2)
@@ -300,20 +338,21 @@ class _Watch:
 
 
 class _LatentLayer(DynamicLayer):
-    """Takes keys and values, keeps the latents of the plan in their place, and gives what `latent_attention` takes."""
+    """A cache layer that gets keys and values, caches latents instead as planned, and returns what `latent_attention`
+    takes."""
 
     def __init__(self, plan: LayerPlan, past: list[Tensor], watch: _Watch, past_angles: Tensor | None) -> None:
         super().__init__()
-        self.plan, self.kept, self.watch, self.past_angles = plan, past, watch, past_angles
-        self.keys, self.values, self.is_initialized = past[0], past[-1], True  # where the length of the past is read
+        self.plan, self.cached, self.watch, self.past_angles = plan, past, watch, past_angles
+        self.keys, self.values, self.is_initialized = past[0], past[-1], True  # transformers reads the past length here
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         new = [
             states if projection is None else self.watch.latents_of(projection)
             for states, projection in ((key_states, self.plan.key), (value_states, self.plan.value))
-        ][: len(self.kept)]
-        self.kept = [torch.cat([past, own], dim=2) for past, own in zip(self.kept, new, strict=True)]
-        key, value = self.kept[0], self.kept[-1]
+        ][: len(self.cached)]
+        self.cached = [torch.cat([past, added], dim=2) for past, added in zip(self.cached, new, strict=True)]
+        key, value = self.cached[0], self.cached[-1]
         if self.plan.key is not None and not self.plan.key.plain:
             angles = self.watch.angles_after(self.past_angles) if self.plan.key.rotated else None
             key = self.plan.key.rebuild(key, angles)
@@ -321,21 +360,21 @@ class _LatentLayer(DynamicLayer):
 
 
 class _Recorder(DynamicCache):
-    """Notes what every layer is handed, and by which module."""
+    """A cache that records which module passes which keys and values to every layer."""
 
     def __init__(self, running: list[nn.Module]) -> None:
         super().__init__()
         self.running = running
-        self.seen: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
+        self.updates: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self.seen[layer_idx] = (self.running[-1], key_states, value_states)
+        self.updates[layer_idx] = (self.running[-1], key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 @torch.no_grad()
 def _plans(model: PreTrainedModel, ids: Tensor, kind: str) -> tuple[list[LayerPlan], int]:
-    """What every layer of the cache allows, and the rotated width."""
+    """The plan of every layer of the cache, and the rotated width."""
     running: list[nn.Module] = []
     with ExitStack() as stack, _Watch(model.modules(), low_rank_layers(model).values()) as watch:
         for module in model.modules():
@@ -345,8 +384,8 @@ def _plans(model: PreTrainedModel, ids: Tensor, kind: str) -> tuple[list[LayerPl
         model(input_ids=ids, past_key_values=recorder, use_cache=True)
     table = next(iter(watch.angles.values()), None)
     plans = []
-    for _, (module, keys, values) in sorted(recorder.seen.items()):
-        # Layers with other angles than the first (local and global ones) will not fit the one table.
+    for _, (module, keys, values) in sorted(recorder.updates.items()):
+        # Layers with other angles than the first (local against global layers) will not fit the one table.
         angles = table if _identity(module) in watch.angles else None
         find = partial(_projection, module, watch)
         key = find(keys, angles) if kind == LATENT else None
@@ -358,7 +397,7 @@ def _plans(model: PreTrainedModel, ids: Tensor, kind: str) -> tuple[list[LayerPl
 
 
 def _projection(module: nn.Module, watch: _Watch, states: Tensor, angles: Tensor | None) -> Projection | None:
-    """What makes these states (B, heads, S, width) from the latents that were seen, if anything does."""
+    """The projection that produces these states (B, heads, S, width) from the recorded latents; None if none does."""
     heads, width = states.shape[1], states.shape[3]
     norms = [None, *(child for name, child in module.named_children() if name.startswith("k_") and "norm" in name)]
     for layer in module.children():
@@ -368,9 +407,9 @@ def _projection(module: nn.Module, watch: _Watch, states: Tensor, angles: Tensor
             continue
         for norm, rotated in product(norms, (False, True) if angles is not None else (False,)):
             guess = Projection(layer, heads, width, norm, rotated)
-            made = guess.rebuild(watch.latents_of(guess), angles)
+            rebuilt = guess.rebuild(watch.latents_of(guess), angles)
             bound = _tolerance(states.dtype) * states.abs().max()
-            if made.shape == states.shape and (made - states).abs().max() <= bound:
+            if rebuilt.shape == states.shape and (rebuilt - states).abs().max() <= bound:
                 return guess
     return None
 
@@ -378,7 +417,7 @@ def _projection(module: nn.Module, watch: _Watch, states: Tensor, angles: Tensor
 def _worthwhile(
     module: nn.Module, shapes: tuple[tuple[int, int], tuple[int, int]], key: Projection | None, value: Projection | None
 ) -> LayerPlan:
-    """Without the latents that are no narrower than what they stand for."""
+    """A plan without the latents that are no narrower than the keys or values that they replace."""
     sizes = [heads * width for heads, width in shapes]
     if key is not None and value is not None and key.layer.down is value.layer.down and key.layer.rank < sum(sizes):
         return LayerPlan(module, shapes, key, value, shared=True)
@@ -388,15 +427,16 @@ def _worthwhile(
 
 
 def _identity(module: nn.Module) -> int:
-    """The module's own, which what stands for it while it is traced has too: it shares the module's attributes."""
+    """An id of the module that its stand-in has, too: during tracing, another object shares the module's attributes."""
     return id(vars(module))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Between two ways to the same numbers, relative to the largest."""
+    """The largest difference between two computations of the same numbers, relative to the largest number."""
     return 1e-4 if dtype in (torch.float32, torch.float64) else 3e-2
 
 
 def _size(norm: nn.Module) -> int:
+    """The width that a norm works on; 0 if it has no weight."""
     weight = getattr(norm, "weight", None)
     return weight.shape[-1] if isinstance(weight, Tensor) else 0

@@ -1,4 +1,4 @@
-"""What a graph was exported with, read from the graph itself: it is the record that cannot be lost or go stale."""
+"""Read the options that a graph was exported with from the graph itself, which cannot get lost or out of date."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ from converters.onnx.modes import FILE_NAMES
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export a model as another was: see `converters.onnx.export.export_onnx`.
+    """The options for exporting another model in the same form; see `converters.onnx.export.export_onnx`.
 
-    inputs: the graph's own, in their order. image_size: height and width, channels: of images; None for text.
-    dtype: of the logits.
+    inputs: names of the graph's inputs, in order.
+    image_size: height and width in pixels; None for text.
+    channels: channels of an image; None for text.
+    dtype: dtype of the logits.
     """
 
     inputs: tuple[str, ...]
@@ -33,11 +35,12 @@ class ExportOptions:
 
     @property
     def form(self) -> GraphForm:
+        """These options as `export_onnx` takes them."""
         return GraphForm(self.inputs, self.image_size, self.fuse, self.kv_cache)
 
 
 def options_of(graph: Path) -> ExportOptions:
-    """What `export_onnx` made this graph with.
+    """Return the options that `export_onnx` made this graph with.
 
     Raises:
         InputError: the graph's images have no fixed size.
@@ -63,5 +66,5 @@ def options_of(graph: Path) -> ExportOptions:
 
 
 def modes_beside(graph: Path) -> Sequence[str]:
-    """The kinds of quantisation that lie beside a graph."""
+    """Return the quantisation modes for which there is a file beside the graph."""
     return [mode for mode, name in FILE_NAMES.items() if graph.with_name(name).is_file()]

@@ -1,23 +1,25 @@
-"""Smaller weights for a graph that is there already: int8, int4 and float16.
+"""Quantise the weights of an existing graph to int8, int4 or float16.
 
 ================  =================================  ==========================================================
 mode              products with a weight             activations
 ================  =================================  ==========================================================
-``int8``          int8, one scale a column           scaled as they come (dynamic); products in int8
+``int8``          int8, one scale per column         scaled at run time (dynamic); products in int8
 ``int8-tables4``  as ``int8``                        as ``int8``
-``int8-static``   int8, one scale a column           by ranges found on a sample (QDQ); products in int8
-``int8-blocks``   int8, one scale a block            products in int8 or float32, as the machine's kernels have it
-``int4``          int4, one scale a block            products in int8 or float32, as the machine's kernels have it
+``int8-static``   int8, one scale per column         ranges measured on a sample (QDQ); products in int8
+``int8-blocks``   int8, one scale per block          products in int8 or float32, depending on the machine's kernels
+``int4``          int4, one scale per block          products in int8 or float32, depending on the machine's kernels
 ``float16``       float16                            float32: half the file, the same speed
 ================  =================================  ==========================================================
 
-Embedding tables are in blocks in every integer mode, of 4 bits in ``int8-tables4`` and ``int4``, of 8 bits elsewhere;
-an output layer that is tied to a table is a product on the same bytes (`converters.onnx.blocks`). Products of
-activations stay as they are, and so do convolutions: with int8 weights, ONNX Runtime's takes three times as long as in
-float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``). `converters.onnx.quantized_weights` tells
-what stays.
-A block of a product is 32 inputs of one output: ranks in multiples of it waste nothing. Weights that are multiplied
-head by head have three axes, and there the kernels know one scale a weight only.
+Embedding tables are stored in blocks in every integer mode, with 4 bits in ``int8-tables4`` and ``int4`` and 8 bits in
+the others. An output layer that is tied to a table multiplies by the same bytes (see `converters.onnx.blocks`).
+
+Products of activations are not quantised, and neither are convolutions: with int8 weights, that of ONNX Runtime takes
+three times as long as in float32 on the patches of a ViT-B/16 (``benchmarks/encoder_operators.py``).
+`converters.onnx.quantized_weights` finds which weights are not quantised.
+
+A block of a product is 32 inputs of one output, so ranks in multiples of 32 waste nothing. Weights that are multiplied
+head by head have three axes, for which the kernels only support one scale per weight.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -38,10 +40,10 @@ from converters.onnx.quiet import quiet
 from converters.onnx.write import data_file, has_external_data, publish_graph
 from converters.publishing import published_files
 
-# Weights that are smaller gain nothing.
+# Smaller weights gain nothing.
 LEAST_ELEMENTS = 1024
 
-# Mode → bits of embedding tables; and of products, of those modes that have blocks there too.
+# Mode → bits of embedding tables; and bits of products, for the modes that store products in blocks, too.
 TABLE_BITS = {"int8": 8, "int8-tables4": 4, "int8-static": 8, "int8-blocks": 8, "int4": 4}
 PRODUCT_BITS = {"int8-blocks": 8, "int4": 4}
 
@@ -56,23 +58,23 @@ def quantize_graph(
     *,
     may_grow: bool = False,
 ) -> Path:
-    """Write ``source`` again with smaller weights; returns ``target``, which appears only when it is complete. A graph
-    whose weights lie in a file of their own gets one too, ``<name>.onnx_data``.
+    """Write ``source`` to ``target`` with smaller weights; returns ``target``, which only appears when it is complete.
+    If the weights of ``source`` are in a file of their own, those of ``target`` are too, in ``<name>.onnx_data``.
 
     Args:
-        sample: for ``int8-static``, what to run the graph on; called once.
-        may_grow: take weights that came out larger too, as those of a single small product may.
+        sample: returns the inputs on which ``int8-static`` measures ranges; called once.
+        may_grow: accept weights that become larger, as those of a single small product may.
 
     Raises:
-        InputError: an unknown mode, no such graph, not a graph, no sample where one is needed, or weights that
-            came out larger.
+        InputError: an unknown mode, no such graph, not a graph, no sample although one is needed, or weights that
+            become larger.
         OSError: the disk is full.
     """
     if mode not in MODES:
         raise InputError(f"unknown quantisation {mode!r}; expected one of {', '.join(MODES)}")
     _check(source)
     if mode == "int8-static" and sample is None:
-        raise InputError("int8-static needs a sample to find the ranges of activations on")
+        raise InputError("int8-static needs a sample on which to measure the ranges of activations")
     with published_files(data_file(target), target) as folder, quiet(), explaining_full_disk(folder):
         model = ir.load(source)
         before = _weight_bytes(model)
@@ -87,6 +89,11 @@ def quantize_graph(
 
 
 def _check(source: Path) -> None:
+    """Check that a graph exists and is an ONNX file.
+
+    Raises:
+        InputError: it does not, or it is not one.
+    """
     if not source.is_file():
         raise InputError(f"no ONNX graph at {source}")
     try:
@@ -96,11 +103,11 @@ def _check(source: Path) -> None:
 
 
 def _refuse_larger(source: Path, before: int, after: int, mode: str) -> None:
-    # Weights are compared, not files: the operators around a few kB of weights can weigh more than is saved there.
+    # Weights are compared, not files: the operators around a few kB of weights may take more space than is saved.
     if after > before:
         raise InputError(
             f"{mode} makes the weights of {source} larger, {after:,} bytes instead of {before:,}: they are too small "
-            "or too narrow for it; leave this mode out"
+            "or too narrow for it; omit this mode"
         )
 
 
@@ -109,7 +116,8 @@ def _weight_bytes(model: ir.Model) -> int:
 
 
 def _quantized(model: ir.Model, mode: str, sample: Callable[[], Iterable[Feeds]] | None, folder: Path) -> ir.Model:
-    """The model with smaller weights; ``folder`` is for files on the way, which it may read its weights from."""
+    """The model with smaller weights. ``folder`` is for intermediate files, from which the model may read its weights
+    later."""
     if mode == "float16":
         _store_in_float16(model)
         return model
@@ -125,7 +133,7 @@ def _quantized(model: ir.Model, mode: str, sample: Callable[[], Iterable[Feeds]]
 def _in_int8(
     model: ir.Model, sample: Callable[[], Iterable[Feeds]] | None, excluded: list[str], folder: Path
 ) -> ir.Model:
-    """Products in int8, by ranges found on the sample or, without one, scaled as they come."""
+    """Quantise products to int8; activations by ranges measured on the sample or, without one, at run time."""
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
     if sample is None:
@@ -155,7 +163,7 @@ def _in_int8(
 
 
 def _by_head_in_int8(model: ir.Model, names: list[str], folder: Path) -> ir.Model:
-    """Products with a weight of three axes in int8, one scale a weight."""
+    """Quantise the named products, whose weights have three axes, to int8 with one scale per weight."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     before, after = folder / "before-heads.onnx", folder / "after-heads.onnx"
@@ -173,7 +181,7 @@ def _by_head_in_int8(model: ir.Model, names: list[str], folder: Path) -> ir.Mode
 
 
 def _products_by_head(model: ir.Model) -> list[str]:
-    """Names of the products with a weight of three axes."""
+    """The names of the products whose weight has three axes."""
     products = (node for node in model.graph.all_nodes() if node.op_type == "MatMul")
     return [
         str(node.name)
@@ -185,7 +193,7 @@ def _products_by_head(model: ir.Model) -> list[str]:
 
 
 class _Reader:
-    """A sample as onnxruntime.quantization reads it."""
+    """A sample in the form that onnxruntime.quantization reads."""
 
     def __init__(self, sample: Iterable[Feeds]) -> None:
         self._feeds = iter(sample)
@@ -195,7 +203,8 @@ class _Reader:
 
 
 def _store_in_float16(model: ir.Model) -> None:
-    """Weights in float16, each cast to float32 as a session opens; values beyond float16's range stay as they are."""
+    """Store weights in float16, with a cast to float32 that runs when a session opens, in place. Weights with values
+    beyond float16's range stay in float32."""
     graph = model.graph
     for value in list(graph.initializers.values()):
         tensor = value.const_value

@@ -1,9 +1,9 @@
-"""Rotary frequencies that depend on how long a text is, as plain tensor operations.
+"""Make rotary frequencies that depend on the length of a text traceable, with plain tensor operations.
 
-Dynamic NTK scaling (``rope_type: dynamic``) stretches the wavelengths once a text is longer than the model was trained
-for. transformers computes the frequencies anew when the text grows and keeps them in the module, by branches that
-cannot be traced. While a model is traced they are computed in every step from the step's own positions: the same
-numbers for a prompt, and for a text that grows by one step after another.
+Dynamic NTK scaling (``rope_type: dynamic``) stretches the wavelengths once a text is longer than those that the model
+was trained on. transformers recomputes the frequencies when the text grows and stores them in the module, with branches
+that cannot be traced. While a model is traced here, they are computed in every step from the positions of that step.
+This gives the same numbers for a prompt, and for a text that grows step by step.
 """
 
 import copy
@@ -19,7 +19,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 @contextmanager
 def traceable_frequencies(model: nn.Module) -> Iterator[None]:
-    """Within it, modules with dynamic frequencies compute them without branches; none is changed for good."""
+    """Let modules with dynamic frequencies compute them without branches within the block; the modules are restored at
+    the end."""
     with ExitStack() as stack:
         for module in model.modules():
             if any("dynamic" in kind for kind in _kinds(module).values()) and _undecorated(module) is not None:
@@ -30,7 +31,7 @@ def traceable_frequencies(model: nn.Module) -> Iterator[None]:
 
 
 def _rotate(module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-    """Cosines and sines for these positions, by the module's own code on its frequencies for this length."""
+    """Compute cosines and sines for these positions, by the module's own code with the frequencies for this length."""
     options = {} if layer_type is None else {"layer_type": layer_type}
     kind = _kinds(module)[layer_type]
     forward: Any = _undecorated(module)
@@ -47,7 +48,7 @@ def _rotate(module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str 
 
 
 def _kinds(module: nn.Module) -> dict[str | None, str]:
-    """The kind of frequencies by type of layer, or under None where all layers have one."""
+    """The kind of frequencies by layer type; under None if all layers have the same."""
     kind = getattr(module, "rope_type", None)
     if isinstance(kind, str):
         return {None: kind}
@@ -55,7 +56,7 @@ def _kinds(module: nn.Module) -> dict[str | None, str]:
 
 
 def _undecorated(module: nn.Module) -> Any:
-    """The forward pass without transformers' updates around it; None where there are none."""
+    """The forward method without the decorators by which transformers updates frequencies; None if it has none."""
     forward: Any = type(module).forward
     while hasattr(forward, "__wrapped__"):
         forward = forward.__wrapped__

@@ -1,9 +1,10 @@
-"""One matrix product in the place of several that read the same input.
+"""Combine several matrix products that read the same input into one.
 
-``query.down``, ``key.down`` and ``value.down`` of a factored attention each read x, and so do the two ``down`` of gate
-and up in an MLP. Side by side their weights are one, wide enough for the product to run nearer the machine's peak; a
-``Split`` hands every reader its part. Each number is the same sum of the same terms as before. Only products that make
-their input narrower are stacked: wide ones run at the peak by themselves, and stacked they were slower token by token.
+In a factored attention, ``query.down``, ``key.down`` and ``value.down`` all read x, and so do the two ``down`` of gate
+and up in an MLP. Side by side, their weights form one weight that is wide enough for the product to run closer to the
+machine's peak. A ``Split`` then gives every reader its part. Each number is the same sum of the same terms as before.
+Only products whose output is narrower than their input are stacked: wide products reach the peak on their own, and when
+stacked they were slower in decoding token by token.
 """
 
 from collections.abc import Sequence
@@ -15,11 +16,11 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 def stack_products(model: ir.Model) -> list[str]:
-    """Stack the weights of products with one input, and biases where every one is followed by one; in place. Returns
+    """Stack the weights of products with the same input, in place, and their biases if every product has one. Returns
     the names of the new initialisers."""
     products: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
-        # An output of the graph keeps its own product, and with it its name.
+        # An output of the graph keeps its own product, so that it keeps its name.
         if node.op_type == "MatMul" and _narrows(node.inputs[1]) and not node.outputs[0].is_graph_output():
             products.setdefault(_input(node, 0), []).append(node)
     stacks = [nodes for nodes in products.values() if len(nodes) > 1]
@@ -29,26 +30,27 @@ def stack_products(model: ir.Model) -> list[str]:
 
 
 def _stack(graph: ir.Graph, products: Sequence[ir.Node]) -> list[str]:
+    """Replace these products by one, and return the names of its initialisers."""
     weights = [_input(node, 1) for node in products]
     initialisers = [_joined(graph, weights, axis=1)]
     stacked = ir.node("MatMul", [products[0].inputs[0], initialisers[0]])
-    added, ends = [stacked], list(products)
+    new_nodes, replaced = [stacked], list(products)
     sums = [_bias_sum(node) for node in products]
     if all(total is not None for total in sums):
-        ends = [total for total in sums if total is not None]
-        initialisers.append(_joined(graph, [_bias(total) for total in ends], axis=0))
-        added.append(ir.node("Add", [stacked.outputs[0], initialisers[1]]))
+        replaced = [total for total in sums if total is not None]
+        initialisers.append(_joined(graph, [_bias(total) for total in replaced], axis=0))
+        new_nodes.append(ir.node("Add", [stacked.outputs[0], initialisers[1]]))
     widths = ir.tensor(np.array([_size(weight)[1] for weight in weights], np.int64))
     sizes = ir.node("Constant", [], {"value": widths})
-    split = ir.node("Split", [added[-1].outputs[0], sizes.outputs[0]], {"axis": -1}, num_outputs=len(products))
-    graph.insert_before(products[0], [*added, sizes, split])
-    for end, part in zip(ends, split.outputs, strict=True):
-        end.outputs[0].replace_all_uses_with(part)
+    split = ir.node("Split", [new_nodes[-1].outputs[0], sizes.outputs[0]], {"axis": -1}, num_outputs=len(products))
+    graph.insert_before(products[0], [*new_nodes, sizes, split])
+    for node, part in zip(replaced, split.outputs, strict=True):
+        node.outputs[0].replace_all_uses_with(part)
     return [str(value.name) for value in initialisers]
 
 
 def _bias_sum(product: ir.Node) -> ir.Node | None:
-    """The sum that adds a bias to this product, if that is all that reads it."""
+    """The node that adds a bias to this product, if nothing else reads the product."""
     uses = product.outputs[0].uses()
     if len(uses) != 1:
         return None
@@ -58,11 +60,12 @@ def _bias_sum(product: ir.Node) -> ir.Node | None:
 
 
 def _bias(total: ir.Node) -> ir.Value:
+    """The bias that this node adds."""
     return next(value for value in total.inputs if value is not None and _is_weight(value, rank=1))
 
 
 def _narrows(value: ir.Value | None) -> bool:
-    """A weight with fewer outputs than inputs."""
+    """Whether a value is a weight with fewer outputs than inputs."""
     if value is None or not _is_weight(value, rank=2):
         return False
     inputs, outputs = _size(value)
@@ -70,14 +73,15 @@ def _narrows(value: ir.Value | None) -> bool:
 
 
 def _is_weight(value: ir.Value | None, rank: int) -> bool:
-    """An initialiser of so many axes that one node alone reads."""
+    """Whether a value is an initialiser with this number of axes that only one node reads."""
     if value is None or not value.is_initializer() or value.const_value is None or value.is_graph_output():
         return False
     return len(value.const_value.shape) == rank and len(value.uses()) == 1
 
 
 def _joined(graph: ir.Graph, parts: Sequence[ir.Value], axis: int) -> ir.Value:
-    """A new initialiser of these, put together when it is written, not before: the parts are views of the model."""
+    """A new initialiser that joins these along an axis. It is only computed when it is written: the parts are views of
+    the model's weights."""
     tensors = [part.const_value for part in parts]
     shape = _size(parts[0])
     shape[axis] = sum(_size(part)[axis] for part in parts)
@@ -95,7 +99,7 @@ def _joined(graph: ir.Graph, parts: Sequence[ir.Value], axis: int) -> ir.Value:
 
 
 def joined_name(names: Sequence[str]) -> str:
-    """What the names have in common, and in braces what they have not.
+    """Join names into one: the parts that they have in common, with the different parts in braces.
 
     >>> joined_name(["layer.0.query.down.weight.T", "layer.0.key.down.weight.T"])
     'layer.0.{query,key}.down.weight.T'
@@ -108,6 +112,7 @@ def joined_name(names: Sequence[str]) -> str:
 
 
 def _shared_length(parts: Sequence[Sequence[str]]) -> int:
+    """The length of the longest common beginning."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False)))
 
 

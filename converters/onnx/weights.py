@@ -1,6 +1,6 @@
-"""New values for the weights of a graph, by the names that they have in the model (see ``names``).
+"""Replace the values of a graph's weights, by their names in the model (see ``names``).
 
-A graph whose shapes stay need not be exported again: the rest of it is the same, fusions and all.
+A graph whose shapes do not change need not be exported again: everything else in it is the same, including fusions.
 """
 
 import re
@@ -16,16 +16,16 @@ from converters.onnx.write import has_external_data, publish_graph
 
 
 def weight_names(source: Path) -> set[str]:
-    """The parameters of the model that the graph holds under their own names, in stacks or alone."""
+    """Return the names of the model's parameters that the graph contains, in stacks or alone."""
     return {part for name in ir.load(source).graph.initializers for part in _parts(name)}
 
 
 def replace_weights(source: Path, target: Path, values: Mapping[str, Tensor]) -> Path:
-    """Write ``source`` again with these values; returns ``target``, which appears only when it is complete. What is not
-    named stays as it is.
+    """Write ``source`` to ``target`` with these values by parameter name; returns ``target``, which only appears when
+    it is complete. Parameters that are not named do not change.
 
     Raises:
-        ValueError: a value has another shape than the weight, or one part of a stack is given and another is not.
+        ValueError: a value has another shape than the weight, or only some parts of a stack are given.
     """
     model = ir.load(source)
     external = has_external_data(model)
@@ -49,7 +49,7 @@ def replace_weights(source: Path, target: Path, values: Mapping[str, Tensor]) ->
 
 
 def _parts(name: str) -> list[str]:
-    """The parameters behind an initialiser's name.
+    """The names of the parameters in an initialiser of this name.
 
     >>> _parts("layer.0.{query,key}.down.weight.T")
     ['layer.0.query.down.weight', 'layer.0.key.down.weight']

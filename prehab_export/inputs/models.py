@@ -30,7 +30,7 @@ from converters.model_config import (
     settle_architectures,
     text_config,
 )
-from converters.onnx.inputs import tells_token_types
+from converters.onnx.inputs import distinguishes_token_types
 from prehab_export.inputs.model_source import check_location, first_line, quiet, readable
 from prehab_export.inputs.stored_weights import check_has_weights
 from prehab_export.inputs.tasks import TASKS, Task
@@ -192,7 +192,7 @@ def input_names(config: PreTrainedConfig, task: Task) -> frozenset[str] | None:
         return None
     model_class = classes[0] if isinstance(classes, tuple) else classes
     names = frozenset(inspect.signature(model_class.forward).parameters)
-    if "token_type_ids" in names and not tells_token_types(empty_model(config, task)):
+    if "token_type_ids" in names and not distinguishes_token_types(empty_model(config, task)):
         names -= {"token_type_ids"}
     return names
 
