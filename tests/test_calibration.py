@@ -10,7 +10,9 @@ import transformers
 from converters.errors import InputError
 from converters.selection import select_layers
 from prehab_export.compression.calibrated import Calibrated
-from prehab_export.compression.calibration import CalibrationWarning, Gather, calibrate, few_tokens, shared_inputs
+from prehab_export.compression.calibration import CalibrationWarning, Gather, calibrate
+from prehab_export.compression.doubts_of_moments import few_tokens
+from prehab_export.compression.input_groups import shared_inputs
 from prehab_export.compression.metric import gradient_metric
 from prehab_export.compression.moments import load_statistics, save_statistics
 from prehab_export.compression.truncation import truncate

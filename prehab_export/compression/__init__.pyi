@@ -4,8 +4,6 @@ from prehab_export.compression.calibrated import Calibrated as Calibrated
 from prehab_export.compression.calibration import CalibrationWarning as CalibrationWarning
 from prehab_export.compression.calibration import Gather as Gather
 from prehab_export.compression.calibration import calibrate as calibrate
-from prehab_export.compression.calibration import doubts as doubts
-from prehab_export.compression.calibration import shared_inputs as shared_inputs
 from prehab_export.compression.closed_form import Compression as Compression
 from prehab_export.compression.closed_form import Samplesets as Samplesets
 from prehab_export.compression.closed_form import compress as compress
@@ -13,10 +11,12 @@ from prehab_export.compression.decompositions import Decomposed as Decomposed
 from prehab_export.compression.decompositions import Decompositions as Decompositions
 from prehab_export.compression.decompositions import JointlyDecomposed as JointlyDecomposed
 from prehab_export.compression.decompositions import decompose_layers as decompose_layers
+from prehab_export.compression.doubts_of_moments import doubts as doubts
 from prehab_export.compression.drift import truncate_along as truncate_along
 from prehab_export.compression.factored import Factored as Factored
 from prehab_export.compression.grid_refit import GridFit as GridFit
 from prehab_export.compression.grid_refit import refit_to_grid as refit_to_grid
+from prehab_export.compression.input_groups import shared_inputs as shared_inputs
 from prehab_export.compression.metric import layer_metric as layer_metric
 from prehab_export.compression.moments import InputMoment as InputMoment
 from prehab_export.compression.moments import Statistics as Statistics

@@ -1,0 +1,187 @@
+"""Running sums of outer products, gathered by hooks while a model runs forward and backward."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from converters.errors import InputError
+from prehab_export.compression.activations import RowOrder, by_sample, row_order
+from prehab_export.compression.dataflow import TokenRows
+from prehab_export.compression.input_groups import RowOrders, exclusion
+from prehab_export.compression.moments import InputMoment, Statistics
+from prehab_export.compression.token_rows import token_rows
+from prehab_export.inputs import Batch, Task, full_precision, sample_count
+from prehab_export.linalg import ClusterSums, PlainSums, real
+
+# (logits of the units, batch) → a label for each unit.
+LabelsOf = Callable[[Tensor, Batch], Tensor]
+
+Sums = ClusterSums | PlainSums
+
+
+class Tally:
+    """Running sums of outer products, gathered by hooks sample by sample.
+
+    groups: layer → input group.
+    orders: the order of each layer's rows in each of its runs in one forward pass.
+    sums: creates empty sums for one layer.
+    loss_scale: power of two by which the loss is multiplied before its backward pass; gradients are divided by it.
+    """
+
+    def __init__(
+        self, groups: Mapping[str, str], orders: RowOrders, sums: Callable[[], Sums], loss_scale: float = 1.0
+    ) -> None:
+        self.groups = groups
+        self.orders = orders
+        self.tracks_rows = any(RowOrder.TRACKED in runs for runs in orders.values())
+        self.sums = sums
+        self.loss_scale = loss_scale
+        self.units = 0
+        # Inputs are summed relative to the mean of the first batch: large means cancel before they are squared, and
+        # the sampling error is that of the centred moment.
+        self.shift: dict[str, Tensor] = {}
+        self.total: dict[str, Tensor] = {}
+        self.inputs = {group: sums() for group in groups.values()}
+        self.gradients: dict[str, Sums] = {}
+
+    def watch(
+        self, model: nn.Module, task: Task, batch: Batch, layers: Mapping[str, nn.Module], labels_of: LabelsOf | None
+    ) -> None:
+        """Add one batch: run a forward pass and, if ``labels_of`` is given, a backward pass of the loss."""
+        mask = task.token_mask(batch)
+        rows = token_rows(batch, mask) if self.tracks_rows and mask is not None else None
+        with self._hooked(task, batch, layers, labels_of is not None, rows):
+            with rows or nullcontext():
+                logits = task.logits(model, batch)
+            unit_logits = task.unit_logits(logits, batch)
+            if labels_of is not None:
+                targets = labels_of(unit_logits, batch)
+                # The sum, not the mean, so that every unit keeps the gradient of its own loss.
+                loss = nn.functional.cross_entropy(unit_logits.float(), targets, reduction="sum")
+                (self.loss_scale * loss).backward()
+        self.units += unit_logits.shape[0]
+
+    @contextmanager
+    def _hooked(
+        self, task: Task, batch: Batch, layers: Mapping[str, nn.Module], gradients: bool, rows: TokenRows | None
+    ) -> Iterator[None]:
+        mask, samples = task.token_mask(batch), sample_count(batch)
+        units = _units_by_sample(task, batch) if gradients else None
+        handles = []
+        for name, layer in layers.items():
+            if self.groups[name] == name:
+                handles.append(layer.register_forward_pre_hook(self._input_hook(name, mask, samples, rows)))
+            if units is not None:
+                handles.append(layer.register_forward_hook(self._output_hook(name, mask, units, rows)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _row_finder(self, name: str, rows: TokenRows | None) -> Callable[[Tensor], tuple[RowOrder, Tensor | None]]:
+        """Return a function from the layer's input to the order and the token numbers of its rows.
+
+        It is called once for each run of the layer in one forward pass.
+        """
+        orders = iter(self.orders[name])
+
+        def find_rows(x: Tensor) -> tuple[RowOrder, Tensor | None]:
+            # The number of runs of an expert depends on the batch.
+            order = next(orders, RowOrder.UNKNOWN)
+            if rows is not None and order in (RowOrder.TRACKED, RowOrder.UNKNOWN):
+                order = row_order(x, rows)
+            return order, None if rows is None or order is not RowOrder.TRACKED else rows.rows(x)
+
+        return find_rows
+
+    def _input_hook(self, name: str, mask: Tensor | None, samples: int, rows: TokenRows | None) -> Callable:
+        find_rows = self._row_finder(name, rows)
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            order, numbers = find_rows(args[0])
+            with full_precision(x.device):
+                values, valid = by_sample(x, mask, samples, order, numbers)
+                if not bool(valid.any()):
+                    return
+                if name not in self.shift:
+                    self.shift[name] = real(values, valid).mean(0)
+                    self.total[name] = torch.zeros_like(self.shift[name])
+                values = values - self.shift[name]
+                self.total[name] += real(values, valid).sum(0)
+                self.inputs[name].add(values, valid, valid.sum(1))
+
+        return hook
+
+    def _output_hook(self, name: str, mask: Tensor | None, units: Tensor, rows: TokenRows | None) -> Callable:
+        find_rows = self._row_finder(name, rows)
+
+        def add_gradient(gradient: Tensor, order: RowOrder, numbers: Tensor | None) -> None:
+            with full_precision(gradient.device):
+                values, valid = by_sample(gradient, mask, len(units), order, numbers)
+                sizes = units if len(values) == len(units) else units.sum()[None]
+                values = values if self.loss_scale == 1 else values / self.loss_scale
+                if name not in self.gradients:
+                    self.gradients[name] = self.sums()
+                self.gradients[name].add(values, valid, sizes.to(values.device))
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():
+                raise InputError(
+                    f"the model runs {name} without keeping what gradients need (as reversible layers do), so the "
+                    "increase in loss cannot be predicted; use --objective activation --allocation uniform"
+                )
+            order, numbers = find_rows(args[0])
+            return gradient_hook(lambda gradient: add_gradient(gradient, order, numbers))(module, args, output)
+
+        return hook
+
+    def _input_moment(self, group: str) -> InputMoment:
+        sums = self.inputs[group]
+        shift, offset = (values.to(sums.outer.device) for values in (self.shift[group], self.total[group] / sums.rows))
+        # offset shiftᵀ + shift offsetᵀ + shift shiftᵀ, as two updates in place
+        second = sums.outer / sums.rows
+        second.addr_(offset + shift, shift).addr_(shift, offset)
+        return InputMoment(second, shift + offset, sums.rows, sums.sampling())
+
+    def result(self) -> Statistics:
+        """Return the moments of everything added so far.
+
+        Raises:
+            InputError: no token reached a layer, or the loss does not depend on one.
+        """
+        empty = [group for group, sums in self.inputs.items() if not sums.rows]
+        if empty:
+            raise InputError(f"no token of this data reaches {empty[0]}; exclude it with --exclude {empty[0]!r}")
+        silent = [name for name in self.groups if self.gradients and name not in self.gradients]
+        if silent:
+            raise InputError(f"the loss does not depend on {exclusion(silent, self.groups)}")
+        return Statistics(
+            {group: self._input_moment(group) for group in self.inputs},
+            dict(self.groups),
+            {name: sums.outer / self.units for name, sums in self.gradients.items()},
+            self.units,
+            {name: sums.sampling() for name, sums in self.gradients.items()},
+        )
+
+
+def gradient_hook(action: Callable[[Tensor], None]) -> Callable:
+    """Return a forward hook that calls ``action`` with the gradient of the module's output."""
+
+    def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # All parameters are frozen, so the graph starts at the first selected layers. The clone protects the leaf from
+        # models that work in place.
+        tracked = output if output.requires_grad else output.requires_grad_().clone()
+        tracked.register_hook(action)
+        return tracked
+
+    return hook
+
+
+def _units_by_sample(task: Task, batch: Batch) -> Tensor:
+    """Return the number of units of loss in each sample (B)."""
+    samples = ({key: value[row : row + 1] for key, value in batch.items()} for row in range(sample_count(batch)))
+    return torch.tensor([len(task.unit_labels(sample)) for sample in samples])
