@@ -53,10 +53,10 @@ def check_disk_space(folder: Path, needed: int) -> None:
         InputError: it has less.
     """
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed:
         raise InputError(
-            f"{folder} needs about {needed / 1e9:.1f} GB more, but only {free / 1e9:.1f} GB are free; free some space "
+            f"{folder} needs about {needed / 1e9:.1f} GB more, but only {free_bytes / 1e9:.1f} GB are free; free some space "
             f"(`prehab-export clean {folder}` removes results of earlier options), or name a folder on another "
             "disk with -o"
         )
