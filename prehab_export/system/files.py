@@ -56,8 +56,8 @@ def check_disk_space(folder: Path, needed: int) -> None:
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed:
         raise InputError(
-            f"{folder} needs about {needed / 1e9:.1f} GB more, but only {free_bytes / 1e9:.1f} GB are free; free some space "
-            f"(`prehab-export clean {folder}` removes results of earlier options), or name a folder on another "
+            f"{folder} needs about {needed / 1e9:.1f} GB more, but only {free_bytes / 1e9:.1f} GB are free; free some "
+            f"space (`prehab-export clean {folder}` removes results of earlier options), or name a folder on another "
             "disk with -o"
         )
 
