@@ -123,7 +123,7 @@ def build(shape: str, blocks: int | None, tiny: bool = False) -> transformers.Pr
 
 def cut(model: transformers.PreTrainedModel, removed: float, multiple: int) -> float:
     """Random factors in every layer, the same share off each, ranks rounded down; returns the share kept."""
-    layers = px.target_layers(model)
+    layers = px.select_layers(model)
     factors, before, after = {}, 0.0, 0.0
     for name, layer in layers.items():
         m, n = dense_weight(layer).shape

@@ -54,7 +54,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for ratio in ratios:
             command = ["run", model, "-o", folder, "--task", task, "--data", data, "--ratio", str(ratio)]
-            command += ["--threads", str(threads), "--bench-rounds", str(rounds)]
+            command += ["--threads", str(threads), "--set", f"bench.rounds={rounds}"]
             command += [part for mode in modes for part in ("--quantize", mode)]
             command += [] if eval_split is None else ["--eval-split", eval_split]
             command += [] if length is None else ["--bench-length", str(length)]

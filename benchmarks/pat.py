@@ -46,8 +46,8 @@ def pat(
         if prox == "MinRankConstraint":
             group |= {"min_sparsity": 1 - rank / min(m, n), "min_sparsity_schedule": True}
         groups.append(group | {"reg_lambda": NUCLEAR_LAMBDA})
-    targeted = {id(layer.weight) for layer in layers.values()}
-    groups.append({"params": [p for p in model.parameters() if id(p) not in targeted]})
+    selected = {id(layer.weight) for layer in layers.values()}
+    groups.append({"params": [p for p in model.parameters() if id(p) not in selected]})
     base = torch.optim.AdamW(groups, lr=schedule.learning_rate, weight_decay=0.0)
     # The last fifth heals at the final rank, as its examples do.
     optimizer = PruneOptimizer(base, healing_start_step=max(2, round(0.8 * schedule.steps)))

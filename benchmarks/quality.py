@@ -179,7 +179,7 @@ class Bench:
             return asdict(px.evaluate(onnx_predictor(session, self.task), self.task, batches))
 
     def layers(self, model: nn.Module) -> dict[str, Any]:
-        return px.target_layers(model, self.options.include)
+        return px.select_layers(model, self.options.include)
 
     def row(self, name: str, ratio: float, seed: int) -> dict[str, Any]:
         """One recipe at one ratio: the metric, what it took, and how it was trained."""

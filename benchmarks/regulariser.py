@@ -95,7 +95,7 @@ def _measured(name: str, only: tuple[str, ...], options: dict[str, Any]) -> dict
         "ours": rows,
         "published_seconds_a_step": published,
         "published_share": shares,
-        "published_measured_on": "the targeted layers of one block, times the number of blocks",
+        "published_measured_on": "the selected layers of one block, times the number of blocks",
     }
 
 
@@ -105,7 +105,7 @@ class Bench:
     def __init__(self, model: nn.Module, task: Task, batch: Batch, options: dict[str, Any]) -> None:
         self.model, self.task, self.batch, self.options = model, task, batch, options
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-        self.layers: Mapping[str, DenseLinear] = px.target_layers(model)
+        self.layers: Mapping[str, DenseLinear] = px.select_layers(model)
         self.truncation = px.TruncateConfig(ratio=options["ratio"])
         self.plain: list[float] = []
         self.statistics = px.calibrate(model, task, [batch], self.layers).statistics

@@ -70,9 +70,9 @@ class Coverage:
     def facts(self) -> dict[str, Any]:
         """Return the coverage in JSON types, with the groups that are large enough to name."""
         return {
-            "targeted_parameters": self.selected,
+            "selected_parameters": self.selected,
             "total_parameters": self.total,
-            "targeted_share": self.share,
+            "selected_share": self.share,
             "rest": [asdict(group) for group in self._named],
         }
 

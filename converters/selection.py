@@ -17,7 +17,7 @@ from converters.model_config import expert_counts
 ROUTER_NAMES = frozenset({"gate", "router", "gating"})
 
 
-def target_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, DenseLinear]:
+def select_layers(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, DenseLinear]:
     """Select the dense linears to compress, by name, in the model's own order.
 
     Patterns are shell-style (``*.attention.*``) and match the whole dotted name. ``include`` replaces the default

@@ -6,7 +6,7 @@ from test_drift import CLASSIFY, STRONG, along, assert_same_products, batches_fo
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import NotAChain, find_blocks
 from prehab_export.compression.calibrated import Calibrated
@@ -135,7 +135,7 @@ def test_a_list_of_lists_is_no_block_but_holds_some():
 
 def calibrated(kind):
     model, batches = Model(kind).eval(), batches_for(CLASSIFY, count=3, padded=True)
-    layers = target_layers(model)
+    layers = select_layers(model)
     return model, batches, layers, calibrate(model, CLASSIFY, batches, layers).statistics
 
 
@@ -152,9 +152,9 @@ def test_blocks_are_replayed_exactly(kind):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Counts, "by itself does not give"),
-        (Random, "by itself does not give"),
-        (Scaled, "something made from the output of a block before it"),
+        (Counts, "on its own does not give"),
+        (Random, "on its own does not give"),
+        (Scaled, "computed from the output of an earlier block"),
         (Generates, "a generator, which cannot be copied"),
         (Marks, "in place"),
     ],

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from converters.errors import InputError
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import CalibrationWarning, Gather, calibrate, few_tokens, shared_inputs
 from prehab_export.compression.metric import gradient_metric
@@ -83,7 +83,7 @@ def test_layers_that_keep_no_gradients_are_refused_and_do_without():
         max_position_embeddings=32,
     )
     model, task = transformers.ReformerForSequenceClassification(config).eval(), TASKS["text-classification"]
-    layers = target_layers(model)
+    layers = select_layers(model)
     with pytest.raises(InputError, match=r"without keeping what gradients need .* --objective activation"):
         calibrate(model, task, batches(), layers)
     statistics = calibrate(model, task, batches(), layers, gather=Gather(gradients=False)).statistics
@@ -131,7 +131,7 @@ def test_moments_equal_brute_force_without_padding(make, task):
     samples = batches()
     if task.metric == "perplexity":
         samples = [{key: value for key, value in batch.items() if key != "labels"} for batch in samples]
-    layers = target_layers(model)
+    layers = select_layers(model)
     statistics = calibrate(model, task, samples, layers).statistics
     for name in layers:
         c, mean, g = brute_force(model, task, samples, name)
@@ -144,7 +144,7 @@ def test_moments_equal_brute_force_without_padding(make, task):
 
 def test_batching_does_not_matter():
     model, task = bert(), TASKS["text-classification"]
-    layers = target_layers(model)
+    layers = select_layers(model)
     whole = calibrate(model, task, batches(), layers).statistics
     single = [
         {key: value[row : row + 1] for key, value in batch.items()}
@@ -159,7 +159,7 @@ def test_batching_does_not_matter():
 
 def test_layers_with_one_input_share_one_moment():
     for model, groups in ((bert(), 4), (llama(), 4)):
-        layers = target_layers(model)
+        layers = select_layers(model)
         task = TASKS["text-generation" if "Causal" in type(model).__name__ else "text-classification"]
         found = shared_inputs(model, task, batches()[0], layers)
         per_block = {name: group for name, group in found.items() if ".0." in name}
@@ -175,7 +175,7 @@ def test_the_model_comes_back_as_it_was():
     model = bert().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.bert.embeddings.requires_grad_(False)
-    calibrate(model, TASKS["text-classification"], batches(), target_layers(model))
+    calibrate(model, TASKS["text-classification"], batches(), select_layers(model))
     assert model.training
     assert not any(parameter.requires_grad for parameter in model.bert.embeddings.parameters())
     assert all(parameter.requires_grad for parameter in model.classifier.parameters())
@@ -186,7 +186,7 @@ def test_the_model_comes_back_as_it_was():
 
 def test_labels_drawn_from_the_model_need_none_and_repeat():
     model, task = llama(), TASKS["text-generation"]
-    layers = target_layers(model)
+    layers = select_layers(model)
     samples = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches()]
     first = calibrate(model, task, samples, layers, gather=Gather(labels="model"), seed=3).statistics
     again = calibrate(model, task, samples, layers, gather=Gather(labels="model"), seed=3).statistics
@@ -198,7 +198,7 @@ def test_labels_drawn_from_the_model_need_none_and_repeat():
 
 def test_statistics_round_trip(tmp_path):
     model = bert()
-    statistics = calibrate(model, TASKS["text-classification"], batches(), target_layers(model)).statistics
+    statistics = calibrate(model, TASKS["text-classification"], batches(), select_layers(model)).statistics
     save_statistics(statistics, tmp_path / "s.safetensors")
     loaded = load_statistics(tmp_path / "s.safetensors")
     assert loaded.groups == statistics.groups
@@ -214,7 +214,7 @@ def test_statistics_round_trip(tmp_path):
 
 def test_few_tokens_are_a_warning_with_the_effective_number():
     model, task = bert(), TASKS["text-classification"]
-    layers = target_layers(model)
+    layers = select_layers(model)
     with pytest.warns(
         CalibrationWarning, match=r"1 samples, 3 tokens\) is worth 3 independent tokens for the 24 .* few for 7 more"
     ):
@@ -260,7 +260,7 @@ def test_sampling_error_equals_brute_force(make, task):
     samples = batches(((9, 3, 12, 3), (2, 3, 4, 3, 2)))
     if task.metric == "perplexity":
         samples = [{key: value for key, value in batch.items() if key != "labels"} for batch in samples]
-    layers = target_layers(model)
+    layers = select_layers(model)
     statistics = calibrate(model, task, samples, layers).statistics
     for name in layers:
         inputs, gradients = rows_by_sample(model, task, samples, name)
@@ -308,7 +308,7 @@ def test_tensors_with_rows_flattened_and_rubbish_in_the_padding():
 
 def test_a_running_average():
     model, task = bert(), TASKS["text-classification"]
-    layers = target_layers(model)
+    layers = select_layers(model)
     first = calibrate(model, task, batches(), layers).statistics
     second = calibrate(model, task, batches(seed=1), layers, gather=Gather(sampling=False)).statistics
     both = first.blended(second, 0.5)
@@ -321,7 +321,7 @@ def test_a_running_average():
 @pytest.mark.filterwarnings("error::prehab_export.compression.calibration.CalibrationWarning")
 def test_moments_without_their_sampling_are_the_same():
     model, task = bert(), TASKS["text-classification"]
-    layers = target_layers(model)
+    layers = select_layers(model)
     with pytest.warns(CalibrationWarning):
         known = calibrate(model, task, batches(), layers).statistics
     plain = calibrate(model, task, batches(), layers, gather=Gather(sampling=False)).statistics
@@ -338,7 +338,7 @@ def test_moments_without_their_sampling_are_the_same():
 def test_moments_without_their_sampling_are_shrunk_as_configured_and_no_further(floor, tmp_path):
     """What is not known is no reason to give up G: factors are those of G at the configured share, saved or not."""
     model, task = bert(), TASKS["text-classification"]
-    layers, config = target_layers(model), TruncateConfig(ratio=0.6, gradient_shrinkage=floor)
+    layers, config = select_layers(model), TruncateConfig(ratio=0.6, gradient_shrinkage=floor)
     plain = calibrate(model, task, batches(), layers, gather=Gather(sampling=False)).statistics
     save_statistics(plain, tmp_path / "s.safetensors")
     exact = {name: Sampling(5, 0.0, 1.0) for name in layers}
@@ -357,7 +357,7 @@ def test_moments_without_their_sampling_are_shrunk_as_configured_and_no_further(
 
 def test_bad_input():
     model, task = bert(), TASKS["text-classification"]
-    layers = target_layers(model)
+    layers = select_layers(model)
     with pytest.raises(InputError, match="empty"):
         calibrate(model, task, [], layers)
     with pytest.raises(InputError, match="Fisher labels"):

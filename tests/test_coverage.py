@@ -12,7 +12,7 @@ from test_pipeline import QUICK, TEXT, invoke
 
 from converters.coverage import coverage
 from converters.lowrank import dense_weight, low_rank_layers
-from converters.selection import target_layers
+from converters.selection import select_layers
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 TEXT_SIZES = SIZES | {"vocab_size": 64}
@@ -44,14 +44,14 @@ WITHOUT_EXPERTS = {
 def covered(family, **changes):
     model_class, config = (MIXTURES | WITHOUT_EXPERTS)[family]
     model = model_class._from_config(type(config)(**{**config.to_dict(), **changes}))
-    return model, coverage(model, target_layers(model))
+    return model, coverage(model, select_layers(model))
 
 
 @pytest.mark.parametrize("family", MIXTURES | WITHOUT_EXPERTS)
 def test_every_parameter_is_counted_once(family):
     model, found = covered(family)
     assert found.total == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    assert found.selected == sum(math.prod(dense_weight(x).shape) for x in target_layers(model).values())
+    assert found.selected == sum(math.prod(dense_weight(x).shape) for x in select_layers(model).values())
     assert found.selected + sum(group.parameters for group in found.rest) == found.total
     assert found.share + sum(group.share for group in found.rest) == pytest.approx(1)
 
@@ -77,18 +77,18 @@ def test_a_large_embedding_is_a_warning_and_a_small_one_nothing():
 def test_what_convolutions_and_other_linears_hold_is_named_as_such():
     sizes = {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2, "image_size": 16, "num_labels": 400}
     model = transformers.ConvNextForImageClassification(transformers.ConvNextConfig(**sizes))
-    kinds = {group.name: group.kind for group in coverage(model, target_layers(model)).rest}
+    kinds = {group.name: group.kind for group in coverage(model, select_layers(model)).rest}
     assert kinds["convnext.encoder.stages.*.layers.*.dwconv.weight"] == "convolution"
     assert kinds["classifier.weight"] == "linear"
     xlnet = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "vocab_size": 64}
     model = transformers.XLNetForSequenceClassification(transformers.XLNetConfig(**xlnet))
-    kinds = {group.name: group.kind for group in coverage(model, target_layers(model)).rest}
+    kinds = {group.name: group.kind for group in coverage(model, select_layers(model)).rest}
     assert kinds["transformer.layer.*.rel_attn.q"] == "stacked"  # one matrix a head, and no experts
     jetmoe = transformers.JetMoeConfig(
         **TEXT_SIZES | {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4}
     )
     model = transformers.JetMoeForCausalLM(jetmoe)
-    kinds = {group.name: group.kind for group in coverage(model, target_layers(model)).rest}
+    kinds = {group.name: group.kind for group in coverage(model, select_layers(model)).rest}
     assert kinds["model.layers.*.mlp.input_linear.weight"] == "experts"  # by their number
     vit, found = covered("vit")
     kinds = {group.name: group.kind for group in found.rest}
@@ -122,8 +122,7 @@ def test_next_to_nothing_is_refused_before_any_work(verb, prose, tmp_path, capsy
     model = saved("mixtral", tmp_path / "mixtral")
     options = generation(model, prose, tmp_path / "run")
     if verb == "fit":
-        at = options.index("--bench-rounds")
-        options = [*options[:at], *options[at + 2 :], "--size", "1MB"]
+        options += ["--size", "1MB"]
     assert invoke(verb, *options) == 2
     error = capsys.readouterr().err
     share = covered("mixtral")[1].share
@@ -146,7 +145,7 @@ def test_below_a_half_is_a_warning_that_the_report_repeats(prose, tmp_path, caps
     share = covered("llama, tied", vocab_size=1000)[1].share
     assert f"warning: only {100 * share:.1f}% of the model's parameters" in capsys.readouterr().err
     facts = json.loads((stage_folder(tmp_path / "run", "truncate") / "truncate.json").read_text())
-    assert facts["coverage"]["targeted_share"] == pytest.approx(share)
+    assert facts["coverage"]["selected_share"] == pytest.approx(share)
     assert facts["coverage"]["rest"][0]["name"] == "model.embed_tokens.weight"
     assert "model.embed_tokens.weight (embedding)" in facts["warnings"][0]
 
@@ -162,10 +161,10 @@ def test_the_share_is_always_said(bert_folder, reviews, tmp_path, capsys):
     coverage_facts = json.loads(captured.out)["coverage"]
     assert invoke("inspect", bert_folder, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["targeted_share"] == coverage_facts["targeted_share"]
-    assert facts["targeted_share"] == facts["targeted_parameters"] / facts["parameters"]
+    assert facts["selected_share"] == coverage_facts["selected_share"]
+    assert facts["selected_share"] == facts["selected_parameters"] / facts["parameters"]
     assert invoke("inspect", bert_folder) == 0
-    assert f"({100 * facts['targeted_share']:.1f}%) in layers to compress" in capsys.readouterr().out
+    assert f"({100 * facts['selected_share']:.1f}%) in layers to compress" in capsys.readouterr().out
 
 
 def test_inspect_warns_and_does_not_refuse(tmp_path, capsys):

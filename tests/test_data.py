@@ -29,7 +29,8 @@ from transformers import (
 )
 
 from converters.errors import InputError
-from prehab_export.cli.commands import _parsed, cli
+from prehab_export.cli.commands import cli
+from prehab_export.cli.parsing import requested
 from prehab_export.config.data import DataConfig
 from prehab_export.config.options import from_dict, to_yaml
 from prehab_export.config.run import RunConfig
@@ -192,7 +193,7 @@ def test_a_hub_dataset_out_of_reach_says_where_it_looked(monkeypatch, word_token
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.docx", b"x", "not a kind of file"),
+        ("a.docx", b"x", "not a supported kind of file"),
         ("a.csv", b"", "is empty"),
         ("a.parquet", b"not parquet at all", "cannot read the data"),
         ("a.jsonl", b'{"text": ', "cannot read the data"),
@@ -213,9 +214,8 @@ def test_an_empty_folder_is_refused(tmp_path, word_tokenizer):
 def test_the_command_line_has_all_of_it(tmp_path):
     given = ["--encoding", "cp1252", "--delimiter", "tab", "--no-header", "--labels-by-position"]
     arguments = ["model", "-o", str(tmp_path), "--task", "text-generation", "--data", "a.csv", *given]
-    flags = cli.commands["run"].make_context("run", [*arguments, "--window-start", "none"]).params
-    flags = {name: value for name, value in flags.items() if name not in ("force", "as_json")}
-    config, _ = _parsed(flags.pop("model"), flags, inherit=False)
+    given = cli.commands["run"].make_context("run", [*arguments, "--window-start", "none"]).params
+    config, _ = requested(given, inherit=False)
     expected = {"encoding": "cp1252", "delimiter": "tab", "header": False, "labels_by_position": True}
     assert config.data == DataConfig("a.csv", window_start="none", **expected)
     assert from_dict(RunConfig, yaml.safe_load(to_yaml(config))) == config
@@ -648,13 +648,13 @@ def test_a_label_outside_the_models_classes_names_its_row(tmp_path, word_tokeniz
 
 def test_scores_are_not_labels(tmp_path, word_tokenizer):
     path = write_csv(tmp_path / "a.csv", {"text": WORDS[:4], "score": [0.5, 1.5, 2.5, 3.5]})
-    with pytest.raises(InputError, match=r"--label-column.*float64.*not one class a row"):
+    with pytest.raises(InputError, match=r"--label-column.*float64.*not one class per row"):
         load(path, TEXT, word_tokenizer, bert_config(), label_column="score")
 
 
 def test_a_column_of_scores_under_a_labels_name_is_refused_for_what_it_is(tmp_path, word_tokenizer):
     path = write_csv(tmp_path / "a.csv", {"text": WORDS[:4], "label": [0.5, 1, 0, 1]})
-    with pytest.raises(InputError, match=r"'label' of .* holds numbers with fractions, not one class a row"):
+    with pytest.raises(InputError, match=r"'label' of .* holds numbers with fractions, not one class per row"):
         load(path, TEXT, word_tokenizer, bert_config())
 
 
@@ -902,7 +902,7 @@ def test_the_start_of_a_window_can_be_asked_for(tmp_path):
 
 def test_a_bos_that_is_not_there_is_refused(tmp_path, word_tokenizer):
     tokenizer = story_tokenizer(tmp_path / "tokenizer", None, bos_token=None)
-    with pytest.raises(InputError, match="has no BOS token; take --window-start none"):
+    with pytest.raises(InputError, match="has no BOS token; use --window-start none"):
         windows_of(tmp_path, tokenizer, story(100), window_start="bos")
     with pytest.raises(InputError, match="--window-start must be one of auto, bos, none"):
         DataConfig("a.txt", window_start="always")
@@ -996,7 +996,7 @@ def test_conversations_that_cannot_be_written_are_refused(tmp_path):
     tokenizer = story_tokenizer(tmp_path / "fine", None, chat_template=TURNS)
     rows = [{"messages": [{"from": "human", "value": "one"}]}, {"messages": [{"from": "parrot", "value": "one"}]}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(InputError, match=r"row 1 of train.*nobody knows who speaks"):
+    with pytest.raises(InputError, match=r"row 1 of train.*the speaker of a turn is unknown"):
         load(tmp_path / "train.jsonl", GENERATION, tokenizer, config, sequence_length=8)
 
 
@@ -1189,7 +1189,9 @@ def test_a_mode_that_the_data_declares_is_kept_and_clips_nothing(tmp_path):
 def test_floats_of_no_known_range_are_refused_by_name(tmp_path, factor):
     folder = image_folder(tmp_path, "a", "b", kind="tiff")
     PilImage.fromarray((RAMP * factor).astype(np.float32)).save(folder / "validation" / "b" / "2.tiff")
-    with pytest.raises(InputError, match=r"validation/b/2\.tiff.*floats from 0 to 1, or from 0 to 255, are read"):
+    with pytest.raises(
+        InputError, match=r"validation/b/2\.tiff.*only floats from 0 to 1, or from 0 to 255, can be read"
+    ):
         load(folder, IMAGE, processor(), vit_config(["a", "b"]))
 
 
@@ -1215,11 +1217,11 @@ def test_images_of_every_mode_become_what_pillow_shows(tmp_path, mode):
 @pytest.mark.parametrize(
     ("options", "model_channels", "message"),
     [
-        ({"size": {"height": 16, "width": 16}}, 3, "gives images of 3×16×16, which the model does not take.*3×8×8"),
+        ({"size": {"height": 16, "width": 16}}, 3, "gives images of 3×16×16, which the model does not accept.*3×8×8"),
         ({"do_resize": False}, 3, r"does not bring images to one size: row 0 of train \(8×8\).*12×8"),
-        ({"image_mean": [0.5], "image_std": [0.5]}, 3, "cannot take images of 8×8"),
-        ({"size": {"height": 8, "width": 8}}, 1, "the image processor cannot take images|images of 3 channels"),
-        ({"size": {"height": 8, "width": 8}}, 4, "gives images of 3 channels, the model takes 4"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, 3, "cannot handle images of 8×8"),
+        ({"size": {"height": 8, "width": 8}}, 1, "the image processor cannot handle images|images of 3 channels"),
+        ({"size": {"height": 8, "width": 8}}, 4, "gives images of 3 channels, but the model takes 4"),
     ],
 )
 def test_a_processor_that_does_not_match_the_model_is_refused(tmp_path, options, model_channels, message):
@@ -1309,7 +1311,7 @@ def test_shortened_names_are_taken_where_they_leave_no_doubt_and_that_is_said(
     assert counts.tolist() == [12 // len(names)] * len(names)
     every = encoded_labels(tmp_path / "a.parquet", bert_config(enumerate(model_names)))
     assert every == [expected[at] for at in picked]
-    assert any("start alike" in warning and repr(names[0]) in warning for warning in data.description["warnings"])
+    assert any("start the same" in warning and repr(names[0]) in warning for warning in data.description["warnings"])
 
 
 def test_a_split_may_lack_some_of_the_shortened_names(tmp_path, word_tokenizer):
@@ -1355,7 +1357,7 @@ def test_row_numbers_that_pandas_keeps_are_no_column(tmp_path, word_tokenizer):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"text": "a film", "label": [0, 1]}, "column 'label' of .* holds lists, not one class a row"),
+        ({"text": "a film", "label": [0, 1]}, "column 'label' of .* holds lists, not one class per row"),
         ({"text": "a film", "label": {"name": "x"}}, "column 'label' of .* holds records of name"),
         ({"text": ["a", "film"], "label": 1}, r"no column of text; it has 'text' \(lists\), 'label' \(int64\)"),
         ({"text": "a film"}, "holds text without labels"),
@@ -1369,7 +1371,9 @@ def test_a_column_of_another_kind_is_refused_for_what_it_holds(tmp_path, word_to
 
 
 def test_images_of_one_folder_have_no_labels(tmp_path):
-    with pytest.raises(InputError, match="images without labels: these are read from the names of folders, two"):
+    with pytest.raises(
+        InputError, match="images without labels: labels are read from the names of at least two folders"
+    ):
         load(image_folder(tmp_path, "tench"), IMAGE, processor(), vit_config(["tench", "cat"]))
 
 

@@ -11,7 +11,7 @@ from test_refinement import as_samples
 from converters.lowrank import Factors, low_rank_layers
 from converters.retruncation import relative_error, retruncate
 from converters.roots import damped, triangular_root, weighs
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export.compression.bases import factor_bases
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import CalibrationWarning, calibrate
@@ -57,7 +57,7 @@ def constant_input():
 
 
 def dead_head():
-    """A BERT whose classifier has just been initialised with zeros: no layer has a part in the loss."""
+    """A BERT whose classifier has just been initialised with zeros: no layer affects the loss."""
     model = build("bert")
     model.classifier.weight.data.zero_()
     return model, CLASSIFY
@@ -68,7 +68,7 @@ DEAD = {"expanded": expanded_llama, "relu": dead_relu, "constant": constant_inpu
 
 def calibrated(case):
     model, task = DEAD[case]()
-    batches, layers = batches_for(task, count=3), target_layers(model)
+    batches, layers = batches_for(task, count=3), select_layers(model)
     return model, task, batches, layers, calibrate(model, task, batches, layers).statistics
 
 
@@ -89,7 +89,7 @@ def test_dead_layers_are_cut_like_any_other(case, objective, share):
     config = replace(STRONG, objective=objective, share_inputs=share)
     plan = truncate(Calibrated(model, task, statistics), config)
     assert_finite(plan)
-    assert plan.summary()["targeted_share_removed"] == pytest.approx(0.7, abs=0.1)
+    assert plan.summary()["selected_share_removed"] == pytest.approx(0.7, abs=0.1)
     first, again = (along(model, task, batches, layers, statistics, plan) for _ in range(2))
     assert_finite(first)
     for name, pair in first.factors.items():
@@ -187,8 +187,8 @@ def test_what_float32_leaves_of_a_constant_is_nothing():
 
 def test_no_part_in_the_loss_is_told():
     model, task = dead_head()
-    layers = target_layers(model)
-    with pytest.warns(CalibrationWarning, match="no layer has a part in the loss"):
+    layers = select_layers(model)
+    with pytest.warns(CalibrationWarning, match="no layer affects the loss"):
         statistics = calibrate(model, task, batches_for(task, count=2), layers).statistics
     config = TruncateConfig(ratio=0.6)
     plan = plan_ranks(
@@ -204,8 +204,8 @@ def test_no_part_in_the_loss_is_told():
         ).ranks
     )
     model, task = expanded_llama()
-    with pytest.warns(CalibrationWarning, match=r"layers\.1\.self_attn\.q_proj and 4 more have no part in the loss"):
-        calibrate(model, task, batches_for(task, count=2), target_layers(model))
+    with pytest.warns(CalibrationWarning, match=r"layers\.1\.self_attn\.q_proj and 4 more have no effect on the loss"):
+        calibrate(model, task, batches_for(task, count=2), select_layers(model))
     model, task = dead_relu()
     with pytest.warns(CalibrationWarning, match=r"layers\.1\.fc2 has the same input for every token"):
-        calibrate(model, task, batches_for(task, count=2), target_layers(model))
+        calibrate(model, task, batches_for(task, count=2), select_layers(model))

@@ -12,12 +12,13 @@ import pytest
 import torch
 from runs import stage_folder
 from small_models import build
+from test_pipeline import UNGUARDED
 from torch import nn
 
 from converters.errors import InputError
 from converters.folder import from_pretrained
-from converters.selection import target_layers
-from prehab_export.cli.commands import main
+from converters.selection import select_layers
+from prehab_export.cli.entry import main
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import Gather, calibrate
 from prehab_export.compression.closed_form import Samplesets, compress
@@ -62,7 +63,7 @@ def samples_for(task, count=32):
 
 def prepared(family):
     task, model = TASKS[FAMILIES[family]], build(family)
-    return task, model, samples_for(task), target_layers(model)
+    return task, model, samples_for(task), select_layers(model)
 
 
 def relative(actual, expected):
@@ -253,7 +254,7 @@ def test_everything_up_to_the_artifact_stays_on_the_device_in_float32(family, pr
     """Calibration to rehab with batches from the CPU; on CUDA any tensor left behind would raise."""
     task, model, samples, _ = prepared(family)
     task, model = task.at(precision), model.to(device)
-    layers, sets = target_layers(model), Samplesets(samples, samples, 8)
+    layers, sets = select_layers(model), Samplesets(samples, samples, 8)
     path = tmp_path / "s.safetensors"
     save_statistics(calibrate(model, task, samples.batches(8), layers).statistics, path)
     statistics = load_statistics(path, device)
@@ -305,7 +306,7 @@ def test_a_precision_that_is_none_is_refused():
 
 def arguments(folder, output, *more):
     quick = ["--calibration-samples", "32", "--eval-samples", "24", "--batch-size", "16", "--threads", "1"]
-    data = ["--task", "image-classification", "--data", "sklearn-digits", "--bench-rounds", "1"]
+    data = ["--task", "image-classification", "--data", "sklearn-digits", "--set", "bench.rounds=1"]
     return [str(argument) for argument in (folder, "-o", output, *data, *quick, *more)]
 
 
@@ -324,7 +325,7 @@ def test_the_command_line_refuses_a_device_before_any_work(vit_folder, tmp_path,
 
 def test_a_run_in_bfloat16_ends_in_an_exact_float32_artifact(vit_folder, tmp_path):
     output = tmp_path / "run"
-    trained = ["--prehab-steps", "2", "--no-prehab-guard", "--refine-steps", "2", "--rehab-steps", "2"]
+    trained = ["--prehab-steps", "2", *UNGUARDED, "--refine-steps", "2", "--rehab-steps", "2"]
     trained += ["--refine-block-steps", "2", "--precision", "bfloat16", "--device", "cpu"]
     assert invoke("verify", *arguments(vit_folder, output, *trained)) == 0
     model = from_pretrained(output / "artifact")

@@ -10,7 +10,7 @@ from small_models import build, logits
 from torch import nn
 
 from converters.lowrank import dense_weight
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export.compression import drift
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import NotAChain, find_blocks
@@ -21,7 +21,7 @@ from prehab_export.compression.decompositions import decompose_layers
 from prehab_export.compression.drift import RIDGE, _Fitter, _gather, truncate_along
 from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.planning import RankPlan, plan_ranks
-from prehab_export.compression.recording import watched
+from prehab_export.compression.recording import observe_layers
 from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config.truncate import TruncateConfig
@@ -53,7 +53,7 @@ def batches_for(task, count=6, size=8, padded=False):
 
 def prepared(family, padded=False, config=STRONG):
     task, model = FAMILIES[family], build(family)
-    batches, layers = batches_for(task, padded=padded), target_layers(model)
+    batches, layers = batches_for(task, padded=padded), select_layers(model)
     statistics = calibrate(model, task, batches, layers).statistics
     return model, task, batches, layers, statistics, truncate(Calibrated(model, task, statistics), config)
 
@@ -142,7 +142,7 @@ def test_the_residual_stream_lies_as_the_layer_gives_its_output():
     block, x = ChannelsFirst(), torch.randn(2, 16, 16, 16)
     rows = TokenRows((2, 16))
     with torch.no_grad():
-        (seen,) = watched({"wide": block.wide}, rows, False, lambda: block(x))
+        (seen,) = observe_layers({"wide": block.wide}, rows, False, lambda: block(x))
         expected = block(x)
     torch.testing.assert_close(seen.residuals["wide"], x.permute(0, 2, 3, 1))
     found = seen.residuals["wide"] + block.wide(seen.inputs["wide"])
@@ -177,7 +177,7 @@ def test_drift_is_corrected_where_there_are_fewer_tokens_in_every_stage(family):
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.2)
-    batches, layers = batches_for(IMAGE), target_layers(model)
+    batches, layers = batches_for(IMAGE), select_layers(model)
     statistics = calibrate(model, IMAGE, batches, layers).statistics
     plan = truncate(Calibrated(model, IMAGE, statistics), STRONG)
     result = along(model, IMAGE, batches, layers, statistics, plan)
@@ -270,7 +270,7 @@ def by_whole_passes(model, task, batches, layers, statistics, plan):
     fitter, factors = _Fitter(Calibrated(model, task, statistics), plan, STRONG.gradient_shrinkage), {}
     with torch.no_grad():
         for members in fitter.by_input(walk.order):
-            part = fitter.fitted(members, _gather(walk.observe(student, members), members))
+            part = fitter.fit(members, _gather(walk.observe(student, members), members))
             part.apply(student)
             factors |= part.factors
     return factors
@@ -292,7 +292,7 @@ def test_classifiers_on_decoders_get_the_factors_of_whole_passes(family, padded,
     if cached:
         monkeypatch.setattr(tasks, "_without_cache", lambda _model: {})
     model, batches = classifier(family), batches_for(CLASSIFY, count=3, padded=padded)
-    layers = target_layers(model)
+    layers = select_layers(model)
     statistics = calibrate(model, CLASSIFY, batches, layers).statistics
     plan = truncate(Calibrated(model, CLASSIFY, statistics), STRONG)
     result = along(model, CLASSIFY, batches, layers, statistics, plan)
@@ -394,7 +394,7 @@ class Twice(nn.Module):
 def test_layers_that_run_many_times_are_fitted_to_all_their_runs(make, why):
     """And the model comes closer to the dense one for it, on the sample, in the divergence that it is judged by."""
     model, batches = make(), batches_for(CLASSIFY, count=3, size=12, padded=True)
-    layers = target_layers(model, include=["first", "second"] if make is Twice else ())
+    layers = select_layers(model, include=["first", "second"] if make is Twice else ())
     statistics = calibrate(model, CLASSIFY, batches, layers).statistics
     plan = truncate(Calibrated(model, CLASSIFY, statistics), STRONG)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -408,7 +408,7 @@ def test_layers_that_run_many_times_are_fitted_to_all_their_runs(make, why):
 
 def test_the_moments_of_a_layer_that_runs_many_times_are_those_of_all_its_runs():
     model, batches = albert(), batches_for(CLASSIFY, count=2, padded=True)
-    layers = target_layers(model)
+    layers = select_layers(model)
     name = next(name for name in layers if name.endswith("ffn"))
     rows, layer = [], model.get_submodule(name)
     handle = layer.register_forward_pre_hook(lambda _m, args: rows.append(args[0].double()))
@@ -428,7 +428,7 @@ def test_the_moments_of_a_layer_that_runs_many_times_are_those_of_all_its_runs()
 def test_too_many_whole_passes_are_not_made(monkeypatch):
     monkeypatch.setattr(drift, "MOST_INPUTS", 3)
     model, batches = albert(), batches_for(CLASSIFY, count=2)
-    layers = target_layers(model)
+    layers = select_layers(model)
     statistics = calibrate(model, CLASSIFY, batches, layers).statistics
     plan = truncate(Calibrated(model, CLASSIFY, statistics), STRONG)
     with pytest.raises(NotAChain, match=r"1 blocks were run 4 times .* 4 inputs"):
@@ -437,7 +437,7 @@ def test_too_many_whole_passes_are_not_made(monkeypatch):
 
 def test_what_is_left_as_planned_is_told():
     model, task, batches, *_ = prepared("bert")
-    layers = target_layers(model, include=["bert.encoder.*.query", "bert.pooler.dense"])
+    layers = select_layers(model, include=["bert.encoder.*.query", "bert.pooler.dense"])
     statistics = calibrate(model, task, batches, layers).statistics
     result = along(model, task, batches, layers, statistics, truncate(Calibrated(model, task, statistics), STRONG))
     assert result.notes == ("drift is not corrected for bert.pooler.dense, outside the repeated blocks",)
@@ -445,7 +445,7 @@ def test_what_is_left_as_planned_is_told():
 
 def test_layers_outside_every_block_are_cut_as_planned():
     model, task, batches, *_ = prepared("bert")
-    layers = target_layers(model, include=["bert.pooler.dense"])
+    layers = select_layers(model, include=["bert.pooler.dense"])
     statistics = calibrate(model, task, batches, layers).statistics
     plan = truncate(Calibrated(model, task, statistics), STRONG)
     result = along(model, task, batches, layers, statistics, plan)

@@ -284,13 +284,13 @@ def test_sizes_in_the_report_are_those_of_the_files(bf16_llama, bf16_run, capsys
     assert f"{artifact / 1e6:.2f} bfloat16" in capsys.readouterr().out
 
 
-def test_the_report_says_which_share_was_targeted(bf16_run):
+def test_the_report_says_which_share_was_selected(bf16_run):
     """Less than half of this model: the embedding is the larger part."""
     report = json.loads((bf16_run / "report/report.json").read_text())
-    share = report["truncate"]["coverage"]["targeted_share"]
+    share = report["truncate"]["coverage"]["selected_share"]
     assert 0.1 < share < 0.5
     markdown = (bf16_run / "report/report.md").read_text()
-    assert f"| targeted share of the whole model | {100 * share:.1f}% |" in markdown
+    assert f"| selected share of the whole model | {100 * share:.1f}% |" in markdown
     assert "model.embed_tokens.weight (embedding)" in markdown.partition("## Warnings")[2]
 
 

@@ -17,7 +17,8 @@ from converters.folder import from_pretrained
 from converters.lowrank import LowRankLinear
 from converters.onnx.graph_facts import read_graph
 from converters.onnx.runtime import open_session
-from prehab_export.cli.commands import cli, main
+from prehab_export.cli.commands import cli
+from prehab_export.cli.entry import main
 from prehab_export.config.bench import BenchConfig
 from prehab_export.config.budget import Budget, Figures, drop_of
 from prehab_export.config.calibrate import CalibrateConfig
@@ -457,6 +458,7 @@ def test_three_budgets_three_models_one_survey_and_an_impossible_one(config, roo
     assert not (root / "fit" / "model").exists()
 
 
+@pytest.mark.slow
 def test_what_is_slower_than_predicted_is_asked_for_once_more(config, root, device, monkeypatch):
     dense = recommended(result_of(fit(config, root, FitRequest(Budget(p95_ms=1000.0)))))
     del device[:]

@@ -293,7 +293,7 @@ def test_a_run_keeps_the_refit_only_where_held_out_samples_gain(vit_folder, tmp_
     is_plain = plain.read_bytes() == (stage / "compressed" / FILE_NAMES["int4"]).read_bytes()
     assert is_plain == (gain < 0)
     assert open_session(stage / "compressed" / FILE_NAMES["int4"]).get_outputs()[0].name == "logits"
-    assert invoke("quantize", output, "--no-quantize-refit") == 0
+    assert invoke("quantize", output, "--set", "quantize_refit=false") == 0
     stage = stage_folder(output, "quantize")
     rows = json.loads((stage / "quantize.json").read_text())["graphs"]
     assert [row["refit"] for row in rows] == [None, None]

@@ -17,12 +17,17 @@ from test_pipeline import invoke, vit_options
 
 from converters.errors import InputError
 from converters.onnx.export import export_onnx
+from converters.onnx.form import GraphForm
 from converters.onnx.quantize import quantize_graph
 from prehab_export.config.bench import BenchConfig
+from prehab_export.config.target import Target
+from prehab_export.measurement.targets import limits
 from prehab_export.measurement.targets.kit import KIT, RUNNER, make_kit, read_kit
 from prehab_export.measurement.targets.limits import Limits, run_limited
 from prehab_export.measurement.targets.local import matrix, measure_locally
 from prehab_export.measurement.targets.results import read_results
+from prehab_export.pipeline.fitting.target import check_target
+from prehab_export.pipeline.target_bench import bench_on_target
 from prehab_export.pipeline.target_results import kept_results
 from prehab_export.system.errors import ParityError, TargetError
 
@@ -64,7 +69,7 @@ def run_kit(folder, *arguments, **options):
 def test_a_kit_takes_nothing_from_the_graph_that_it_was_made_of(tmp_path):
     """onnx reads no weights in a file that has another name somewhere."""
     graph = tmp_path / "model.onnx"
-    export_onnx(build("vit"), graph, TASKS["vit"], external_data_threshold=0)
+    export_onnx(build("vit"), TASKS["vit"], graph, GraphForm(external_data_threshold=0))
     (tmp_path / "link.onnx").symlink_to(graph)
     kit = make_kit({"direct": graph, "by a link": tmp_path / "link.onnx"}, tmp_path / "kit", QUICK)
     for path in (graph, *(kit.folder / model["file"] for model in kit.facts["models"])):
@@ -274,11 +279,20 @@ def test_bad_limits():
         Limits(cores=(99999,))
 
 
+def test_limits_that_this_system_lacks_are_refused_before_anything_slow(monkeypatch):
+    monkeypatch.setattr(limits, "resource", None)
+    target = Target("local", memory_mb=10.0)
+    with pytest.raises(InputError, match="without --memory-limit"):
+        bench_on_target(None, None, target)
+    with pytest.raises(InputError, match="without --memory-limit"):
+        check_target(target, (1,))
+
+
 def test_too_little_memory_is_said(own_kit):
     with pytest.raises(TargetError, match="not all models run in 10 MB"):
         measure_locally(own_kit, Limits(memory_mb=10))
-    limits, record = Limits(cores=(min(os.sched_getaffinity(0)),), memory_mb=4000), ProgressRecord()
-    results = measure_locally(own_kit, limits, progress=record)
+    roomy, record = Limits(cores=(min(os.sched_getaffinity(0)),), memory_mb=4000), ProgressRecord()
+    results = measure_locally(own_kit, roomy, progress=record)
     record.check_all_done("measure here")
     assert any("round 2 of 2" in note for note in record.notes)
     assert results["limits"]["memory_mb"] == 4000

@@ -335,7 +335,7 @@ def test_padding_falls_back_to_the_end_of_text_and_then_to_zero(pad, eos, expect
 )
 def test_families_that_lack_fields_can_be_inspected(tmp_path, model_class, config):
     model_class(config).save_pretrained(tmp_path)
-    assert any(row["targeted"] for row in inspect_model(str(tmp_path))["layers"])
+    assert any(row["selected"] for row in inspect_model(str(tmp_path))["layers"])
 
 
 def test_a_family_without_an_end_of_text_is_padded_with_its_own_token():

@@ -90,6 +90,7 @@ def test_errors(tmp_path, capsys):
     assert "v2]|*a*" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_whole_run(bert_folder, reviews, tmp_path, capsys, monkeypatch):
     """Model, data and output of such a name; the report's tables and headings are whole, its card has the name."""
     monkeypatch.setattr(benchmark, "measure_ceilings", lambda threads, *_: Ceilings(threads, 1.0, 1.0, 1.0))
@@ -121,8 +122,8 @@ def facts_of_card(model: str) -> dict:
         "task": "text-classification",
         "data": "a|b",
         "metric": {"name": "accuracy"},
-        "truncate": {"targeted_share_removed": 0.5, "layers_factored": 2, "layers_dense": 0}
-        | {f"{kind}_parameters_{when}": 9 for kind in ("targeted", "total") for when in ("before", "after")},
+        "truncate": {"selected_share_removed": 0.5, "layers_factored": 2, "layers_dense": 0}
+        | {f"{kind}_parameters_{when}": 9 for kind in ("selected", "total") for when in ("before", "after")},
         "verify": {
             "metrics": {f"{a}_{b}": metrics for a in ("dense", "compressed") for b in ("pytorch", "onnx")},
             "compressed": {"onnx": {"max_relative": 1e-6}},
@@ -168,7 +169,7 @@ def fit_result() -> dict:
     budget = {"p95_ms": 3.0, "memory_mb": None, "size_mb": None, "max_drop": None}
     metric = {"metric": "accuracy", "value": 0.5, "samples": 3}
     device = {"cpu": NAME, "cores": 1, "os": "<b>", "runtime_version": "1"}
-    coverage = {"targeted_share": 0.6}
+    coverage = {"selected_share": 0.6}
     return {"candidates": [row | {"recommended": True}], "coverage": coverage, "budget": budget,
             "metric": metric, "verdict": f"{NAME} fits.", "warning": "[/w]|", "model": NAME, "target": "ssh://[/h]",
             "device": device}  # fmt: skip

@@ -330,7 +330,7 @@ from pathlib import Path
 from converters.onnx.export import export_onnx
 sys.path.insert(0, "tests")
 from test_onnx_export import make
-export_onnx(make("vit", 6), Path(sys.argv[1]), "image-classification")
+export_onnx(make("vit", 6), "image-classification", Path(sys.argv[1]))
 """
 
 

@@ -22,7 +22,7 @@ from transformers import BartConfig, BartForSequenceClassification
 
 from converters.folder import save_folder
 from prehab_export import from_pretrained
-from prehab_export.cli.commands import main
+from prehab_export.cli.entry import main
 from prehab_export.pipeline.workspace import Workspace
 from prehab_export.system.rendering import render
 
@@ -31,15 +31,16 @@ QUICK = [
     "32",
     "--threads",
     "1",
-    "--bench-rounds",
-    "1",
+    "--set",
+    "bench.rounds=1",
     "--eval-samples",
     "24",
     "--batch-size",
     "16",
 ]
-TRAINED = ["--prehab-steps", "4", "--rehab-steps", "4", "--prehab-refresh", "2", "--no-prehab-guard"]
-TEXT = ["--input-column", "what was said", "--bench-length", "8"]
+UNGUARDED = ["--set", "prehab.guard=false"]
+TRAINED = ["--prehab-steps", "4", "--rehab-steps", "4", "--set", "prehab.refresh_every=2", *UNGUARDED]
+TEXT = ["--input-column", "what was said", "--set", "bench.sequence_lengths=8"]
 
 
 def invoke(*arguments) -> int:
@@ -117,7 +118,7 @@ def test_the_report_says_what_it_cost(finished):
     assert set(metrics) == {"dense_pytorch", "dense_onnx", "compressed_pytorch", "compressed_onnx"}
     assert all(entry["samples"] == 24 and entry["metric"] == "accuracy" for entry in metrics.values())
     assert metrics["compressed_onnx"]["loss"] == pytest.approx(metrics["compressed_pytorch"]["loss"], rel=1e-4)
-    assert report["truncate"]["targeted_share_removed"] >= 0.6 - 1e-9
+    assert report["truncate"]["selected_share_removed"] >= 0.6 - 1e-9
     assert report["verify"]["compressed"]["onnx"]["max_relative"] <= 1e-4
     history = report["prehab"]["history"]
     assert [row["step"] for row in history] == [0, 1, 2, 3]
@@ -160,7 +161,7 @@ def made(output: Path) -> dict[str, int]:
 
 
 def removed_share(output: Path) -> float:
-    return json.loads((stage_folder(output, "truncate") / "truncate.json").read_text())["targeted_share_removed"]
+    return json.loads((stage_folder(output, "truncate") / "truncate.json").read_text())["selected_share_removed"]
 
 
 def test_too_slow_is_a_failure_when_asked(finished, tmp_path, capsys):
@@ -221,6 +222,7 @@ def test_text_generation(llama_folder, prose, tmp_path, capsys):
         assert "Windows of 24 tokens, each starting with `<s>`." in render("pipeline", template, report)
 
 
+@pytest.mark.slow
 def test_a_cache_of_latents(llama_folder, prose, tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
@@ -264,6 +266,7 @@ def assert_genai_generates(artifact):
     assert [int(token) for token in generator.get_sequence(0)] == expected[0].tolist()
 
 
+@pytest.mark.slow
 def test_a_decoder_that_counts_positions_from_the_left(gpt2_folder, prose, tmp_path, capsys):
     """GPT-2: Conv1D layers, learned positions (so that padding must be told apart), a position table of 64."""
     arguments = ["run", gpt2_folder, "--task", "text-generation", "--data", prose, "-o", tmp_path / "run"]
@@ -335,7 +338,7 @@ def test_inspect(finished, vit_folder, capsys):
     assert invoke("inspect", vit_folder, "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["input_groups"] == 8
-    assert sum(row["targeted"] for row in facts["layers"]) == 12
+    assert sum(row["selected"] for row in facts["layers"]) == 12
     assert invoke("inspect", finished, "--json") == 0
     assert json.loads(capsys.readouterr().out)["layers_factored"] > 0
 
@@ -476,6 +479,7 @@ def test_a_killed_run_ends_in_the_same_artifact(stage, finished, vit_folder, tmp
     assert hashes(output / "artifact") == hashes(finished / "artifact")
 
 
+@pytest.mark.slow
 def test_a_killed_text_run_ends_in_the_same_artifact(bert_folder, reviews, tmp_path):
     """A tokenizer that has been used must not leave its mark on what is saved."""
     arguments = ["run", bert_folder, "--task", "text-classification", "--data", reviews, *QUICK, *TEXT]
@@ -619,7 +623,9 @@ def test_what_is_refuted_when_done_again_does_not_come_back(finished, tmp_path, 
     assert not (output / "artifact").exists()
 
 
-@pytest.mark.parametrize("changed", [["--refine-steps", "2"], ["--refine-batch-size", "4"], ["--new-tokens", "3"]])
+@pytest.mark.parametrize(
+    "changed", [["--refine-steps", "2"], ["--refine-batch-size", "4"], ["--set", "bench.new_tokens=3"]]
+)
 def test_refinement_costs_no_stage_before_it(changed, finished, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(finished, output)
@@ -763,7 +769,7 @@ def test_the_demo_can_be_gone_on_with_from_another_folder(tmp_path, monkeypatch)
 
 def test_saved_options_can_be_taken_back(vit_folder, tmp_path, capsys):
     output = tmp_path / "run"
-    given = ["--quantize", "int4", "--include", "*mlp*", "--ratio", "0.5"]
+    given = ["--set", "quantize=int4", "--include", "*mlp*", "--set", "truncate.ratio=0.5"]
     assert invoke("calibrate", *vit_options(vit_folder), "-o", output, *given) == 0
     saved = yaml.safe_load((output / "run.yaml").read_text())
     assert saved["truncate"]["rank_multiple"] is None  # what int4 asks for is not the user's word
@@ -772,7 +778,7 @@ def test_saved_options_can_be_taken_back(vit_folder, tmp_path, capsys):
     assert (saved["quantize"], saved["calibrate"]["include"], saved["truncate"]["ratio"]) == ([], [], 0.5)
     assert invoke("calibrate", output, "--unset", "quantise") == 2
     assert "did you mean quantize" in capsys.readouterr().err
-    assert invoke("calibrate", output, "--ort") == 0
+    assert invoke("calibrate", output, "--set", "ort=true") == 0
     assert invoke("calibrate", output, "--unset", "--no-ort") == 0  # by either of its names
     assert yaml.safe_load((output / "run.yaml").read_text())["ort"] is False
     (tmp_path / "flat.yaml").write_text("truncate: 0.5\n")

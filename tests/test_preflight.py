@@ -138,7 +138,8 @@ def mamba_folder(tmp_path_factory):
 
 def test_a_run_is_refused_before_calibration_and_leaves_no_options(mamba_folder, prose, tmp_path, capsys):
     output = tmp_path / "out"
-    options = ["--task", "text-generation", "--data", prose, "--sequence-length", 16, "--bench-length", 16, *QUICK]
+    options = ["--task", "text-generation", "--data", prose, "--sequence-length", 16, *QUICK]
+    options += ["--set", "bench.sequence_lengths=16"]
     assert invoke("run", mamba_folder, *options, "-o", output) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "key/value cache" in said
@@ -170,14 +171,14 @@ def test_data_that_the_model_does_not_take_are_refused_with_what_it_says(reviews
     said = " ".join(capsys.readouterr().err.split())
     assert "BartForSequenceClassification does not run on the data" in said
     assert "at least one <eos> token" in said
-    assert "check that this tokenizer and config.json are the model's own" in said
+    assert "check that this tokenizer and config.json belong to the model" in said
 
 
 def test_a_model_that_needs_other_inputs_is_told_what_it_was_given():
     part = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     config = transformers.Siglip2Config(vision_config=part, text_config=part, num_labels=3)
     model = transformers.Siglip2ForImageClassification(config).eval()
-    with pytest.raises(InputError, match="is given pixel_values, as its image processor makes them"):
+    with pytest.raises(InputError, match="Its inputs are pixel_values, from its image processor"):
         check_runs(model, IMAGE, pictures(32))
 
 

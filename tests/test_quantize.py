@@ -357,7 +357,7 @@ def test_weights_beside_the_graph_are_published_under_the_name_that_is_looked_fo
     monkeypatch.setattr(write, "EXTERNAL_DATA_THRESHOLD", 1000)
     output = tmp_path / "run"
     options = ["--task", "text-generation", "--data", prose, "--sequence-length", "24", *QUICK, "--rank-multiple", "2"]
-    options += ["--bench-length", "8", "--new-tokens", "4"]
+    options += ["--set", "bench.sequence_lengths=8", "--set", "bench.new_tokens=4"]
     assert invoke("quantize", gpt2_folder, *options, "-o", output, "--quantize", "int4") == 0
     captured = capsys.readouterr()
     assert "weights quantised" in captured.out + captured.err

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from progress_record import ProgressRecord
 from runs import stage_folder
 from test_allocation import spectrum_losses
-from test_pipeline import invoke, vit_options
+from test_pipeline import UNGUARDED, invoke, vit_options
 
 from prehab_export.linalg.allocation import _lower_hull, break_even, by_joint_loss, parameters, rank_menu
 from prehab_export.measurement import rank_times
@@ -132,18 +132,18 @@ def test_a_run_within_a_budget_of_latency(vit_folder, tmp_path, own_cache, monke
     monkeypatch.setattr(rank_times, "_measured", by_parameters)
     output = tmp_path / "run"
     options = [*vit_options(vit_folder), "-o", output, "--budget", "latency:0.5"]
-    assert invoke("run", *options, "--prehab-steps", "2", "--no-prehab-guard") == 0
+    assert invoke("run", *options, "--prehab-steps", "2", *UNGUARDED) == 0
     report = json.loads((output / "report" / "report.json").read_text())
     times = json.loads((stage_folder(output, "times") / "times.json").read_text())
     assert report["truncate"]["predicted_latency"] <= 0.5 + 1e-9
     # Here time is parameters, so that the share of one is the share of the other.
-    kept = 1 - report["truncate"]["targeted_share_removed"]
+    kept = 1 - report["truncate"]["selected_share_removed"]
     assert report["truncate"]["predicted_latency"] == pytest.approx(kept, rel=1e-3)
     assert times["setting"] == {"threads": 1, "tokens": 17}
     assert "latency:0.5" in (output / "artifact" / "README.md").read_text()
     capsys.readouterr()
     monkeypatch.setattr(rank_times, "_measured", lambda *_: pytest.fail("measured again"))
-    assert invoke("run", *options, "--prehab-steps", "2", "--no-prehab-guard") == 0
+    assert invoke("run", *options, "--prehab-steps", "2", *UNGUARDED) == 0
 
 
 def test_where_no_layer_is_faster_in_two_factors_that_is_said(vit_folder, tmp_path, own_cache, monkeypatch, capsys):

@@ -192,7 +192,7 @@ def test_inspection_counts_a_shared_down_once(tmp_path):
     save_folder(model, tmp_path / "model")
     facts = inspect_model(str(tmp_path / "model"))
     factors = {id(p): p.numel() for layer in low_rank_layers(model).values() for p in layer.parameters()}
-    assert facts["targeted_parameters"] == sum(factors.values())
+    assert facts["selected_parameters"] == sum(factors.values())
     down_of = {row["name"]: row["down_of"] for row in facts["layers"] if row["rank"]}
     assert down_of == dict.fromkeys(low_rank_layers(model)) | {
         name: first for first, *others in shared_groups(model) for name in others

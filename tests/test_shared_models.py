@@ -31,7 +31,7 @@ def case(request):
     model, processor = px.load_model(folder, task), px.load_processor(folder, task)
     config = px.DataConfig(str(SHARED / "data" / data), eval_split=split)
     samples = px.load_data(config, task, processor, model.config, seed=0)
-    layers = px.target_layers(model)
+    layers = px.select_layers(model)
     calibration = samples.train.subset(512, seed=0).batches(batch_size)
     return request.param, model, task, samples, px.calibrate(model, task, calibration, layers).statistics
 

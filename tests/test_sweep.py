@@ -44,7 +44,7 @@ def test_a_row_for_every_method_and_ratio_with_table_and_plot(swept):
     table = (swept / "sweep.md").read_text()
     for row in result["rows"]:
         assert f"{row['value']:.4f}" in table
-        assert row["targeted_share_removed"] == pytest.approx(row["ratio"], abs=0.06)
+        assert row["selected_share_removed"] == pytest.approx(row["ratio"], abs=0.06)
     assert (swept / "sweep.png").stat().st_size > 1000
 
 

@@ -1,6 +1,7 @@
 """Units, losses and metrics against transformers' own losses, brute force, and ONNX Runtime."""
 
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -96,20 +97,25 @@ def test_losses_of_half_precision_logits_are_taken_in_float32():
 def test_accuracy_and_loss_do_not_depend_on_how_samples_are_batched(classifier):
     batches = list(classifier_batches())
     whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    done = []
-    parts = evaluate(torch_predictor(classifier, CLASSIFICATION), batches, CLASSIFICATION, progress=done.append)
-    at_once = evaluate(torch_predictor(classifier, CLASSIFICATION), [whole], CLASSIFICATION)
+    watched = []
+
+    @contextmanager
+    def watching(what, steps):
+        yield lambda amount=1, note="": watched.append((what, steps, amount))
+
+    parts = evaluate(torch_predictor(classifier, CLASSIFICATION), CLASSIFICATION, batches, progress=watching)
+    at_once = evaluate(torch_predictor(classifier, CLASSIFICATION), CLASSIFICATION, [whole])
     guesses = classifier(**{k: v for k, v in whole.items() if k != "labels"}).logits.argmax(-1)
     assert parts.value == at_once.value == (guesses == whole["labels"]).double().mean().item()
     assert parts.loss == pytest.approx(at_once.loss, rel=1e-5)
     assert (parts.units, parts.samples, parts.metric) == (12, 12, "accuracy")
-    assert done == [4, 4, 4]
+    assert watched == [("evaluate", 3, 1)] * 3
 
 
 def test_perplexity_weighs_tokens_not_batches(decoder):
     generator = torch.Generator().manual_seed(4)
     batches = [{"input_ids": torch.randint(0, 50, shape, generator=generator)} for shape in ((3, 8), (1, 4))]
-    result = evaluate(torch_predictor(decoder, GENERATION), batches, GENERATION)
+    result = evaluate(torch_predictor(decoder, GENERATION), GENERATION, batches)
     losses = torch.cat([GENERATION.losses(GENERATION.logits(decoder, batch), batch) for batch in batches])
     assert result.units == len(losses) == 3 * 7 + 3
     assert result.value == pytest.approx(math.exp(losses.double().mean().item()), rel=1e-5)
@@ -122,12 +128,12 @@ def test_a_loss_that_is_not_finite_names_its_batch(classifier):
         return logits
 
     with pytest.raises(FloatingPointError, match="sample 2 of batch 0"):
-        evaluate(predict, classifier_batches(), CLASSIFICATION)
+        evaluate(predict, CLASSIFICATION, classifier_batches())
 
 
 def test_nothing_to_evaluate_is_refused(classifier):
     with pytest.raises(InputError, match="nothing to evaluate"):
-        evaluate(torch_predictor(classifier, CLASSIFICATION), [], CLASSIFICATION)
+        evaluate(torch_predictor(classifier, CLASSIFICATION), CLASSIFICATION, [])
 
 
 def decoder_graph():
@@ -188,8 +194,8 @@ def test_a_graph_and_a_model_get_the_same_metrics():
         {"pixel_values": torch.randn(5, 6, generator=generator), "labels": torch.randint(0, 3, (5,))} for _ in range(2)
     ]
     task = TASKS["image-classification"]
-    from_graph = evaluate(onnx_predictor(session(model), task), batches, task)
-    from_torch = evaluate(lambda batch: batch["pixel_values"] @ torch.from_numpy(weight), batches, task)
+    from_graph = evaluate(onnx_predictor(session(model), task), task, batches)
+    from_torch = evaluate(lambda batch: batch["pixel_values"] @ torch.from_numpy(weight), task, batches)
     assert from_graph.value == from_torch.value
     assert from_graph.loss == pytest.approx(from_torch.loss, rel=1e-5)
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from converters.errors import InputError
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import calibrate
 from prehab_export.compression.dataflow import TokenRows
@@ -128,7 +128,7 @@ def test_a_table_of_positions_with_as_many_rows_as_tokens_has_no_padding():
     model = transformers.DebertaV2ForSequenceClassification(config).eval()
     samples = batches(((4, 2), (3, 4)))
     table = model.deberta.encoder.get_rel_embedding().detach()
-    layers = target_layers(model)
+    layers = select_layers(model)
     names = [name for name in layers if name.endswith(("pos_key_proj", "pos_query_proj"))]
     assert table.shape[0] == samples[0]["attention_mask"].numel()
     assert len(names) == 4
@@ -149,7 +149,7 @@ def test_an_expert_that_no_real_token_comes_to_is_refused_by_name():
     for block in model.blocks:
         block.gate.bias.data[2] = -1e4
     layers = {"blocks.0.experts.2.0": model.blocks[0].experts[2][0]}
-    with pytest.raises(InputError, match=r"no token of this data comes to blocks\.0\.experts\.2\.0"):
+    with pytest.raises(InputError, match=r"no token of this data reaches blocks\.0\.experts\.2\.0"):
         calibrate(model, CLASSIFY, samples, layers)
 
 
@@ -184,8 +184,8 @@ def test_numbers_go_with_their_rows(kind):
     rows.start(x)
     with rows:
         result = move(x)
-    assert rows.knows(result)
-    assert not rows.knows(torch.zeros(2, 5, 6))
+    assert rows.is_marked(result)
+    assert not rows.is_marked(torch.zeros(2, 5, 6))
     found = rows.rows(result)
     if kind == "added":  # rows that nothing was added to are none
         expected = torch.full((10,), -1)

@@ -11,7 +11,7 @@ import transformers
 from converters.errors import InputError
 from converters.lowrank import dense_weight, factorize, low_rank_layers
 from converters.roots import square_root
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export import calibrate, load_data, prehab, rehab, truncate
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.decompositions import decompose_layers
@@ -60,7 +60,7 @@ def digits():
     processor = transformers.ViTImageProcessorPil(size={"height": 8, "width": 8})
     data = load_data(DataConfig("sklearn-digits"), TASK, processor, config, seed=0)
     train(Trainable(model, list(model.parameters())), data.train, Schedule(steps=150, learning_rate=3e-3), LOSS)
-    statistics = calibrate(model, TASK, data.train.first(128).batches(32), target_layers(model)).statistics
+    statistics = calibrate(model, TASK, data.train.first(128).batches(32), select_layers(model)).statistics
     return model, data, statistics
 
 
@@ -69,7 +69,7 @@ def loss_of(model, samples):
 
 
 def truncated(model, samples, cut=CUT):
-    layers = target_layers(model)
+    layers = select_layers(model)
     statistics = calibrate(model, TASK, samples.first(128).batches(32), layers).statistics
     return factorize(frozen_copy(model), truncate(Calibrated(model, TASK, statistics), cut).factors)
 
@@ -104,7 +104,7 @@ def reference_size(kind, weight, c, g, rank):
 def references(name, model, statistics, use_gradients, kind):
     """By layer: weight in float64, normalised surrogate (of that weight, with autograd), weight of the layer."""
     weights, values, sizes = {}, {}, {}
-    for layer_name, layer in target_layers(model).items():
+    for layer_name, layer in select_layers(model).items():
         metric = layer_metric(layer_name, layer, statistics, CUT.gradient_shrinkage)
         rank = int(RANK_SHARE * layer.weight.numel() / sum(layer.weight.shape) + 1e-9)
         weight = dense_weight(layer).detach().double().requires_grad_()
@@ -122,7 +122,7 @@ def references(name, model, statistics, use_gradients, kind):
 def test_gradient_in_the_weight_is_that_of_the_weighted_normalised_mean(name, use_gradients, kind, digits):
     model, _, statistics = digits
     model = copy.deepcopy(model)
-    layers = target_layers(model)
+    layers = select_layers(model)
     whitening = "fisher" if use_gradients else "activation"
     regulariser = Regulariser(
         Calibrated(model, TASK, statistics),
@@ -144,7 +144,7 @@ def test_tails_weighed_by_loss_are_the_predicted_loss_over_its_start(digits):
     """Truncation by ``fisher``, whitening by ``fisher``, weights by ``loss``: all layers then share one scale."""
     model, _, statistics = digits
     model = copy.deepcopy(model)
-    layers = target_layers(model)
+    layers = select_layers(model)
     cut = replace(CUT, objective="fisher")
     regulariser = Regulariser(Calibrated(model, TASK, statistics), PrehabConfig(update="gradient"), cut)
     regulariser.refresh(statistics)
@@ -160,7 +160,7 @@ def test_tails_weighed_by_loss_are_the_predicted_loss_over_its_start(digits):
 def test_layers_take_turns_and_hold_their_gradient_in_between(digits):
     model, _, statistics = digits
     model = copy.deepcopy(model)
-    layers = target_layers(model)
+    layers = select_layers(model)
     regulariser = Regulariser(Calibrated(model, TASK, statistics), PrehabConfig(update="gradient", every=4), CUT)
     regulariser.refresh(statistics)
 
@@ -194,7 +194,7 @@ def test_layers_take_turns_and_hold_their_gradient_in_between(digits):
 def test_proximal_steps_shrink_by_rate_and_turn(surrogate, every, digits):
     model, _, statistics = digits
     model = copy.deepcopy(model)
-    layers = target_layers(model)
+    layers = select_layers(model)
     cut = replace(CUT, objective="fisher")
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     config = PrehabConfig(surrogate=surrogate, update="proximal", every=every, layer_weights="equal")
@@ -252,7 +252,7 @@ def test_layers_with_one_down_have_one_tail(whitening, digits):
     """The tail of the stacked weight, G block-diagonal, against autograd; and its proximal step."""
     model, _, statistics = digits
     model = copy.deepcopy(model)
-    layers = target_layers(model)
+    layers = select_layers(model)
     objective = "fisher" if whitening == "fisher" else "activation"
     cut = TruncateConfig(ratio=0.7, objective=objective)
     decomposed = decompose_layers(Calibrated(model, TASK, statistics), cut)
@@ -291,7 +291,7 @@ def test_gradient_of_a_conv1d_is_transposed():
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=16)
     )
-    layers = target_layers(model)
+    layers = select_layers(model)
     task = TASKS["text-generation"]
     batch = {"input_ids": torch.randint(0, 30, (4, 12))}
     statistics = calibrate(model.eval(), task, [batch], layers).statistics
@@ -316,7 +316,7 @@ def test_statistics_without_gradients_are_refused_with_the_way_out(digits):
     model, _, statistics = digits
     bare = replace(statistics, gradients={})
     for options in ({}, {"whitening": "activation"}):
-        with pytest.raises(InputError, match="--prehab-layer-weights equal"):
+        with pytest.raises(InputError, match=r"prehab\.layer_weights=equal"):
             Regulariser(Calibrated(model, TASK, statistics), PrehabConfig(**options), CUT).refresh(bare)
     Regulariser(
         Calibrated(model, TASK, statistics), PrehabConfig(whitening="activation", layer_weights="equal"), CUT

@@ -5,7 +5,7 @@ import math
 
 import pytest
 from runs import stage_folder
-from test_pipeline import invoke, vit_options
+from test_pipeline import UNGUARDED, invoke, vit_options
 
 
 def facts(output, stage):
@@ -13,7 +13,7 @@ def facts(output, stage):
 
 
 def test_lambda_is_found_by_trials_within_the_budget(vit_folder, tmp_path):
-    options = ["--prehab-steps", "4", "--prehab-lambda", "auto", "--prehab-lambda-trials", "2", "--no-prehab-guard"]
+    options = ["--prehab-steps", "4", "--prehab-lambda", "auto", "--set", "prehab.trials=2", *UNGUARDED]
     assert invoke("prehab", *vit_options(vit_folder), "-o", tmp_path, *options) == 0
     result = facts(tmp_path, "prehab")
     assert len(result["strength_trials"]) == 2
@@ -30,7 +30,7 @@ def test_a_lambda_that_is_none_is_refused(vit_folder, tmp_path, value, capsys):
 
 
 def test_refinement_is_reported_and_used(vit_folder, tmp_path):
-    options = ["--ratio", "0.8", "--refine-steps", "6", "--refine-block-steps", "2", "--refine-hidden", "0.2"]
+    options = ["--ratio", "0.8", "--refine-steps", "6", "--refine-block-steps", "2", "--set", "refine.hidden_share=0.2"]
     assert invoke("run", *vit_options(vit_folder), "-o", tmp_path, *options) == 0
     result = facts(tmp_path, "refine")
     assert result["kept"] == (result["held_out_loss_after"] < result["held_out_loss_before"])
@@ -56,8 +56,8 @@ def test_what_was_cut_follows_the_better_of_the_models_before_and_after_prehab(
     vit_folder, tmp_path, steps, rate, better
 ):
     """The dense model has random weights: many steps teach it digits, a few that are too large only damage it."""
-    prehab = ["--prehab-steps", steps, "--prehab-lr", rate, "--prehab-lambda", "0", "--prehab-distill", "0"]
-    options = ["--no-prehab-guard", "--ratio", "0.3", "--refine-steps", "2", "--rehab-steps", "2"]
+    prehab = ["--prehab-steps", steps, "--prehab-lr", rate, "--prehab-lambda", "0", "--set", "prehab.train.distill=0"]
+    options = [*UNGUARDED, "--ratio", "0.3", "--refine-steps", "2", "--rehab-steps", "2"]
     assert invoke("rehab", *vit_options(vit_folder), "-o", tmp_path, *prehab, *options) == 0
     loss = facts(tmp_path, "prehab")["history"][-1]["dense_loss"]
     assert loss < math.log(10) - 0.2 if better == "prehab" else loss > math.log(10) + 0.2

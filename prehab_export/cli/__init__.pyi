@@ -1,1 +1,1 @@
-from prehab_export.cli.commands import main as main
+from prehab_export.cli.entry import main as main

@@ -1,6 +1,6 @@
-"""The room where a dense model becomes factors: calibration, prehab, truncation, refinement and rehab. Every verb takes
-objects and returns objects; no file is read or written but the moments. It imports ``inputs``, ``linalg`` and what
-lies below them.
+"""This room turns a dense model into low-rank factors: calibration, prehab, truncation, refinement and rehab. Its
+functions take and return objects; the only files they read or write are those of the moments. It imports ``inputs``,
+``linalg`` and the rooms below them.
 """
 
 from prehab_export.system.exports import lazy_exports

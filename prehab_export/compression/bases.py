@@ -1,4 +1,4 @@
-"""The bases in which factors are trained: eigenvectors of the moments of their layer."""
+"""Computes the bases in which factors are trained: eigenvectors of their layer's moments."""
 
 from collections.abc import Collection
 
@@ -11,10 +11,10 @@ from prehab_export.linalg import Bases, Basis
 
 
 def factor_bases(model: nn.Module, statistics: Statistics, names: Collection[str] | None = None) -> Bases:
-    """A basis for every factor of the model: eigenvectors of G for ``up``, where G is known, of C for ``down``.
+    """Return a basis for every factor of the model: eigenvectors of C for ``down``, and of G for ``up`` if G is known.
 
     Args:
-        names: of these layers only.
+        names: the layers to return bases for; by default all.
     """
     inputs: dict[str, Tensor] = {}
     bases: dict[Tensor, Basis] = {}
@@ -31,5 +31,5 @@ def factor_bases(model: nn.Module, statistics: Statistics, names: Collection[str
 
 
 def _eigenvectors(moment: Tensor, device: torch.device) -> Tensor:
-    # Any orthonormal basis is a right one; these need no more digits than the weights have.
+    # Any orthonormal basis is valid, so float32 is precise enough.
     return torch.linalg.eigh(moment.float().to(device))[1]

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model, and what a run of some of their layers showed."""
+"""Finds the repeated blocks of a model, and defines what is recorded when their layers run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,48 +7,52 @@ from torch import Tensor, nn
 
 
 class NotAChain(Exception):
-    """The model's blocks do not hand their output straight to the next one, once a pass; the text says where."""
+    """The blocks do not pass their output straight to the next block, once per forward pass; the text says where."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One entry of the model's list of blocks, and the targeted layers inside it in the model's order."""
+    """One entry of the model's list of blocks, and the selected layers inside it, in the model's order."""
 
     name: str
     layers: tuple[str, ...]
 
 
 @dataclass
-class Seen:
-    """What one run of some layers with a common input showed: the input of each, and, for layers whose output is added
-    to a residual stream, what it was added to.
+class LayerRun:
+    """A record of one run of some layers that read the same input.
 
-    numbers: of every row of the input, which token it is (see ``dataflow.TokenRows``); None where that is not known.
-    of_tokens: whether the input was made from tokens at all.
+    inputs: layer → its input.
+    residuals: layer → the residual stream that its output was added to, if it was added to one.
+    numbers: the token number of every row of the input (see ``dataflow.TokenRows``); None if unknown.
+    from_tokens: whether the input was computed from tokens at all.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     residuals: dict[str, Tensor] = field(default_factory=dict)
     numbers: Tensor | None = None
-    of_tokens: bool = True
+    from_tokens: bool = True
 
     def valid(self, mask: Tensor | None) -> Tensor | None:
-        """Which rows of the input count, in its shape without the last; None for all. mask: bool (B, T)."""
+        """Return which rows of the input are real tokens, given the mask (bool, B×T); None means all rows.
+
+        The result is bool, with the shape of the input without its last dimension.
+        """
         if mask is None or self.numbers is None:
             return None
         return (self.numbers >= 0) & mask.flatten()[self.numbers.long().clamp_min(0)]
 
 
 def find_blocks(model: nn.Module, layers: Iterable[str]) -> list[Block]:
-    """The blocks that hold the named layers; a layer outside every ``nn.ModuleList`` is in none."""
-    found: dict[str, list[str]] = {}
+    """Return the blocks that hold the named layers; a layer outside every ``nn.ModuleList`` is in none."""
+    contents: dict[str, list[str]] = {}
     for name in layers:
         parts = name.split(".")
         for depth in range(1, len(parts)):
             entry = ".".join(parts[: depth + 1])
-            held = isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList)
-            # A list in a list holds the blocks, and is none itself.
-            if held and not isinstance(model.get_submodule(entry), nn.ModuleList):
-                found.setdefault(entry, []).append(name)
+            in_list = isinstance(model.get_submodule(".".join(parts[:depth])), nn.ModuleList)
+            # A list inside a list holds blocks, but is not a block itself.
+            if in_list and not isinstance(model.get_submodule(entry), nn.ModuleList):
+                contents.setdefault(entry, []).append(name)
                 break
-    return [Block(name, tuple(inside)) for name, inside in found.items()]
+    return [Block(name, tuple(inside)) for name, inside in contents.items()]

@@ -1,4 +1,4 @@
-"""A dense model with what calibration knows of it: the one thing that every verb before the factors takes."""
+"""Defines `Calibrated`, a dense model with its moments: the input of every function that works before truncation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,16 +14,16 @@ from prehab_export.linalg import Cost, parameters
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A dense model, its task, and the moments of the layers to compress. `calibrate` makes one; moments read from a
-    file (`load_statistics`) and the model that they were gathered from make one too.
+    """A dense model, its task, and the moments of the layers to compress.
 
-    The layers are looked up in the model by the names that the moments have, so that the two cannot fall out of step.
+    `calibrate` creates one. It can also be created from moments read from a file (`load_statistics`) and the model that
+    they were gathered from. Layers are looked up in the model by the names in the moments, so the two always match.
 
-    cost: what a layer costs at a rank, and so what a budget of ranks is counted in: parameters, or seconds that were
-    measured where the model will run (``measurement.RankTimes.cost``).
+    cost: the cost of a layer at a rank, which is the unit of a budget: parameters, or seconds measured where the model
+        will run (``measurement.RankTimes.cost``).
 
-    Raises (when made):
-        InputError: the model has no such linear layers, or layers of other sizes.
+    Raises (when created):
+        InputError: the model has no linear layers with these names, or their sizes differ.
     """
 
     model: nn.Module
@@ -35,14 +35,17 @@ class Calibrated:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for name in self.statistics.groups:
             if not hasattr(modules.get(name), "weight"):
-                raise InputError(f"the moments are of another model: this one has no linear layer {name}")
-            width, known = dense_weight(modules[name]).shape[1], self.statistics.input_of(name).mean.numel()
-            if width != known:
-                raise InputError(f"the moments are of another model: {name} has {width} inputs here, {known} there")
+                raise InputError(f"the moments belong to another model: this one has no linear layer {name}")
+            width, moments_width = dense_weight(modules[name]).shape[1], self.statistics.input_of(name).mean.numel()
+            if width != moments_width:
+                raise InputError(
+                    f"the moments belong to another model: {name} has {width} inputs in this model, {moments_width} in "
+                    "the moments"
+                )
 
     @property
     def layers(self) -> Mapping[str, DenseLinear]:
-        """The layers to compress by name, in the order in which they were selected."""
+        """The layers to compress, by name, in the order in which they were selected."""
         return {name: self.model.get_submodule(name) for name in self.statistics.groups}  # type: ignore[misc]
 
     @property
@@ -52,5 +55,5 @@ class Calibrated:
         return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
     def with_statistics(self, statistics: Statistics) -> "Calibrated":
-        """The same model with other moments of it."""
+        """Return the same model with other moments."""
         return replace(self, statistics=statistics)

@@ -1,7 +1,8 @@
-"""From a dense model and its moments to the factors that replace it: all that happens before training.
+"""Computes factors for a dense model from its moments: everything that happens before training.
 
-Objectives by measurement where asked (``objective_choice``), ranks and factors in closed form (``truncation``), then
-the same ranks again along the compressed model (``drift``), with block-wise refinement where asked (``refinement``).
+The steps are: choose objectives by measurement if requested (``objective_choice``), compute ranks and factors in closed
+form (``truncation``), and fit the factors again at the same ranks to the inputs that the compressed model produces
+(``drift``), with block-wise refinement if requested (``refinement``).
 """
 
 from collections.abc import Callable
@@ -23,22 +24,27 @@ from prehab_export.system import Progress, silent
 
 @dataclass(frozen=True)
 class Samplesets:
-    """calibration: what the moments came from. judging: samples that calibration did not see."""
+    """Samples for `compress`.
+
+    calibration: the samples that the moments were gathered from.
+    held_out: samples that calibration did not see; they decide between alternatives.
+    """
 
     calibration: Samples
-    judging: Samples
+    held_out: Samples
     batch_size: int = 32
 
 
 @dataclass(frozen=True)
 class Compression:
-    """The truncation, what was measured on the way, and what the user should know."""
+    """The result of `compress`: the truncation, the measured trials of objectives, and warnings for the user."""
 
     truncation: Truncation
     trials: list[KindTrial] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
+        """Return the entries for the report."""
         facts = {"objective_trials": [asdict(trial) for trial in self.trials], "warnings": self.warnings}
         return self.truncation.summary() | facts
 
@@ -53,33 +59,33 @@ def compress(
     after_block: Callable[[BlockWalk, Block], None] | None = None,
     progress: Progress = silent,
 ) -> Compression:
-    """Factors for every layer to compress; the dense model is left as it is.
+    """Compute factors for every layer to compress; the dense model does not change.
 
     Args:
-        decomposed: decompositions of these very weights and moments, when at hand.
-        plan: instead of what the allocation would choose.
-        after_block: called when a block has its factors, to tune them (`block_refiner`).
+        decomposed: decompositions of these weights and moments, if they exist already.
+        plan: ranks to use instead of those that the allocation would choose.
+        after_block: called when a block has its factors, to tune them (see `block_refiner`).
 
     Raises:
-        InputError: gradient moments are needed and missing, or every layer would stay dense.
+        InputError: gradient moments are needed but missing, or every layer would stay dense.
     """
     trials: list[KindTrial] = []
     if decomposed is None and config.objective == "auto":
         decomposed, trials = choose_objectives(
-            calibrated, samples.judging, config, batch_size=samples.batch_size, progress=progress
+            calibrated, samples.held_out, config, batch_size=samples.batch_size, progress=progress
         )
-    cut = truncate(calibrated, config, decomposed=decomposed, plan=plan, progress=progress)
-    if not config.drift_correction or config.objective == "weight":  # plain SVD knows nothing of the inputs
-        return Compression(cut, trials)
+    truncation = truncate(calibrated, config, decomposed=decomposed, plan=plan, progress=progress)
+    if not config.drift_correction or config.objective == "weight":  # plain SVD does not use the inputs
+        return Compression(truncation, trials)
     try:
-        along = truncate_along(
+        corrected = truncate_along(
             calibrated,
             samples.calibration.batches(samples.batch_size),
-            cut,
+            truncation,
             gradient_shrinkage=config.gradient_shrinkage,
             after_block=after_block,
             progress=progress,
         )
     except NotAChain as reason:
-        return Compression(cut, trials, [f"drift is not corrected: {reason}"])
-    return Compression(along, trials, list(along.notes))
+        return Compression(truncation, trials, [f"drift is not corrected: {reason}"])
+    return Compression(corrected, trials, list(corrected.notes))

@@ -1,13 +1,13 @@
-"""Where a tensor comes from: whether it was made from given ones, and which of its rows belong to which token.
+"""Tracks where a tensor comes from: whether it was computed from certain others, and which token each row belongs to.
 
-Counting rows does not tell tokens apart. An expert sees a handful of them, in an order of its own; a table of relative
-positions may happen to have as many rows as the batch has tokens; some models keep tokens before samples. So the
+Counting rows does not identify tokens. An expert sees only some of them, in an order of its own; a table of relative
+positions may happen to have as many rows as the batch has tokens; some models put tokens before samples. Therefore the
 operations themselves are watched while the model runs.
 
-*Made from* is a property of memory: whatever is computed from a marked tensor, or written from one, is marked. *Token
-numbers* go along with the data: an operation that moves rows (views, indexing, concatenation) moves their numbers in
-the same way, and one that works row by row (linears, norms, softmax, attention's queries) hands them on. What comes of
-any other operation has none, until it meets in a sum something of the same shape that has.
+*Marks* belong to memory: whatever is computed from a marked tensor, or written from one, is marked. *Token numbers*
+move with the data: an operation that moves rows (views, indexing, concatenation) moves their numbers in the same way,
+and one that works row by row (linear layers, norms, softmax, attention's queries) passes them on. The result of any
+other operation has no numbers, until it is added to a tensor of the same shape that has some.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 
-# The tensor at this place of the arguments gives the rows of a product.
+# Product → index of the argument whose rows become the rows of the result.
 _LEFT_OPERAND = {aten.mm: 0, aten.bmm: 0, aten.linear: 0, aten.addmm: 1, aten.baddbmm: 1, aten.mv: 0}
 _RESHAPES = {aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias}
-# What moves the entries of its first argument and changes none.
+# Operations that move the entries of their first argument without changing any.
 _MOVES = {
     aten.alias,
     aten.chunk,
@@ -54,45 +54,46 @@ _JOINS = {aten.cat, aten.stack}
 _ADDS_AT = {aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_}
 _PUTS_AT = {aten.index_put, aten.index_put_, aten._index_put_impl_}
 _WRITES = _ADDS_AT | _PUTS_AT | {aten.copy_, aten.scatter_, aten.scatter_add_, aten.masked_scatter_}
-# Rows in another order, that of what stands in them: their numbers are lost.
+# Operations that reorder rows by their values, so that the numbers are lost.
 _REORDERS = {aten.sort, aten.argsort, aten.scatter, aten.scatter_add, aten.masked_scatter}
 
 
-class MadeFrom(TorchDispatchMode):
-    """Within it, whatever is made from marked tensors is marked."""
+class MarkedTensors(TorchDispatchMode):
+    """A context in which everything computed from marked tensors is marked too."""
 
     def __init__(self) -> None:
         super().__init__()
-        # By address of the storage, which is not used again as long as there is a reference to it, if a weak one.
+        # Keyed by the address of the storage, which is not reused while there is even a weak reference to it.
         self._marked: dict[int, StorageWeakRef] = {}
 
     def mark(self, *tensors: Tensor) -> None:
+        """Mark these tensors."""
         for tensor in tensors:
             reference = StorageWeakRef(tensor.untyped_storage())
             self._marked.setdefault(reference.cdata, reference)
 
-    def knows(self, tensor: Tensor) -> bool:
-        """Whether the tensor is one of the marked, or made from them."""
+    def is_marked(self, tensor: Tensor) -> bool:
+        """Return whether the tensor was marked, or computed from marked tensors."""
         return tensor.untyped_storage()._cdata in self._marked
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        sources = [leaf for leaf in tensors_in((args, kwargs)) if self.knows(leaf)]
+        sources = [leaf for leaf in tensors_in((args, kwargs)) if self.is_marked(leaf)]
         result = func(*args, **kwargs)
         if sources:
-            made = list(tensors_in(result))
-            self.mark(*made)
-            self._follow(func.overloadpacket, func, args, kwargs, sources, made)
+            outputs = list(tensors_in(result))
+            self.mark(*outputs)
+            self._follow(func.overloadpacket, func, args, kwargs, sources, outputs)
         return result
 
     def _follow(
-        self, packet: Any, func: Any, args: Any, kwargs: Mapping[str, Any], sources: list[Tensor], made: list[Tensor]
+        self, packet: Any, func: Any, args: Any, kwargs: Mapping[str, Any], sources: list[Tensor], outputs: list[Tensor]
     ) -> None:
-        """Called with what was made, from what."""
+        """Called with the outputs of an operation that has marked inputs, and with those inputs (``sources``)."""
 
 
-class TokenRows(MadeFrom):
-    """Within it, rows of what a model makes of its tokens keep their numbers: b·T + t for token t of sample b.
+class TokenRows(MarkedTensors):
+    """A context in which rows computed from tokens keep the token's number: b·T + t for token t of sample b.
 
     shape: (B, T).
     """
@@ -103,7 +104,7 @@ class TokenRows(MadeFrom):
         self._numbers: dict[tuple, Tensor] = {}
 
     def start(self, *tensors: Tensor) -> None:
-        """These hold tokens, B×T×…."""
+        """Mark these tensors and, if they are B×T×…, number their tokens."""
         for tensor in tensors:
             self.mark(tensor)
             if tensor.shape[:2] == self.shape:
@@ -112,25 +113,27 @@ class TokenRows(MadeFrom):
                 self._keep(tensor, numbers.reshape(*self.shape, *[1] * (tensor.dim() - 2)).expand(tensor.shape))
 
     def number(self, tensor: Tensor, numbers: Tensor) -> None:
-        """The entries of this tensor have these numbers, of its shape."""
+        """Mark a tensor and set the numbers of its entries; ``numbers`` has the same shape."""
         self.mark(tensor)
         self._keep(tensor, numbers)
 
     def numbers(self, tensor: Tensor) -> Tensor | None:
-        """The number of every entry, of the tensor's shape; None where that is not known."""
-        return self._numbers.get(_key(tensor)) if self.knows(tensor) else None
+        """Return the token number of every entry, in the tensor's shape; None if unknown."""
+        return self._numbers.get(_key(tensor)) if self.is_marked(tensor) else None
 
     def rows(self, x: Tensor) -> Tensor | None:
-        """The token number of every row of x (…×n), of x's shape without its last; −1 for a row that is none. None
-        where that is not known."""
+        """Return the token number of every row of x (…×n), in x's shape without its last dimension.
+
+        The number is −1 for a row that is not a token; the result is None if the numbers are unknown.
+        """
         numbers = self.numbers(x)
         return None if numbers is None or x.dim() < 2 else _of_rows(numbers)
 
     def _follow(
-        self, packet: Any, func: Any, args: Any, kwargs: Mapping[str, Any], sources: list[Tensor], made: list[Tensor]
+        self, packet: Any, func: Any, args: Any, kwargs: Mapping[str, Any], sources: list[Tensor], outputs: list[Tensor]
     ) -> None:
         rule = self._rule(packet)
-        for tensor, numbers in zip(made, rule(func, args, kwargs, sources, made), strict=False):
+        for tensor, numbers in zip(outputs, rule(func, args, kwargs, sources, outputs), strict=False):
             if numbers is not None and numbers.shape == tensor.shape:
                 self._keep(tensor, numbers)
             elif func._schema.is_mutable:
@@ -146,8 +149,8 @@ class TokenRows(MadeFrom):
         if packet in _REDUCTIONS:
             return self._reduced
         if packet in _LEFT_OPERAND:
-            return lambda func, args, kwargs, sources, made: [
-                self._like([args[_LEFT_OPERAND[packet]]], tensor) for tensor in made
+            return lambda func, args, kwargs, sources, outputs: [
+                self._like([args[_LEFT_OPERAND[packet]]], tensor) for tensor in outputs
             ]
         if packet is aten.embedding:
             return self._embedded
@@ -156,22 +159,22 @@ class TokenRows(MadeFrom):
         if packet in _WRITES:
             return self._written
         if packet in _REORDERS:
-            return lambda func, args, kwargs, sources, made: [None]
-        return lambda func, args, kwargs, sources, made: [self._like(sources, tensor) for tensor in made]
+            return lambda func, args, kwargs, sources, outputs: [None]
+        return lambda func, args, kwargs, sources, outputs: [self._like(sources, tensor) for tensor in outputs]
 
-    def _reshaped(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
+    def _reshaped(self, func: Any, args: Any, kwargs: Any, sources: Any, outputs: list[Tensor]) -> list[Tensor | None]:
         numbers = self.numbers(args[0])
-        fits = numbers is not None and numbers.numel() == made[0].numel()
-        return [numbers.reshape(made[0].shape) if numbers is not None and fits else None]
+        fits = numbers is not None and numbers.numel() == outputs[0].numel()
+        return [numbers.reshape(outputs[0].shape) if numbers is not None and fits else None]
 
-    def _moved(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> Sequence[Tensor | None]:
+    def _moved(self, func: Any, args: Any, kwargs: Any, sources: Any, outputs: list[Tensor]) -> Sequence[Tensor | None]:
         numbers = self.numbers(args[0])
         if numbers is None:
             return [None]
         result = func(numbers, *args[1:], **kwargs)
         return [result] if isinstance(result, Tensor) else list(result)
 
-    def _joined(self, func: Any, args: Any, kwargs: Any, sources: Any, made: Any) -> list[Tensor | None]:
+    def _joined(self, func: Any, args: Any, kwargs: Any, sources: Any, outputs: Any) -> list[Tensor | None]:
         parts = [self.numbers(part) for part in args[0]]
         if all(numbers is None for numbers in parts):
             return [None]
@@ -181,24 +184,24 @@ class TokenRows(MadeFrom):
         ]
         return [func(filled, *args[1:], **kwargs)]
 
-    def _reduced(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
-        """What belongs to one token and is summed is still that token's."""
+    def _reduced(self, func: Any, args: Any, kwargs: Any, sources: Any, outputs: list[Tensor]) -> list[Tensor | None]:
+        """A sum over entries of a single token still belongs to that token."""
         numbers, dims = self.numbers(args[0]), args[1] if len(args) > 1 else kwargs.get("dim")
         rows = None if numbers is None or not dims or numbers.dim() < 2 else _of_rows(numbers)
         if rows is None or rows.numel() == 0:
             return [None]
         reduced = sorted({dim % args[0].dim() for dim in ([dims] if isinstance(dims, int) else dims)})
         if reduced == [args[0].dim() - 1]:
-            return [rows.reshape(made[0].shape)]
+            return [rows.reshape(outputs[0].shape)]
         if reduced[-1] == args[0].dim() - 1:
             return [None]
         low, high = rows.amin(reduced), rows.amax(reduced)
         if not torch.equal(low, high):
             return [None]
-        return [low.reshape(*made[0].shape[:-1], 1).expand(made[0].shape)]
+        return [low.reshape(*outputs[0].shape[:-1], 1).expand(outputs[0].shape)]
 
-    def _written(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
-        """Rows put into another tensor: what was written has its own numbers, the rest what it had."""
+    def _written(self, func: Any, args: Any, kwargs: Any, sources: Any, outputs: list[Tensor]) -> list[Tensor | None]:
+        """If rows are written into another tensor, they bring their numbers, and all other rows keep theirs."""
         target, values = args[0], [arg for arg in args[1:] if isinstance(arg, Tensor) and arg.dtype == args[0].dtype]
         numbers, source = self.numbers(target), self.numbers(values[-1]) if values else None
         if source is None:
@@ -212,24 +215,24 @@ class TokenRows(MadeFrom):
             return [aten.index_put(numbers, args[1], source)]
         return [source.expand(target.shape)] if packet is aten.copy_ else [None]
 
-    def _embedded(self, func: Any, args: Any, kwargs: Any, sources: Any, made: list[Tensor]) -> list[Tensor | None]:
+    def _embedded(self, func: Any, args: Any, kwargs: Any, sources: Any, outputs: list[Tensor]) -> list[Tensor | None]:
         numbers = self.numbers(args[1])
-        return [None if numbers is None else numbers[..., None].expand(made[0].shape)]
+        return [None if numbers is None else numbers[..., None].expand(outputs[0].shape)]
 
-    def _padded(self, func: Any, args: Any, kwargs: Any, sources: Any, made: Any) -> list[Tensor | None]:
+    def _padded(self, func: Any, args: Any, kwargs: Any, sources: Any, outputs: Any) -> list[Tensor | None]:
         numbers = self.numbers(args[0])
         return [None if numbers is None else func(numbers, args[1], -1)]
 
-    def _like(self, sources: Sequence[Tensor], made: Tensor) -> Tensor | None:
-        """Numbers of the first source of the same shape, else of the first with the same rows."""
+    def _like(self, sources: Sequence[Tensor], output: Tensor) -> Tensor | None:
+        """Return the numbers of the first source with the same shape, else of the first with the same rows."""
         known = [(source, self.numbers(source)) for source in sources if isinstance(source, Tensor)]
         for source, numbers in known:
-            if numbers is not None and source.shape == made.shape:
+            if numbers is not None and source.shape == output.shape:
                 return numbers
         for source, numbers in known:
-            if numbers is not None and source.dim() == made.dim() > 1 and source.shape[:-1] == made.shape[:-1]:
+            if numbers is not None and source.dim() == output.dim() > 1 and source.shape[:-1] == output.shape[:-1]:
                 rows = _of_rows(numbers)
-                return None if rows is None else rows[..., None].expand(made.shape)
+                return None if rows is None else rows[..., None].expand(output.shape)
         return None
 
     def _keep(self, tensor: Tensor, numbers: Tensor) -> None:
@@ -237,7 +240,7 @@ class TokenRows(MadeFrom):
 
 
 def _of_rows(numbers: Tensor) -> Tensor | None:
-    """One number a row, where all its entries have the same."""
+    """Return one number per row; None if entries of a row have different numbers."""
     if numbers.shape[-1] == 0:
         return None
     first = numbers[..., 0]
@@ -250,4 +253,5 @@ def _key(tensor: Tensor) -> tuple:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yield all tensors in a nested structure."""
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

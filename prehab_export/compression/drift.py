@@ -1,34 +1,35 @@
-"""Truncation that knows what the layers before it have become.
+"""Truncates layers with regard to the drift of their inputs, which the compressed layers before them cause.
 
-A layer behind compressed ones sees x', not x. Taken block by block and input by input, each layer is fitted to what
-the dense model computes from *its* inputs: with moments centred where a bias takes the mean,
+A layer behind compressed layers gets the input x' of the student (the compressed model), not the dense model's input x.
+Therefore each layer, block by block and input by input, is fitted to reproduce from x' what the dense model computes
+from x. With moments centred if a bias can absorb the mean:
 
     minimise E‖G^½ (y − Ŵ x')‖²,   y = W x (+ h − h' for a layer that writes to a residual stream h)
     W* = (E[y x'ᵀ] + εW) (C' + εI)⁻¹,   C' = E[x' x'ᵀ]
     Ŵ  = the best rank-r factors of W* in the metric (C', G)
 
-The anchored solution without h and with G = I is that of AA-SVD (arXiv 2604.02119) and SAES-SVD. Two things are added.
-The gradient moment G weighs the outputs, as in plain truncation. And a layer that writes to a residual stream makes
-up for what the stream itself has lost so far: its target moves by the stream's drift, so that errors are corrected
-at every block rather than carried to the end. The ridge ε pulls W* towards W, not towards zero, in directions that
-the sample hardly shows.
+Without h and with G = I, this is the anchored solution of AA-SVD (arXiv 2604.02119) and SAES-SVD. Two things are added.
+First, the gradient moment G weights the outputs, as in plain truncation. Second, a layer that writes to a residual
+stream compensates for the error of the stream so far: its target is shifted by the stream's drift h − h', so that every
+block corrects errors instead of passing them on to the end. The ridge ε pulls W* towards W, not towards zero, in
+directions that the sample hardly covers.
 
-Ranks and objectives come from the truncation of the dense model (``truncation.truncate``), and so do the factors of
-layers that this cannot reach: those outside the blocks, and those that see other tokens in the two models (experts).
-Which ones and why is said in the result's notes.
+Ranks and objectives come from the truncation of the dense model (``truncation.truncate``), the *plan*. So do the
+factors of layers that cannot be fitted in this way: layers outside the blocks, and layers that see other tokens in the
+two models (experts). The notes of the result name them and give the reason.
 
-Where the same block is run many times (ALBERT), a layer's input depends on its own factors, and there is no order in
-which each layer comes after all that it depends on. There, and where blocks are no chain, the whole models are run
-instead of one block, and a layer is fitted to the inputs of all its runs together:
+If the same block runs many times (ALBERT), a layer's input depends on its own factors, and there is no order in which
+every layer comes after all layers that it depends on. In this case, and if the blocks are not a chain, the whole models
+are run instead of single blocks, and a layer is fitted to the inputs of all its runs together:
 
     minimise Σ_k E‖G^½ (y_k − Ŵ x'_k)‖²,   x'_k the input of run k in a student that has factors everywhere
 
-which is the same regression with E[x' x'ᵀ], E[y x'ᵀ] and the means taken over all runs. Of what the stream has lost,
-h − h', a layer that runs many times makes up nothing: it would do so once for every run, and too much. The student
-starts with the plan's factors. Layers are fitted one input after the other in the order in which they first run, each
-to a student with the latest factors of all others, in ``SWEEPS`` rounds. Nothing promises that a step is for the
-better; so the model's output is compared with the dense one's on the sample (KL divergence per unit) after every one,
-and the best of all steps and of the plan itself is kept.
+This is the same regression, with E[x' x'ᵀ], E[y x'ᵀ] and the means taken over all runs. A layer that runs many times
+does not compensate for the drift of the stream, because it would do so once in every run, which is too much. The
+student starts with the plan's factors. Layers are fitted one input after the other, in the order in which they first
+run, each to a student with the latest factors of all others, in ``SWEEPS`` rounds. A step may also make the model
+worse. Therefore the model's output is compared with the dense model's on the sample (KL divergence per unit) after
+every step, and the best of all steps and of the plan itself is kept.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,7 +44,7 @@ from converters.lowrank import DenseLinear, Factors, dense_weight, factorize, fa
 from converters.roots import damped, scale_of
 from prehab_export.compression.activations import frozen
 from prehab_export.compression.block_walk import BlockWalk
-from prehab_export.compression.blocks import Block, NotAChain, Seen, find_blocks
+from prehab_export.compression.blocks import Block, LayerRun, NotAChain, find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.metric import gradient_metric, input_metric
 from prehab_export.compression.model_walk import ModelWalk
@@ -56,22 +57,22 @@ from prehab_export.system import Advance, Progress, silent
 
 # ε as a share of the mean diagonal of C'.
 RIDGE = 1e-2
-# Rounds over the layers of a model that is run as a whole, and the most inputs for which that is worth its time: each
-# costs a forward pass of both models over the whole sample.
+# Number of rounds over the layers of a model that is run as a whole, and the largest number of inputs for which this is
+# done: each input costs a forward pass of both models over the whole sample.
 SWEEPS = 2
 MOST_INPUTS = 24
 
 
 @dataclass
 class _Moments:
-    """Sums over tokens for the layers of one input, float64; x is the dense model's input, x' the student's."""
+    """Sums over tokens for the layers that read one input, float64; x is the dense model's input, x' the student's."""
 
     outer: Tensor  # n×n: x' x'ᵀ
     cross: Tensor  # n×n: x x'ᵀ
     dense: Tensor  # n: x
     student: Tensor  # n: x'
-    drift_cross: dict[str, Tensor] = field(default_factory=dict)  # m×n a layer: (h − h') x'ᵀ
-    drift: dict[str, Tensor] = field(default_factory=dict)  # m a layer: h − h'
+    drift_cross: dict[str, Tensor] = field(default_factory=dict)  # m×n per layer: (h − h') x'ᵀ
+    drift: dict[str, Tensor] = field(default_factory=dict)  # m per layer: h − h'
     tokens: int = 0
 
     @classmethod
@@ -89,19 +90,19 @@ class _Moments:
 
 @dataclass(frozen=True)
 class _Regression:
-    """Regression of one layer on x': W* (m×n), its metric (n×n), and how its bias follows from the weight chosen."""
+    """The regression of one layer on x': W* (m×n), its metric (n×n), and the means from which the bias follows."""
 
     weight: Tensor
     second_moment: Tensor
     output_mean: Tensor  # m: mean of y − bias
-    input_mean: Tensor | None  # n: mean of x'; None where no bias can take it
+    input_mean: Tensor | None  # n: mean of x'; None if no bias can absorb it
 
     def bias(self, old: Tensor | None, *matrices: Tensor) -> Tensor | None:
-        """The bias that goes with the product of these matrices as the weight."""
+        """Return the bias that belongs to the product of these matrices as the weight."""
         if old is None or self.input_mean is None:
             return None
-        applied = reduce(lambda x, matrix: matrix @ x, reversed(matrices), self.input_mean)
-        return (old.double() + self.output_mean - applied).to(old.dtype)
+        product_mean = reduce(lambda x, matrix: matrix @ x, reversed(matrices), self.input_mean)
+        return (old.double() + self.output_mean - product_mean).to(old.dtype)
 
 
 @torch.no_grad()
@@ -114,43 +115,45 @@ def truncate_along(
     after_block: Callable[[BlockWalk, Block], None] | None = None,
     progress: Progress = silent,
 ) -> Truncation:
-    """The truncation ``plan`` again, each layer fitted to the inputs that the compressed model gives it.
+    """Repeat the truncation ``plan``, with each layer fitted to the inputs that the compressed model gives it.
 
     Args:
-        calibrated: the dense model, left as it is, and its moments.
+        calibrated: the dense model, which does not change, and its moments.
         batches: the calibration sample.
         plan: ranks and objectives of every layer.
         gradient_shrinkage: as in ``TruncateConfig``.
-        after_block: called when a block of the student has its factors, before the walk goes on.
+        after_block: called when a block of the student has its factors, before the walk continues.
 
     Returns:
-        The truncation; its notes say what was left as planned, and why.
+        The truncation; its notes say which layers keep the plan's factors, and why.
 
     Raises:
         NotAChain: the model's blocks cannot be run one by one, and there are too many layers for whole passes.
     """
-    kept, fitter = list(batches), _Fitter(calibrated, plan, gradient_shrinkage)
+    sample, fitter = list(batches), _Fitter(calibrated, plan, gradient_shrinkage)
     with frozen(calibrated.model), progress("truncate", len(calibrated.layers)) as advance:
         try:
-            return _block_by_block(fitter, kept, after_block, advance)
+            return _fit_blocks(fitter, sample, after_block, advance)
         except NotAChain as reason:
-            return _along_whole_passes(fitter, kept, reason, after_block is not None, advance)
+            return _fit_by_whole_passes(fitter, sample, reason, after_block is not None, advance)
 
 
-def _block_by_block(
+def _fit_blocks(
     fitter: "_Fitter",
     batches: Sequence[Batch],
     after_block: Callable[[BlockWalk, Block], None] | None,
     advance: Advance,
 ) -> Truncation:
-    """Raises:
-    NotAChain: the model's blocks cannot be run one by one.
+    """Fit layers one block at a time.
+
+    Raises:
+        NotAChain: the model's blocks cannot be run one by one.
     """
     model, plan, layers = fitter.calibrated.model, fitter.plan, fitter.calibrated.layers
     blocks = find_blocks(model, layers)
-    inside = {name for block in blocks for name in block.layers}
+    in_blocks = {name for block in blocks for name in block.layers}
     student = frozen_copy(model)
-    factorize(student, {name: pair for name, pair in plan.factors.items() if name not in inside})
+    factorize(student, {name: pair for name, pair in plan.factors.items() if name not in in_blocks})
     if not blocks:
         raise NotAChain("the model has no list of blocks (nn.ModuleList) with these layers in it")
     walk = BlockWalk(model, student, fitter.calibrated.task, batches, blocks)
@@ -159,9 +162,9 @@ def _block_by_block(
     unfitted: list[str] = []
     done: set[str] = set()
     for block in blocks:
-        for together in fitter.by_input(walk.order[block.name]):
-            # One input may be that of layers in several blocks; those with one ``down`` are fitted at the first.
-            members = [name for name in together if name not in done]
+        for group in fitter.by_input(walk.order[block.name]):
+            # Layers that read one input may be in several blocks; if they share a ``down``, the first block fits all.
+            members = [name for name in group if name not in done]
             if not members:
                 continue
             done |= {name for unit in _units(members, plan.shared) for name in unit}
@@ -170,7 +173,7 @@ def _block_by_block(
                 part = _planned(members, plan)
                 unfitted += members
             else:
-                part = fitter.fitted(members, moments)
+                part = fitter.fit(members, moments)
             part.apply(student)
             refits |= part.refits
             results |= {result.name: result for result in part.layers}
@@ -180,22 +183,23 @@ def _block_by_block(
         walk.advance(block)
     notes = [
         *_note("which may see other tokens in the compressed model", unfitted),
-        *_note("outside the repeated blocks", [name for name in layers if name not in inside]),
+        *_note("outside the repeated blocks", [name for name in layers if name not in in_blocks]),
     ]
     return Truncation(factors_of(student), list(results.values()), refits, plan.shared, tuple(notes))
 
 
-def _note(why: str, names: Sequence[str]) -> list[str]:
+def _note(reason: str, names: Sequence[str]) -> list[str]:
+    """Return a note that these layers are not corrected; no note if there are none."""
     if not names:
         return []
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return [f"drift is not corrected for {names[0]}{more}, {why}"]
+    return [f"drift is not corrected for {names[0]}{more}, {reason}"]
 
 
-def _along_whole_passes(
+def _fit_by_whole_passes(
     fitter: "_Fitter", batches: Sequence[Batch], reason: NotAChain, refines_blocks: bool, advance: Advance
 ) -> Truncation:
-    """`truncate_along` where blocks cannot be run one by one, for the given reason.
+    """Fit layers with passes of the whole models, because of the given reason.
 
     Raises:
         NotAChain: there are too many layers for whole passes.
@@ -204,13 +208,11 @@ def _along_whole_passes(
     walk = ModelWalk(model, task, batches, list(fitter.calibrated.layers))
     inputs = fitter.by_input(walk.order)
     if len(inputs) == 1 and not walk.repeats:
-        return plan  # nothing comes after anything
+        return plan  # no layer depends on another
     if len(inputs) > MOST_INPUTS:
-        raise NotAChain(
-            f"{reason}, and with {len(inputs)} inputs of layers it would take as many passes of the whole model"
-        )
+        raise NotAChain(f"{reason}, and {len(inputs)} inputs of layers would take as many passes of the whole model")
     best = current = plan
-    least = _distance(model, plan, task, walk.batches)
+    best_distance = _distance(model, plan, task, walk.batches)
     unfitted: dict[str, None] = {}
     for sweep in range(SWEEPS):
         for members in inputs:
@@ -218,7 +220,7 @@ def _along_whole_passes(
             if moments is None:
                 unfitted |= dict.fromkeys(members)
             else:
-                part = fitter.fitted(members, moments)
+                part = fitter.fit(members, moments)
                 results = {result.name: result for result in (*current.layers, *part.layers)}
                 current = replace(
                     current,
@@ -226,54 +228,59 @@ def _along_whole_passes(
                     refits=current.refits | part.refits,
                     layers=list(results.values()),
                 )
-                if (distance := _distance(model, current, task, walk.batches)) < least:
-                    best, least = current, distance
+                if (distance := _distance(model, current, task, walk.batches)) < best_distance:
+                    best, best_distance = current, distance
             if sweep == 0:
                 advance(len(members))
     notes = [f"drift is corrected by passes of the whole model: {reason}"]
     if best is plan:
-        notes = [f"drift is not corrected: {reason}, and no correction by passes of the whole model came closer to it"]
+        notes = [
+            f"drift is not corrected: {reason}, and passes of the whole model did not bring its output closer to the "
+            "dense model's"
+        ]
     if refines_blocks:
-        notes.append(f"nothing is refined block by block: {reason}")
+        notes.append(f"blocks are not refined one by one: {reason}")
     return replace(best, notes=(*notes, *_note("which may see other tokens in the compressed model", list(unfitted))))
 
 
 def _distance(model: nn.Module, truncation: Truncation, task: Task, batches: Sequence[Batch]) -> float:
-    """KL divergence of the truncated model's output from the dense one's, mean over units, in nats; infinite where it
-    is no number."""
+    """Return the KL divergence of the truncated model's output from the dense model's, averaged over units, in nats.
+
+    The result is infinite if the divergence is NaN or Inf.
+    """
     student = truncation.apply(frozen_copy(model))
     total = units = 0.0
     for batch in batches:
-        wanted, found = (task.unit_logits(task.logits(each, batch), batch) for each in (model, student))
-        total += float(divergence(found, wanted)) * len(found)
-        units += len(found)
+        expected, actual = (task.unit_logits(task.logits(network, batch), batch) for network in (model, student))
+        total += float(divergence(actual, expected)) * len(actual)
+        units += len(actual)
     value = total / max(units, 1)
     return value if isfinite(value) else inf
 
 
 def _planned(members: Sequence[str], plan: Truncation) -> Truncation:
-    """The plan's own factors, where there is nothing to fit to."""
+    """Return the plan's factors for these layers, which cannot be fitted."""
     names = [name for unit in _units(members, plan.shared) for name in unit]
     return Truncation({name: plan.factors[name] for name in names if name in plan.factors}, [])
 
 
 @dataclass(frozen=True)
 class _Fitter:
-    """Fits layers to the inputs that they have in the compressed model, at the ranks of a plan."""
+    """Fits layers to their inputs in the compressed model, at the ranks of a plan."""
 
     calibrated: Calibrated
     plan: Truncation
     gradient_shrinkage: float
 
     def by_input(self, names: Sequence[str]) -> list[list[str]]:
-        """Layers with one input together, in the order given."""
+        """Group these layers by input, keeping their order."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(self.calibrated.statistics.groups[name], []).append(name)
         return list(groups.values())
 
-    def fitted(self, members: Sequence[str], moments: _Moments) -> Truncation:
-        """Layers with one input, each (or each group with one ``down``) fitted to it at the plan's rank."""
+    def fit(self, members: Sequence[str], moments: _Moments) -> Truncation:
+        """Fit layers that read one input, each (or each group with one ``down``) at the plan's rank."""
         layers = self.calibrated.layers
         planned = {result.name: result for result in self.plan.layers}
         part = Truncation({}, [])
@@ -298,67 +305,72 @@ class _Fitter:
 
 
 def _gather(
-    looks: Iterable[tuple[list[Seen], list[Seen], Tensor | None, int]], members: Sequence[str]
+    observations: Iterable[tuple[list[LayerRun], list[LayerRun], Tensor | None, int]], members: Sequence[str]
 ) -> _Moments | None:
-    """Moments of the members' common input in both models, over all times that they run; None where the two may see
-    different tokens, or run a different number of times."""
+    """Gather moments of the members' common input in both models, over all of their runs.
+
+    Returns:
+        The moments; None if the two models may see different tokens, or run the members a different number of times.
+    """
     sums: _Moments | None = None
     leader = members[0]
-    for dense_runs, student_runs, mask, positions in looks:
+    for dense_runs, student_runs, mask, positions in observations:
         if not dense_runs or len(dense_runs) != len(student_runs):
             return None
         for dense, student in zip(dense_runs, student_runs, strict=True):
             if not _same_tokens(dense, student, leader, mask, positions):
                 return None
-            x, own = dense.inputs[leader], student.inputs[leader]
+            dense_inputs, student_inputs = dense.inputs[leader], student.inputs[leader]
             valid = dense.valid(mask)
-            rows, own_rows = valid_rows(x, valid), valid_rows(own, valid)
-            sums = sums or _Moments.zero(x.shape[-1], x.device)
-            sums.outer += own_rows.T @ own_rows
-            sums.cross += rows.T @ own_rows
-            sums.dense += rows.sum(0)
-            sums.student += own_rows.sum(0)
-            sums.tokens += rows.shape[0]
+            dense_rows, student_rows = valid_rows(dense_inputs, valid), valid_rows(student_inputs, valid)
+            sums = sums or _Moments.zero(dense_inputs.shape[-1], dense_inputs.device)
+            sums.outer += student_rows.T @ student_rows
+            sums.cross += dense_rows.T @ student_rows
+            sums.dense += dense_rows.sum(0)
+            sums.student += student_rows.sum(0)
+            sums.tokens += dense_rows.shape[0]
             for name in members:
                 if len(dense_runs) == 1 and name in dense.residuals and name in student.residuals:
-                    lost = valid_rows(dense.residuals[name].float() - student.residuals[name].float(), valid)
-                    sums.add_drift(name, lost.T @ own_rows, lost.sum(0))
+                    drift = valid_rows(dense.residuals[name].float() - student.residuals[name].float(), valid)
+                    sums.add_drift(name, drift.T @ student_rows, drift.sum(0))
     return sums if sums is not None and sums.tokens else None
 
 
-def _same_tokens(dense: Seen, student: Seen, leader: str, mask: Tensor | None, positions: int) -> bool:
-    """Whether the rows of both inputs are the same tokens. An expert sees those that were sent to it, which need not be
-    the same ones in the two models."""
+def _same_tokens(dense: LayerRun, student: LayerRun, leader: str, mask: Tensor | None, positions: int) -> bool:
+    """Return whether the rows of both inputs are the same tokens.
+
+    An expert sees only the tokens routed to it, which may differ between the two models.
+    """
     if leader not in dense.inputs or leader not in student.inputs:
         return False
-    x, own = dense.inputs[leader], student.inputs[leader]
-    if x.shape != own.shape:
+    dense_inputs, student_inputs = dense.inputs[leader], student.inputs[leader]
+    if dense_inputs.shape != student_inputs.shape:
         return False
     if dense.numbers is not None and student.numbers is not None:
         return torch.equal(dense.numbers, student.numbers)
-    if mask is None and x.dim() > 2:
-        return True  # in their order; merging and pooling give fewer, and an expert is given a list
-    # What was not made from tokens (a table of relative positions) is the same in both.
-    return not dense.of_tokens or not positions or x[..., 0].numel() == positions
+    if mask is None and dense_inputs.dim() > 2:
+        return True  # rows are in order: merging and pooling give fewer rows, and an expert gets a flat list
+    # An input not computed from tokens (a table of relative positions) is the same in both models.
+    return not dense.from_tokens or not positions or dense_inputs[..., 0].numel() == positions
 
 
 def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Regression:
-    """W* of one layer: what it would best be, were it still dense."""
+    """Return the regression of one layer; its W* is the best weight that the layer could have if it stayed dense."""
     w, count = dense_weight(layer).double(), sums.tokens
-    c, k = sums.outer / count, sums.cross / count
-    x, own = sums.dense / count, sums.student / count
-    target, output_mean = w @ k, w @ x
+    c, cross = sums.outer / count, sums.cross / count
+    dense_mean, student_mean = sums.dense / count, sums.student / count
+    target, output_mean = w @ cross, w @ dense_mean
     if name in sums.drift:
         target = target + sums.drift_cross[name] / count
         output_mean = output_mean + sums.drift[name] / count
     if layer.bias is not None:
-        c = centred(c, own)
-        # Of a constant input the bias takes all.
-        target = (target - torch.outer(output_mean, own)) * (c.diagonal() > 0)
+        c = centred(c, student_mean)
+        # The bias absorbs constant inputs entirely.
+        target = (target - torch.outer(output_mean, student_mean)) * (c.diagonal() > 0)
     ridge = RIDGE * scale_of(c)
     regular = damped(c, RIDGE)
-    fitted = torch.linalg.solve(regular, target + ridge * w, left=False)
-    return _Regression(fitted, input_metric(c), output_mean, None if layer.bias is None else own)
+    weight = torch.linalg.solve(regular, target + ridge * w, left=False)
+    return _Regression(weight, input_metric(c), output_mean, None if layer.bias is None else student_mean)
 
 
 def _refit(layer: DenseLinear, regression: _Regression) -> Refit:
@@ -368,23 +380,24 @@ def _refit(layer: DenseLinear, regression: _Regression) -> Refit:
 def _factors(
     unit: Group,
     layers: Mapping[str, DenseLinear],
-    fits: Sequence[_Regression],
+    regressions: Sequence[_Regression],
     gradients: Sequence[Tensor | None],
     rank: int,
 ) -> list[Factors]:
-    """The factors of W* at this rank; of several layers with one ``down``, together."""
+    """Return the factors of W* at this rank; several layers with one ``down`` are factored together."""
     if len(unit) == 1:
-        up, down = decompose(fits[0].weight, fits[0].second_moment, gradients[0], rank).truncated(rank)
+        up, down = decompose(regressions[0].weight, regressions[0].second_moment, gradients[0], rank).truncated(rank)
         ups: Sequence[Tensor] = (up,)
     else:
-        weights, known = [fit.weight for fit in fits], [g for g in gradients if g is not None]
-        ups, down = decompose_jointly(weights, fits[0].second_moment, known or None, rank).truncated(rank)
-    triples = zip(unit, fits, ups, strict=True)
-    biases = [fit.bias(layers[name].bias, up, down) for name, fit, up in triples]
+        weights = [regression.weight for regression in regressions]
+        known = [g for g in gradients if g is not None]
+        ups, down = decompose_jointly(weights, regressions[0].second_moment, known or None, rank).truncated(rank)
+    triples = zip(unit, regressions, ups, strict=True)
+    biases = [regression.bias(layers[name].bias, up, down) for name, regression, up in triples]
     return stored_factors(ups, down, biases, layers[unit[0]].weight.dtype)
 
 
 def _units(members: Sequence[str], shared: Sequence[Group]) -> list[Group]:
-    """The members one by one, but those that share a ``down`` together."""
+    """Return the members as units: groups that share a ``down`` together, all others alone."""
     group_of = {name: group for group in shared for name in group}
     return list(dict.fromkeys(group_of.get(name, (name,)) for name in members))

@@ -1,4 +1,4 @@
-"""A compressed model in training: what every verb after the truncation takes."""
+"""Defines `Factored`, a compressed model to train: the input of every function that works after truncation."""
 
 from dataclasses import dataclass, field
 
@@ -14,8 +14,10 @@ from prehab_export.linalg import Bases
 
 @dataclass(frozen=True)
 class Factored:
-    """A model with two-factor layers, its task, and the bases in which its factors are stepped (see `factor_bases`);
-    without bases, training is plain AdamW."""
+    """A model with two-factor layers, its task, and the bases in which its factors are trained (see `factor_bases`).
+
+    Without bases, training is plain AdamW.
+    """
 
     model: nn.Module
     task: Task
@@ -23,20 +25,20 @@ class Factored:
 
     @classmethod
     def of(cls, model: nn.Module, task: Task, statistics: Statistics) -> "Factored":
-        """With the bases that the moments of the dense model give."""
+        """Build a `Factored` with bases from the moments of the dense model."""
         return cls(model, task, factor_bases(model, statistics))
 
     @property
     def factors(self) -> list[nn.Parameter]:
-        """Both factors and the biases of every compressed layer, each once."""
+        """Both factors and the bias of every compressed layer, each parameter once."""
         return factor_parameters(self.model)
 
     def trainable(self, parameters: list[nn.Parameter] | None = None) -> Trainable:
-        """These parameters, or all factors, for the training loop."""
+        """Return these parameters, by default all factors, for the training loop."""
         return Trainable(self.model, parameters or self.factors, self.bases, self.task.precision)
 
 
 def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Both factors and the biases of every compressed layer of a model or a part of one, each once."""
-    found = {id(p): p for layer in low_rank_layers(model).values() for p in layer.parameters()}
-    return list(found.values())
+    """Return both factors and the bias of every compressed layer in a module, each parameter once."""
+    by_id = {id(p): p for layer in low_rank_layers(model).values() for p in layer.parameters()}
+    return list(by_id.values())

@@ -1,4 +1,4 @@
-"""A compressed model whose factors fit the grid of one kind of quantisation: other factors, near the same products."""
+"""Refits the factors of a compressed model to the grid of a quantisation, with nearly the same products."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +15,11 @@ from prehab_export.system import Progress, silent
 
 @dataclass(frozen=True)
 class GridFit:
-    """What rounding costs layers with one ``down`` (``Weighing.cost``): factors snapped as they are, and refitted."""
+    """The cost of rounding one layer, or layers with one ``down`` (see ``Weighing.cost``).
+
+    plain: cost if the factors are rounded as they are.
+    refitted: cost of the refitted factors.
+    """
 
     layers: tuple[str, ...]
     plain: float
@@ -32,12 +36,12 @@ def refit_to_grid(
     replaceable: Collection[str],
     progress: Progress = silent,
 ) -> list[GridFit]:
-    """Put factors that lie on the grid into every two-factor layer, in place. A bias takes the mean of what is lost.
+    """Replace the factors of every two-factor layer, in place, by factors on the grid; a bias absorbs the mean error.
 
     Args:
-        statistics: of the model before truncation.
+        statistics: moments of the model before truncation.
         gradient_shrinkage: as in ``TruncateConfig``.
-        replaceable: names of the parameters that may change; layers with another one stay as they are.
+        replaceable: names of the parameters that may change; a layer with any other parameter is skipped.
     """
     layers = low_rank_layers(model)
     groups = shared_groups(model)
@@ -49,8 +53,8 @@ def refit_to_grid(
             if leader in followers:
                 continue
             names = units.get(leader, (leader,))
-            wanted = {f"{name}.up.{part}" for name in names for part, _ in layers[name].up.named_parameters()}
-            if wanted | {f"{leader}.down.weight"} <= set(replaceable):
+            needed = {f"{name}.up.{part}" for name in names for part, _ in layers[name].up.named_parameters()}
+            if needed | {f"{leader}.down.weight"} <= set(replaceable):
                 fits.append(_refit(model, names, statistics, grid, gradient_shrinkage))
             advance(len(names))
     return fits
@@ -67,13 +71,13 @@ def _refit(
     weighing = Weighing(metrics[0].second_moment, gradients)
     pair = Pair(tuple(layer.up.weight.double() for layer in layers), layers[0].down.weight.double())
     fitted = fit_to_grid(pair, weighing, grid)
-    # As they are, no bias takes the mean of the error, so it counts.
+    # If the factors are rounded as they are, no bias absorbs the mean error, so the uncentred moment applies.
     raw = Weighing(statistics.input_of(names[0]).second_moment.to(pair.down), gradients)
     fit = GridFit(names, raw.cost(pair, pair.snapped(grid), grid), weighing.cost(pair, fitted, grid))
     for layer, metric, up, old in zip(layers, metrics, fitted.ups, pair.ups, strict=True):
         if layer.bias is not None and metric.mean is not None:
-            lost = old @ (pair.down @ metric.mean) - up @ (fitted.down @ metric.mean)
-            layer.bias.copy_(layer.bias.double() + lost)
+            mean_error = old @ (pair.down @ metric.mean) - up @ (fitted.down @ metric.mean)
+            layer.bias.copy_(layer.bias.double() + mean_error)
         layer.up.weight.copy_(up)
     layers[0].down.weight.copy_(fitted.down)
     return fit

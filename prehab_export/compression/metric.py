@@ -1,4 +1,4 @@
-"""The metric in which a layer is truncated: its moments, damped and shrunk."""
+"""Builds the metric in which a layer is truncated from its moments, with damping and shrinkage."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,21 @@ from prehab_export.compression.moments import Statistics
 from prehab_export.inputs import device_of
 from prehab_export.linalg import objective_value, shrunk
 
-# Directions that calibration never saw get this share of the mean energy: enough to order them by the weight
-# itself when rank is left over, too little to be seen in the objective. C is not shrunk beyond that: a few outlier
-# directions hold most of its trace, and a share of that swamps the small eigenvalues, which costs more than the
-# sampling error it removes (measured from 8 to 512 samples).
+# Directions that calibration never saw get this share of the mean energy: enough to order them by the weight itself if
+# rank is left over, too little to affect the objective. C is not shrunk any further: a few outlier directions hold most
+# of its trace, and a share of that would swamp the small eigenvalues, which costs more than the sampling error that it
+# removes (measured from 8 to 512 samples).
 INPUT_DAMPING = 1e-8
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The metric of one layer, float64: C (n×n, centred where a bias can take the mean), μ (n) and G (m×m).
+    """The metric of one layer in float64.
 
-    ``objective`` says which of C and G truncation looks at; predicted losses take both.
+    objective: decides which of C and G truncation uses; predicted losses use both.
+    second_moment: C (n×n), centred if a bias can absorb the mean.
+    gradient_moment: G (m×m); None if it was not gathered.
+    mean: μ (n); None if no bias absorbs it.
     """
 
     objective: str
@@ -32,12 +35,12 @@ class Metric:
 
     @property
     def sides(self) -> tuple[Tensor | None, Tensor | None]:
-        """(C, G) as the objective has them; None for the identity."""
+        """(C, G) as the objective uses them; None stands for the identity."""
         second = None if self.objective == "weight" else self.second_moment
         return second, self.gradient_moment if self.objective == "fisher" else None
 
     def loss_of(self, delta: Tensor) -> float | None:
-        """Predicted rise of the loss for a change Δ (m×n) of the weight; None where G is not known."""
+        """Return the predicted increase in loss for a change Δ (m×n) of the weight; None if G is not known."""
         if self.gradient_moment is None:
             return None
         return 0.5 * objective_value(delta, self.second_moment, self.gradient_moment)
@@ -51,9 +54,13 @@ def layer_metric(
     objective: str = "fisher",
     fold_mean: bool = True,
 ) -> Metric:
-    """C, G and μ of a layer, damped, on its device. Where a bias can take the mean error, C is centred and μ given."""
+    """Return the metric of a layer on the layer's device, with C damped and G shrunk.
+
+    Args:
+        fold_mean: if the layer has a bias, let it absorb the mean error: C is then centred, and μ given.
+    """
     moment = statistics.input_of(name).to(device_of(layer))
-    # Plain SVD knows nothing of the inputs, their mean included.
+    # Plain SVD does not use the inputs, nor their mean.
     folds = fold_mean and objective != "weight" and layer.bias is not None
     return Metric(
         objective,
@@ -64,16 +71,18 @@ def layer_metric(
 
 
 def input_metric(moment: Tensor) -> Tensor:
-    """C as truncation weighs with it, float64: damped, but zero where nothing ever comes in."""
+    """Return C in float64, damped for truncation; an input that is always zero keeps C = 0."""
     return damped(moment, INPUT_DAMPING) if weighs(moment) else torch.zeros_like(symmetric(moment))
 
 
 def gradient_metric(
-    name: str, layer: DenseLinear | LowRankLinear, statistics: Statistics, least: float
+    name: str, layer: DenseLinear | LowRankLinear, statistics: Statistics, min_shrinkage: float
 ) -> Tensor | None:
-    """G of a layer, on its device, shrunk towards the mean of its diagonal as far as the sample asks for
-    (Ledoit–Wolf), and by the share ``least`` at least; None where it was not collected."""
+    """Return G of a layer on the layer's device, shrunk towards the mean of its diagonal; None if it was not gathered.
+
+    The shrinkage is the one that the sample calls for (Ledoit–Wolf), or ``min_shrinkage`` if that is larger.
+    """
     if name not in statistics.gradients:
         return None
     gradient = statistics.gradients[name].to(device_of(layer))
-    return shrunk(gradient, max(statistics.gradient_sampling[name].intensity(gradient), least))
+    return shrunk(gradient, max(statistics.gradient_sampling[name].intensity(gradient), min_shrinkage))

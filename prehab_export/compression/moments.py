@@ -1,4 +1,4 @@
-"""What calibration knows of a model: input and gradient moments per layer, saved as safetensors."""
+"""Holds the input and gradient moments of a model's layers, and saves them as safetensors."""
 
 import json
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from torch import Tensor
 from converters.errors import InputError
 from prehab_export.linalg import Sampling
 
-# A variance below this share of the mean square is what float32 leaves of a constant: rounding, of either sign.
+# A variance below this share of the mean square is the rounding, of either sign, of a constant in float32.
 CONSTANT = 4 * torch.finfo(torch.float32).eps
 
 
 def centred(second_moment: Tensor, mean: Tensor) -> Tensor:
-    """E[x xᵀ] − μ μᵀ (n×n) in float64; 0 in rows and columns of features that are constant to float32's rounding."""
+    """Return E[x xᵀ] − μ μᵀ (n×n) in float64, with 0 in rows and columns of features that are constant in float32."""
     second, mean = second_moment.double(), mean.double()
     covariance = second - torch.outer(mean, mean)
     varies = covariance.diagonal() > CONSTANT * second.diagonal()
@@ -27,9 +27,12 @@ def centred(second_moment: Tensor, mean: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class InputMoment:
-    """Moments of one input over ``tokens`` valid positions: second_moment E[x xᵀ] (n×n), mean E[x] (n).
+    """Moments of one input.
 
-    sampling: how well the *centred* moment is known; the mean is a matter of far fewer tokens.
+    second_moment: E[x xᵀ] (n×n).
+    mean: E[x] (n).
+    tokens: number of valid positions averaged over.
+    sampling: sampling error of the *centred* moment; the mean needs far fewer tokens.
     """
 
     second_moment: Tensor
@@ -38,23 +41,24 @@ class InputMoment:
     sampling: Sampling
 
     def to(self, device: torch.device) -> "InputMoment":
+        """Return the same moments on this device."""
         return replace(self, second_moment=self.second_moment.to(device), mean=self.mean.to(device))
 
     def centred(self) -> Tensor:
-        """Covariance E[x xᵀ] − μ μᵀ in float64: the metric when the mean error can be folded into a bias."""
+        """Return the covariance E[x xᵀ] − μ μᵀ in float64, which is the metric if a bias can absorb the mean error."""
         return centred(self.second_moment, self.mean)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments of every targeted layer.
+    """Moments of every selected layer.
 
-    inputs: by input group; layers fed by the same tensor share one entry.
+    inputs: input group → moments; layers that read the same tensor share one entry.
     groups: layer name → input group (named after its first layer).
-    gradients: layer name → G = E[Σ g gᵀ] (m×m), g the gradient of one unit's loss; empty when not collected.
-    units: how many units (samples, or predicted tokens) the gradients were averaged over.
-    gradient_sampling: layer name → how well its G is known.
-    labels: those behind the gradients, ``data`` or ``model`` (see `calibrate`).
+    gradients: layer name → G = E[Σ g gᵀ] (m×m), with g the gradient of one unit's loss; empty if not gathered.
+    units: number of units (samples, or predicted tokens) that the gradients were averaged over.
+    gradient_sampling: layer name → sampling error of its G.
+    labels: where the labels for the gradients came from, ``data`` or ``model`` (see `calibrate`).
     """
 
     inputs: dict[str, InputMoment]
@@ -66,22 +70,27 @@ class Statistics:
 
     @property
     def device(self) -> torch.device:
-        """Where the moments lie."""
+        """The device that holds the moments."""
         return next(iter(self.inputs.values())).second_moment.device
 
     def input_of(self, layer: str) -> InputMoment:
+        """Return the moments of a layer's input."""
         return self.inputs[self.groups[layer]]
 
     def blended(self, fresh: "Statistics", share: float) -> "Statistics":
-        """``(1 − share)·self + share·fresh`` for every moment: a running average over a moving model. It counts as
-        known no better than ``self`` was."""
+        """Return ``(1 − share)·self + share·fresh`` for every moment: a running average over a changing model.
+
+        Token counts and sampling errors stay those of ``self``.
+        """
         inputs = {name: _blend_inputs(old, fresh.inputs[name], share) for name, old in self.inputs.items()}
         gradients = {name: old.lerp(fresh.gradients[name], share) for name, old in self.gradients.items()}
         return replace(self, inputs=inputs, gradients=gradients)
 
     def check_finite(self) -> None:
-        """Raises:
-        InputError: a moment holds NaN or Inf; the message names the layer.
+        """Check that all moments are finite.
+
+        Raises:
+            InputError: a moment holds NaN or Inf; the message names the layer.
         """
         for group, moment in self.inputs.items():
             if not (moment.second_moment.isfinite().all() and moment.mean.isfinite().all()):
@@ -104,7 +113,7 @@ _ADVICE = "check the data and the model before compressing; float16 overflows wh
 
 
 def save_statistics(statistics: Statistics, path: Path) -> None:
-    """Write moments as one safetensors file, counts and groups in its metadata."""
+    """Write the moments as one safetensors file, with counts and groups in its metadata."""
     tensors = {f"gradient/{name}": tensor for name, tensor in statistics.gradients.items()}
     for name, moment in statistics.inputs.items():
         tensors[f"input/{name}"] = moment.second_moment
@@ -121,15 +130,15 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
 
 
 def moments_size(shapes: Iterable[tuple[int, int]], gradients: bool) -> int:
-    """Bytes that the moments of layers of these shapes (m×n) take at most."""
+    """Return the largest number of bytes that the moments of layers of these shapes (m×n) can take."""
     return sum(4 * (n * n + (m * m if gradients else 0)) for m, n in shapes)
 
 
 def load_statistics(path: Path, device: torch.device | str = "cpu") -> Statistics:
-    """Read what ``save_statistics`` wrote, from whatever device, to this one.
+    """Read what `save_statistics` wrote, onto this device.
 
     Raises:
-        InputError: the file is not of that kind.
+        InputError: the file does not hold calibration statistics, or an earlier version wrote it.
     """
     with safe_open(path, framework="pt", device=str(device)) as file:
         if "statistics" not in (file.metadata() or {}):

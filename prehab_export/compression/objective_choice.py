@@ -1,10 +1,10 @@
-"""Which objective suits which kind of layer, by measurement.
+"""Chooses the objective for each kind of layer by measurement.
 
-Two-sided whitening is the better metric on average, but it has been reported to hurt single kinds of layer (query and
-key of some language models), and a gradient moment from a small sample may mislead. So the truncated model is run
-once with ``fisher`` everywhere and once for every kind of layer with ``activation`` there, at the same ranks, on
-samples that calibration did not see. A kind changes sides when the model's output comes closer to the dense one by
-more than the measurement's own error. No labels are needed.
+Two-sided whitening is the better metric on average, but it has been reported to hurt some kinds of layer (query and key
+of some language models), and a gradient moment from a small sample may mislead. Therefore the truncated model is run
+once with ``fisher`` everywhere, and once for every kind of layer with ``activation`` for that kind, at the same ranks,
+on samples that calibration did not see. A kind switches to ``activation`` if this brings the model's output closer to
+the dense model's by more than the error of the measurement. No labels are needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,14 +23,19 @@ from prehab_export.config import TruncateConfig
 from prehab_export.inputs import Samples, divergences, torch_predictor
 from prehab_export.system import Progress, silent
 
-# How many standard errors of the paired difference a kind has to gain by.
+# A kind switches if it gains more than this many standard errors of the paired difference.
 CONFIDENCE = 2.0
 
 
 @dataclass(frozen=True)
 class KindTrial:
-    """One kind of layer under ``activation`` instead of ``fisher``: mean change of the divergence from the dense
-    model's output in nats per sample (below 0 is better), its standard error, and what was chosen."""
+    """The measurement of one kind of layer under ``activation`` instead of ``fisher``.
+
+    layers: number of layers of this kind.
+    change: mean change of the divergence from the dense model's output, in nats per sample (below 0 is better).
+    standard_error: of ``change``.
+    objective: the objective that was chosen.
+    """
 
     kind: str
     layers: int
@@ -40,7 +45,7 @@ class KindTrial:
 
 
 def kinds_of(model: nn.Module, layers: Mapping[str, DenseLinear]) -> dict[str, list[str]]:
-    """Layers by their place inside a block (``attention.query``), which is the same in every block."""
+    """Group layers by their name inside a block (``attention.query``), which is the same in every block."""
     kinds: dict[str, list[str]] = {}
     inside = {name: block.name for block in find_blocks(model, layers) for name in block.layers}
     for name in layers:
@@ -57,23 +62,23 @@ def choose_objectives(
     batch_size: int = 32,
     progress: Progress = silent,
 ) -> tuple[Decompositions, list[KindTrial]]:
-    """Decompositions of every layer under the objective that suits its kind, and what was measured.
+    """Return decompositions of every layer under the objective chosen for its kind, and the measurements.
 
     Args:
-        samples: to judge by; not those of calibration.
+        samples: samples to measure on, which calibration must not have seen.
     """
     model, task = calibrated.model, calibrated.task
-    # Nothing is shared here: a group has one objective, and the trial is of one kind at a time.
-    apart = replace(config, share_inputs=False)
-    fisher = decompose_layers(calibrated, replace(apart, objective="fisher"))
-    activation = decompose_layers(calibrated, replace(apart, objective="activation"))
+    # Trials share no inputs: a group has one objective, but a trial changes only one kind at a time.
+    unshared = replace(config, share_inputs=False)
+    fisher = decompose_layers(calibrated, replace(unshared, objective="fisher"))
+    activation = decompose_layers(calibrated, replace(unshared, objective="activation"))
     plan = plan_ranks(calibrated, fisher, config)
     reference = torch_predictor(model, task)
 
     def divergence_with(switched: Sequence[str]) -> Tensor:
         mixed = fisher.layers | {name: activation.layers[name] for name in switched}
-        cut = truncate(calibrated, config, decomposed=Decompositions(mixed), plan=plan)
-        candidate = torch_predictor(cut.apply(frozen_copy(model)), task)
+        truncation = truncate(calibrated, config, decomposed=Decompositions(mixed), plan=plan)
+        candidate = torch_predictor(truncation.apply(frozen_copy(model)), task)
         return divergences(candidate, reference, task, samples.batches(batch_size))
 
     base = divergence_with(())

@@ -1,10 +1,10 @@
-"""Prehab (arXiv 2512.01980): a short fine-tuning that moves a model towards weights that truncation hurts less.
+"""Prehab (arXiv 2512.01980): fine-tunes a model briefly, so that truncation costs it less.
 
-Minimises ``L_task + λ · mean_ℓ w_ℓ R(M_ℓ) / R(M_ℓ at the start)`` over the weights, where ``M = G^½ W C^½`` is the
-whitened weight, R one of ``surrogates`` and w the weights of the layers, of mean 1. Either the surrogate's closed-form
-gradient joins ``.grad`` after the task's backward pass, or the weight takes proximal steps beside the optimiser. Every
-layer is evaluated once in a few steps, the layers taking turns so that all steps cost the same; the moments and ranks
-behind the surrogates are refreshed more seldom.
+Prehab minimises ``L_task + λ · mean_ℓ w_ℓ R(M_ℓ) / R(M_ℓ at the start)`` over the weights, where ``M = G^½ W C^½`` is
+the whitened weight, R is one of ``surrogates``, and w are layer weights with mean 1. Either the surrogate's closed-form
+gradient is added to ``.grad`` after the task's backward pass, or the weight takes proximal steps in addition to those
+of the optimiser. Each layer is evaluated once every few steps, and the layers take turns so that all steps cost the
+same. The moments and ranks behind the surrogates are refreshed less often.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from prehab_export.config import PrehabConfig, TruncateConfig
 from prehab_export.inputs import Samples
 from prehab_export.system import Progress, named, silent
 
-# λ climbs by this factor over the warm-up half of the run.
+# λ rises by this factor over the first half of the run.
 WARMUP_SPAN = 1e3
 
 
@@ -33,25 +33,25 @@ def prehab(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Fine-tune the model in place towards the truncation that will follow.
+    """Fine-tune the model in place to prepare it for truncation.
 
     Args:
-        calibrated: with gradient moments where ``config`` or ``truncation`` needs them. Its moments are those of the
-            model as it was; moments gathered on the way take their labels from where these did.
-        truncation: how the model will be cut; sets the ranks that ``tail`` aims at.
-        evaluate: figures of the dense model (its metric), asked for at every refresh and at the end.
+        calibrated: must hold gradient moments if ``config`` or ``truncation`` needs them. Its moments are those before
+            prehab; moments gathered during prehab use the same kind of labels.
+        truncation: how the model will be truncated; determines the ranks that ``tail`` aims at.
+        evaluate: returns figures of the dense model (its metric); called at every refresh and at the end.
 
     Returns:
-        One row a step: task_loss, surrogate (mean over layers, 1 at the start), strength, learning_rate, and the
-        figures of ``evaluate`` on the rows where it was asked. The surrogate is each layer's latest value.
+        One row per step: task_loss, surrogate (mean over layers, 1 at the start), strength, learning_rate, and the
+        figures of ``evaluate`` in steps in which it was called. The surrogate uses each layer's latest value.
 
     Raises:
-        InputError: gradient moments are needed and there are none.
+        InputError: gradient moments are needed but missing.
     """
     model, task, current = calibrated.model, calibrated.task, calibrated.statistics
     regulariser = Regulariser(calibrated, config, truncation, seed=seed)
     regulariser.refresh(current)
-    # How well these moments are known is of no use: they only move a running average.
+    # The sampling error of these moments is not needed: they only update a running average.
     gather = Gather(bool(current.gradients), current.labels, sampling=False, keep_on=current.device)
 
     def after_backward(step: int) -> Row:
@@ -87,8 +87,8 @@ def prehab(
 
 
 def _strength(step: int, config: PrehabConfig) -> float:
-    strength = float(config.strength)  # a number by now, whatever was asked for
+    strength = float(config.strength)  # "auto" has been replaced by a number at this point
     if config.schedule == "constant":
         return strength
-    climbed = min(1.0, 2 * step / max(1, config.train.steps))
-    return strength * WARMUP_SPAN ** (climbed - 1)
+    progress = min(1.0, 2 * step / max(1, config.train.steps))
+    return strength * WARMUP_SPAN ** (progress - 1)

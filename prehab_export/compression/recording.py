@@ -1,4 +1,4 @@
-"""One pass of a model, written down: what its blocks were given, what its layers read and what they wrote to."""
+"""Records forward passes: the arguments of blocks, the inputs of layers and the residual streams they write to."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -11,18 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from prehab_export.compression.block_calls import CONSTANTS, Call, Link, copied, flat, map_arguments
-from prehab_export.compression.blocks import NotAChain, Seen
-from prehab_export.compression.dataflow import MadeFrom, TokenRows, tensors_in
+from prehab_export.compression.block_calls import CONSTANTS, Call, Link, copy_argument, flatten_arguments, map_arguments
+from prehab_export.compression.blocks import LayerRun, NotAChain
+from prehab_export.compression.dataflow import MarkedTensors, TokenRows, tensors_in
 from prehab_export.compression.token_rows import token_rows
 from prehab_export.inputs import Batch, Task
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a block returns: the first tensor of it.
+    """Return the hidden states in a block's output, which are its first tensor.
 
     Raises:
-        NotAChain: there is none.
+        NotAChain: the output has no tensor.
     """
     first = output if isinstance(output, Tensor) else next(tensors_in(output), None)
     if first is None:
@@ -30,18 +30,26 @@ def hidden_of(output: Any) -> Tensor:
     return first
 
 
-def as_they_stand(hidden: Tensor) -> Tensor:
-    """Numbers for hidden states (B×…×d, or B×d×h×w as convolutions have them) whose tokens could not be followed."""
-    spots = hidden[..., 0].shape if hidden.dim() != 4 else (hidden.shape[0], 1, *hidden.shape[2:])
-    count = torch.Size(spots).numel()
-    numbers = torch.arange(count, dtype=torch.int32, device=hidden.device).reshape(spots)
+def numbers_in_order(hidden: Tensor) -> Tensor:
+    """Number the rows of hidden states in order, for states whose tokens could not be tracked.
+
+    The states are B×…×d, or B×d×h×w from convolutions; the numbers (int32) have the same shape.
+    """
+    shape = hidden[..., 0].shape if hidden.dim() != 4 else (hidden.shape[0], 1, *hidden.shape[2:])
+    count = torch.Size(shape).numel()
+    numbers = torch.arange(count, dtype=torch.int32, device=hidden.device).reshape(shape)
     return (numbers if hidden.dim() == 4 else numbers[..., None]).expand(hidden.shape)
 
 
 @dataclass
 class Recording:
-    """One pass through the model: what entered each block (of all but the first only in a trial), its call, and what
-    it gave (in a trial). numbers: of the rows of what entered the first block."""
+    """A record of one forward pass.
+
+    calls: block → the arguments of its call.
+    entered: the hidden states that entered the first block or, in a trial, every block.
+    outputs: in a trial, block → the leaves of its output.
+    numbers: token numbers of the states that entered the first block; None if unknown.
+    """
 
     calls: dict[str, Call] = field(default_factory=dict)
     entered: list[Tensor] = field(default_factory=list)
@@ -49,151 +57,158 @@ class Recording:
     numbers: Tensor | None = None
 
 
-def recorded(
+def record_pass(
     model: nn.Module,
     task: Task,
     batch: Batch,
     names: Sequence[str],
     *,
     stop_early: bool = False,
-    try_out: bool = False,
+    trial: bool = False,
 ) -> Recording:
-    """Run one batch and note what every block is called with.
+    """Run one batch and record the call of every block.
 
     Args:
-        stop_early: end in front of the first block.
-        try_out: keep what enters and leaves each block, and look at what else of it depends on earlier blocks.
+        names: names of the blocks.
+        stop_early: stop before the first block.
+        trial: also record what enters and leaves each block, and check that its arguments do not depend on earlier
+            blocks in a way that cannot be reproduced.
+
+    Raises:
+        NotAChain: the blocks cannot be run one by one.
     """
     recording, memo = Recording(), dict[int, Any]()
     runs: list[str] = []
-    left: list[Tensor] = []
-    produced: dict[int, Link] = {}
-    alive: list[Any] = []  # or an identity could be used twice
+    block_outputs: list[Tensor] = []
+    links: dict[int, Link] = {}
+    alive: list[Any] = []  # keeps outputs alive, so that no id() is used twice
     versions: list[tuple[Tensor, int]] = []
-    made = MadeFrom()
+    marked = MarkedTensors()
     mask = task.token_mask(batch)
-    of_text = next(iter(batch.values())).dim() == 2
-    rows = token_rows(batch, mask) if of_text and not stop_early and not try_out else None
+    is_text = next(iter(batch.values())).dim() == 2
+    rows = token_rows(batch, mask) if is_text and not stop_early and not trial else None
 
-    def noted(name: str, value: Any) -> Any:
+    def stored(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
-            if id(value) in produced:
-                return produced[id(value)]
-            if try_out and made.knows(value):
-                raise NotAChain(f"{name} is also given something made from the output of a block before it")
-            if try_out:
+            if id(value) in links:
+                return links[id(value)]
+            if trial and marked.is_marked(value):
+                raise NotAChain(f"{name} is also given a value computed from the output of an earlier block")
+            if trial:
                 versions.append((value, value._version))
-        elif try_out and id(value) not in memo and any(made.knows(leaf) for leaf in tensors_in(value)):
-            raise NotAChain(f"{name} is also given something made from the output of a block before it")
-        return copied(value, memo)
+        elif trial and id(value) not in memo and any(marked.is_marked(leaf) for leaf in tensors_in(value)):
+            raise NotAChain(f"{name} is also given a value computed from the output of an earlier block")
+        return copy_argument(value, memo)
 
     def before(name: str) -> Callable:
         def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rest, keyword = dict(kwargs), None
             if not args:
-                keyword = _keyword_of(rest, left)
+                keyword = _keyword_of(rest, block_outputs)
                 if keyword is None:
                     raise NotAChain(f"{name} is called without hidden states")
             hidden = args[0] if keyword is None else rest.pop(keyword)
-            if left and hidden is not left[-1]:
-                raise NotAChain(f"{name} does not start from the output of the block before it")
-            if not runs or try_out:
+            if block_outputs and hidden is not block_outputs[-1]:
+                raise NotAChain(f"{name} does not start from the output of the previous block")
+            if not runs or trial:
                 recording.entered.append(hidden.clone())
             if not runs and rows is not None:
                 recording.numbers = rows.numbers(hidden)
             runs.append(name)
             if stop_early:
-                raise _Enough
+                raise _StopForward
             versions.clear()
-            others, named = map_arguments(lambda value: noted(name, value), (args[1:], rest))
-            lasting = any(not isinstance(value, (Tensor, Link, *CONSTANTS)) for value in flat((others, named)))
-            recording.calls[name] = Call(others, named, keyword, lasting)
+            others, named = map_arguments(lambda value: stored(name, value), (args[1:], rest))
+            values = flatten_arguments((others, named))
+            mutable = any(not isinstance(value, (Tensor, Link, *CONSTANTS)) for value in values)
+            recording.calls[name] = Call(others, named, keyword, mutable)
 
         return hook
 
     def after(name: str) -> Callable:
         def hook(_block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
             if any(value._version != version for value, version in versions):
-                raise NotAChain(f"{name} changes what it is given in place")
-            left.append(hidden_of(output))
+                raise NotAChain(f"{name} changes its arguments in place")
+            block_outputs.append(hidden_of(output))
             leaves = tree_leaves(output)
             alive.append(output)
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            if try_out:
-                made.mark(*tensors)
+            if trial:
+                marked.mark(*tensors)
                 recording.outputs[name] = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            for at, leaf in enumerate(leaves):
+            for index, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor):
-                    produced.setdefault(id(leaf), Link(name, at))
+                    links.setdefault(id(leaf), Link(name, index))
 
         return hook
 
-    with removed_afterwards() as hooks, made if try_out else rows or nullcontext():
+    with temporary_hooks() as hooks, marked if trial else rows or nullcontext():
         for name in names:
             block = model.get_submodule(name)
             hooks.append(block.register_forward_pre_hook(before(name), with_kwargs=True))
             hooks.append(block.register_forward_hook(after(name)))
-        with suppress(_Enough):
+        with suppress(_StopForward):
             task.logits(model, batch)
     if len(runs) != len(names):
-        raise NotAChain(f"{len(names)} blocks were run {len(runs)} times in one pass")
+        raise NotAChain(f"{len(names)} blocks were run {len(runs)} times in one forward pass")
     return recording
 
 
-def _keyword_of(kwargs: Mapping[str, Any], left: Sequence[Tensor]) -> str | None:
-    """Under which name a block is handed its hidden states."""
-    chained = [name for name, value in kwargs.items() if left and value is left[-1]]
+def _keyword_of(kwargs: Mapping[str, Any], block_outputs: Sequence[Tensor]) -> str | None:
+    """Return the keyword under which a block gets its hidden states."""
+    chained = [name for name, value in kwargs.items() if block_outputs and value is block_outputs[-1]]
     usual = [name for name in ("hidden_states", "x", "input", "hidden_state") if name in kwargs]
     return next(iter(chained or usual), None)
 
 
-def watched(
+def observe_layers(
     layers: Mapping[str, nn.Module], rows: TokenRows, stop_early: bool, run: Callable[[], object]
-) -> list[Seen]:
-    """What the layers, which share one input, showed during ``run``, once for each time that the first of them ran.
+) -> list[LayerRun]:
+    """Record the layers, which read the same input, during ``run``: one record for each time that the first one runs.
 
     Args:
-        stop_early: the residuals are not wanted, nor a second time.
+        stop_early: stop as soon as all inputs of the first run are known, without residuals.
     """
-    runs: list[Seen] = []
+    runs: list[LayerRun] = []
     leader = next(iter(layers))
-    adds = _Adds()
+    additions = _Additions()
 
     def before(name: str) -> Callable:
         def hook(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             if name == leader:
-                runs.append(Seen(numbers=rows.rows(args[0]), of_tokens=rows.knows(args[0])))
-                adds.start(runs[-1].residuals)
-            # The block may go on to work in place.
+                runs.append(LayerRun(numbers=rows.rows(args[0]), from_tokens=rows.is_marked(args[0])))
+                additions.start(runs[-1].residuals)
+            # The block may later change its input in place.
             runs[-1].inputs[name] = args[0].clone() if name == leader else args[0]
             if stop_early and len(runs[-1].inputs) == len(layers):
-                raise _Enough
+                raise _StopForward
 
         return hook
 
     def after(name: str) -> Callable:
         def hook(_layer: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            adds.watch(name, output)
+            additions.watch(name, output)
 
         return hook
 
-    with removed_afterwards() as hooks:
+    with temporary_hooks() as hooks:
         for name, layer in layers.items():
             hooks.append(layer.register_forward_pre_hook(before(name)))
             hooks.append(layer.register_forward_hook(after(name)))
-        with suppress(_Enough), rows, adds:
+        with suppress(_StopForward), rows, additions:
             run()
     return runs
 
 
-class _Enough(Exception):
-    """Ends a forward pass that has shown what was wanted."""
+class _StopForward(Exception):
+    """Ends a forward pass once everything needed is recorded."""
 
 
-class _Adds(TorchDispatchMode):
-    """Notes what a watched tensor is added to: the residual stream, whatever the model calls it.
+class _Additions(TorchDispatchMode):
+    """Records what a watched tensor is added to: the residual stream, whatever the model calls it.
 
-    What is itself made from the watched tensor is no stream (``y + 0.04 y³`` in a GELU), so that is followed too.
+    A tensor computed from the watched one is not a residual stream (``y + 0.04 y³`` in a GELU), so the mode also tracks
+    what is computed from it.
     """
 
     def __init__(self) -> None:
@@ -201,27 +216,28 @@ class _Adds(TorchDispatchMode):
         self.start({})
 
     def start(self, residuals: dict[str, Tensor]) -> None:
-        """Forget what was watched, and note what is found from here on in ``residuals``."""
+        """Forget all watched tensors, and record residual streams in this dictionary from now on."""
         self.residuals = residuals
-        self.outputs: dict[str, Tensor] = {}  # each watched tensor
-        self.made_from: dict[int, set[str]] = {}  # by address of the data: names of the watched tensors it depends on
-        self.alive: list[Tensor] = []  # or an address could be used twice
+        self.outputs: dict[str, Tensor] = {}  # name → watched tensor
+        self.sources: dict[int, set[str]] = {}  # address of a tensor's data → names of the watched tensors behind it
+        self.alive: list[Tensor] = []  # keeps tensors alive, so that no address is used twice
 
     def watch(self, name: str, output: Tensor) -> None:
+        """Watch this tensor under a layer's name."""
         self.outputs[name] = output
         self._mark(output, {name})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        sources = [self.made_from.get(leaf.data_ptr(), set()) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        sources = [self.sources.get(leaf.data_ptr(), set()) for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
         if func in _ADDITIONS and isinstance(args[1], Tensor):
             for one, other in ((args[0], args[1]), (args[1], args[0])):
-                for name in self.made_from.get(one.data_ptr(), set()) - self.made_from.get(other.data_ptr(), set()):
+                for name in self.sources.get(one.data_ptr(), set()) - self.sources.get(other.data_ptr(), set()):
                     if name in self.residuals or one.shape != other.shape:
                         continue
-                    # Added in place, the stream would not be what it was by the time it is looked at.
-                    kept = other.clone() if func is torch.ops.aten.add_.Tensor else other
+                    # An addition in place overwrites the stream, so it is copied first.
+                    stream = other.clone() if func is torch.ops.aten.add_.Tensor else other
                     if _is_all_of(one, self.outputs[name]):
-                        self.residuals[name] = _in_the_order_of(self.outputs[name], one, kept)
+                        self.residuals[name] = _laid_out_like(self.outputs[name], one, stream)
         result = func(*args, **(kwargs or {}))
         if names := set().union(*sources):
             for leaf in tree_leaves(result):
@@ -230,29 +246,32 @@ class _Adds(TorchDispatchMode):
         return result
 
     def _mark(self, tensor: Tensor, names: set[str]) -> None:
-        self.made_from[tensor.data_ptr()] = self.made_from.get(tensor.data_ptr(), set()) | names
+        self.sources[tensor.data_ptr()] = self.sources.get(tensor.data_ptr(), set()) | names
         self.alive.append(tensor)
 
 
 def _is_all_of(view: Tensor, whole: Tensor) -> bool:
-    """Whether these are the same numbers at the same place, in whatever order of axes."""
+    """Return whether ``view`` shows all of the memory of ``whole``, in whatever order of axes."""
     return view.data_ptr() == whole.data_ptr() and view.numel() == whole.numel() and view.dtype == whole.dtype
 
 
-def _in_the_order_of(output: Tensor, view: Tensor, other: Tensor) -> Tensor:
-    """What is added to a view of a layer's output, as it lies beside the output itself: convolutional networks add
-    B×d×h×w where their linears give B×h×w×d."""
+def _laid_out_like(output: Tensor, view: Tensor, other: Tensor) -> Tensor:
+    """Return ``other``, which is added to a view of a layer's output, in the shape and layout of the output itself.
+
+    Convolutional networks add B×d×h×w, while their linear layers give B×h×w×d.
+    """
     if output.shape == view.shape and output.stride() == view.stride():
         return other
-    laid_out = torch.empty_strided(view.shape, view.stride(), dtype=other.dtype, device=other.device)
-    return laid_out.copy_(other).as_strided(output.shape, output.stride())
+    buffer = torch.empty_strided(view.shape, view.stride(), dtype=other.dtype, device=other.device)
+    return buffer.copy_(other).as_strided(output.shape, output.stride())
 
 
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
 @contextmanager
-def removed_afterwards() -> Iterator[list[RemovableHandle]]:
+def temporary_hooks() -> Iterator[list[RemovableHandle]]:
+    """Give a list to append hook handles to; all of them are removed at the end of the context."""
     handles: list[RemovableHandle] = []
     try:
         yield handles

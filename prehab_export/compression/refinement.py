@@ -1,10 +1,11 @@
-"""Refinement: tuning the factors to do what the dense model does, without labels.
+"""Refines factors so that the compressed model reproduces the dense model's outputs, without labels.
 
-Two ways, one after the other. *Block-wise*, during the walk of ``drift.truncate_along``: as soon as a block has its
-factors, they are tuned to give the dense block's output from the student's own states of the calibration sample
-(AA-SVD, arXiv 2604.02119); only one block is ever differentiated. *End to end*: all factors together, towards the
-dense model's output distribution (KL divergence, per unit) and, if asked, its hidden states after every block. Its
-inputs need no labels and no moments, so this part may see as many different ones as there are.
+There are two ways, used one after the other. *Block-wise* refinement happens during the walk of
+``drift.truncate_along``: as soon as a block has its factors, they are tuned to give the dense block's output from the
+student's own states of the calibration sample (AA-SVD, arXiv 2604.02119). Only one block is differentiated at a time.
+*End-to-end* refinement tunes all factors together towards the dense model's output distribution (KL divergence per
+unit) and, if requested, its hidden states after every block. It needs neither labels nor moments, so it can use any
+number of different samples.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,15 +28,15 @@ from prehab_export.system import Progress, named, silent
 
 
 def block_refiner(config: RefineConfig, statistics: Statistics, *, seed: int = 0) -> Callable[[BlockWalk, Block], None]:
-    """What ``truncate_along`` calls after each block: ``config.block_steps`` steps on that block alone.
+    """Return the function that ``truncate_along`` calls after each block, to tune it for ``config.block_steps`` steps.
 
-    The loss is the squared error of the block's output over the variance of the dense one. The tuned block is kept
-    only if its error over the whole sample is smaller.
+    The loss is the squared error of the block's output, divided by the variance of the dense block's output. The tuned
+    factors are kept only if they lower the error over the whole sample.
     """
 
     def refine_block(walk: BlockWalk, block: Block) -> None:
-        inner = walk.student.get_submodule(block.name)
-        parameters = factor_parameters(inner)
+        module = walk.student.get_submodule(block.name)
+        parameters = factor_parameters(module)
         if not parameters or not config.block_steps:
             return
         targets = walk.targets(block)
@@ -43,18 +44,18 @@ def block_refiner(config: RefineConfig, statistics: Statistics, *, seed: int = 0
         def error(number: int) -> Tensor:
             return relative_error(walk.output(block, number), targets[number], walk.masks[number])
 
-        def whole() -> float:
+        def mean_error() -> float:
             with torch.no_grad():
                 return float(torch.stack([error(number) for number in range(len(targets))]).mean())
 
-        before, start = whole(), [parameter.detach().clone() for parameter in parameters]
+        before, start = mean_error(), [parameter.detach().clone() for parameter in parameters]
         generator = torch.Generator().manual_seed(seed)
         order = [int(torch.randint(len(targets), (1,), generator=generator)) for _ in range(config.block_steps)]
         with torch.enable_grad():
             bases = factor_bases(walk.student, statistics, block.layers)
-            trainable = Trainable(inner, parameters, bases, walk.task.precision)
+            trainable = Trainable(module, parameters, bases, walk.task.precision)
             optimise(trainable, config.block_schedule, lambda step: (error(order[step]), {}))
-        if not whole() < before:
+        if not mean_error() < before:
             with torch.no_grad():
                 for parameter, value in zip(parameters, start, strict=True):
                     parameter.copy_(value)
@@ -71,18 +72,18 @@ def refine(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Tune all factors in place, end to end; returns one row of figures a step.
+    """Tune all factors in place, end to end; return one row of figures per step.
 
-    The loss is (1 − hidden_share)·KL(dense ‖ compressed) per unit + hidden_share·the mean over blocks of the hidden
-    states' relative error.
+    The loss is (1 − hidden_share)·KL(dense ‖ compressed) per unit, plus hidden_share times the relative error of the
+    hidden states, averaged over blocks.
 
     Args:
-        samples: to draw inputs from; their labels are not looked at.
+        samples: samples to draw inputs from; their labels are not used.
         teacher: the dense model, frozen.
     """
     student, task = factored.model, factored.task
     blocks = [block.name for block in find_blocks(student, low_rank_layers(student))] if config.hidden_share else []
-    with _Outputs(student, blocks) as own, _Outputs(teacher, blocks) as dense:
+    with _Outputs(student, blocks) as student_outputs, _Outputs(teacher, blocks) as teacher_outputs:
 
         def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Row]:
             with torch.no_grad():
@@ -91,7 +92,9 @@ def refine(
             figures = {"divergence": value.item()}
             if blocks:
                 mask = task.token_mask(batch)
-                errors = [relative_error(own.seen[name], dense.seen[name], mask) for name in blocks]
+                errors = [
+                    relative_error(student_outputs.latest[name], teacher_outputs.latest[name], mask) for name in blocks
+                ]
                 hidden = torch.stack(errors).mean()
                 figures["hidden_error"] = hidden.item()
                 value = (1 - config.hidden_share) * value + config.hidden_share * hidden
@@ -103,7 +106,7 @@ def refine(
 
 
 def relative_error(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """‖output − target‖² over ‖target − mean‖², over real tokens; scalar."""
+    """Return ‖output − target‖² / ‖target − its mean‖² over real tokens, as a scalar tensor."""
     if mask is not None and mask.shape == target.shape[:-1]:
         output, target = output[mask], target[mask]
     output, target = output.float().flatten(0, -2), target.float().flatten(0, -2)
@@ -111,10 +114,10 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor | None) -> Tenso
 
 
 class _Outputs:
-    """The latest output of the named blocks of a model."""
+    """A context that keeps the latest output of the named blocks of a model."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self.seen: dict[str, Tensor] = {}
+        self.latest: dict[str, Tensor] = {}
         self.handles = [model.get_submodule(name).register_forward_hook(self._keep(name)) for name in names]
 
     def __enter__(self) -> "_Outputs":
@@ -126,6 +129,6 @@ class _Outputs:
 
     def _keep(self, name: str) -> Callable:
         def hook(_block: nn.Module, _args: Any, output: Any) -> None:
-            self.seen[name] = hidden_of(output)
+            self.latest[name] = hidden_of(output)
 
         return hook

@@ -1,4 +1,7 @@
-"""The surrogates of everything that truncation would cut: which are evaluated when, at what weight, in which metric."""
+"""Regularises training with rank surrogates of all weights that truncation would cut.
+
+The regulariser decides which surrogate is evaluated in which step, with which weight and in which metric.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,36 +31,37 @@ from prehab_export.linalg import (
     tails,
 )
 
-# A layer with less than this share of its Fisher energy to lose counts as having this much.
+# Least layer weight, as a share of the layer's Fisher energy, if the predicted loss is lower.
 LEAST_LOSS = 1e-9
 
-# What has one surrogate: a layer, or layers with one input that truncation would give one ``down``, stacked.
+# The layers that have one surrogate: a single layer, or a stack of layers with one input that would share a ``down``.
 Unit = tuple[str, ...]
 
 
 @dataclass
 class Term:
-    """One unit's part in the regulariser.
+    """The part of one unit in the regulariser.
 
-    surrogate: under the latest moments, aiming at the latest rank.
-    weight: relative to the other units'; start: the surrogate's value when the unit was first seen. Both stay, so that
-        λ keeps its meaning through the run.
-    latest: the surrogate's value when it was last evaluated.
-    held: the gradient of that time (m×n), for the steps up to the next; None before the first.
+    surrogate: uses the latest moments and aims at the latest rank.
+    weight: weight relative to other units.
+    start: value of the surrogate when the unit first had one. Weight and start never change, so that λ keeps its
+        meaning throughout the run.
+    latest: the latest value of the surrogate.
+    gradient: the latest gradient (m×n), used in all steps until the next evaluation; None before the first.
     """
 
     surrogate: Surrogate
     weight: float
     start: float
     latest: float
-    held: Tensor | None = None
+    gradient: Tensor | None = None
 
 
 class Regulariser:
-    """The surrogates of everything that truncation would cut, and when each is evaluated.
+    """Holds the surrogates of all units that truncation would cut, and evaluates them in turns.
 
-    ranks: the rank that truncation would choose for each unit; what it would leave dense is not in it.
-    terms: of these units, but for those that are 0 in the metric.
+    ranks: the rank that truncation would choose for each unit; units that it would leave dense are not in it.
+    terms: the terms of these units, except units that are 0 in the metric.
     """
 
     def __init__(
@@ -66,14 +70,14 @@ class Regulariser:
         self.calibrated, self.config, self.truncation = calibrated, config, truncation
         self.ranks: dict[Unit, int] = {}
         self.terms: dict[Unit, Term] = {}
-        # Every unit that ever had a term: one that truncation leaves dense for a while keeps its weight and start.
+        # All units that ever had a term: if truncation leaves one dense for a while, it keeps its weight and start.
         self._known: dict[Unit, Term] = {}
         self._mean_size = 0.0
         self._generator = torch.Generator().manual_seed(seed)
 
     @property
     def value(self) -> float:
-        """Weighted mean of the surrogates, each relative to its start, as last evaluated."""
+        """Weighted mean of the latest values of the surrogates, each relative to its start."""
         weight = sum(term.weight for term in self.terms.values())
         total = sum(term.weight * term.latest / term.start for term in self.terms.values())
         return total / weight if weight else 0.0
@@ -83,13 +87,13 @@ class Regulariser:
         """Whiten with these moments, and aim at the ranks that truncation would choose with them.
 
         Raises:
-            InputError: gradient moments are needed and the statistics hold none.
+            InputError: gradient moments are needed but the statistics hold none.
         """
         whitening, weights = self.config.whitening, self.config.layer_weights
         if (whitening == "fisher" or weights != "equal") and not statistics.gradients:
             raise InputError(
                 f"prehab with whitening {whitening!r} and layer weights {weights!r} needs gradient moments; calibrate "
-                "with gradients, or take --prehab-whitening activation --prehab-layer-weights equal"
+                "with gradients, or use --set prehab.whitening=activation --set prehab.layer_weights=equal"
             )
         metrics = _Whitening(self.calibrated.with_statistics(statistics), self.truncation.gradient_shrinkage)
         predicted = self._losses(metrics)
@@ -98,55 +102,55 @@ class Regulariser:
         units = [*plan.shared, *((name,) for name in self.calibrated.layers if name not in grouped)]
         self.ranks = {unit: rank for unit in units if (rank := plan.ranks[unit[0]]) is not None}
         whitened = {unit: metrics.unit(unit, whitening) for unit in self.ranks}
-        # What is 0 in the metric has nothing to prepare, nor a size to measure its surrogate by.
-        found = {
+        # A unit that is 0 in the metric loses nothing in truncation, and its surrogate could not be normalised.
+        surrogates = {
             unit: self._surrogate(whitened[unit], rank)
             for unit, rank in self.ranks.items()
             if whitened[unit].energy > 0
         }
-        sizes = {unit: self._size(unit, metrics, predicted) for unit in found if unit not in self._known}
+        sizes = {unit: self._size(unit, metrics, predicted) for unit in surrogates if unit not in self._known}
         if sizes and not self._mean_size:
             self._mean_size = sum(sizes.values()) / len(sizes)
         for unit, term in self.terms.items():
-            if unit not in found:
-                term.held = None
-        for unit, surrogate in found.items():
+            if unit not in surrogates:
+                term.gradient = None
+        for unit, surrogate in surrogates.items():
             if unit in sizes:
                 value = float(surrogate.evaluate(self._stacked(unit))[0])
                 start = max(value, torch.finfo(torch.float32).tiny)
                 self._known[unit] = Term(surrogate, sizes[unit] / self._mean_size, start, value)
             else:
                 self._known[unit].surrogate = surrogate
-        self.terms = {unit: self._known[unit] for unit in found}
+        self.terms = {unit: self._known[unit] for unit in surrogates}
 
     @torch.no_grad()
     def add_gradients(self, step: int, strength: float) -> None:
         """Add ``λ ∂(weighted mean of normalised surrogates)/∂W`` to every layer's ``.grad``.
 
-        The units whose turn it is are evaluated; the others get the gradient of their last turn.
+        The units whose turn it is are evaluated; the others use the gradient of their last turn.
         """
         for unit in self._due(step):
             term = self.terms[unit]
             value, gradient = term.surrogate.evaluate(self._stacked(unit))
             term.latest = float(value)
-            term.held = (term.weight / term.start / len(self.terms) * gradient).contiguous()
+            term.gradient = (term.weight / term.start / len(self.terms) * gradient).contiguous()
         for unit, term in self.terms.items():
-            if term.held is not None:
-                for name, part in self._parts(unit, strength * term.held):
+            if term.gradient is not None:
+                for name, part in self._parts(unit, strength * term.gradient):
                     add_weight_gradient(self.calibrated.layers[name], part)
 
     @torch.no_grad()
     def shrink(self, step: int, rate: float) -> None:
-        """Take the proximal step of the units whose turn it is, for all the steps up to their next turn.
+        """Take the proximal step of the units whose turn it is; it covers all steps until their next turn.
 
-        Called between backward and the optimiser step: the order of decoupled weight decay in AdamW.
+        Call it between the backward pass and the optimiser step, as decoupled weight decay in AdamW does.
 
         Args:
             rate: λ times the learning rate.
         """
         for unit in self._due(step):
             term = self.terms[unit]
-            assert isinstance(term.surrogate, Tail | Nuclear)  # the configuration allows no other
+            assert isinstance(term.surrogate, Tail | Nuclear)  # the configuration allows only these
             value, shrunk = term.surrogate.shrink(self._stacked(unit), rate * self.config.every * term.weight)
             term.latest = float(value)
             for name, part in self._parts(unit, shrunk):
@@ -156,25 +160,25 @@ class Regulariser:
         units = list(self.terms)
         turn = set(units[step % self.config.every :: self.config.every])
         if self.config.update == "gradient":
-            turn |= {unit for unit, term in self.terms.items() if term.held is None}
+            turn |= {unit for unit, term in self.terms.items() if term.gradient is None}
         return [unit for unit in units if unit in turn]
 
     def _stacked(self, unit: Unit) -> Tensor:
         return _stacked(self.calibrated, unit)
 
     def _parts(self, unit: Unit, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """What of a stacked matrix belongs to which layer."""
+        """Split a stacked matrix into the parts of the layers."""
         layers = self.calibrated.layers
         return zip(unit, stacked.split([dense_weight(layers[name]).shape[0] for name in unit]), strict=True)
 
     def _losses(self, metrics: "_Whitening") -> Losses:
-        """Predicted losses under truncation's objective, where ranks or weights go by them."""
+        """Return predicted losses under truncation's objective, or none if neither ranks nor weights depend on them."""
         weighs = self.config.layer_weights == "loss" and not self._known
         if not weighs and self.truncation.allocation != "loss":
             return {}, {}
         calibrated = metrics.calibrated
         if self.truncation.base_objective != "fisher":
-            # The factors are the best in another metric than the losses, so it takes the factors.
+            # The factors are optimal in another metric than that of the losses, so they must be computed first.
             return decompose_layers(calibrated, self.truncation).losses
         objectives = dict.fromkeys(calibrated.layers, "fisher")
         groups = sharing_candidates(calibrated, objectives) if self.truncation.share_inputs else []
@@ -192,7 +196,10 @@ class Regulariser:
         return Spectral(whitened, {"stable-rank": stable_rank, "spectral": spectral}[surrogate])
 
     def _size(self, unit: Unit, metrics: "_Whitening", predicted: Losses) -> float:
-        """What the weight of a unit is in proportion to; predicted losses are ½ tr(G Δ C Δᵀ), at rank 0 with Δ = W."""
+        """Return the value that a unit's weight is proportional to.
+
+        Predicted losses are ½ tr(G Δ C Δᵀ), with Δ = W at rank 0.
+        """
         if self.config.layer_weights == "equal":
             return 1.0
         if self.config.layer_weights == "loss":
@@ -206,17 +213,19 @@ class Regulariser:
 
 
 class _Whitening:
-    """Units of a model in the metrics of its moments; each is whitened once."""
+    """Whitens the units of a model in the metrics of its moments, each unit once."""
 
     def __init__(self, calibrated: Calibrated, gradient_shrinkage: float) -> None:
         self.calibrated, self.gradient_shrinkage = calibrated, gradient_shrinkage
         self._units: dict[tuple[Unit, str], Whitened] = {}
 
     def of(self, unit: Unit) -> list[Metric]:
+        """Return the metric of every layer in the unit."""
         layers, statistics = self.calibrated.layers, self.calibrated.statistics
         return [layer_metric(name, layers[name], statistics, self.gradient_shrinkage) for name in unit]
 
     def unit(self, unit: Unit, whitening: str) -> Whitened:
+        """Return the whitened weight of a unit."""
         if (unit, whitening) not in self._units:
             weight, metrics, gradients = _stacked(self.calibrated, unit), self.of(unit), None
             if whitening == "fisher":
@@ -226,7 +235,7 @@ class _Whitening:
         return self._units[unit, whitening]
 
     def losses(self, unit: Unit) -> Tensor:
-        """Predicted loss at every rank of the best factors of a unit."""
+        """Return the predicted loss of a unit's best factors at every rank."""
         return 0.5 * tails(self.unit(unit, "fisher").spectrum)
 
 

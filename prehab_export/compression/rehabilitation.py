@@ -1,8 +1,8 @@
-"""Rehab: a short training of a truncated model, each part kept only when it helped.
+"""Rehab: trains a truncated model briefly, and keeps each part of the training only if it helped.
 
-Three methods. ``factors`` tunes both factors and the biases of every compressed layer together; ``all`` tunes with
-them what was never cut: embeddings, norms, the head. ``lora`` trains LoRA adapters through PEFT, first on ``up``,
-then on ``down`` (SVD-LLM, arXiv 2403.07378), and merges each. In every case the rank stays what it was.
+There are three methods. ``factors`` tunes both factors and the bias of every compressed layer together. ``all`` also
+tunes everything that was never cut: embeddings, norms, the head. ``lora`` trains LoRA adapters with PEFT, first on
+``up``, then on ``down`` (SVD-LLM, arXiv 2403.07378), and merges them. Ranks never change.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,11 @@ from prehab_export.system import Progress, named, silent
 
 @dataclass(frozen=True)
 class Rehabilitation:
-    """history: one row a step. parts: held-out loss at the start and after each part, and whether it was kept."""
+    """The result of `rehab`.
+
+    history: one row per step.
+    parts: held-out loss at the start and after each part, and whether the part was kept.
+    """
 
     history: list[Row]
     parts: list[dict]
@@ -38,11 +42,11 @@ def rehab(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Rehabilitation:
-    """Train the compressed model in place. After each part the held-out loss decides whether it stays.
+    """Train the compressed model in place; after each part, the held-out loss decides whether the part is kept.
 
     Args:
-        held_out_loss: mean loss on samples that training never sees.
-        teacher: the dense model, when ``config.train.distill`` is above 0.
+        held_out_loss: model → mean loss on samples that training never sees.
+        teacher: the dense model, needed if ``config.train.distill`` is above 0.
     """
     model = factored.model
     best, loss = held_out_loss(model), labelled_loss(factored.task, teacher, config.train.distill)
@@ -80,18 +84,18 @@ def _restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
 
 
 class _Adapters:
-    """LoRA on one side of every factor pair, merged exactly: (up + s·B A) down keeps the pair's rank."""
+    """LoRA adapters on one side of every factor pair. Merging is exact: (up + s·B A) down keeps the pair's rank."""
 
     def __init__(self, factored: Factored, side: str, rank: int, seed: int) -> None:
         torch.manual_seed(seed)  # PEFT draws A at random
         self.model, self.groups = factored.model, shared_groups(factored.model)
         targets = [f"{name}.{side}" for name in low_rank_layers(self.model)]
         self.wrapped = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
-        share_down(self.model, self.groups)  # PEFT wraps what is shared under its first name only
+        share_down(self.model, self.groups)  # PEFT wraps a shared module under its first name only
         adapters = [parameter for name, parameter in self.wrapped.named_parameters() if ".lora_" in name]
         self.trainable = Trainable(self.wrapped, adapters, precision=factored.task.precision)
 
     def merge(self) -> None:
-        """Add the adapters to the factors, and leave the model as it was but for that."""
+        """Add the adapters to the factors, and restore the model's structure."""
         self.wrapped.merge_and_unload()
         share_down(self.model, self.groups)

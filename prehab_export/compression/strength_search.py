@@ -1,8 +1,8 @@
-"""λ found by what it is for: the loss of the compressed model on samples that training did not see.
+"""Searches for the λ of prehab that gives the compressed model the lowest loss on samples that training did not see.
 
-An open question of Prehab (arXiv 2512.01980). Each trial is a short prehab and a truncation; the search climbs from
-the default in steps of √10 on a logarithmic scale, in the direction that pays, until it no longer does or the budget
-is spent.
+The choice of λ is an open question of Prehab (arXiv 2512.01980). Each trial is a short prehab and a truncation. The
+search starts from the default and moves in factors of √10, in the direction that lowers the loss, until the loss rises
+again or the trials are used up.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ STEP = sqrt(10)
 def find_strength(
     trial: Callable[[float], float], start: float, trials: int, step: float = STEP
 ) -> tuple[float, list[dict[str, float]]]:
-    """The λ with the lowest loss among at most ``trials`` of them, and what each gave.
+    """Return the λ with the lowest loss among at most ``trials`` tried, and one row (strength, loss) for each of them.
 
     Args:
         trial: λ → loss of the compressed model.
@@ -27,16 +27,16 @@ def find_strength(
     """
     losses: dict[int, float] = {}
 
-    def loss(at: int) -> float:
-        losses[at] = trial(start * step**at)
-        return losses[at]
+    def loss(exponent: int) -> float:
+        losses[exponent] = trial(start * step**exponent)
+        return losses[exponent]
 
     best = 0
     loss(0)
     for direction in (1, -1):
         while len(losses) < trials and loss(best + direction) < losses[best]:
             best += direction
-        if best:  # one direction paid; the other was passed on the way here
+        if best:  # this direction lowered the loss, so the other one is not tried
             break
-    rows = [{"strength": start * step**at, "loss": losses[at]} for at in sorted(losses)]
+    rows = [{"strength": start * step**exponent, "loss": losses[exponent]} for exponent in sorted(losses)]
     return start * step**best, rows

@@ -1,7 +1,7 @@
-"""The one training loop, used before truncation (prehab) and after it (rehab).
+"""Trains a model: the one training loop, used before truncation (prehab) and after it (rehab).
 
-Short runs only: AdamW, a linear warm-up and a cosine to zero, optional distillation from a frozen teacher. Dropout
-stays off: a few hundred steps do not overfit through it, and the teacher and the statistics see the same network.
+It is made for short runs: AdamW, a linear warm-up and a cosine decay to zero, and optional distillation from a frozen
+teacher. Dropout is off: a few hundred steps do not overfit without it, and teacher and statistics see the same network.
 """
 
 import copy
@@ -22,19 +22,19 @@ from prehab_export.system import Advance, Progress, silent
 Row = dict[str, float]
 # (model, batch) → the loss to minimise, and figures for the history.
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Row]]
-# (step) → figures for the history. Called between backward and the optimiser step: may add to .grad.
+# (step) → figures for the history. Called between backward pass and optimiser step; it may add to .grad.
 AfterBackward = Callable[[int], Row]
 
-# Figures that the progress of a training shows, by their names in a row.
+# Figures that the progress bar of a training shows: name in a row → label.
 NOTED = {"task_loss": "loss", "divergence": "divergence", "surrogate": "surrogate"}
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """Parameters of a model to be trained; everything else in it stays frozen.
+    """The parameters of a model to train; all other parameters stay frozen.
 
-    bases: of parameters to be stepped in a basis of their own.
-    precision: the one that the loss runs the model in (its task's).
+    bases: parameter → the basis in which the optimiser steps it; other parameters get plain AdamW.
+    precision: the precision of the forward pass (its task's).
     """
 
     model: nn.Module
@@ -53,7 +53,7 @@ def train(
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Row]:
-    """Train in place, on batches drawn from the samples; returns one row of figures a step.
+    """Train in place, on batches drawn from the samples; return one row of figures per step.
 
     Raises:
         FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
@@ -79,10 +79,13 @@ def optimise(
     after_backward: AfterBackward | None = None,
     advance: Advance | None = None,
 ) -> list[Row]:
-    """Minimise ``loss_at(step)``, a loss and figures to note, over ``schedule.steps`` steps; one row a step.
+    """Minimise ``loss_at(step)`` over ``schedule.steps`` steps; return one row of figures per step.
 
-    In float16 the loss is scaled for its backward pass only: gradients are clipped, and ``after_backward`` sees them,
-    as they are. A step whose gradients overflow is not taken.
+    In float16 the loss is scaled for the backward pass only; gradients are unscaled again before clipping and before
+    ``after_backward``. A step whose gradients overflow is skipped.
+
+    Args:
+        loss_at: step → the loss, and figures for the step's row.
 
     Raises:
         FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
@@ -98,7 +101,7 @@ def optimise(
         row: Row = {"step": step, "learning_rate": float(rate.get_last_lr()[0])}
         loss, figures = loss_at(step)
         if not torch.isfinite(loss):
-            advice = "lower the learning rate" + (", or take --precision bfloat16" if scaler.is_enabled() else "")
+            advice = "lower the learning rate" + (", or use --precision bfloat16" if scaler.is_enabled() else "")
             raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {advice}")
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -114,17 +117,18 @@ def optimise(
 
 
 def _step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, step: int) -> bool:
-    """Take the step and return True; if its gradients overflowed, halve the scale instead and return False."""
+    """Take the optimiser step and return True; if gradients overflowed, halve the scale instead and return False."""
     before = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
     if (after := scaler.get_scale()) < 1:
-        raise FloatingPointError(f"gradients overflow float16 at step {step}; take --precision bfloat16")
+        raise FloatingPointError(f"gradients overflow float16 at step {step}; use --precision bfloat16")
     return after >= before
 
 
 @contextmanager
 def only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let only these parameters of the model require gradients, and restore all flags at the end."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     for parameter in parameters:
@@ -137,7 +141,7 @@ def only_trainable(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iter
 
 
 def shuffled_batches(samples: Samples, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Batches without end: each epoch a fresh permutation, fixed by the seed; short last batches are dropped."""
+    """Yield batches forever: every epoch is a new permutation, fixed by the seed; a short last batch is dropped."""
     generator = torch.Generator().manual_seed(seed)
     size = min(batch_size, len(samples))
     while True:
@@ -147,15 +151,15 @@ def shuffled_batches(samples: Samples, batch_size: int, seed: int) -> Iterator[B
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A teacher: the model as it is now, without gradients."""
-    # What a model keeps of its latest pass (a recurrent state) may be part of a graph, which cannot be copied.
-    kept = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    memo: dict[int, object] = {id(value): value.detach().clone() for value in kept if not value.is_leaf}
+    """Copy the model as it is now, without gradients, for example as a teacher."""
+    # A tensor kept from the latest pass (a recurrent state) may be part of a graph, which cannot be copied.
+    tensors = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    memo: dict[int, object] = {id(value): value.detach().clone() for value in tensors if not value.is_leaf}
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
 def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float = 0.0) -> Loss:
-    """(1 − distill)·cross-entropy of the labels + distill·KL(teacher ‖ model), mean over units, in nats."""
+    """Return the loss (1 − distill)·cross-entropy + distill·KL(teacher ‖ model), averaged over units, in nats."""
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Row]:
         logits = task.unit_logits(task.logits(model, batch), batch).float()
@@ -164,23 +168,23 @@ def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float =
         if teacher is not None and distill > 0:
             with torch.no_grad():
                 target = task.unit_logits(task.logits(teacher, batch), batch)
-            apart = divergence(logits, target)
-            figures["distillation"] = apart.item()
-            value = (1 - distill) * value + distill * apart
+            distillation = divergence(logits, target)
+            figures["distillation"] = distillation.item()
+            value = (1 - distill) * value + distill * distillation
         return value, figures
 
     return loss
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """KL(target ‖ logits), mean over units, in nats; both (U, K)."""
+    """Return KL(target ‖ logits) averaged over units, in nats; both arguments are logits (U, K)."""
     return nn.functional.kl_div(
         logits.float().log_softmax(-1), target.float().log_softmax(-1), reduction="batchmean", log_target=True
     )
 
 
 def one_cycle(step: int, schedule: Schedule) -> float:
-    """The learning rate at a step, relative to its peak: a linear warm-up, then a cosine to zero."""
+    """Return the learning rate at a step, relative to its peak: a linear warm-up, then a cosine decay to zero."""
     warmup = max(1, round(schedule.warmup * schedule.steps))
     if step < warmup:
         return (step + 1) / warmup

@@ -1,8 +1,8 @@
-"""Truncation of a model's targeted layers: decompose each once, share out ranks, cut, balance, measure.
+"""Truncates a model's selected layers: decompose each layer once, allocate ranks, cut, balance and measure.
 
-One decomposition a layer serves every ratio and allocation, so it is kept (up to break-even rank, at the size of
-the dense weight) and only sliced. Layers with one input are also decomposed together, with one ``down`` between them,
-and the allocation takes whichever form predicts less loss.
+One decomposition per layer serves every ratio and allocation. It is stored up to the break-even rank, at the size of
+the dense weight, and only sliced afterwards. Layers with the same input are also decomposed together, with one shared
+``down``, and the allocation chooses the form with the lower predicted loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,13 @@ from prehab_export.system import Progress, silent
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What became of one layer. ``rank`` None: it stays dense. ``metric``: the objective that chose its factors.
-    Losses in nats, per unit."""
+    """The result of truncating one layer.
+
+    rank: None if the layer stays dense.
+    metric: the objective that chose the factors.
+    objective: its value for the stored factors.
+    predicted_loss: predicted increase in loss in nats per unit; None if G is not known.
+    """
 
     name: str
     out_features: int
@@ -41,7 +46,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Refit:
-    """New values of a layer that stays dense: weight m×n and bias, fitted to compressed layers before it."""
+    """A new weight (m×n) and bias of a layer that stays dense, fitted to the compressed layers before it."""
 
     weight: Tensor
     bias: Tensor | None
@@ -49,9 +54,12 @@ class Refit:
 
 @dataclass(frozen=True)
 class Truncation:
-    """New weights of the targeted layers: factors, or for some that stay dense a refit; and what each layer cost.
+    """New weights of the selected layers, and the results of every layer.
 
-    Members of a ``shared`` group have the same ``down``. ``notes``: what the user should know.
+    factors: layer → its factors.
+    refits: layer that stays dense → its new weight, if drift correction fitted one.
+    shared: groups of layers with the same ``down``.
+    notes: messages for the user.
     """
 
     factors: dict[str, Factors]
@@ -62,10 +70,10 @@ class Truncation:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> nn.Module:
-        """Put the new weights into the model, in place; returns it.
+        """Put the new weights into the model, in place, and return it.
 
         Raises:
-            InputError: the model does not have these layers as dense linears of these shapes.
+            InputError: the model does not have these layers, as dense linear layers of these shapes.
         """
         for name, refit in self.refits.items():
             layer = model.get_submodule(name)
@@ -76,26 +84,28 @@ class Truncation:
 
     @property
     def ranks(self) -> dict[str, int]:
+        """The rank of every factored layer."""
         return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
 
     def units(self) -> list[tuple[int, int, int | None]]:
-        """(m, n, rank) of each layer, None for dense; layers with one ``down`` count as their stack."""
+        """Return (m, n, rank) of each layer, with rank None if dense; a group that shares its ``down`` is one stack."""
         sizes = {layer.name: (layer.out_features, layer.in_features, layer.rank) for layer in self.layers}
         stacks = [(sum(sizes[name][0] for name in group), *sizes[group[0]][1:]) for group in self.shared]
         grouped = {name for group in self.shared for name in group}
         return [*stacks, *(size for name, size in sizes.items() if name not in grouped)]
 
     def summary(self) -> dict:
+        """Return the entries for the report."""
         before = sum(layer.parameters_before for layer in self.layers)
         after = sum(layer.parameters_after for layer in self.layers)
         losses = [layer.predicted_loss for layer in self.layers if layer.predicted_loss is not None]
         return {
-            "targeted_parameters_before": before,
-            "targeted_parameters_after": after,
-            "targeted_share_removed": 1 - after / before,
-            # One multiply-add a weight and token: for the targeted layers the two counts are the same.
-            "targeted_multiply_adds_per_token_before": before,
-            "targeted_multiply_adds_per_token_after": after,
+            "selected_parameters_before": before,
+            "selected_parameters_after": after,
+            "selected_share_removed": 1 - after / before,
+            # One multiply-add per weight and token, so both counts are the same for the selected layers.
+            "selected_multiply_adds_per_token_before": before,
+            "selected_multiply_adds_per_token_after": after,
             "predicted_loss_increase": sum(losses) if losses else None,
             "layers_factored": len(self.factors),
             "layers_dense": len(self.layers) - len(self.factors),
@@ -112,23 +122,23 @@ def truncate(
     plan: RankPlan | None = None,
     progress: Progress = silent,
 ) -> Truncation:
-    """The factors of every layer to compress, balanced and in the layer's own dtype, and what they cost.
+    """Compute the factors of every layer to compress, balanced and in the layer's own dtype.
 
-    The model is left as it is (see `Truncation.apply`).
+    The model does not change (see `Truncation.apply`).
 
     Args:
-        decomposed: decompositions of these very weights and moments, when at hand.
-        plan: instead of what the allocation would choose.
+        decomposed: decompositions of these weights and moments, if they exist already.
+        plan: ranks to use instead of those that the allocation would choose.
 
     Raises:
-        InputError: gradient moments are needed and missing, or every layer would stay dense.
+        InputError: gradient moments are needed but missing, or every layer would stay dense.
     """
     decomposed = decomposed or decompose_layers(calibrated, config, progress=progress)
     plan = plan or plan_ranks(calibrated, decomposed, config)
     layers, statistics = calibrated.layers, calibrated.statistics
 
     def metric_of(name: str) -> Metric:
-        # One at a time: in float64 all of them together are far larger than the model.
+        # One at a time: in float64, all metrics together are far larger than the model.
         objective = decomposed.layers[name].objective
         return layer_metric(name, layers[name], statistics, config.gradient_shrinkage, objective)
 
@@ -150,7 +160,7 @@ def truncate(
     if not factors:
         reason, advice = "gets smaller", "remove more"
         if config.latency is not None:
-            reason, advice = "is faster as two factors on this machine", "take --ratio to make the model smaller anyway"
+            reason, advice = "is faster as two factors on this machine", "use --ratio to make the model smaller anyway"
         raise InputError(f"no layer {reason} at {config.goal}; {advice}")
     return Truncation(factors, results, shared=plan.shared)
 
@@ -162,23 +172,24 @@ def _cut(
     down: Tensor,
     mean: Tensor | None,
 ) -> dict[str, Factors]:
-    """Factors of one layer, or of several with one ``down``."""
+    """Return the factors of one layer, or of several layers with one ``down``."""
     device = device_of(layers[names[0]])
     ups, down, biases = [up.to(device) for up in ups], down.to(device), []
     for name, up in zip(names, ups, strict=True):
         weight, bias = dense_weight(layers[name]).detach(), layers[name].bias
-        new = None if bias is None else bias.detach().clone()
-        if new is not None and mean is not None:
-            # E[(W − Ŵ)x] is known, so the bias takes it for free; the metric was centred to match.
-            new = (new.double() + weight.double() @ mean - up.double() @ (down.double() @ mean)).to(new.dtype)
-        biases.append(new)
+        new_bias = None if bias is None else bias.detach().clone()
+        if new_bias is not None and mean is not None:
+            # The bias absorbs the mean error E[(W − Ŵ)x] at no cost; the metric is centred accordingly.
+            corrected = new_bias.double() + weight.double() @ mean - up.double() @ (down.double() @ mean)
+            new_bias = corrected.to(new_bias.dtype)
+        biases.append(new_bias)
     return dict(zip(names, stored_factors(ups, down, biases, layers[names[0]].weight.dtype), strict=True))
 
 
 def stored_factors(
     ups: Sequence[Tensor], down: Tensor, biases: Sequence[Tensor | None], dtype: torch.dtype
 ) -> list[Factors]:
-    """Factors in the storage dtype, balanced together; one ``down`` tensor for all."""
+    """Return factors in the storage dtype, balanced together, with one ``down`` tensor for all layers."""
     stacked, down = balance(torch.cat(list(ups)).double(), down.double())
     stored = down.to(dtype)
     parts = stacked.split([len(up) for up in ups])
@@ -188,7 +199,7 @@ def stored_factors(
 def _measure(
     name: str, layer: DenseLinear, pair: Factors | None, metric: Metric, counts_down: bool = True
 ) -> LayerResult:
-    """The objective again, of the factors as stored: after balancing and the cast to the storage dtype."""
+    """Measure the objective for the factors as stored, after balancing and the cast to the storage dtype."""
     weight = dense_weight(layer).detach().double()
     m, n = weight.shape
     delta = torch.zeros_like(weight) if pair is None else weight - pair.up.double() @ pair.down.double()

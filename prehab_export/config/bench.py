@@ -26,18 +26,20 @@ PROVIDERS = {
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """How to measure.
+    """How to measure. Every pair of a batch size and a length is a case, at each number of threads.
 
-    threads: intra-op threads of each session.
-    thread_counts: numbers of threads to measure at, each a case of its own; ``threads`` alone when empty.
-    provider: execution provider, one of ``PROVIDERS``.
-    batch_sizes, sequence_lengths: every pair is a case; models that take no tokens use batch sizes only. For a
-        decoder with a cache the sequence is the prompt, and a request goes on to make ``new_tokens`` tokens.
+    threads: threads of PyTorch and ONNX Runtime; all cores of this process when not given.
+    thread_counts: number of threads to measure at; that of ``threads`` when none is given.
+    provider: execution provider of ONNX Runtime to measure on.
+    batch_sizes: batch size to measure at.
+    sequence_lengths: length to measure at, in tokens; of a decoder that of the prompt. Models that take no tokens have
+        none.
     warmup: unmeasured requests of each model before the first round.
     rounds: turns of each model.
     min_seconds: least length of a turn; a request that takes longer is always finished.
+    new_tokens: tokens that a decoder generates in a measurement.
     end_tokens: ids that every text ends with and has nowhere else, for models that look for the end; a run finds them.
-    timeout_s: how long a worker may take for one answer (loading, warming up, or one turn).
+    timeout_s: seconds that a worker may take for one answer (loading, warming up, or one turn).
 
     Raises:
         InputError: a value is out of range.

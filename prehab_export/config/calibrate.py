@@ -9,8 +9,13 @@ FISHER_LABELS = ("data", "model")
 
 @dataclass(frozen=True)
 class CalibrateConfig:
-    """samples: how many to look at. labels: ``data`` (given ones) or ``model`` (drawn from the model's output).
-    include/exclude: shell-style patterns on layer names."""
+    """How to calibrate, and which layers to compress.
+
+    samples: samples to gather moments from.
+    labels: labels behind the gradients: ``data`` (given ones) or ``model`` (drawn from the model's output).
+    include: shell-style pattern of layers to compress instead of the default, such as '*.mlp.*'.
+    exclude: shell-style pattern of layers to leave dense, such as '*.layer.0.*'.
+    """
 
     samples: int = 512
     labels: str = "data"
@@ -19,4 +24,4 @@ class CalibrateConfig:
 
     def __post_init__(self) -> None:
         at_least("--calibration-samples", self.samples, 1)
-        one_of("--fisher-labels", self.labels, FISHER_LABELS)
+        one_of("calibrate.labels", self.labels, FISHER_LABELS)

@@ -10,13 +10,24 @@ WINDOW_STARTS = ("auto", "bos", "none")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where samples come from and which of them; None means: find it.
+    """Where samples come from and which of them. What is None is found.
 
-    data: hub id, folder or file, or ``sklearn-digits``. sequence_length: window of a language model, longest text
-    of a classifier. window_start: what each window of a language model starts with: ``auto`` (what the tokenizer puts
-    before a text), ``bos`` (its BOS token) or ``none``. labels_by_position: class names of the data are not looked up
-    among the model's, they stand in the same order. encoding, delimiter, header: of text, csv and JSON files; columns
-    of a csv without a header are column1, column2 and so on.
+    data: hub id, folder or file; ``sklearn-digits`` is built in.
+    data_config: configuration of a hub data set, such as sst2 of glue.
+    train_split: split to calibrate and train on; found when not given.
+    eval_split: split to report on, such as validation+test; found when not given.
+    input_column: column of images or texts; found when not given.
+    pair_column: second text column of a pair task, such as the hypothesis of mnli; found when not given.
+    label_column: column of labels; found when not given.
+    labels_by_position: take the data's class names in the model's order, whatever they are called.
+    encoding: encoding of text, csv and JSON files, such as cp1252; UTF-8 when not given.
+    delimiter: what separates the columns of a csv file: one character, or tab; found when not given.
+    header: whether the first row of a csv file names its columns; they are column1, column2 … where it does not.
+    sequence_length: tokens in a window of a language model, or in the longest text of a classifier.
+    window_start: what each window of a language model starts with: ``auto`` (what the tokenizer puts before a text),
+        ``bos`` (its BOS token) or ``none``.
+    eval_samples: number of samples to report on; all when not given.
+    batch_size: samples per batch, in calibration and evaluation.
     """
 
     data: str

@@ -1,7 +1,8 @@
-"""What a run is asked to do: one frozen dataclass a stage, checked when made.
+"""What a run is asked to do: one frozen dataclass per stage, checked when it is made.
 
-Light on purpose: the command line builds its options from these defaults without loading torch. Messages name the
-command line's flags; a YAML file has the shape of ``RunConfig``, one section a stage.
+It is light on purpose: the command line builds its options from these defaults without loading torch. Messages name the
+flags of the command line, or the option itself where it has no flag; a YAML file has the shape of ``RunConfig``, one
+section per stage. Each class documents its fields; help texts are made from that.
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,20 +23,28 @@ TASK_NAMES = ("image-classification", "text-classification", "text-generation")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is asked to do. ``revision`` and ``trust_remote_code`` are transformers' own terms.
+    """Everything a run is asked to do: what is named here, and a section for each part of the work.
 
-    device: where everything up to the artifact is computed: ``auto`` (CUDA if there is any), ``cpu``, ``cuda``,
-    ``cuda:N``. The artifact is exported, verified and measured on the CPU.
-    quantize: which graphs to make beside the float32 one, of the dense model too; ranks then come in whole blocks where
-        the kind of quantisation has blocks.
-    kv_cache: what the compressed decoder keeps of past tokens: keys and values, or of low-rank layers their latents.
-    ort: also write the compressed graphs in ONNX Runtime's own format, for minimal builds.
+    model: folder or hub id of the dense model.
+    task: what the model does: ``image-classification``, ``text-classification`` or ``text-generation``.
+    adapter: PEFT adapter of the dense model (LoRA, DoRA, IA3 …), merged before anything else.
+    revision: branch, tag or commit of a hub model.
+    trust_remote_code: run code that comes with the model.
+    seed: seed of everything drawn at random.
+    device: where to calibrate and train: ``auto`` (CUDA if there is any), ``cpu``, ``cuda`` or ``cuda:N``. The artifact
+        is exported, verified and measured on the CPU.
+    precision: number format of forward passes there; weights and moments stay float32.
+    dtype: number format of the artifact's weights; ``auto`` is that of most of the source's weights. All is computed in
+        float32 and rounded once, when the artifact is written; graphs are of the rounded weights, in float32.
+    quantize: another graph, smaller, of the compressed and of the dense model; ranks fill whole blocks where it has
+        some.
+    kv_cache: what a compressed decoder keeps of past tokens: keys and values (``full``), or of low-rank layers their
+        latents.
+    ort: also write the compressed graphs in ONNX Runtime's own format, with the list of operators that a minimal build
+        must keep.
     quantize_refit: fit the factors to each quantised graph's grid, and keep that where held-out samples gain.
-    min_speedup: a run fails, once all is measured, if a compressed graph is less times as fast as the dense one.
-    precision: of forward passes there; weights, moments and decompositions stay float32 and float64.
-    dtype: of the artifact's weights: ``auto`` (that of most of the source's weights), ``float32``, ``bfloat16``,
-        ``float16``. All is computed in float32 and rounded once, when the artifact is written; ONNX graphs are of the
-        rounded weights, in float32.
+    min_speedup: fail with exit code 4, once all is measured, if a compressed graph is not this many times as fast as
+        the dense one.
     """
 
     model: str
@@ -96,3 +105,15 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     data = replace(config.data, data=absolute(config.data.data) or config.data.data)
     return replace(config, model=absolute(config.model) or config.model, adapter=absolute(config.adapter), data=data)
+
+
+def public_names(config: RunConfig) -> RunConfig:
+    """Hub ids as they are; of local paths only the last part, since the rest is one machine's business."""
+
+    def name(place: str) -> str:
+        return Path(place).resolve().name if Path(place).exists() else place
+
+    adapter = None if config.adapter is None else name(config.adapter)
+    return replace(
+        config, model=name(config.model), adapter=adapter, data=replace(config.data, data=name(config.data.data))
+    )

@@ -44,6 +44,8 @@ class Target:
             raise InputError("--browser, --ort-web and --by-hand are for --target browser")
         if self.cooldown_s < 0:
             raise InputError(f"--cooldown must be 0 or more seconds, not {self.cooldown_s}")
+        if self.memory_mb is not None and not self.memory_mb > 0:
+            raise InputError(f"--memory-limit {self.memory_mb} leaves nothing to run in; give megabytes above 0")
         if any(size <= 0 for size in self.matrix_memory_mb):
             raise InputError("--matrix takes megabytes above 0")
         if self.pin is not None and not 1 <= self.pin <= len(usable_cores()):

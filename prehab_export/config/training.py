@@ -17,7 +17,15 @@ REHAB_METHODS = ("factors", "all", "lora")
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps of batch_size samples; learning_rate is the peak, reached after the share ``warmup`` of the steps."""
+    """How long to train, and how fast.
+
+    steps: number of steps; 0 skips it.
+    batch_size: samples per step.
+    learning_rate: peak learning rate.
+    warmup: share of the steps over which the learning rate rises to its peak.
+    weight_decay: decoupled weight decay.
+    clip: largest norm of a step's gradient.
+    """
 
     steps: int = 0
     batch_size: int = 32
@@ -35,8 +43,11 @@ class Schedule:
 
 @dataclass(frozen=True)
 class TrainConfig(Schedule):
-    """A schedule, and the loss: distill in [0, 1] is the share that is the KL divergence from the dense model's
-    output; 0 trains on the labels alone."""
+    """How long to train, how fast, and towards what.
+
+    distill: share of the loss, in [0, 1], that is the KL divergence from the dense model's output; 0 trains on the
+        labels alone.
+    """
 
     distill: float = 0.5
 
@@ -47,7 +58,7 @@ class TrainConfig(Schedule):
 
 @dataclass(frozen=True)
 class RefineSchedule(Schedule):
-    """Small batches: as many samples in more steps leave a smaller divergence from the dense model."""
+    """How long to tune, and how fast. Batches are small: as many samples in more steps leave a smaller divergence."""
 
     batch_size: int = 8
     learning_rate: float = 5e-4
@@ -57,9 +68,10 @@ class RefineSchedule(Schedule):
 class RefineConfig:
     """Tuning of the factors towards the dense model, without labels.
 
-    schedule: of the end-to-end part, on the inputs of all training samples. block_steps, block_learning_rate: of the
-    block-wise part, per block, on the calibration sample.
-    hidden_share: share of the end-to-end loss that is the error of hidden states.
+    schedule: of the end-to-end part, on the inputs of all training samples.
+    block_steps: steps of each block by itself, on the calibration sample, before the end-to-end part; 0 skips them.
+    block_learning_rate: peak learning rate of the block-wise part.
+    hidden_share: share of the end-to-end loss, in [0, 1], that is the error of hidden states.
     """
 
     schedule: RefineSchedule = field(default_factory=RefineSchedule)
@@ -69,7 +81,7 @@ class RefineConfig:
 
     def __post_init__(self) -> None:
         at_least("--refine-block-steps", self.block_steps, 0)
-        check_share("--refine-hidden", self.hidden_share)
+        check_share("refine.hidden_share", self.hidden_share)
 
     @property
     def block_schedule(self) -> Schedule:
@@ -78,17 +90,21 @@ class RefineConfig:
 
 @dataclass(frozen=True)
 class PrehabConfig:
-    """How to prehab.
+    """How to prehab: a short training before truncation, towards weights that it hurts less.
 
-    strength: λ, or ``auto`` to find it by at most ``trials`` short trials. The surrogate is 1 at the start, so that λ
-    means the same for every model.
-    schedule: ``constant``, or ``warmup`` (λ rises exponentially over the first half).
-    whitening: ``activation`` (C alone) or ``fisher`` (C and G).
-    update: ``gradient`` (the surrogate's gradient joins the task's) or ``proximal`` (the weight is shrunk directly, as
-    by decoupled weight decay: a rate of λ times the learning rate a step).
-    every: each layer's surrogate is evaluated once in so many steps; its gradient is held in between.
+    train: steps and loss of the training.
+    surrogate: smooth stand-in for rank that is added to the loss. It is 1 at the start, so that λ means the same for
+        every model.
+    strength: λ, the weight of the surrogate, such as 30; ``auto`` finds it by short trials.
+    trials: trials that ``auto`` may spend on λ.
+    schedule: course of λ: ``constant``, or ``warmup`` (it rises exponentially over the first half).
+    whitening: metric of the surrogate: ``activation`` (C alone) or ``fisher`` (C and G).
+    update: how the surrogate acts: ``gradient`` (its gradient joins the task's) or ``proximal`` (the weight is shrunk
+        directly, as by decoupled weight decay: a rate of λ times the learning rate a step). Only tail and nuclear have
+        the latter.
+    every: steps from one evaluation of a layer's surrogate to the next; its gradient is held in between.
     layer_weights: λ of a layer relative to the others: in proportion to the ``loss`` that truncation is predicted to
-    cost there, to its ``fisher`` energy tr(G W C Wᵀ), or ``equal``.
+        cost there, to its ``fisher`` energy tr(G W C Wᵀ), or ``equal``.
     refresh_every: steps between fresh moments, bases and, under ``loss`` allocation, ranks.
     refresh_samples: samples that a refresh looks at.
     guard: keep the result only if the truncated model is better for it on held-out samples.
@@ -109,19 +125,19 @@ class PrehabConfig:
 
     def __post_init__(self) -> None:
         one_of("--surrogate", self.surrogate, SURROGATES)
-        one_of("--prehab-schedule", self.schedule, SCHEDULES)
-        one_of("--prehab-whitening", self.whitening, WHITENINGS)
-        one_of("--prehab-update", self.update, UPDATES)
+        one_of("prehab.schedule", self.schedule, SCHEDULES)
+        one_of("prehab.whitening", self.whitening, WHITENINGS)
+        one_of("prehab.update", self.update, UPDATES)
         if self.update == "proximal" and self.surrogate not in PROXIMAL_SURROGATES:
             raise InputError(
-                f"--surrogate {self.surrogate} has no proximal map; give --prehab-update gradient, or one of "
+                f"--surrogate {self.surrogate} has no proximal map; give --set prehab.update=gradient, or one of "
                 f"{', '.join(PROXIMAL_SURROGATES)}"
             )
-        one_of("--prehab-layer-weights", self.layer_weights, LAYER_WEIGHTS)
-        at_least("--prehab-every", self.every, 1)
-        at_least("--prehab-refresh", self.refresh_every, 1)
-        at_least("the samples of a refresh", self.refresh_samples, 1)
-        at_least("--prehab-lambda-trials", self.trials, 1)
+        one_of("prehab.layer_weights", self.layer_weights, LAYER_WEIGHTS)
+        at_least("prehab.every", self.every, 1)
+        at_least("prehab.refresh_every", self.refresh_every, 1)
+        at_least("prehab.refresh_samples", self.refresh_samples, 1)
+        at_least("prehab.trials", self.trials, 1)
         if self.strength != AUTO and not (isinstance(self.strength, float) and 0 <= self.strength < float("inf")):
             raise InputError(f"--prehab-lambda must be auto, or a number of 0 or more, not {self.strength}")
 
@@ -132,9 +148,12 @@ class PrehabConfig:
 
 @dataclass(frozen=True)
 class RehabConfig:
-    """How to rehab.
+    """How to rehab: a short training of the compressed model, with labels.
 
-    method: ``factors``, ``all`` (factors, and what was never cut) or ``lora``. lora_rank: the adapters' rank.
+    train: steps and loss of the training.
+    method: what is tuned: the ``factors``, ``all`` (factors, and what was never cut), or ``lora`` adapters on the
+        factors.
+    lora_rank: rank of the adapters of ``lora``.
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -15,19 +15,18 @@ PARAMETERS = "parameters"
 class TruncateConfig:
     """How to truncate.
 
-    ratio: share of the targeted layers' parameters to remove, in (0, 1).
-    budget: ``parameters``, as ``ratio`` has it, or ``latency:SHARE``: the targeted layers are to take that share of the
-        time that they take dense, by measured times of this machine; ``ratio`` then counts for nothing.
-    objective: ``weight``, ``activation``, ``fisher``, or ``auto``: fisher, but activation for the kinds of layer
-        (q, k, v …) where a validation pass finds it better.
-    share_inputs: under ``loss``, layers with one input (q, k, v) may have one ``down`` between them, where that loses
-        less for the same parameters.
-    drift_correction: fit each layer to the inputs that the compressed layers before it give, block by block.
-    allocation: ``uniform`` (same share everywhere) or ``loss`` (least summed predicted loss).
-    rank_multiple: ranks come in multiples of this, or of its half, quarter … where layers are too small for the ratio.
-        Not given, it is 1, or in a run the block of the quantised graphs that are made.
-    floor_share: under ``loss``, no layer gets less than this share of its uniform rank.
+    ratio: share of the selected layers' parameters to remove, in (0, 1).
+    budget: what is kept to: ``parameters``, by the ratio, or ``latency:SHARE``, such as latency:0.5: the share that the
+        selected layers are to take of their dense time, as measured on this machine.
+    objective: what truncation minimises: ``weight`` (SVD), ``activation`` (SVD-LLM), ``fisher`` (both sides), or
+        ``auto``, which measures for each kind of layer which of the last two is better.
+    allocation: how ranks are shared out: ``uniform`` (same share everywhere) or ``loss`` (least summed predicted loss).
+    rank_multiple: what ranks are multiples of, such as 16; or its half, quarter … where layers are too small for the
+        ratio. When not given, 1, or the block of the quantised graphs that are made.
+    floor_share: least share of its uniform rank that a layer gets under ``loss``.
     gradient_shrinkage: least share by which G is shrunk towards the mean of its diagonal; a small sample asks for more.
+    drift_correction: fit each layer to what the compressed layers before it give, block by block.
+    share_inputs: let layers with one input (q, k, v) have one ``down`` between them, where that loses less.
     """
 
     ratio: float = 0.6
@@ -53,7 +52,7 @@ class TruncateConfig:
         one_of("--objective", self.objective, OBJECTIVES)
         one_of("--allocation", self.allocation, ALLOCATIONS)
         at_least("--rank-multiple", self.rank_multiple, 1)
-        check_share("--rank-floor", self.floor_share)
+        check_share("truncate.floor_share", self.floor_share)
 
     @property
     def multiple(self) -> int:

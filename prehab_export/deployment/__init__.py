@@ -1,6 +1,6 @@
-"""The room where a model in memory becomes files that deploy: export that is held to what the model answers, parity,
-verification of what was written, quantised and ``.ort`` graphs, merging of adapters. It imports ``compression`` and
-what lies below it, and never ``measurement``.
+"""This room turns a model in memory into files to deploy: export, parity checks against the model's own outputs,
+verification of the written files, quantised and ``.ort`` graphs. It imports ``compression`` and the rooms below it,
+never ``measurement``.
 """
 
 from prehab_export.system.exports import lazy_exports

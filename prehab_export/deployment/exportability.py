@@ -1,4 +1,4 @@
-"""Can the model be exported at all? Found out on a skeleton of it."""
+"""Checks early whether a model can be exported to ONNX, by exporting a small skeleton of it."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,12 +12,12 @@ from converters.onnx.form import GraphForm
 from converters.skeleton import skeleton
 from prehab_export.inputs import Batch, Samples, Task, empty_model, first_line, make_model, model_inputs
 
-# Tokens of a sample that a decoder is tried with; it takes any number.
+# Tokens per sample in a decoder's trial export; a decoder accepts any number.
 TOKENS = 8
-# Batches of two samples among which the smallest is taken.
+# The trial uses the smallest of this many batches of two samples.
 CANDIDATES = 4
 
-ADVICE = "to compress it without an ONNX graph, use `prehab-export truncate`, `refine` or `rehab`, which end before it"
+ADVICE = "to compress it without an ONNX graph, use `prehab-export truncate`, `refine` or `rehab`, which do not export"
 
 
 def check_exportable_model(
@@ -28,15 +28,15 @@ def check_exportable_model(
     text_inputs: Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Try the export on a skeleton of the model, with some of the samples.
+    """Try to export a skeleton of the model, traced with some of the samples.
 
-    What goes wrong with the skeleton itself, before any export, says nothing of the model and is passed over.
+    An error of the skeleton itself, before any export, says nothing about the model and is ignored.
 
     Args:
-        text_inputs: names that the tokenizer gives; None for images.
+        text_inputs: names of the tensors that the tokenizer produces; None for images.
 
     Raises:
-        InputError: why it cannot be exported, and what can be done without.
+        InputError: the model cannot be exported; the message says why, and what is possible without an export.
     """
     build = partial(make_model, task=task, trust_remote_code=trust_remote_code)
     batch = _smallest(samples, task)
@@ -46,7 +46,7 @@ def check_exportable_model(
             return
         with torch.no_grad():
             task.logits(model, batch)
-    except Exception:  # of whatever kind: it is not the user's model that failed
+    except Exception:  # any kind: the skeleton failed, not the user's model
         return
     try:
         check_exportable(model, task.name, GraphForm(text_inputs), samples=model_inputs(batch))
@@ -54,14 +54,14 @@ def check_exportable_model(
         raise InputError(f"{error}; {ADVICE}") from error
     except Exception as error:
         if "allocate" in str(error) or isinstance(error, MemoryError):
-            return  # the skeleton's, which is held beside all else
+            return  # out of memory: the skeleton is held in addition to everything else
         kind = type(model).__name__
         reason = first_line(error) if kind in str(error) else f"{kind} cannot be exported: {first_line(error)}"
         raise InputError(f"{reason}; {ADVICE}") from error
 
 
 def _smallest(samples: Samples, task: Task) -> Batch:
-    """Two samples, and of a text for a decoder the beginning."""
+    """Return a batch of at most two samples, cut to the first `TOKENS` tokens for a decoder."""
     size = min(2, len(samples))
     starts = range(0, min(len(samples) - size + 1, CANDIDATES * size), size)
     batches = [next(iter(samples.batches(size, indices=list(range(at, at + size))))) for at in starts]

@@ -1,4 +1,4 @@
-"""The ONNX graph of a model, held to the model's own answers."""
+"""Exports a model to an ONNX graph and checks the graph against the model's own outputs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,13 @@ from prehab_export.system import ParityError, warn
 def export_exact(
     model: PreTrainedModel, task: Task, path: Path, form: GraphForm, reference: Reference, *, threads: int
 ) -> OnnxExport:
-    """The ONNX graph, fused where that is asked for and exact; plain, and said so, where it is not.
+    """Export the ONNX graph, fused if the form asks for it. If the fused graph is not exact, export the plain graph.
 
-    A fusion that does not fit an architecture must cost speed, never correctness.
+    A fusion that does not suit an architecture may cost speed, never correctness; the fallback prints a warning.
 
     Args:
-        reference: what the graph is held to; its inputs are the samples that the model is traced with, and its images
-            give the graph's size.
+        reference: inputs and outputs to check the graph against. The model is traced with these inputs; images also
+            set the graph's image size.
 
     Raises:
         ParityError: the plain graph is not exact either.
@@ -39,7 +39,7 @@ def export_exact(
     except (ParityError, RuntimeError) as error:
         if not form.fuse:
             raise
-        warn(f"exporting without fusion, since the fused graph does not serve: {error}")
+        warn(f"exporting without fusion, because the fused graph cannot be used: {error}")
         export = export_onnx(model, task.name, path, replace(form, fuse=False), samples=samples)
         check_graph(reference, task, path, threads)
     return export

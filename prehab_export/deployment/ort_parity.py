@@ -1,4 +1,4 @@
-"""Does an ``.ort`` file answer as the graph that it was made from?"""
+"""Compares the outputs of an ``.ort`` file with those of the ONNX graph it was made from."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,18 +9,20 @@ import numpy as np
 from converters.onnx.runtime import open_session
 from prehab_export.inputs import Batch, feeds_of
 
-# The same kernels on the same machine; optimising beforehand may change the order of a sum.
+# Both files run the same kernels on the same machine; optimising beforehand may still change the order of a sum.
 TOLERANCE = 1e-4
 SAMPLES = 8
 
 
 def largest_difference(graph: Path, ort: Path, batches: Iterable[Batch], threads: int) -> float:
-    """The largest difference of the logits of two files of one graph, relative to their scale."""
-    ours, theirs = (open_session(path, threads) for path in (graph, ort))
-    inputs: list[Any] = ours.get_inputs()
+    """Return the largest difference between the logits of the two files, relative to the largest logit of the graph."""
+    graph_session, ort_session = (open_session(path, threads) for path in (graph, ort))
+    inputs: list[Any] = graph_session.get_inputs()
     worst = 0.0
     for batch in batches:
         feeds = feeds_of(inputs, batch)
-        expected, found = (np.asarray(one.run(["logits"], feeds)[0], np.float64) for one in (ours, theirs))
-        worst = max(worst, float(np.abs(found - expected).max() / np.abs(expected).max()))
+        expected, actual = (
+            np.asarray(session.run(["logits"], feeds)[0], np.float64) for session in (graph_session, ort_session)
+        )
+        worst = max(worst, float(np.abs(actual - expected).max() / np.abs(expected).max()))
     return worst

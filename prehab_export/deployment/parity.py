@@ -1,4 +1,7 @@
-"""Does a written model compute what the model in memory computes? References to keep, and the comparison."""
+"""Checks that a written model computes what the model in memory computes.
+
+A `Reference` keeps inputs and outputs of the model in memory, so that graphs and folders can be compared with it later.
+"""
 
 import hashlib
 import inspect
@@ -28,7 +31,7 @@ GREEDY_TOKENS = 24
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt (1×T), the most likely tokens after it (1×K), and the logits that each was picked from (1×K×V)."""
+    """A prompt (1×T), the K most likely tokens that follow it (1×K), and the logits of each choice (1×K×V)."""
 
     prompt: Tensor
     tokens: Tensor
@@ -37,8 +40,8 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model in memory answered: real batches of several shapes, their logits, a digest of every tensor,
-    and, for a decoder, how it goes on greedily."""
+    """Outputs of the model in memory: real batches of several shapes, their logits, a digest of every tensor and, for a
+    decoder, a greedy continuation."""
 
     batches: list[Batch]
     logits: list[Tensor]
@@ -48,8 +51,11 @@ class Reference:
 
 @dataclass(frozen=True)
 class GreedyComparison:
-    """A graph's logits, fed its own cache and the reference's tokens. ``relative``: the largest difference over the
-    largest reference logit. ``differing``: places where it would have picked another token."""
+    """A graph's logits when it decodes the reference's tokens with its own cache.
+
+    relative: largest difference, divided by the largest reference logit.
+    differing: positions at which the graph would have picked another token.
+    """
 
     relative: float
     differing: tuple[int, ...]
@@ -57,7 +63,7 @@ class GreedyComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Largest difference on one batch. ``relative`` is over the largest reference logit."""
+    """Largest difference on one batch; ``relative`` is divided by the largest reference logit."""
 
     shape: dict[str, list[int]]
     max_abs: float
@@ -65,36 +71,35 @@ class Comparison:
 
 
 def reference_batches(model: PreTrainedModel, task: Task, samples: Samples) -> list[Batch]:
-    """Real inputs of several shapes: batches of 1, 2 and 5; for a decoder also several lengths and left padding."""
+    """Return real inputs of several shapes: batches of 1, 2 and 5, for a decoder of several lengths and left-padded."""
     sizes = [min(size, len(samples)) for size in (1, 2, 5)]
     batches = [next(iter(samples.batches(size, indices=list(range(size))))) for size in sizes]
     if task.name != "text-generation":
         return batches
     length = batches[0]["input_ids"].shape[1]
-    cut = [
+    shortened = [
         {key: value[:, :size] for key, value in batch.items()}
         for batch, size in zip(batches, (length, max(2, length // 3), max(2, length // 2)), strict=True)
     ]
-    padded = {key: value.clone() for key, value in cut[-1].items()}
+    padded = {key: value.clone() for key, value in shortened[-1].items()}
     padded["attention_mask"] = torch.ones_like(padded["input_ids"])
-    padded["attention_mask"][0, : cut[-1]["input_ids"].shape[1] // 3] = 0
-    if (
-        "position_ids" in inspect.signature(model.forward).parameters
-    ):  # GPT-2 and its kin count padding too unless they are told otherwise
+    padded["attention_mask"][0, : shortened[-1]["input_ids"].shape[1] // 3] = 0
+    # Without explicit positions, GPT-2 and similar models count padding too.
+    if "position_ids" in inspect.signature(model.forward).parameters:
         padded["position_ids"] = (padded["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    return [*cut, padded]
+    return [*shortened, padded]
 
 
 @torch.inference_mode()
 def reference_of(model: PreTrainedModel, task: Task, batches: list[Batch]) -> Reference:
-    """Ask the model in memory."""
+    """Run the model in memory on these batches and keep its outputs."""
     logits = [task.logits(model, batch).float().cpu().contiguous() for batch in batches]
     greedy = _greedy(model, batches[0]["input_ids"]) if task.name == "text-generation" else None
     return Reference(batches, logits, tensor_digests(model), greedy)
 
 
 def tensor_digests(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of every tensor of the state, with its dtype and shape."""
+    """Return the SHA-256 of every tensor of the state dict, over dtype, shape and values."""
 
     def digest(tensor: Tensor) -> str:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
@@ -103,19 +108,21 @@ def tensor_digests(model: nn.Module) -> dict[str, str]:
     return {name: digest(tensor) for name, tensor in model.state_dict().items()}
 
 
-def check_tensor_digests(expected: dict[str, str], found: dict[str, str]) -> None:
-    """Raises:
-    ParityError: a tensor on disk is not the one that was in memory.
+def check_tensor_digests(expected: dict[str, str], actual: dict[str, str]) -> None:
+    """Check that two models hold the same tensors, bit for bit.
+
+    Raises:
+        ParityError: a tensor on disk is not the one that was in memory.
     """
-    wrong = sorted(name for name in expected | found if expected.get(name) != found.get(name))
-    if wrong:
+    different = sorted(name for name in expected | actual if expected.get(name) != actual.get(name))
+    if different:
         raise ParityError(
-            f"{len(wrong)} tensors differ after reloading the safetensors folder, the first is {wrong[0]}"
+            f"{len(different)} tensors differ after reloading the safetensors folder, the first is {different[0]}"
         )
 
 
 def compare(reference: Reference, task: Task, session: onnxruntime.InferenceSession) -> list[Comparison]:
-    """The ONNX graph against the reference, batch by batch; positions that are padding do not count."""
+    """Compare the ONNX graph with the reference, batch by batch; padding does not count."""
     predict = onnx_predictor(session, task)
     return [
         compare_logits(batch, expected, predict(batch), task)
@@ -124,6 +131,7 @@ def compare(reference: Reference, task: Task, session: onnxruntime.InferenceSess
 
 
 def compare_logits(batch: Batch, expected: Tensor, actual: Tensor, task: Task) -> Comparison:
+    """Compare the logits of one batch; padding does not count."""
     difference = (actual.float().cpu() - expected).abs()
     mask = task.token_mask(batch)
     if mask is not None and difference.shape[:2] == mask.shape:
@@ -134,10 +142,10 @@ def compare_logits(batch: Batch, expected: Tensor, actual: Tensor, task: Task) -
 
 
 def compare_greedy(reference: Reference, session: onnxruntime.InferenceSession) -> GreedyComparison | None:
-    """The graph along the reference's continuation; None where none was kept.
+    """Compare the graph with the reference along its continuation; None if the reference has none.
 
-    Two tokens may be as likely as each other, but for rounding. So the graph goes on with the reference's token,
-    whatever its own would have been, and what is judged is how far its logits are off.
+    Two tokens may be equally likely up to rounding. The graph is therefore always fed the reference's token, whichever
+    it would have picked, and only the difference of the logits counts.
     """
     if (greedy := reference.greedy) is None:
         return None
@@ -149,13 +157,13 @@ def compare_greedy(reference: Reference, session: onnxruntime.InferenceSession) 
 
 
 def check_graph(reference: Reference, task: Task, path: Path, threads: int) -> dict[str, Any]:
-    """Hold a graph to the reference: logits of every batch, and greedy decoding with its own cache.
+    """Check a graph against the reference: the logits of every batch, and greedy decoding with the graph's own cache.
 
     Returns:
-        The figures.
+        The measured differences.
 
     Raises:
-        ParityError: ONNX Runtime refuses the graph, or it computes something else.
+        ParityError: ONNX Runtime cannot run the graph, or the graph computes something else.
     """
     try:
         session = open_session(path, threads)
@@ -163,10 +171,10 @@ def check_graph(reference: Reference, task: Task, path: Path, threads: int) -> d
         greedy = compare_greedy(reference, session)
     except InputError:
         raise
-    except Exception as error:  # ONNX Runtime's exceptions share no base class but this
+    except Exception as error:  # ONNX Runtime's exceptions have no other base class in common
         raise ParityError(f"ONNX Runtime cannot run {path.parent.name}/{path.name}: {error}") from error
     for result in results:
-        if not result.relative <= TOLERANCE:  # so written that NaN fails too
+        if not result.relative <= TOLERANCE:  # written this way so that NaN fails too
             raise ParityError(
                 f"{path.name} is off by {result.relative:.2e} of the logits' scale on inputs {result.shape}; "
                 f"at most {TOLERANCE:.0e} is allowed"
@@ -174,38 +182,40 @@ def check_graph(reference: Reference, task: Task, path: Path, threads: int) -> d
     figures: dict[str, Any] = {"max_relative": max(result.relative for result in results)}
     if greedy is not None:
         if not greedy.relative <= TOLERANCE:
-            tokens = ", and does not generate the same greedy tokens as PyTorch" if greedy.differing else ""
+            tokens = ", and it does not generate the same greedy tokens as PyTorch" if greedy.differing else ""
             raise ParityError(
-                f"{path.name}, as it decodes from its own cache, is off by {greedy.relative:.2e} of the logits' "
-                f"scale{tokens}; at most {TOLERANCE:.0e} is allowed"
+                f"{path.name} is off by {greedy.relative:.2e} of the logits' scale when it decodes from its own "
+                f"cache{tokens}; at most {TOLERANCE:.0e} is allowed"
             )
-        # Logits within the tolerance that put another token first: the two were as likely as each other.
+        # The logits agree within the tolerance but rank another token first: both tokens were equally likely.
         figures |= {"greedy_max_relative": greedy.relative, "greedy_near_ties": len(greedy.differing)}
     identical = None if greedy is None else not greedy.differing
     return figures | {"greedy_tokens_identical": identical, "shapes": [asdict(result) for result in results]}
 
 
 def save_reference(reference: Reference, folder: Path) -> None:
+    """Write the reference to ``reference.safetensors`` in the folder."""
     tensors: dict[str, Tensor] = {}
-    for at, (batch, logits) in enumerate(zip(reference.batches, reference.logits, strict=True)):
-        tensors |= {f"{at}/{key}": value.contiguous() for key, value in batch.items()} | {f"{at}//logits": logits}
+    for index, (batch, logits) in enumerate(zip(reference.batches, reference.logits, strict=True)):
+        tensors |= {f"{index}/{key}": value.contiguous() for key, value in batch.items()} | {f"{index}//logits": logits}
     if reference.greedy is not None:
         tensors |= {f"greedy/{name}": value for name, value in vars(reference.greedy).items()}
-    # One entry: the file format writes several in any order, and the same reference must make the same file.
+    # One metadata entry: the order of several is arbitrary, and the same reference must give the same file.
     facts = {"reference": json.dumps({"batches": len(reference.batches), "digests": reference.digests})}
     save_file({key: value.clone() for key, value in tensors.items()}, folder / "reference.safetensors", metadata=facts)
 
 
 def load_reference(folder: Path) -> Reference:
+    """Read what `save_reference` wrote."""
     batches: list[Batch] = []
     logits = []
     with safe_open(folder / "reference.safetensors", framework="pt") as file:
         facts, names = json.loads(file.metadata()["reference"]), list(file.keys())
-        for at in range(facts["batches"]):
-            prefix = f"{at}/"
-            own = {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
-            logits.append(own.pop("/logits"))
-            batches.append(own)
+        for index in range(facts["batches"]):
+            prefix = f"{index}/"
+            tensors = {name.removeprefix(prefix): file.get_tensor(name) for name in names if name.startswith(prefix)}
+            logits.append(tensors.pop("/logits"))
+            batches.append(tensors)
         greedy = None
         if "greedy/prompt" in names:
             greedy = Continuation(*(file.get_tensor(f"greedy/{part.name}") for part in fields(Continuation)))
@@ -213,7 +223,7 @@ def load_reference(folder: Path) -> Reference:
 
 
 def _greedy(model: PreTrainedModel, prompt: Tensor) -> Continuation:
-    """The most likely token, again and again: not ``generate``, which obeys a model's own penalties and stops."""
+    """Decode greedily, token by token. ``generate`` would apply the model's own penalties and stop conditions."""
     prompt = prompt[:1, : max(1, min(16, prompt.shape[1] // 2))]
     limit = positions(model.config) or 10**9
     step, past, tokens, logits = prompt.to(model.device), None, [], []

@@ -1,4 +1,4 @@
-"""Verification of an exported folder: it is reopened the way a user will, and held to what was in memory."""
+"""Verifies an exported folder: reopens it as a user would and compares it with the model that was in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -20,33 +20,33 @@ from prehab_export.system import ParityError
 
 
 def reloaded(export: Path, task: Task, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The exported folder as ``from_pretrained`` gives it back: every tensor bit for bit, and the same answers.
+    """Load the exported folder with ``from_pretrained`` and check that its tensors and outputs are the same.
 
-    Tensors are compared in the dtype in which they are stored; answers, and all that is done with the model, are of
-    the same weights in float32.
+    Tensors are compared bit for bit in the dtype in which they are stored. Outputs are compared in float32, with the
+    same weights; the returned model is in float32 too.
 
     Args:
-        export: holds the folder, ``model/``, and the reference that it is held to (`save_reference`).
+        export: folder with ``model/`` and the reference to compare it with (see `save_reference`).
 
     Returns:
-        The model in float32, and the figures of the check.
+        The model in float32, and the measured differences.
 
     Raises:
-        ParityError: a reloaded tensor or answer differs.
+        ParityError: a reloaded tensor or output differs.
     """
     reference = load_reference(export)
     model = from_pretrained(export / "model", trust_remote_code=trust_remote_code)
     check_tensor_digests(reference.digests, tensor_digests(model))
     dtype = main_dtype(model)
-    if dtype != torch.float32:  # loaded anew, since what is made along the way depends on the dtype too
+    if dtype != torch.float32:  # loaded again, because buffers computed during loading depend on the dtype too
         model = from_pretrained(export / "model", dtype=torch.float32, trust_remote_code=trust_remote_code)
     predict = torch_predictor(model, task)
-    answers = [
+    comparisons = [
         compare_logits(batch, logits, predict(batch), task)
         for batch, logits in zip(reference.batches, reference.logits, strict=True)
     ]
-    worst = max(answer.relative for answer in answers)
-    if not all(answer.relative <= TOLERANCE for answer in answers):
+    worst = max(comparison.relative for comparison in comparisons)
+    if not all(comparison.relative <= TOLERANCE for comparison in comparisons):
         raise ParityError(f"the reloaded model answers differently: max |Δ| is {worst:.2e} of the logits' scale")
     facts = {"tensors": len(reference.digests), "dtype": name_of(dtype), "exact": True, "max_relative": worst}
     return model, facts

@@ -1,5 +1,5 @@
-"""The room of what comes in: models, tokenizers and processors as they are stored, the tasks, data as batches, the
-device to compute on, and how good a model is on data. It imports ``config`` and ``system``.
+"""This room holds the inputs of a compression: stored models, tokenizers and processors, tasks, data as batches, the
+device to compute on, and the evaluation of a model on data. It imports ``config`` and ``system``.
 """
 
 from prehab_export.system.exports import lazy_exports

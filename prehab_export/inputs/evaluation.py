@@ -1,4 +1,4 @@
-"""Quality of a model on data: one function for a torch model and for an ONNX graph."""
+"""Measures the quality of a model on data, with one function for torch models and ONNX graphs."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence, Sized
@@ -15,7 +15,7 @@ from prehab_export.inputs.devices import device_of, moved
 from prehab_export.inputs.tasks import Batch, Task, sample_count
 from prehab_export.system import Progress, silent
 
-if TYPE_CHECKING:  # a torch model is measured without loading onnxruntime
+if TYPE_CHECKING:  # evaluating a torch model must not import onnxruntime
     from onnxruntime import InferenceSession
 
 Predict = Callable[[Batch], Tensor]
@@ -23,8 +23,14 @@ Predict = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class Metrics:
-    """metric: its name; value: an accuracy in [0, 1], or a perplexity; loss: mean cross-entropy in nats over
-    ``units`` (samples, or predicted tokens); samples: rows or windows looked at."""
+    """The quality of a model on a set of samples.
+
+    metric: name of the metric.
+    value: accuracy in [0, 1], or perplexity.
+    loss: mean cross-entropy in nats.
+    units: number of samples, or predicted tokens, that the loss is averaged over.
+    samples: number of rows or windows evaluated.
+    """
 
     metric: str
     value: float
@@ -40,10 +46,10 @@ def evaluate(
     *,
     progress: Progress = silent,
 ) -> Metrics:
-    """Mean loss and metric of ``predict`` (batch → logits) over the batches.
+    """Return the mean loss and the metric of ``predict`` (batch → logits) over the batches.
 
     Raises:
-        InputError: there is no unit to judge by.
+        InputError: the batches contain no unit of loss.
         FloatingPointError: a loss is NaN or Inf; the message names the batch and the sample in it.
     """
     loss, correct, units, samples = 0.0, 0, 0, 0
@@ -53,9 +59,9 @@ def evaluate(
             logits = predict(batch)
             batch = moved(batch, logits.device)
             for row in range(sample_count(batch)):
-                # Row by row: the logits of a large vocabulary are the biggest tensor here and are not copied whole.
-                one = {name: value[row : row + 1] for name, value in batch.items()}
-                losses = task.losses(logits[row : row + 1], one)
+                # Row by row, so that the logits of a large vocabulary, the biggest tensor here, are never copied whole.
+                sample = {name: value[row : row + 1] for name, value in batch.items()}
+                losses = task.losses(logits[row : row + 1], sample)
                 if not losses.isfinite().all():
                     raise FloatingPointError(
                         f"the loss is NaN or Inf on sample {row} of batch {number}; "
@@ -64,12 +70,12 @@ def evaluate(
                 loss += losses.sum(dtype=torch.float64).item()
                 units += len(losses)
                 if task.metric == "accuracy":
-                    guesses = task.unit_logits(logits[row : row + 1], one).argmax(-1)
-                    correct += int((guesses == task.unit_labels(one)).sum())
+                    predictions = task.unit_logits(logits[row : row + 1], sample).argmax(-1)
+                    correct += int((predictions == task.unit_labels(sample)).sum())
             samples += sample_count(batch)
             advance()
     if not units:
-        raise InputError("nothing to evaluate on: the data has no sample with a label, or no window of two tokens")
+        raise InputError("nothing to evaluate: the data has no sample with a label, or no window of two tokens")
     mean = loss / units
     value = correct / units if task.metric == "accuracy" else _perplexity(mean)
     return Metrics(task.metric, value, mean, units, samples)
@@ -83,7 +89,7 @@ def _perplexity(mean_loss: float) -> float:
 
 
 def torch_predictor(model: nn.Module, task: Task) -> Predict:
-    """The model in evaluation mode, on the device it lies on and in the task's precision; logits stay as they are."""
+    """Put the model into evaluation mode and return batch → logits, on the model's device, in the task's precision."""
     device = device_of(model)
     model.eval()
 
@@ -95,34 +101,36 @@ def torch_predictor(model: nn.Module, task: Task) -> Predict:
 
 
 def divergences(predict: Predict, reference: Predict, task: Task, batches: Iterable[Batch]) -> Tensor:
-    """KL(reference ‖ predict) of every sample, mean over its units, in nats; labels are not looked at.
+    """Return KL(reference ‖ predict) of every sample in nats, averaged over the sample's units, as a float64 vector.
 
-    Samples without a unit count as 0. Returns a float64 vector.
+    Labels are not used. A sample without units counts as 0.
     """
     values = []
     for batch in batches:
-        own, target = predict(batch), reference(batch)
-        batch = moved(batch, own.device)
+        logits, reference_logits = predict(batch), reference(batch)
+        batch = moved(batch, logits.device)
         for row in range(sample_count(batch)):
-            one = {name: value[row : row + 1] for name, value in batch.items()}
-            log_p, log_q = (task.unit_logits(x[row : row + 1], one).double().log_softmax(-1) for x in (target, own))
+            sample = {name: value[row : row + 1] for name, value in batch.items()}
+            log_p, log_q = (
+                task.unit_logits(x[row : row + 1], sample).double().log_softmax(-1) for x in (reference_logits, logits)
+            )
             values.append((log_p.exp() * (log_p - log_q)).sum() / max(1, len(log_p)))
     return torch.stack(values).cpu()
 
 
 def onnx_predictor(session: "InferenceSession", task: Task) -> Predict:
-    """An ONNX graph with an output ``logits``.
+    """Return batch → logits for an ONNX graph with an output ``logits``.
 
-    Only the session's own inputs are fed. A decoder with a cache gets an empty one, and positions counted from
-    the attention mask: one prefill, no decoding.
+    Only inputs that the session declares are fed. A decoder with a cache gets an empty cache, and positions counted
+    from the attention mask: one prefill, no decoding.
 
     Raises:
-        InputError: the graph has no output ``logits``, or (at the first batch) an input that nothing is known of.
+        InputError: the graph has no output ``logits``, or (at the first batch) an unknown input.
     """
     nodes = session.get_inputs()
     outputs = [node.name for node in session.get_outputs()]
     if "logits" not in outputs:
-        raise InputError(f"the graph has no output 'logits' to judge {task.name} by, only {', '.join(outputs)}")
+        raise InputError(f"the graph has no output 'logits', which {task.name} needs, only {', '.join(outputs)}")
 
     def predict(batch: Batch) -> Tensor:
         return torch.from_numpy(session.run(["logits"], feeds_of(nodes, batch))[0])
@@ -131,17 +139,17 @@ def onnx_predictor(session: "InferenceSession", task: Task) -> Predict:
 
 
 def feeds_of(inputs: Sequence[Any], batch: Batch) -> dict[str, np.ndarray]:
-    """What a graph with these inputs is fed for this batch.
+    """Build the feeds of a graph with these inputs from a batch: input name → array.
 
     Raises:
-        InputError: an input that nothing is known of.
+        InputError: an input is neither in the batch nor can be derived from it.
     """
     return {node.name: _feed(node, batch) for node in inputs}
 
 
 def _feed(node: Any, batch: Batch) -> np.ndarray:
     if node.type not in ARRAY_FORMATS:
-        raise InputError(f"the graph's input {node.name} is a {node.type}, which NumPy cannot hold")
+        raise InputError(f"the graph's input {node.name} has type {node.type}, which NumPy cannot hold")
     dtype = np.dtype(ARRAY_FORMATS[node.type])
     if node.name.startswith("past_key_values."):
         lengths = [size if isinstance(size, int) else 0 for size in node.shape[1:]]
@@ -149,7 +157,7 @@ def _feed(node: Any, batch: Batch) -> np.ndarray:
     if node.name in batch:
         return batch[node.name].cpu().numpy().astype(dtype, copy=False)
     if node.name not in _DERIVED or "input_ids" not in batch:
-        raise InputError(f"the graph takes an input {node.name}, which the data does not have")
+        raise InputError(f"the graph needs an input {node.name}, which the data does not have")
     return _DERIVED[node.name](batch).cpu().numpy().astype(dtype, copy=False)
 
 
@@ -161,7 +169,7 @@ def _positions(batch: Batch) -> Tensor:
     return (_mask(batch).cumsum(-1) - 1).clamp(min=0)
 
 
-# Inputs that a graph may declare and a batch leaves out, from what the batch has.
+# How to derive inputs that a graph may declare and a batch may lack.
 _DERIVED: dict[str, Callable[[Batch], Tensor]] = {
     "attention_mask": _mask,
     "position_ids": _positions,

@@ -1,6 +1,6 @@
-"""Models, tokenizers and image processors as transformers stores them, checked before anything relies on them.
+"""Loads models, tokenizers and image processors saved by transformers, and checks them before anything relies on them.
 
-Weights come from safetensors only, and code from a repository never runs unless it was asked for.
+Weights are read from safetensors only, and code from a repository never runs unless the user asked for it.
 """
 
 import inspect
@@ -36,7 +36,8 @@ from prehab_export.inputs.stored_weights import check_has_weights
 from prehab_export.inputs.tasks import TASKS, Task
 from prehab_export.system import say, sha256_of, sha256_of_all
 
-# What a model, its tokenizer or its processor is read from. Vocabularies have many names (PhoBERT's bpe.codes).
+# Suffixes of files from which a model, its tokenizer or its processor is read. Vocabularies have many names (PhoBERT's
+# is bpe.codes).
 _MODEL_FILES = frozenset(
     {".json", ".safetensors", ".txt", ".model", ".jinja", ".py"}
     | {".codes", ".bpe", ".vocab", ".tsv", ".spm", ".tiktoken", ".tokenizer"}
@@ -49,33 +50,33 @@ _ARCHITECTURES: dict[str, Mapping[str, str | Sequence[str]]] = {
 
 
 def load_config(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The configuration of a local folder or a hub id; kernels of a GPU that it asks for give way to PyTorch's own.
+    """Load the configuration of a local folder or a hub id; GPU kernels that it requests are replaced by PyTorch code.
 
     Raises:
-        InputError: no such folder, no config.json in it, not on the hub or the hub out of reach, an unknown
-            architecture, or one that comes as code and may not run.
+        InputError: there is no such folder, it has no config.json, the model is not on the hub or the hub is out of
+            reach, the architecture is unknown, or it comes as code that may not run.
     """
     check_location(model)
     with readable(model, "config.json"), quiet():
         config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     settle_architectures(config)
-    if asked := forget_kernels(config):
-        _say_kernels_forgotten(model, asked)
+    if kernels := forget_kernels(config):
+        _say_kernels_replaced(model, kernels)
     return config
 
 
 @cache
-def _say_kernels_forgotten(model: str, asked: str) -> None:
-    """Once for each model, which is read in many places."""
-    say(f"  {model} asks for {asked}, which not every machine has: PyTorch's own code is used instead")
+def _say_kernels_replaced(model: str, kernels: str) -> None:
+    """Print this once per model (hence the cache): configurations are loaded in many places."""
+    say(f"  {model} asks for {kernels}, which not every machine has: PyTorch's own code is used instead")
 
 
 def check_task(config: PreTrainedConfig, task: Task) -> None:
-    """Refuse a model that was not made for the task, from its configuration alone.
+    """Check from the configuration alone that the model was made for the task.
 
     Raises:
-        InputError: another kind of model (the message names the tasks that fit), a regression or multi-label
-            head, or weights that are already quantised or factored.
+        InputError: the model is of another kind (the message names the tasks that fit), has a regression or
+            multi-label head, or its weights are already quantised or factored.
     """
     entries = compression(config)
     if entries is not None:
@@ -93,10 +94,10 @@ def check_task(config: PreTrainedConfig, task: Task) -> None:
 
 
 def task_of(config: PreTrainedConfig) -> Task:
-    """The task that a model was made for, from the head that its configuration names.
+    """Return the task that a model was made for, from the head that its configuration names.
 
     Raises:
-        InputError: it names no head, or one of no task known here.
+        InputError: the configuration names no head, or one that belongs to no known task.
     """
     name = architecture(config)
     for task in TASKS.values():
@@ -115,11 +116,11 @@ def _fits(config: PreTrainedConfig, name: str, task: Task) -> bool:
 def _check_classes(config: PreTrainedConfig) -> None:
     problem = problem_type(config)
     if problem not in (None, "single_label_classification"):
-        raise InputError(f"the model solves {problem}; only classifiers with one label a sample are supported")
+        raise InputError(f"the model solves {problem}; only classifiers with one label per sample are supported")
     if class_count(config) < 2:
         raise InputError(
             f"the model has {class_count(config)} output, which makes it a regression; "
-            "only classifiers with two classes or more are supported"
+            "only classifiers with at least two classes are supported"
         )
 
 
@@ -131,11 +132,13 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model in evaluation mode on the CPU, every weight read and finite. In float32 it takes 4 bytes a weight
-    (28 GB for 7 billion); move it with ``.to(device)``.
+    """Load the model in evaluation mode on the CPU, and check that every weight was read and is finite.
+
+    In float32 it takes 4 bytes per weight (28 GB for 7 billion). Move it with ``.to(device)``.
 
     Raises:
-        InputError: no safetensors weights, a damaged file, weights that are missing, of another shape, or NaN/Inf.
+        InputError: there are no safetensors weights, a file is damaged, or weights are missing, have another shape, or
+            hold NaN/Inf.
     """
     check_location(model)
     check_has_weights(model)
@@ -148,7 +151,7 @@ def load_model(
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they come back in info, by name
+            ignore_mismatched_sizes=True,  # info lists them by name
             output_loading_info=True,
         )
     _check_loading(model, info)
@@ -160,28 +163,28 @@ def load_model(
 
 
 def empty_model(config: PreTrainedConfig, task: Task, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model's modules on the meta device: names and shapes, no weights.
+    """Build the model's modules on the meta device: names and shapes, no weights.
 
     Raises:
-        InputError: the configuration does not make a model of this task.
+        InputError: no model for this task can be built from the configuration.
     """
     try:
         with torch.device("meta"), quiet():
             return _auto_class(task).from_config(config, trust_remote_code=trust_remote_code).eval()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"config.json does not make a model for {task.name}: {first_line(error)}") from error
+        raise InputError(f"cannot build a model for {task.name} from config.json: {first_line(error)}") from error
 
 
 def make_model(config: PreTrainedConfig, task: Task, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model of this configuration in float32, with the weights that transformers gives it to begin with."""
+    """Build a model of this configuration in float32, with the initial weights of transformers."""
     with quiet():
         return _auto_class(task).from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
 
 
 def input_names(config: PreTrainedConfig, task: Task) -> frozenset[str] | None:
-    """Names that the model's forward pass takes and makes use of; None for a model that comes as code.
+    """Return the names of the inputs that the model's forward pass uses; None for a model that comes as code.
 
-    Tokenizers offer more than some models take (``token_type_ids``).
+    Some models do not use all that their tokenizer produces (``token_type_ids``).
     """
     try:
         classes = _auto_class(task)._model_mapping[type(config)]
@@ -195,9 +198,9 @@ def input_names(config: PreTrainedConfig, task: Task) -> frozenset[str] | None:
 
 
 def longest_input(config: PreTrainedConfig, task: Task, *, trust_remote_code: bool = False) -> int | None:
-    """How many tokens the model's positions reach; None where nothing bounds them.
+    """Return the largest number of tokens that the model has positions for; None if there is no limit.
 
-    RoBERTa and its kin start counting after the padding index, so that part of their table is never used.
+    RoBERTa and similar models start counting after the padding index, so part of their table is never used.
     """
     limit = positions(config)
     if limit is None:
@@ -209,36 +212,36 @@ def longest_input(config: PreTrainedConfig, task: Task, *, trust_remote_code: bo
 
 
 def padding_id(config: PreTrainedConfig) -> int:
-    """The id to pad with: the model's own, else its end-of-text, else 0 (a mask hides it)."""
+    """Return the id to pad with: the model's padding id, else its end-of-text id, else 0 (a mask hides it)."""
     candidates = (padding_token(config), *end_tokens(config))
     return next((token for token in candidates if token is not None and in_vocabulary(token, config)), 0)
 
 
 def load_processor(model: str, task: Task, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer, or for images its image processor, working from PIL alone.
+    """Load the model's tokenizer or, for images, its image processor, which then needs nothing but PIL.
 
     Raises:
-        InputError: it is not there, or knows no words.
+        InputError: its files are missing, or the tokenizer has special tokens only.
     """
     check_location(model)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if task.name == "image-classification":
         with readable(model, "image processor (preprocessor_config.json)"), quiet():
-            # Without torchvision, and the same numbers whether or not it is installed.
+            # The PIL backend gives the same numbers whether or not torchvision is installed.
             return transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **options)
     with readable(model, "tokenizer"), quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **options)
-    # Where the files are missing, transformers makes one of special tokens only, without a word.
+    # If the files are missing, transformers silently builds a tokenizer of special tokens only.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise InputError(f"{model} has no tokenizer files; put tokenizer.json (or the like) beside the model")
     return tokenizer
 
 
 def fingerprint(model: str, *, revision: str | None = None, sha256_of: Callable[[Path], str] = sha256_of) -> str:
-    """What the model is, by content: a hash over a folder's files, or a hub repository's commit.
+    """Identify the model by its content: a hash over the files of a folder, or the commit of a hub repository.
 
     Args:
-        sha256_of: a file's hash; one that remembers saves reading large files again.
+        sha256_of: computes a file's hash; a function with a cache avoids reading large files again.
 
     Raises:
         InputError: there is no such model.
@@ -246,7 +249,7 @@ def fingerprint(model: str, *, revision: str | None = None, sha256_of: Callable[
     check_location(model)
     if not Path(model).is_dir():
         with readable(model, "config.json"):
-            # The hub's cache lays files out as snapshots/<commit>/<file>; this works offline too.
+            # The hub's cache stores files as snapshots/<commit>/<file>; this works offline too.
             return Path(hf_hub_download(model, "config.json", revision=revision)).parent.name
     files = [path for path in sorted(Path(model).iterdir()) if path.is_file() and path.suffix in _MODEL_FILES]
     return sha256_of_all({path.name: sha256_of(path) for path in files})
@@ -259,10 +262,12 @@ def _auto_class(task: Task) -> Any:
 def _check_loading(model: str, info: dict[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
-        raise InputError(f"{model} lacks weights: {_some(missing)}; a random head or layer would take their place")
-    wrong = [f"{name} {tuple(found)} for {tuple(due)}" for name, found, due in sorted(info["mismatched_keys"])]
-    if wrong:
-        raise InputError(f"weights of {model} do not fit its config.json: {_some(wrong)}")
+        raise InputError(f"{model} lacks weights: {_some(missing)}; they would be replaced by random values")
+    mismatched = [
+        f"{name} {tuple(stored)} for {tuple(expected)}" for name, stored, expected in sorted(info["mismatched_keys"])
+    ]
+    if mismatched:
+        raise InputError(f"weights of {model} do not fit its config.json: {_some(mismatched)}")
     if info["error_msgs"]:
         raise InputError(f"cannot load {model}: {_some(list(info['error_msgs']))}")
 

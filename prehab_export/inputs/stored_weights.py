@@ -1,6 +1,6 @@
-"""The safetensors files that a model is loaded from: their size, and the dtype that the weights have in them.
+"""Finds the safetensors files of a model, and reads their size and the dtype of the stored weights.
 
-A config's own ``dtype`` is what someone once said; the headers of the files are what is there.
+The dtype comes from the headers of the files: the ``dtype`` field of a config may be wrong.
 """
 
 import json
@@ -20,14 +20,18 @@ from converters.number_formats import NUMBER_FORMATS, SOURCE_FORMATS
 from prehab_export.inputs.model_source import readable
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# What weights are, by what a header calls it; anything else in a file is none, or not to be read here.
+# Name of the dtype in a file's header → our name. Tensors of other dtypes are not weights, or cannot be read here.
 _FORMATS = {NUMBER_FORMATS[name].header: name for name in SOURCE_FORMATS}
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """files: those that are loaded, and no others that lie beside them. bytes: of the files. dtypes: of their weights
-    (``float64``, ``float32``, ``bfloat16``, ``float16``), the one with most bytes first."""
+    """The weight files of a model.
+
+    files: the files that are loaded; other files in the same folder are not listed.
+    bytes: total size of the files.
+    dtypes: dtypes of the weights (``float64``, ``float32``, ``bfloat16``, ``float16``), the one with most bytes first.
+    """
 
     files: tuple[Path, ...]
     bytes: int
@@ -35,23 +39,23 @@ class WeightFiles:
 
     @property
     def dtype(self) -> str:
-        """Of most of the weights, by bytes."""
+        """The dtype that takes the most bytes."""
         return self.dtypes[0]
 
     @property
     def kept_dtype(self) -> str:
-        """The dtype of an artifact that keeps the source's: what cannot be kept (float64) becomes float32."""
+        """The dtype of an exported model that keeps the source's dtype; float64 cannot be kept and becomes float32."""
         return self.dtype if self.dtype in DTYPES else "float32"
 
 
 def weight_files(model: str, *, revision: str | None = None, named: str | None = None) -> WeightFiles:
-    """The weight files of a local folder or a hub id; those of the hub are fetched into its cache.
+    """Return the weight files of a local folder or a hub id; files from the hub are downloaded into its cache.
 
     Args:
-        named: the file or index that the model's config names (``transformers_weights``), if it does.
+        named: the file or index that the model's config names (``transformers_weights``), if any.
 
     Raises:
-        InputError: there are none, an index names one that is not there, or a file is damaged.
+        InputError: there are no weight files, the index names a missing file, or a file is damaged.
     """
     check_has_weights(model)
     with readable(model, "weights"):
@@ -68,26 +72,26 @@ def weight_files(model: str, *, revision: str | None = None, named: str | None =
 
 
 def check_has_weights(model: str) -> None:
-    """Refuse a local folder without safetensors; a hub id passes.
+    """Check that a local folder holds safetensors; a hub id always passes.
 
     Raises:
-        InputError: the message names what is there instead.
+        InputError: there are none; the message names what the folder holds instead.
     """
     path = Path(model)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         pickled = sorted(file.name for file in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))
-        found = f"only {pickled[0]}, a pickle, which can run code when read" if pickled else "no weights"
-        raise InputError(f"{model} has {found}; save it with save_pretrained, which writes safetensors")
+        contents = f"only {pickled[0]}, a pickle, which can run code when read" if pickled else "no weights"
+        raise InputError(f"{model} has {contents}; save it with save_pretrained, which writes safetensors")
 
 
 def check_fit_in(weights: WeightFiles, dtype: str) -> None:
-    """Refuse weights that are too large for the dtype, tensor by tensor, without a model.
+    """Check, tensor by tensor and without a model, that the dtype can hold all weights.
 
     Raises:
-        InputError: there are some; the first is named.
+        InputError: a weight is too large; the message names the first such tensor.
     """
     target = DTYPES[dtype]
-    if target != torch.float16:  # the others reach as far as float32
+    if target != torch.float16:  # the other dtypes have the range of float32
         return
     for path in weights.files:
         with safe_open(path, framework="pt") as tensors:
@@ -97,13 +101,13 @@ def check_fit_in(weights: WeightFiles, dtype: str) -> None:
 
 
 def _files(model: str, revision: str | None, named: str | None) -> tuple[Path, ...]:
-    """In the order in which transformers looks for them."""
+    """Find the weight files, in the order in which transformers looks for them."""
     entry = next(
         (path for name in ([named] if named else [SINGLE, INDEX]) if (path := _path(model, name, revision))), None
     )
     if entry is None:
         if not Path(model).is_dir():
-            hf_hub_download(model, SINGLE, revision=revision)  # raises, with the hub's own reason
+            hf_hub_download(model, SINGLE, revision=revision)  # raises an error with the hub's own reason
         raise InputError(f"{model} has neither {named or SINGLE} nor {INDEX}; save it with save_pretrained")
     if entry.suffix != ".json":
         return (entry,)

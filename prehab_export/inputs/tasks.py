@@ -1,7 +1,7 @@
-"""The tasks: what a model of each kind is asked, and what one unit of its loss is.
+"""Defines the tasks: how a model of each kind is run, and what one unit of its loss is.
 
-A *unit* is what cross-entropy is taken over: a sample of a classifier, a predicted token of a language model.
-Calibration, training and evaluation are written once, in terms of units, and know nothing else of a task.
+A *unit* is one term of the cross-entropy: a sample for a classifier, a predicted token for a language model.
+Calibration, training and evaluation are written in terms of units, so they work for every task.
 """
 
 import inspect
@@ -17,22 +17,23 @@ from prehab_export.inputs.devices import autocast, device_of
 
 Batch = dict[str, Tensor]
 
-# The label that cross-entropy passes over, everywhere in PyTorch and transformers.
+# The label that cross-entropy ignores, everywhere in PyTorch and transformers.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Task:
-    """One row of `TASKS`, maybe at another precision. B: samples of a batch, T: tokens, K: classes or vocabulary,
-    U: units. Batches lie on the model's device.
+    """How to run a model of one kind and read its outputs: one row of `TASKS`, possibly at another precision.
+
+    Shapes: B samples per batch, T tokens, K classes or vocabulary entries, U units. Batches are on the model's device.
 
     auto_class: name of the transformers class that loads such a model.
     metric: ``accuracy`` (higher is better) or ``perplexity`` (lower is better).
-    forward: (model, batch) → (B, K) or (B, T, K); labels are not shown to the model.
+    forward: (model, batch) → logits (B, K) or (B, T, K); the model does not see the labels.
     unit_logits: (logits, batch) → (U, K).
     unit_labels: (batch) → (U), aligned with ``unit_logits``.
-    token_mask: (batch) → bool (B, T), True for real tokens; None when every position counts.
-    precision: of the model's forward pass, ``float32``, ``bfloat16`` or ``float16``; its weights stay what they are.
+    token_mask: (batch) → bool (B, T), True for real tokens; None if every position counts.
+    precision: ``float32``, ``bfloat16`` or ``float16`` for the forward pass; the dtype of the weights does not change.
     """
 
     name: str
@@ -52,24 +53,24 @@ class Task:
         return self.metric == "accuracy"
 
     def at(self, precision: str) -> "Task":
-        """The same task with forward passes in this precision.
+        """Return the same task with forward passes in this precision.
 
         Raises:
-            InputError: no such precision.
+            InputError: there is no such precision.
         """
         return replace(self, precision=precision)
 
     def running(self, model: nn.Module) -> AbstractContextManager[object]:
-        """Within it, the model and parts of it compute in this task's precision."""
+        """Run the model, or parts of it, inside this context in the task's precision."""
         return autocast(device_of(model), self.precision)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the model answers: (B, K) or (B, T, K), in the precision of the forward pass."""
+        """Return the model's logits (B, K) or (B, T, K), in the precision of the forward pass."""
         with self.running(model):
             return self.forward(model, batch)
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of every unit in nats (U), in float32 at least."""
+        """Return the cross-entropy of every unit in nats (U), in float32 or higher precision."""
         unit_logits = self.unit_logits(logits, batch)
         if unit_logits.dtype in (torch.float16, torch.bfloat16):
             unit_logits = unit_logits.float()
@@ -77,12 +78,12 @@ class Task:
 
 
 def sample_count(batch: Batch) -> int:
-    """B."""
+    """Return the number of samples in the batch."""
     return next(iter(batch.values())).shape[0]
 
 
 def model_inputs(batch: Batch) -> Batch:
-    """The batch without its labels."""
+    """Return the batch without its labels."""
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
@@ -91,10 +92,12 @@ def _classifier_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _without_cache(model: nn.Module) -> dict[str, bool]:
-    """What keeps a model from filling a cache that nobody reads: a classifier on a decoder does by default, and so does
-    each block of it, every time it is run."""
-    known = inspect.signature(model.forward).parameters
-    return {name: False for name in ("use_cache", "use_mems") if name in known}
+    """Return the arguments that keep a model from filling a cache nobody reads.
+
+    A classifier on a decoder fills one by default, and so does each of its blocks, every time it runs.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return {name: False for name in ("use_cache", "use_mems") if name in parameters}
 
 
 def _decoder_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -120,7 +123,7 @@ def _token_labels(batch: Batch) -> Tensor:
 
 
 def _next_tokens(batch: Batch) -> Tensor:
-    """What each position but the last has to predict (B, T−1); `IGNORED` where that is padding.
+    """Return the token that each position except the last has to predict (B, T−1), `IGNORED` if that is padding.
 
     Without ``labels`` every real token is a target.
     """

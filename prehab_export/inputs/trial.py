@@ -1,4 +1,4 @@
-"""Does the model run on the data at all? Found out with two samples."""
+"""Checks early that a model runs on the data, with two samples."""
 
 import torch
 from transformers import PreTrainedModel
@@ -11,10 +11,10 @@ from prehab_export.inputs.tasks import Task, model_inputs
 
 
 def check_runs(model: PreTrainedModel, task: Task, samples: Samples) -> None:
-    """Refuse data that the model itself does not take, tried with two samples.
+    """Check that the model runs on the first two samples.
 
     Raises:
-        InputError: what it says about them, and what it was given.
+        InputError: it does not; the message has the model's own error and the names of the inputs.
     """
     batch = next(iter(samples.batches(min(2, len(samples)))))
     try:
@@ -23,10 +23,10 @@ def check_runs(model: PreTrainedModel, task: Task, samples: Samples) -> None:
     except Exception as error:
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error):
             raise
-        given, maker = ", ".join(model_inputs(batch)), "image processor" if "pixel_values" in batch else "tokenizer"
+        names, source = ", ".join(model_inputs(batch)), "image processor" if "pixel_values" in batch else "tokenizer"
         raise InputError(
             f"{type(model).__name__} does not run on the data ({type(error).__name__}: {first_line(error)}). "
-            f"It is given {given}, as its {maker} makes them: check that this {maker} and config.json are the model's "
-            "own, with the special tokens or sizes that it was trained with; a model that needs other inputs cannot be "
+            f"Its inputs are {names}, from its {source}: check that this {source} and config.json belong to the model, "
+            "with the special tokens or sizes that it was trained with; a model that needs other inputs cannot be "
             "compressed"
         ) from error

@@ -13,7 +13,7 @@ from converters.lowrank import DenseLinear, LowRankLinear, dense_weight, low_ran
 from converters.model_config import USUAL_IMAGE_SIZE, compression, image_size
 from converters.onnx.inputs import image_inputs, text_inputs
 from converters.registration import ranks_of
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export.compression import shared_inputs
 from prehab_export.inputs import Batch, Task, load_config, load_model, task_of
 from prehab_export.linalg import break_even
@@ -33,10 +33,10 @@ def inspect_model(
     """Facts of a dense model, a compressed folder, or the folder of a run (its artifact).
 
     Returns:
-        ``model`` with totals; ``targeted_share`` of all parameters, ``rest`` (the largest groups of the others) and
+        ``model`` with totals; ``selected_share`` of all parameters, ``rest`` (the largest groups of the others) and
         ``warning`` where that share is small (`converters.coverage`); and ``layers``: name, shape, rank (two-factor
         layers), ``down_of`` (the layer whose ``down`` it holds, and which counts it), parameters, whether it is
-        targeted; of those that are, the input group, the stable rank ‖W‖_F²/‖W‖₂², and how many singular values hold
+        selected; of those that are, the input group, the stable rank ‖W‖_F²/‖W‖₂², and how many singular values hold
         99% of ‖W‖_F².
 
     Raises:
@@ -52,7 +52,7 @@ def inspect_model(
         model = load_model(str(folder), task, revision=revision, trust_remote_code=trust_remote_code)
     ranks = ranks_of(model)
     factored = low_rank_layers(model)
-    targets = {} if factored else target_layers(model, include, exclude)
+    targets = {} if factored else select_layers(model, include, exclude)
     groups = shared_inputs(model, task, _example(model, task), targets or factored)
     down_of = {name: first for first, *others in shared_groups(model) for name in others}
     layers = [_low_rank_facts(name, layer, groups[name], down_of.get(name)) for name, layer in factored.items()]
@@ -94,14 +94,14 @@ def _low_rank_facts(name: str, layer: LowRankLinear, group: str, down_of: str | 
         "down_of": down_of,
         "parameters": parameters,
         "share_kept": parameters / (m * n),
-        "targeted": True,
+        "selected": True,
     } | _spectrum_facts(left @ right.T, group)
 
 
-def _dense_facts(name: str, weight: torch.Tensor, targeted: bool, group: str | None) -> dict[str, Any]:
+def _dense_facts(name: str, weight: torch.Tensor, selected: bool, group: str | None) -> dict[str, Any]:
     m, n = weight.shape
-    facts = {"name": name, "shape": [m, n], "rank": None, "parameters": m * n, "share_kept": 1.0, "targeted": targeted}
-    if not targeted or group is None:
+    facts = {"name": name, "shape": [m, n], "rank": None, "parameters": m * n, "share_kept": 1.0, "selected": selected}
+    if not selected or group is None:
         return facts
     return facts | {"break_even_rank": break_even(m, n)} | _spectrum_facts(weight.detach().double(), group)
 

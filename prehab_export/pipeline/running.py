@@ -1,18 +1,22 @@
 """A run from start to end: check, then one stage after another, skipping what is already there and still valid."""
 
+import json
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from prehab_export.config import RunConfig, to_yaml
+from converters.publishing import publish_text
+from prehab_export.config import RunConfig, plain_options, to_yaml
 from prehab_export.pipeline.checks import check, disk_estimate
 from prehab_export.pipeline.preflight import check_export
 from prehab_export.pipeline.session import Session, prepare_process
+from prehab_export.pipeline.stages.dependencies import wanted_parents
 from prehab_export.pipeline.stages.table import STAGES, Stage
-from prehab_export.pipeline.workspace import Workspace, stage_key
+from prehab_export.pipeline.workspace import SOURCE, Workspace, stage_key, summaries
 from prehab_export.system import ParityError, check_disk_space, say
 
 # Stages that write an ONNX graph of a model whose like has not been exported before.
@@ -61,6 +65,7 @@ def opened(
     """
     with _checked(config, output, stages, redo) as session:
         session.workspace.save_options(to_yaml(config))
+        _save_source(session)
         # What is to be done again stays as it is until that has been done: a kill before must not make leftovers of it.
         select_valid(session)
         session.workspace.save_selection()
@@ -86,6 +91,7 @@ def opened_beside(config: RunConfig, output: Path, given: RunConfig, stages: Seq
             session.workspace.keeps_selection = False
         else:
             session.workspace.save_options(to_yaml(given))
+            _save_source(session)
         yield session
 
 
@@ -150,7 +156,8 @@ def _do(session: Session, stage: Stage, key: str) -> None:
     started = time.monotonic()
     say(stage.name, style="bold")
     torch.manual_seed(session.config.seed)
-    with session.workspace.publish(stage.name, key, stage.options(session.config)) as folder:
+    options, origin = stage.options(session.config), _origin(session, stage)
+    with session.workspace.publish(stage.name, key, options, origin) as folder:
         stage.work(session, folder)
     say(f"  done in {time.monotonic() - started:.1f} s")
 
@@ -160,11 +167,25 @@ def _key(session: Session, stage: Stage) -> str | None:
     where it is not wanted, or one of these has no result yet."""
     if not stage.wanted(session.config):
         return None
-    parents = [STAGES[name] for name in stage.parents if STAGES[name].wanted(session.config)]
-    if not all(session.workspace.has(parent.name) for parent in parents):
+    parents = wanted_parents(stage, session.config)
+    if not all(session.workspace.has(parent) for parent in parents):
         return None
     read = {**session.source, **stage.options(session.config), **stage.outside(session)}
-    return stage_key(stage.name, read, [session.identity(parent.name) for parent in parents])
+    return stage_key(stage.name, read, [session.identity(parent) for parent in parents])
+
+
+def _origin(session: Session, stage: Stage) -> dict[str, Any]:
+    """What a result is made from, for its manifest: whoever asks later why it no longer counts is answered from it."""
+    parents = {parent: session.identity(parent) for parent in wanted_parents(stage, session.config)}
+    read = {**session.source, **stage.outside(session)}
+    return {"config": plain_options(session.config), "read": summaries(read), "parents": parents}
+
+
+def _save_source(session: Session) -> None:
+    """Remember what the run starts from, for those who ask without reading it again."""
+    read = {**session.source, "evaluation": session.data.evaluation_fingerprint}
+    told = {"config": plain_options(session.config), "read": summaries(read)}
+    publish_text(session.workspace.root / SOURCE, json.dumps(told, indent=1) + "\n")
 
 
 __all__ = ["Stage", "bring_up", "bring_up_to_date", "opened", "opened_beside", "run", "select_valid"]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from converters.coverage import Coverage, coverage
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear
-from converters.selection import target_layers
+from converters.selection import select_layers
 from prehab_export.compression import Calibrated, Statistics, load_statistics
 from prehab_export.config import AUTO, RunConfig
 from prehab_export.inputs import (
@@ -128,7 +128,8 @@ class Session:
             "seed": self.config.seed,
             "batch_size": self.config.data.batch_size,
         }
-        self.digests.save()
+        if self.workspace.is_written:
+            self.digests.save()
         return source
 
     @cached_property
@@ -173,7 +174,7 @@ class Session:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """What the targeted layers hold of the dense model."""
+        """What the selected layers hold of the dense model."""
         return coverage(self.empty_model, self.layers(self.empty_model))
 
     @cached_property
@@ -182,7 +183,7 @@ class Session:
         return empty_model(self.model_config, self.task, trust_remote_code=self.config.trust_remote_code)
 
     def layers(self, model: nn.Module) -> dict[str, DenseLinear]:
-        return target_layers(model, self.config.calibrate.include, self.config.calibrate.exclude)
+        return select_layers(model, self.config.calibrate.include, self.config.calibrate.exclude)
 
     def load_given(self) -> PreTrainedModel:
         return load_model(self.config.model, self.task, **self._origin)

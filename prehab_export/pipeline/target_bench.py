@@ -43,8 +43,10 @@ def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
         TargetError: the place cannot be reached, lacks something, or is lost on the way.
         ParityError: a model gives other answers there.
     """
+    # What cannot be kept to or reached is found out before anything slow.
+    limits_of(target)
     if target.name.startswith(("ssh://", "adb")):
-        with shell_of(target) as shell:  # what cannot be reached is found out before anything slow
+        with shell_of(target) as shell:
             shell.run("true")
     elif target.name == "browser":
         target = replace(target, web=find_web(target.web))

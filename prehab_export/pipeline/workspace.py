@@ -12,10 +12,12 @@ into (`SHOWN`) the current one is also shown beside ``run.yaml``, as hard links.
 
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,11 +43,13 @@ OPTIONS_FILE = "run.yaml"
 # What makes a folder ours: only then is anything in it replaced or removed.
 MARKER = "manifests/.prehab-export"
 CURRENT = "manifests/current.json"
-# Hashes of the files that a run reads from elsewhere, and of the graphs in the kits that it has made.
+# Hashes of the files that a run reads from elsewhere, what it starts from by content as of the last command, and hashes
+# of the graphs in the kits that it has made.
 READ_FILES = "manifests/digests.json"
+SOURCE = "manifests/source.json"
 KITS_MADE = "manifests/kits.json"
 # Records that are no stage's.
-RECORDS = frozenset({CURRENT, READ_FILES, KITS_MADE})
+RECORDS = frozenset({CURRENT, READ_FILES, SOURCE, KITS_MADE})
 # Stages whose current result also stands in the run's folder, under the stage's name.
 SHOWN = frozenset({"artifact", "baseline", "report"})
 # Kits on their way to where they are measured.
@@ -81,6 +85,20 @@ def stage_key(stage: str, options: Mapping[str, Any], parents: Sequence[str] = (
     return sha256_of_text(json.dumps(facts, sort_keys=True, default=str))
 
 
+def summaries(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What was read, to be told from what is read another time: a hash stands for what is long.
+
+    >>> summaries({"seed": 0, "files": {"a": "1" * 99}})["files"].startswith("sha256:")
+    True
+    """
+
+    def summary(value: Any) -> Any:
+        text = json.dumps(value, sort_keys=True, default=str)
+        return value if len(text) < 80 else f"sha256:{sha256_of_text(text)}"
+
+    return {name: summary(value) for name, value in values.items()}
+
+
 @dataclass(frozen=True)
 class Leftover:
     """A result that no current option needs, and the bytes that are free without it and the others; ``key`` is the
@@ -97,11 +115,13 @@ class Workspace:
 
     current: stage → key of the result that answers to the options in use. `select` sets it.
     keeps_selection: whether that is kept for the next command, and shown.
+    is_written: whether anything is written to it at all; where not, what is found out is forgotten.
     """
 
     root: Path
     current: dict[str, str] = field(default_factory=dict)
     keeps_selection: bool = True
+    is_written: bool = True
 
     @classmethod
     def open(cls, root: Path) -> "Workspace":
@@ -111,10 +131,7 @@ class Workspace:
             InputError: the folder exists and holds something that is not a run of ours, or is a file.
             StorageError: the disk is full.
         """
-        if root.exists() and not root.is_dir():
-            raise InputError(f"{root} is a file; give a folder for the output")
-        if not (root / MARKER).is_file() and any(path.is_file() for path in root.rglob("*")):
-            raise InputError(f"{root} holds something else; give an empty or new folder, or one of an earlier run")
+        cls._check(root)
         try:
             (root / MARKER).parent.mkdir(parents=True, exist_ok=True)
             (root / MARKER).touch()
@@ -123,6 +140,25 @@ class Workspace:
                 raise StorageError(f"cannot write to {root}: {error.strerror}; free some space first") from error
             raise InputError(f"cannot write to {root}: {error.strerror}") from error
         return cls._reopened(root)
+
+    @staticmethod
+    def _check(root: Path) -> None:
+        if root.exists() and not root.is_dir():
+            raise InputError(f"{root} is a file; give a folder for the output")
+        if not (root / MARKER).is_file() and any(path.is_file() for path in root.rglob("*")):
+            raise InputError(f"{root} holds something else; give an empty or new folder, or one of an earlier run")
+
+    @classmethod
+    def looked_at(cls, root: Path) -> "Workspace":
+        """A run's folder, or the place for a new one, that nothing is written to.
+
+        Raises:
+            InputError: as of `open`.
+        """
+        cls._check(root)
+        workspace = cls(root, is_written=False)
+        workspace._read_selection()
+        return workspace
 
     @classmethod
     def existing(cls, root: Path) -> "Workspace | None":
@@ -175,20 +211,26 @@ class Workspace:
         if not all(digest.still_holds(folder / name) for name, digest in files.items()):
             return None
         told = {name: asdict(digest) for name, digest in files.items()}
-        if told != manifest["files"]:  # a copied folder has other times
+        if told != manifest["files"] and self.is_written:  # a copied folder has other times
             self._write_manifest(stage, key, manifest | {"files": told})
         return folder
 
     @contextmanager
-    def publish(self, stage: str, key: str, options: Mapping[str, Any]) -> Iterator[Path]:
+    def publish(
+        self, stage: str, key: str, options: Mapping[str, Any], origin: Mapping[str, Any] | None = None
+    ) -> Iterator[Path]:
         """A fresh folder to write into; it becomes the result under this key only if the block succeeds.
+
+        Args:
+            origin: what else the key was made of, for the manifest.
 
         Raises:
             StorageError: the disk is full, or not to be written to.
         """
-        folder = self.result(stage, key)
+        folder, started = self.result(stage, key), time.monotonic()
         with replacing(folder) as partial:
             yield partial
+            seconds = time.monotonic() - started
             files = {
                 path.relative_to(partial).as_posix(): asdict(FileDigest.of(path))
                 for path in sorted(partial.rglob("*"))
@@ -200,6 +242,9 @@ class Workspace:
             "stage": stage,
             "key": key,
             "options": dict(options),
+            **(origin or {}),
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(seconds, 2),
             "versions": {name: version(name) for name in RECORDED_VERSIONS},
             "files": files,
         }
@@ -218,6 +263,11 @@ class Workspace:
 
     def manifest(self, stage: str, key: str) -> dict[str, Any] | None:
         return read_json(self._manifest_path(stage, key))
+
+    def keys(self, stage: str) -> list[str]:
+        """The keys under which the stage has made something."""
+        manifests = (read_json(path) for path in sorted(self.root.glob(f"manifests/{stage}/*.json")))
+        return [manifest["key"] for manifest in manifests if manifest is not None]
 
     def size(self, stage: str, key: str) -> int:
         """Bytes of a result."""
@@ -334,6 +384,11 @@ class Workspace:
 
     def save_options(self, text: str) -> None:
         publish_text(self.root / OPTIONS_FILE, text)
+
+    @property
+    def has_results(self) -> bool:
+        """Whether any stage has made anything, under whatever options."""
+        return any(self.root.glob("manifests/*/*.json"))
 
     @property
     def has_options(self) -> bool:

@@ -19,6 +19,7 @@ from prehab_export.system.errors import is_full as is_full
 from prehab_export.system.errors import out_of_space as out_of_space
 from prehab_export.system.files import cache_folder as cache_folder
 from prehab_export.system.files import check_disk_space as check_disk_space
+from prehab_export.system.files import free_space as free_space
 from prehab_export.system.files import link as link
 from prehab_export.system.files import read_json as read_json
 from prehab_export.system.files import remove as remove

@@ -46,14 +46,19 @@ def link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
+def free_space(folder: Path) -> int:
+    """Return the number of free bytes on the file system of a folder, which need not exist yet."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
 def check_disk_space(folder: Path, needed: int) -> None:
     """Check that the file system of ``folder`` has ``needed`` bytes free.
 
     Raises:
         InputError: it has less.
     """
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
+    free_bytes = free_space(folder)
     if free_bytes < needed:
         raise InputError(
             f"{folder} needs about {needed / 1e9:.1f} GB more, but only {free_bytes / 1e9:.1f} GB are free; free some "

@@ -13,8 +13,8 @@ def print_inspection(facts: dict[str, Any]) -> None:
     console = result_console()
     console.print(f"{facts['model']}: {facts['architecture']}, {facts['task']}")
     console.print(
-        f"{facts['parameters']:,} parameters, {facts['targeted_parameters']:,} of them "
-        f"({100 * facts['targeted_share']:.1f}%) in "
+        f"{facts['parameters']:,} parameters, {facts['selected_parameters']:,} of them "
+        f"({100 * facts['selected_share']:.1f}%) in "
         + (f"{facts['layers_factored']} two-factor layers" if facts["layers_factored"] else "layers to compress")
     )
     if facts["warning"] is not None and not facts["layers_factored"]:
@@ -25,7 +25,7 @@ def print_inspection(facts: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading in headings[::5] else "right", overflow="fold")
     for row in facts["layers"]:
         shape = "×".join(map(str, row["shape"]))
-        rank = row["rank"] or f"≤ {row['break_even_rank'] - 1}" if row["targeted"] else "stays dense"
+        rank = row["rank"] or f"≤ {row['break_even_rank'] - 1}" if row["selected"] else "stays dense"
         group = row.get("input_group")
         shared = group.rsplit(".", 1)[-1] if group and group != row["name"] else ""
         stable = f"{row['stable_rank']:.1f}" if "stable_rank" in row else ""

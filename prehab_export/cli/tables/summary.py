@@ -35,10 +35,10 @@ def _table(result: dict[str, Any]) -> Table:
     for kind, label in (("pytorch", "PyTorch"), ("onnx", "ONNX Runtime")):
         values = [f"{metrics[f'{side}_{kind}']['value']:.4f}" for side in ("dense", "compressed")]
         table.add_row(f"{result['metric']['name']}, {label}", *values)
-    for key, label in (("targeted", "parameters, targeted layers"), ("total", "parameters, whole model")):
+    for key, label in (("selected", "parameters, selected layers"), ("total", "parameters, whole model")):
         counts = [f"{truncation[f'{key}_parameters_{side}']:,}" for side in ("before", "after")]
         table.add_row(label, *counts)
-    table.add_row("targeted share of the whole model", f"{truncation['coverage']['targeted_share']:.1%}", "")
+    table.add_row("selected share of the whole model", f"{truncation['coverage']['selected_share']:.1%}", "")
     weights = (f"{result[side]['weight_bytes'] / 1e6:.2f} {result[side]['dtype']}" for side in ("baseline", "export"))
     table.add_row("weight files, MB", *weights)
     table.add_row("ONNX file, MB", *(f"{result[side]['bytes'] / 1e6:.2f}" for side in ("baseline", "export")))

@@ -1,1 +1,1 @@
-"""Data as tasks take it: opened, its columns and labels understood, split, and turned into batches."""
+"""Prepares data for the tasks: opens it, finds its columns and labels, splits it and makes batches."""

@@ -1,4 +1,4 @@
-"""Conversations as text: what the tokenizer's own chat template makes of them."""
+"""Turns conversations into text with the tokenizer's own chat template."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from datasets import Dataset, Features
 from converters.errors import InputError
 
 CHAT_NAMES = ("messages", "conversations", "conversation", "chat", "dialog", "dialogue")
-# What belongs to a conversation and is kept beside it by some.
-_BESIDE = ("tools", "functions", "system", "system_prompt")
-# Roles as ShareGPT and its kin write them.
+# Columns in which some datasets keep parts of a conversation; they are not read.
+_UNREAD = ("tools", "functions", "system", "system_prompt")
+# Role names of ShareGPT and similar formats → role names of chat templates.
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -25,8 +25,8 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-# Some templates write today's date: a run that goes on tomorrow must read the same text. It is 1 January 2025 for all,
-# by a macro in the place of the function that transformers offers to templates.
+# Some templates write today's date, but a run continued tomorrow must read the same text. A macro in place of the
+# function that transformers offers to templates makes the date 1 January 2025 for every run.
 _DATE = {"%Y": "2025", "%y": "25", "%B": "January", "%b": "Jan", "%m": "01", "%d": "01", "%A": "Wednesday", "%a": "Wed"}
 _TIME = {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM"}
 _FIXED_DATE = (
@@ -37,7 +37,7 @@ _FIXED_DATE = (
 
 
 def chat_columns(features: Features) -> list[str]:
-    """Columns of conversations: lists of turns with ``role`` and ``content``, or with ``from`` and ``value``."""
+    """Return the columns that hold conversations: lists of turns with ``role``/``content`` or ``from``/``value``."""
     return [name for name, feature in features.items() if _holds_turns(feature, name)]
 
 
@@ -45,27 +45,28 @@ def _holds_turns(feature: Any, name: str) -> bool:
     inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
     if isinstance(inner, dict):
         return {"role", "content"} <= set(inner) or {"from", "value"} <= set(inner)
-    # Turns that do not all have the same keys are kept as JSON.
+    # `datasets` keeps turns with differing keys as JSON.
     return type(inner).__name__ == "Json" and name.lower() in CHAT_NAMES
 
 
 def unread_warnings(features: Features, column: str) -> tuple[str, ...]:
-    """What is to be said of columns that belong to the conversations of ``column`` and are not read."""
-    beside = [name for name in features if name.lower() in _BESIDE]
-    if not beside or column not in chat_columns(features):
+    """Return a warning if parts of the conversations of ``column`` are in other columns, which are not read."""
+    unread = [name for name in features if name.lower() in _UNREAD]
+    if not unread or column not in chat_columns(features):
         return ()
-    names = ", ".join(map(repr, beside))
-    return (f"conversations of column {column!r} are read without {names}; turns of the role system are read",)
+    names = ", ".join(map(repr, unread))
+    return (f"conversations of column {column!r} are read without {names}; turns with the role system are read",)
 
 
 def chat_texts(rows: Dataset, column: str, split: str, tokenizer: Any, start: str) -> Iterator[str]:
-    """Every conversation as text.
+    """Yield every conversation as text.
 
     Args:
-        start: what windows start with; where a template writes it too, it is left out here.
+        start: text that every window starts with; it is removed from the start of a conversation.
 
     Raises:
-        InputError: the tokenizer has no chat template, or it does not take a conversation; the message names the row.
+        InputError: the tokenizer has no chat template, or its template rejects a conversation; the message names the
+            row.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(
@@ -85,7 +86,7 @@ def _template(tokenizer: Any) -> str:
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
-        raise InputError(f"the tokenizer has several chat templates and none called default: {error}") from error
+        raise InputError(f"the tokenizer has several chat templates, and none is called default: {error}") from error
     return _FIXED_DATE + template if "strftime_now" in template else template
 
 
@@ -93,15 +94,15 @@ def _rendered(turns: list[dict[str, Any]], place: str, tokenizer: Any, template:
     try:
         return tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
     except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{place}: the chat template does not take this conversation: {error}") from error
+        raise InputError(f"{place}: the chat template rejects this conversation: {error}") from error
 
 
 def _turns(conversation: Any, place: str) -> list[dict[str, Any]]:
-    if isinstance(conversation, Mapping):  # a list of each key
+    if isinstance(conversation, Mapping):  # one list per key
         keys = list(conversation)
         conversation = [dict(zip(keys, values, strict=True)) for values in zip(*conversation.values(), strict=True)]
     if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
-        raise InputError(f"{place} has no conversation; take such rows out")
+        raise InputError(f"{place} has no conversation; remove such rows")
     return [_turn(turn, place) for turn in conversation]
 
 
@@ -112,7 +113,7 @@ def _turn(turn: Any, place: str) -> dict[str, Any]:
     if "from" in turn and "role" not in turn:
         role = _ROLES.get(str(turn.pop("from")).strip().lower())
         if role is None:
-            raise InputError(f"{place}: nobody knows who speaks in a turn; known are {', '.join(_ROLES)}")
+            raise InputError(f"{place}: the speaker of a turn is unknown; known speakers are {', '.join(_ROLES)}")
         turn = {"role": role, "content": turn.pop("value", ""), **turn}
     if "role" not in turn:
         raise InputError(f"{place}: a turn has no role")
@@ -121,12 +122,12 @@ def _turn(turn: Any, place: str) -> dict[str, Any]:
 
 
 def _content(content: Any, place: str) -> Any:
-    """The text of a turn. Many templates write a list of parts as Python shows it."""
+    """Return the text of a turn. A list of parts is joined, because many templates would print it as a Python list."""
     if not isinstance(content, Sequence) or isinstance(content, str):
         return content
     texts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
     plain = [text for text in texts if isinstance(text, str)]
     if len(plain) < len(texts):
         kinds = sorted({str(part.get("type")) for part in content if isinstance(part, Mapping)} - {"text"})
-        raise InputError(f"{place}: a turn holds more than text ({', '.join(kinds) or 'unknown'}); take such rows out")
+        raise InputError(f"{place}: a turn holds more than text ({', '.join(kinds) or 'unknown'}); remove such rows")
     return "".join(plain)

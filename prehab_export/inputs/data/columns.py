@@ -1,4 +1,4 @@
-"""Which columns hold the input and the label."""
+"""Finds the columns that hold the input and the label."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ PAIR_NAMES = (
     ("text_a", "text_b"),
     ("sentence_a", "sentence_b"),
 )
-# Numbers that count rows rather than name classes.
+# Columns whose numbers count rows rather than name classes.
 INDEX_NAMES = ("idx", "id", "index", "guid", "unnamed: 0")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns in use; ``pair`` holds the second text of a sentence pair."""
+    """Names of the columns that are read; ``pair`` holds the second text of a sentence pair."""
 
     input: str
     pair: str | None = None
@@ -39,10 +39,10 @@ class Columns:
 
 
 def choose_columns(rows: Dataset, config: DataConfig, task: Task) -> Columns:
-    """The columns that the configuration names, or those that features and common names give away.
+    """Return the columns that the configuration names, or those recognised by their features and common names.
 
     Raises:
-        InputError: a column that is not there or cannot be what it was named for, or several that could be.
+        InputError: a named column is missing or holds the wrong kind of data, or several columns are possible.
     """
     for option, name in (
         ("--input-column", config.input_column),
@@ -64,7 +64,7 @@ def choose_columns(rows: Dataset, config: DataConfig, task: Task) -> Columns:
 
 
 def _language_column(rows: Dataset, config: DataConfig) -> str:
-    """Text under a common name, else conversations, else whatever text there is."""
+    """Return the column of text with a common name, else that of conversations, else any column of text."""
     texts, chats = _text_columns(rows), chat_columns(rows.features)
     if config.input_column is None and chats and not _by_name(texts, TEXT_NAMES):
         if len(chats) > 1:
@@ -76,7 +76,7 @@ def _language_column(rows: Dataset, config: DataConfig) -> str:
 
 
 def _pair_columns(config: DataConfig, texts: Sequence[str]) -> tuple[str | None, str | None]:
-    """A well-known pair, unless a column was named."""
+    """Return the columns of a well-known pair of texts, unless the configuration names a column."""
     if config.input_column is not None or config.pair_column is not None:
         if config.pair_column is not None and config.pair_column not in texts:
             raise InputError(
@@ -99,12 +99,12 @@ def _input_column(rows: Dataset, config: DataConfig, fitting: Sequence[str], nam
                 f"({rows.features[config.input_column]}); columns that do: {listed(fitting)}"
             )
         return config.input_column
-    found = _by_name(fitting, names)
-    if len(found) == 1 or len(fitting) == 1:
-        return (found or fitting)[0]
+    matches = _by_name(fitting, names)
+    if len(matches) == 1 or len(fitting) == 1:
+        return (matches or fitting)[0]
     if not fitting:
-        held = ", ".join(f"{name!r} ({_described(rows.features[name])})" for name in rows.column_names[:12])
-        raise InputError(f"{config.data} has no column of {kind}; it has {held or 'none'}")
+        contents = ", ".join(f"{name!r} ({_describe(rows.features[name])})" for name in rows.column_names[:12])
+        raise InputError(f"{config.data} has no column of {kind}; it has {contents or 'none'}")
     raise InputError(f"{config.data} has several columns of {kind}, {listed(fitting)}: choose with --input-column")
 
 
@@ -114,18 +114,18 @@ def _label_column(rows: Dataset, config: DataConfig, task: Task) -> str:
         if config.label_column not in possible:
             raise InputError(
                 f"--label-column: {config.label_column!r} of {config.data} holds {rows.features[config.label_column]}, "
-                "not one class a row (integers or names)"
+                "not one class per row (integers or names)"
             )
         return config.label_column
     possible = [name for name in possible if name not in (config.input_column, config.pair_column)]
     classes = [name for name in possible if isinstance(rows.features[name], ClassLabel)]
     named = [name for name in possible if name.lower() not in INDEX_NAMES]
     numbers = [name for name in named if not is_text(rows.features[name])]
-    whole = [name for name in numbers if not _is_float(rows.features[name])]
-    for found in (_by_name(classes, LABEL_NAMES), classes, _by_name(possible, LABEL_NAMES), whole, numbers):
-        if len(found) == 1:
-            return found[0]
-        if found:
+    integers = [name for name in numbers if not _is_float(rows.features[name])]
+    for candidates in (_by_name(classes, LABEL_NAMES), classes, _by_name(possible, LABEL_NAMES), integers, numbers):
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
             break
     else:
         rest = _spare_texts(rows, config, task, named)
@@ -139,17 +139,17 @@ def _no_label(rows: Dataset, config: DataConfig, task: Task, possible: Sequence[
     if unfit:
         feature = rows.features[unfit[0]]
         return (
-            f"column {unfit[0]!r} of {config.data} holds {_described(feature)}, not one class a row (integers or "
-            "names); only classifiers are supported. Another column can be chosen with --label-column"
+            f"column {unfit[0]!r} of {config.data} holds {_describe(feature)}, not one class per row (integers or "
+            "names); only classifiers are supported. Choose another column with --label-column"
         )
     if task.name == "image-classification" and rows.column_names == _image_columns(rows):
         return (
-            f"{config.data} holds images without labels: these are read from the names of folders, two at least, or "
+            f"{config.data} holds images without labels: labels are read from the names of at least two folders, or "
             "from a metadata.csv with the columns file_name and label"
         )
     if rows.column_names == _text_columns(rows)[:1]:
         return (
-            f"{config.data} holds text without labels (names of folders are read as labels of images only); "
+            f"{config.data} holds text without labels (names of folders are read as labels for images only); "
             "give a table (csv, json, parquet) with a column of labels"
         )
     return (
@@ -159,7 +159,7 @@ def _no_label(rows: Dataset, config: DataConfig, task: Task, possible: Sequence[
 
 
 def _spare_texts(rows: Dataset, config: DataConfig, task: Task, possible: Sequence[str]) -> list[str]:
-    """Columns of class names, by exclusion: text columns that are not wanted, or not known, as input."""
+    """Return text columns that may hold class names because they are not the input, by name or by exclusion."""
     rest = [name for name in possible if name.lower() not in TEXT_NAMES]
     input_is_elsewhere = task.name == "image-classification" or len(rest) < len(possible) or config.input_column
     return rest if input_is_elsewhere else []
@@ -178,7 +178,7 @@ def _image_columns(rows: Dataset) -> list[str]:
 
 
 def holds_images(feature: object) -> bool:
-    """An Image, or encoded bytes as a parquet file without the Hugging Face header has them."""
+    """Return whether a feature is an Image, or encoded bytes, as in a parquet file without the Hugging Face header."""
     if isinstance(feature, dict):
         return "bytes" in feature
     return isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
@@ -190,14 +190,14 @@ def is_text(feature: object) -> bool:
 
 def _can_label(rows: Dataset, name: str) -> bool:
     feature = rows.features[name]
-    if _is_float(feature):  # a table with a gap in it has 1.0 for 1
+    if _is_float(feature):  # in a table with gaps, integers become floats (1.0 for 1)
         values = rows.select_columns([name]).with_format("arrow")[:].column(name).drop_null().to_numpy()
         return bool((np.isnan(values) | (values == np.rint(values))).all())
-    whole = isinstance(feature, Value) and (feature.dtype.startswith(("int", "uint")) or feature.dtype == "bool")
-    return whole or is_text(feature) or isinstance(feature, ClassLabel)
+    is_integer = isinstance(feature, Value) and (feature.dtype.startswith(("int", "uint")) or feature.dtype == "bool")
+    return is_integer or is_text(feature) or isinstance(feature, ClassLabel)
 
 
-def _described(feature: object) -> str:
+def _describe(feature: object) -> str:
     if _is_float(feature):
         return "numbers with fractions"
     if isinstance(feature, Value):

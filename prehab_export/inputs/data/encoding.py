@@ -1,4 +1,4 @@
-"""How rows become batches: images through the image processor, texts through the tokenizer, windows as they are."""
+"""Turns rows into batches: images with the image processor, texts with the tokenizer, windows as they are."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,10 +24,14 @@ Collate = Callable[[Sequence[int]], Batch]
 
 @dataclass(frozen=True)
 class Encoder:
-    """What it takes to turn rows into model inputs. ``processor`` is a tokenizer, or an image processor; ``length``
-    is the longest text or the window in tokens, ``start`` the ids that a window starts with.
-    ``labels_by_position``: class names of the data stand in the model's order. ``label_names``: those of all splits,
-    where labels are strings."""
+    """Everything needed to turn rows into model inputs.
+
+    processor: tokenizer or image processor.
+    length: longest text, or size of a window, in tokens.
+    start: ids that every window starts with.
+    labels_by_position: the data lists its classes in the model's order, whatever their names.
+    label_names: class names of all splits, if labels are strings.
+    """
 
     task: Task
     processor: Any
@@ -41,8 +45,13 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Encoded:
-    """How many samples rows make, how to make a batch of some of them, and what had to be assumed of them.
-    ``image_shape``: (C, H, W) of every image."""
+    """Rows of a split as samples.
+
+    count: number of samples.
+    collate: makes a batch of the samples with these numbers.
+    warnings: what had to be assumed about the data.
+    image_shape: (C, H, W) of every image; None for text.
+    """
 
     count: int
     collate: Collate
@@ -50,51 +59,51 @@ class Encoded:
     image_shape: tuple[int, ...] | None = None
 
 
-def encode(rows: Dataset, split: str, encoder: Encoder, most_windows: int | None = None) -> Encoded:
-    """Samples of the rows.
+def encode(rows: Dataset, split: str, encoder: Encoder, max_windows: int | None = None) -> Encoded:
+    """Turn the rows of a split into samples.
 
-    Labels are read, text is checked for holes and images for damage, here and now; images are decoded and texts
-    tokenised when a batch is asked for. A language model's text is tokenised here, up to ``most_windows`` windows.
+    Labels are read here, and text is checked for gaps and images for damage. Images are decoded and texts tokenised
+    when a batch is made, except that a language model's text is tokenised here, up to ``max_windows`` windows.
 
     Raises:
-        InputError: a row that cannot be used; the message names it. An image processor that cannot take the images.
+        InputError: a row cannot be used (the message names it), or the image processor cannot handle the images.
     """
     if encoder.task.name == "text-generation":
-        windows = _windows(rows, split, encoder, most_windows)
+        windows = _windows(rows, split, encoder, max_windows)
         warnings = unread_warnings(rows.features, encoder.columns.input)
-        return Encoded(len(windows), lambda picked: _window_batch(windows[picked], len(encoder.start)), warnings)
+        return Encoded(len(windows), lambda numbers: _window_batch(windows[numbers], len(encoder.start)), warnings)
     assert encoder.columns.label is not None
-    found = read_labels(
+    labels = read_labels(
         rows, encoder.columns.label, encoder.model_config, split, encoder.labels_by_position, encoder.label_names
     )
-    warnings = () if found.warning is None else (found.warning,)
+    warnings = () if labels.warning is None else (labels.warning,)
     if encoder.task.name == "image-classification":
         images = ImageSplit.of(rows, encoder.columns.input, encoder.model_config, split)
         facts = images.check()
         shape = processed_shape(images, facts, encoder.processor)
-        collate = _labelled(_image_inputs(images, encoder.processor), found.values)
+        collate = _labelled(_image_inputs(images, encoder.processor), labels.values)
         return Encoded(len(rows), collate, (*warnings, *facts.warnings), shape)
-    return Encoded(len(rows), _labelled(_text_inputs(rows, split, encoder), found.values), warnings)
+    return Encoded(len(rows), _labelled(_text_inputs(rows, split, encoder), labels.values), warnings)
 
 
 def _labelled(inputs: Collate, values: np.ndarray) -> Collate:
     labels = torch.from_numpy(values)
-    return lambda picked: inputs(picked) | {"labels": labels[list(picked)]}
+    return lambda numbers: inputs(numbers) | {"labels": labels[list(numbers)]}
 
 
 def _image_inputs(images: ImageSplit, processor: Any) -> Collate:
-    return lambda picked: {"pixel_values": processed(processor, [images.decoded(row) for row in picked])}
+    return lambda numbers: {"pixel_values": processed(processor, [images.decoded(row) for row in numbers])}
 
 
-def _windows(rows: Dataset, split: str, encoder: Encoder, most: int | None) -> np.ndarray:
+def _windows(rows: Dataset, split: str, encoder: Encoder, max_windows: int | None) -> np.ndarray:
     assert encoder.length is not None
     column, tokenizer = encoder.columns.input, encoder.processor
     if column in chat_columns(rows.features):
-        own_start = "".join(tokenizer.convert_ids_to_tokens(start_tokens(tokenizer)))
-        texts, separator = chat_texts(rows, column, split, tokenizer, own_start), ""
+        start_text = "".join(tokenizer.convert_ids_to_tokens(start_tokens(tokenizer)))
+        texts, separator = chat_texts(rows, column, split, tokenizer, start_text), ""
     else:
         texts, separator = _texts(rows, column, split), "\n"
-    windows = token_windows(texts, tokenizer, encoder.length, most, encoder.start, separator)
+    windows = token_windows(texts, tokenizer, encoder.length, max_windows, encoder.start, separator)
     if not len(windows):
         raise InputError(
             f"the split {split} is too short for one window of {encoder.length} tokens; "
@@ -104,13 +113,13 @@ def _windows(rows: Dataset, split: str, encoder: Encoder, most: int | None) -> n
     return windows
 
 
-def _window_batch(windows: np.ndarray, start: int) -> Batch:
-    """``start``: how many tokens at the head are context. The first token is never a target anyway."""
+def _window_batch(windows: np.ndarray, context_length: int) -> Batch:
+    """Make a batch of windows whose first ``context_length`` tokens are context; the first is never a target anyway."""
     ids = torch.from_numpy(windows.astype(np.int64))
-    if start < 2:
+    if context_length < 2:
         return {"input_ids": ids}
     labels = ids.clone()
-    labels[:, :start] = IGNORED
+    labels[:, :context_length] = IGNORED
     return {"input_ids": ids, "labels": labels}
 
 
@@ -119,11 +128,11 @@ def _text_inputs(rows: Dataset, split: str, encoder: Encoder) -> Collate:
     _check_texts(rows, split, columns, tokenizer)
     names = [columns.input] if columns.pair is None else [columns.input, columns.pair]
     texts = rows.select_columns(names)
-    wanted = input_names(encoder.model_config, encoder.task)
+    used_names = input_names(encoder.model_config, encoder.task)
     fill = {"input_ids": padding_id(encoder.model_config), "token_type_ids": tokenizer.pad_token_type_id}
 
-    def inputs(picked: Sequence[int]) -> Batch:
-        chosen = texts[list(picked)]
+    def inputs(numbers: Sequence[int]) -> Batch:
+        chosen = texts[list(numbers)]
         encoded = tokenizer(
             *(chosen[name] for name in names),
             truncation=encoder.length is not None,
@@ -135,14 +144,14 @@ def _text_inputs(rows: Dataset, split: str, encoder: Encoder) -> Collate:
         return {
             name: _padded(values, fill.get(name, 0), tokenizer.padding_side)
             for name, values in encoded.items()
-            if wanted is None or name in wanted
+            if used_names is None or name in used_names
         }
 
     return inputs
 
 
 def _padded(sequences: Sequence[Sequence[int]], fill: int, side: str) -> torch.Tensor:
-    """Rows of the longest one's length, int64. Not ``tokenizer.pad``, which wants a padding token to exist."""
+    """Pad sequences to the longest (int64). Unlike ``tokenizer.pad``, this works without a padding token."""
     table = np.full((len(sequences), max(map(len, sequences))), fill, np.int64)
     for row, sequence in zip(table, sequences, strict=True):
         start = len(row) - len(sequence) if side == "left" else 0
@@ -151,27 +160,28 @@ def _padded(sequences: Sequence[Sequence[int]], fill: int, side: str) -> torch.T
 
 
 def _texts(rows: Dataset, column: str, split: str) -> Iterator[str]:
-    """Every text of a column, a thousand rows in memory at a time."""
+    """Yield every text of a column, with a thousand rows in memory at a time."""
     row = 0
     for table in rows.select_columns([column]).with_format("arrow").iter(batch_size=1000):
         for text in table.column(column).to_pylist():
             if text is None:
-                raise InputError(f"row {row} of {split} has no text in column {column!r}; take such rows out")
+                raise InputError(f"row {row} of {split} has no text in column {column!r}; remove such rows")
             yield text
             row += 1
 
 
 def _check_texts(rows: Dataset, split: str, columns: Columns, tokenizer: Any) -> None:
-    blank_is_nothing = columns.pair is None and not tokenizer("")["input_ids"]
+    blank_has_no_tokens = columns.pair is None and not tokenizer("")["input_ids"]
     for column in filter(None, (columns.input, columns.pair)):
         for row, text in enumerate(_texts(rows, column, split)):
-            if blank_is_nothing and not text.strip():
-                raise InputError(f"row {row} of {split} has an empty text in column {column!r}; take such rows out")
+            if blank_has_no_tokens and not text.strip():
+                raise InputError(f"row {row} of {split} has an empty text in column {column!r}; remove such rows")
 
 
 def _check_vocabulary(ids: np.ndarray, encoder: Encoder) -> None:
     size = vocabulary_size(encoder.model_config)
     if size is not None and ids.size and ids.max() >= size:
         raise InputError(
-            f"the tokenizer gives token {ids.max()}, but the model's vocabulary has {size}; they do not belong together"
+            f"the tokenizer gives token {ids.max()}, but the model's vocabulary has {size} entries; they do not belong "
+            "together"
         )

@@ -1,4 +1,4 @@
-"""Data as tasks take it: samples in a fixed order, turned into batches when they are asked for."""
+"""Loads a dataset as samples for a task: rows to train on and rows to evaluate on, in a fixed order."""
 
 import json
 from collections.abc import Callable
@@ -24,8 +24,8 @@ from prehab_export.inputs.tasks import Task
 from prehab_export.system import sha256_of, sha256_of_text
 
 DEFAULT_WINDOW = 256
-# More than a short run will ever see, and a bound on the time that a huge corpus takes to tokenise.
-MOST_TRAINING_WINDOWS = 65536
+# More than a short run ever uses; it bounds the time to tokenise a huge corpus.
+MAX_TRAINING_WINDOWS = 65536
 
 
 def load_data(
@@ -38,32 +38,33 @@ def load_data(
     trust_remote_code: bool = False,
     sha256_of: Callable[[Path], str] = sha256_of,
 ) -> TaskData:
-    """Samples to train on and samples to judge by.
+    """Load samples to train on and samples to evaluate on.
 
-    ``config.eval_samples`` takes the first windows of a language model, and random rows of a classifier, whose
-    splits are often sorted by class. A lone split gives up its last windows, or random rows, for evaluation.
+    ``config.eval_samples`` selects the first windows for a language model, and random rows for a classifier, because
+    its splits are often sorted by class. If the data has only one split, its last windows, or random rows, are set
+    aside for evaluation.
 
     Args:
         processor: tokenizer or image processor, from `prehab_export.inputs.models.load_processor`.
-        trust_remote_code: build a model that comes as code, to see how long its input may be.
-        sha256_of: a file's hash; one that remembers saves reading large files again.
+        trust_remote_code: allow building a model that comes as code, which is needed to find its longest input.
+        sha256_of: computes a file's hash; a function with a cache avoids reading large files again.
 
     Raises:
-        InputError: data that is not there, has no rows, or does not fit the task or the model.
+        InputError: the data is missing, has no rows, or does not fit the task or the model.
     """
     source = open_source(config, sha256_of)
     splits = choose_splits(source, config)
     columns = choose_columns(splits.train, config, task)
-    most = None
+    max_positions = None
     if task.name != "image-classification":
-        most = longest_input(model_config, task, trust_remote_code=trust_remote_code)
-    length = _sequence_length(config, task, processor, most)
+        max_positions = longest_input(model_config, task, trust_remote_code=trust_remote_code)
+    length = _sequence_length(config, task, processor, max_positions)
     start = _window_start(config, task, processor, length)
     if splits.evaluation is not None:
         _check_same_columns(splits.evaluation, splits.evaluation_name, columns)
     names = _label_names(splits, columns)
     encoder = Encoder(task, processor, model_config, columns, length, start, config.labels_by_position, names)
-    encoded = encode(splits.train, splits.train_name, encoder, MOST_TRAINING_WINDOWS)
+    encoded = encode(splits.train, splits.train_name, encoder, MAX_TRAINING_WINDOWS)
     train, warnings, shape = _samples(encoded), list(encoded.warnings), encoded.image_shape
     if splits.evaluation is None:
         train, evaluation = cut_into_two(train, task, seed)
@@ -91,8 +92,8 @@ def load_data(
         "warnings": list(dict.fromkeys(warnings)),
     }
     fingerprint = _fingerprint(source.fingerprint, config, description, splits.evaluation is None)
-    judging = json.dumps([fingerprint, splits.evaluation_name, config.eval_samples])
-    evaluation_fingerprint = sha256_of_text(judging)
+    evaluation_settings = json.dumps([fingerprint, splits.evaluation_name, config.eval_samples])
+    evaluation_fingerprint = sha256_of_text(evaluation_settings)
     return TaskData(train, evaluation, fingerprint, evaluation_fingerprint, description)
 
 
@@ -101,16 +102,18 @@ def _samples(encoded: Encoded) -> Samples:
 
 
 def _fingerprint(content: str, config: DataConfig, description: dict[str, Any], cut: bool) -> str:
-    """Of the content and of all that decides what is trained on; what judges is not part of it, but for whether it is
-    cut from the same split."""
-    deciding = ("config", "columns", "train_split", "sequence_length", "window_start", "labels_by_position")
-    used = {key: description[key] for key in deciding} | {"cut": cut}
+    """Hash the content and all settings that determine the training samples.
+
+    Settings of the evaluation samples are not part of it, except whether they are cut from the same split.
+    """
+    relevant = ("config", "columns", "train_split", "sequence_length", "window_start", "labels_by_position")
+    used = {key: description[key] for key in relevant} | {"cut": cut}
     used |= {"encoding": config.encoding, "delimiter": config.separator, "header": config.header}
     return sha256_of_text(json.dumps([content, used], sort_keys=True))
 
 
 def _label_names(splits: Splits, columns: Columns) -> tuple[str, ...]:
-    """A split may lack some of the classes."""
+    """Collect the class names of both splits, because either may lack some classes."""
     if columns.label is None:
         return ()
     parts = [splits.train, *([] if splits.evaluation is None else [splits.evaluation])]
@@ -126,37 +129,38 @@ def _check_same_columns(rows: Dataset, split: str, columns: Columns) -> None:
 def _check_same_shape(train: tuple[int, ...] | None, evaluation: tuple[int, ...] | None, splits: Splits) -> None:
     if train != evaluation:
         raise InputError(
-            f"the image processor gives images of {splits.train_name} the shape {train}, of {splits.evaluation_name} "
-            f"{evaluation}; set do_resize and a size in preprocessor_config.json, or resize the images"
+            f"the image processor gives images of {splits.train_name} the shape {train}, but those of "
+            f"{splits.evaluation_name} {evaluation}; set do_resize and a size in preprocessor_config.json, or resize "
+            "the images"
         )
 
 
 def _window_start(config: DataConfig, task: Task, processor: Any, length: int | None) -> tuple[int, ...]:
-    """Ids that every window of a language model starts with."""
+    """Return the ids that every window of a language model starts with."""
     if task.name != "text-generation":
         if config.window_start != AUTO:
-            raise InputError(f"--window-start is for windows of text; {task.name} has none")
+            raise InputError(f"--window-start applies to windows of text; {task.name} has none")
         return ()
     if config.window_start == "none":
         return ()
     if config.window_start == "bos":
         if processor.bos_token_id is None:
-            raise InputError("--window-start bos: the tokenizer has no BOS token; take --window-start none")
+            raise InputError("--window-start bos: the tokenizer has no BOS token; use --window-start none")
         return (processor.bos_token_id,)
     start = start_tokens(processor)
     if length is not None and length <= len(start):
         raise InputError(
-            f"a window of {length} tokens leaves nothing to predict after the {len(start)} that the tokenizer puts "
-            "before a text; give a larger --sequence-length, or --window-start none"
+            f"a window of {length} tokens leaves nothing to predict after the {len(start)} tokens that the tokenizer "
+            "puts before a text; give a larger --sequence-length, or --window-start none"
         )
     return start
 
 
-def _sequence_length(config: DataConfig, task: Task, processor: Any, most: int | None) -> int | None:
-    """Window of a language model, longest text of a classifier, in tokens; None where there is no bound."""
+def _sequence_length(config: DataConfig, task: Task, processor: Any, max_positions: int | None) -> int | None:
+    """Return the window of a language model or the longest text of a classifier, in tokens; None if unlimited."""
     if task.name == "image-classification":
         return None
-    bounds = {} if most is None else {f"the model's {most} positions": most}
+    bounds = {} if max_positions is None else {f"the model's {max_positions} positions": max_positions}
     limit = processor.model_max_length
     if task.name == "text-classification" and limit < 1e9:  # transformers' "no limit" is 1e30
         bounds[f"the {limit} tokens that its tokenizer allows (model_max_length in tokenizer_config.json)"] = limit

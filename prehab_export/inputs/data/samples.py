@@ -1,4 +1,4 @@
-"""Samples in a fixed order, turned into batches when they are asked for."""
+"""Holds samples in a fixed order and makes batches of them on demand."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from prehab_export.inputs.tasks import Batch, Task
 
 @dataclass(frozen=True)
 class Samples:
-    """Some rows of a split, in order. ``collate`` makes a batch of given rows."""
+    """Some rows of a split, in order; ``collate`` makes a batch from a list of row numbers."""
 
     rows: np.ndarray
     collate: Collate
@@ -23,25 +23,27 @@ class Samples:
         return len(self.rows)
 
     def batches(self, batch_size: int, indices: Sequence[int] | None = None) -> "Batches":
-        """Batches of ``batch_size`` samples, the last one maybe shorter, padded to the longest in each.
+        """Return batches of ``batch_size`` samples, each padded to its longest sample; the last may be smaller.
 
-        indices: positions in these samples to take, in their order; all of them by default.
+        Args:
+            indices: positions of the samples to use, in this order; by default all of them.
         """
         return Batches(self if indices is None else self.at(indices), batch_size)
 
     def at(self, indices: Sequence[int]) -> "Samples":
-        """The samples at these positions, in their order."""
+        """Return the samples at these positions, in this order."""
         return Samples(self.rows[np.asarray(indices, np.int64)], self.collate)
 
     def first(self, count: int) -> "Samples":
+        """Return the first ``count`` samples, or all if there are fewer."""
         return Samples(self.rows[:count], self.collate)
 
     def subset(self, count: int, seed: int) -> "Samples":
-        """``count`` samples (all, if there are fewer) drawn without repeats, in their old order."""
+        """Draw ``count`` samples (all if there are fewer) without replacement; they keep their order."""
         return self.split(count, seed)[0]
 
     def split(self, count: int, seed: int) -> tuple["Samples", "Samples"]:
-        """``count`` samples drawn at random, and the rest; both in their old order."""
+        """Return ``count`` samples drawn at random, and the rest; both keep their order."""
         order = np.random.default_rng(seed).permutation(len(self.rows))
         drawn, rest = np.sort(order[:count]), np.sort(order[count:])
         return Samples(self.rows[drawn], self.collate), Samples(self.rows[rest], self.collate)
@@ -49,7 +51,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Batches:
-    """Samples, so many at a time; made one by one, each time they are gone through."""
+    """An iterable of batches of samples; every iteration makes the batches anew, one at a time."""
 
     samples: Samples
     batch_size: int
@@ -64,9 +66,12 @@ class Batches:
 
 @dataclass(frozen=True)
 class TaskData:
-    """fingerprint: a hash of the content and of what decides which of it is trained on; evaluation_fingerprint: of
-    that, and of what decides which of it judges; description: for the report, with ``warnings`` of what had to be
-    assumed."""
+    """Samples to train on and samples to evaluate on.
+
+    fingerprint: hash of the content and of all settings that determine the training samples.
+    evaluation_fingerprint: hash of ``fingerprint`` and of all settings that determine the evaluation samples.
+    description: entries for the report; its ``warnings`` list what had to be assumed about the data.
+    """
 
     train: Samples
     evaluation: Samples
@@ -76,12 +81,18 @@ class TaskData:
 
 
 def cut_into_two(samples: Samples, task: Task, seed: int) -> tuple[Samples, Samples]:
-    """(train, evaluation) of a lone split; text is cut once, so that evaluation is a text that training never saw."""
+    """Divide the only split of a dataset into (train, evaluation).
+
+    A language model's text is cut at one place, so that the evaluation text never occurs in training.
+
+    Raises:
+        InputError: there is only one sample.
+    """
     if len(samples) < 2:
-        raise InputError("the data has one sample, which cannot be both trained on and judged by; give more")
+        raise InputError("the data has one sample, which cannot serve both training and evaluation; give more")
     count = held_out_count(len(samples))
     if task.name == "text-generation":
-        keep = len(samples) - count
-        return samples.first(keep), Samples(samples.rows[keep:], samples.collate)
+        train_count = len(samples) - count
+        return samples.first(train_count), Samples(samples.rows[train_count:], samples.collate)
     evaluation, train = samples.split(count, seed)
     return train, evaluation

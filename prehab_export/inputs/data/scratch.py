@@ -1,4 +1,4 @@
-"""Where copies of local data lie while this process needs them: gone with it, or after a kill with the next one."""
+"""Provides a temporary folder for copies of local data; it is removed at exit or, after a kill, by the next process."""
 
 import atexit
 import functools
@@ -12,7 +12,7 @@ PREFIX = "prehab-export-data-"
 
 @functools.cache
 def scratch_folder() -> Path:
-    """This process's own folder in the temporary directory."""
+    """Return this process's own folder in the temporary directory, and create it on the first call."""
     folder = OwnedFolder.make(Path(tempfile.gettempdir()), PREFIX)
     atexit.register(folder.remove)
     return folder.path

@@ -1,4 +1,4 @@
-"""Datasets as they lie on disk or on the hub: which splits there are, and which rows train and which judge."""
+"""Opens datasets on disk or on the hub, and chooses the rows to train on and the rows to evaluate on."""
 
 import glob
 import re
@@ -20,7 +20,7 @@ from prehab_export.system import sha256_of, sha256_of_all, sha256_of_text
 DIGITS = "sklearn-digits"
 DIGITS_EVALUATION = 360
 
-# Which of `datasets`' readers takes a single file.
+# Suffix of a single file → the reader of `datasets` for it.
 FILE_READERS = {
     ".parquet": "parquet",
     ".csv": "csv",
@@ -34,7 +34,7 @@ FILE_READERS = {
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
 HELD_OUT_SHARE = 0.2
-HELD_OUT_MOST = 5000
+HELD_OUT_MAX = 5000
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows to train on and rows to judge by, with the names they go by.
+    """Rows to train on and rows to evaluate on, with the names of their splits.
 
-    ``evaluation`` is None when the data has one split: the evaluation part is then cut from its samples.
+    ``evaluation`` is None if the data has only one split: the evaluation samples are then cut from its samples.
     """
 
     train: Dataset
@@ -59,16 +59,16 @@ class Splits:
 
 
 def open_source(config: DataConfig, sha256_of: Callable[[Path], str] = sha256_of) -> Source:
-    """Every split of the data.
+    """Open all splits of the data.
 
     Args:
-        sha256_of: a file's hash; one that remembers saves reading large files again.
+        sha256_of: computes a file's hash; a function with a cache avoids reading large files again.
 
     Raises:
-        InputError: nothing there, a kind of file that is not read, or the hub out of reach.
+        InputError: the data is not there, the kind of file is not supported, or the hub is out of reach.
     """
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is raised, too
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # every logged error is raised as well
     if config.data == DIGITS:
         return Source(_digits(), sha256_of_text(DIGITS))  # the same rows for everyone
     path = Path(config.data)
@@ -84,19 +84,20 @@ def open_source(config: DataConfig, sha256_of: Callable[[Path], str] = sha256_of
         return _without_indices(_from_hub(config))
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # a script is the third
+    # A dataset that is a script raises RuntimeError.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         empty = re.search(r'Instruction "(.+)" corresponds to no data', str(error))
         if empty is not None:
-            raise InputError(f"the split {empty[1]} of {config.data} is empty; give it rows or take it away") from error
-        where = "" if path.exists() else " (neither a file nor a folder here, so it was looked for on the hub)"
+            raise InputError(f"the split {empty[1]} of {config.data} is empty; give it rows or remove it") from error
+        where = "" if path.exists() else " (not a local file or folder, so it was looked for on the hub)"
         raise InputError(f"cannot read the data {config.data}{where}: {_reason(error, config)}") from error
 
 
 def choose_splits(source: Source, config: DataConfig) -> Splits:
-    """The splits that the configuration names, or those that go by common names.
+    """Return the splits that the configuration names, or those with common names.
 
     Raises:
-        InputError: an unknown or an empty split, or none that can be told to be the one to train on.
+        InputError: a split is unknown or empty, or it is unclear which one to train on.
     """
     sizes = {name: split.num_rows for name, split in source.splits.items()}
     evaluation_name = config.eval_split or _evaluation_name(list(sizes), config)
@@ -106,7 +107,7 @@ def choose_splits(source: Source, config: DataConfig) -> Splits:
         if train_name in used:
             raise InputError(
                 f"--eval-split {config.eval_split} takes rows of {train_name}, which would also be trained on; "
-                f"say which rows are left with --train-split, as in '{train_name}[:80%]'"
+                f"name the rows to train on with --train-split, as in '{train_name}[:80%]'"
             )
     train = _select(source.splits, train_name, sizes, config)
     if evaluation_name is None:
@@ -115,19 +116,19 @@ def choose_splits(source: Source, config: DataConfig) -> Splits:
 
 
 def held_out_count(samples: int) -> int:
-    """How many samples of a lone split judge: a fifth, at most 5,000, and at least one."""
-    return min(HELD_OUT_MOST, max(1, int(samples * HELD_OUT_SHARE)))
+    """Return how many samples of a dataset's only split are for evaluation: a fifth, at most 5,000, at least one."""
+    return min(HELD_OUT_MAX, max(1, int(samples * HELD_OUT_SHARE)))
 
 
 def _train_name(names: Sequence[str], config: DataConfig) -> str:
-    found = _named(names, TRAIN_NAMES)
-    if found is None and len(names) == 1:
-        found = names[0]
-    if found is None:
+    split = _named(names, TRAIN_NAMES)
+    if split is None and len(names) == 1:
+        split = names[0]
+    if split is None:
         raise InputError(
-            f"{config.data} has the splits {', '.join(names)}; say which one to train on with --train-split"
+            f"{config.data} has the splits {', '.join(names)}; choose the one to train on with --train-split"
         )
-    return found
+    return split
 
 
 def _evaluation_name(names: Sequence[str], config: DataConfig) -> str | None:
@@ -136,16 +137,18 @@ def _evaluation_name(names: Sequence[str], config: DataConfig) -> str | None:
     exact = _named(names, EVAL_NAMES)
     if exact is not None:
         return exact
-    # GLUE's MNLI has validation_matched and validation_mismatched: theirs to choose.
-    near = [name for name in names if name.lower().startswith(EVAL_NAMES)]
-    if len(near) > 1:
-        raise InputError(f"{config.data} has the splits {', '.join(near)}; say which one to judge by: --eval-split")
-    return near[0] if near else None
+    # GLUE's MNLI has validation_matched and validation_mismatched: the user has to choose.
+    similar = [name for name in names if name.lower().startswith(EVAL_NAMES)]
+    if len(similar) > 1:
+        raise InputError(
+            f"{config.data} has the splits {', '.join(similar)}; choose the one to evaluate on with --eval-split"
+        )
+    return similar[0] if similar else None
 
 
-def _named(names: Sequence[str], wanted: Sequence[str]) -> str | None:
+def _named(names: Sequence[str], candidates: Sequence[str]) -> str | None:
     by_lower = {name.lower(): name for name in names}
-    return next((by_lower[name] for name in wanted if name in by_lower), None)
+    return next((by_lower[name] for name in candidates if name in by_lower), None)
 
 
 def _instruction(split: str, sizes: dict[str, int], config: DataConfig) -> list[Any]:
@@ -171,7 +174,7 @@ def _select(splits: DatasetDict, split: str, sizes: dict[str, int], config: Data
 def _from_file(path: Path, config: DataConfig) -> DatasetDict:
     reader = FILE_READERS.get(path.suffix.lower())
     if reader is None:
-        raise InputError(f"{path} is not a kind of file that is read here; give {', '.join(FILE_READERS)} or a folder")
+        raise InputError(f"{path} is not a supported kind of file; give {', '.join(FILE_READERS)} or a folder")
     if not path.stat().st_size:
         raise InputError(f"{path} is empty")
     _check_name(path)
@@ -192,9 +195,7 @@ def _from_folder(path: Path, config: DataConfig) -> DatasetDict:
         saved = datasets.load_from_disk(str(path))
         return saved if isinstance(saved, DatasetDict) else DatasetDict(train=saved)
     if glob.has_magic(str(path.resolve())):
-        raise InputError(
-            f"{path.resolve()} holds one of * ? [ ], which reads as a pattern in a folder's name; rename it"
-        )
+        raise InputError(f"{path.resolve()} contains one of * ? [ ], which would be read as a pattern; rename it")
     _check_name(path)
     builder = datasets.load_dataset_builder(str(path), config.data_config, cache_dir=_scratch())
     options = reader_options(builder.name, config)
@@ -210,7 +211,7 @@ def _from_hub(config: DataConfig) -> Source:
     builder = datasets.load_dataset_builder(config.data, config.data_config)
     options = reader_options(builder.name, config)
     if config.header is False:
-        raise InputError("--no-header is for files that are here; download the data, or give them names there")
+        raise InputError("--no-header is for local files only; download the data, or name its columns on the hub")
     splits = datasets.load_dataset(config.data, config.data_config, **options)
     identity = f"{config.data}\0{config.data_config}\0{builder.hash}"
     splits = _checked(splits, config) if builder.name == "csv" else splits
@@ -219,7 +220,7 @@ def _from_hub(config: DataConfig) -> Source:
 
 def _checked(splits: DatasetDict, config: DataConfig) -> DatasetDict:
     for split in splits.values():
-        # What pandas makes of the fields that are too many: an index out of the first ones, the others move up.
+        # If rows have too many fields, pandas makes an index of the first ones, and the others move up.
         if _indices(split):
             raise InputError(
                 f"rows of {config.data} have more fields than its first row; quote texts that hold the delimiter, or "
@@ -230,11 +231,11 @@ def _checked(splits: DatasetDict, config: DataConfig) -> DatasetDict:
 
 def _check_name(path: Path) -> None:
     if "::" in str(path.resolve()):
-        raise InputError(f"{path.resolve()} holds ::, which reads as a place inside an archive; rename it")
+        raise InputError(f"{path.resolve()} contains ::, which would be read as a place inside an archive; rename it")
 
 
 def _without_indices(source: Source) -> Source:
-    """Pandas writes the numbers of rows that were shuffled or sorted out as a column of their own."""
+    """Remove the column in which pandas writes the row numbers of shuffled or filtered tables."""
     splits = DatasetDict({name: split.remove_columns(_indices(split)) for name, split in source.splits.items()})
     return Source(splits, source.fingerprint)
 
@@ -244,7 +245,7 @@ def _indices(split: Dataset) -> list[str]:
 
 
 def _scratch() -> str:
-    """Where `datasets` puts its Arrow copy of local files: not in the user's cache, where it would stay."""
+    """Return the folder for the Arrow copies that `datasets` makes of local files; the user's cache would keep them."""
     return str(scratch_folder())
 
 
@@ -253,23 +254,23 @@ def _content_hash(root: Path, files: list[Path], sha256_of: Callable[[Path], str
 
 
 def _reason(error: Exception, config: DataConfig) -> str:
-    """The innermost cause says what was wrong with the file; the wrappers only say that something was."""
+    """Return the innermost cause of an error: it says what is wrong with the file, the outer errors only that it is."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
         likely = guess_encoding(error.object) or "cp1252"
         return (
             f"its text is not {config.encoding or 'UTF-8'} ({error.reason}, byte {error.object[error.start]:#04x}); "
-            f"say what it is, as in --encoding {likely}"
+            f"give its encoding, as in --encoding {likely}"
         )
     text = " ".join(str(error).split()) or type(error).__name__
-    if text.startswith("Error tokenizing data"):  # pandas, of a table with ragged rows
+    if text.startswith("Error tokenizing data"):  # raised by pandas for a table with ragged rows
         text += "; quote texts that hold the delimiter, or give the right one with --delimiter"
     return text if len(text) <= 300 else text[:300] + "…"
 
 
 def _digits() -> DatasetDict:
-    """scikit-learn's 1,797 digits of 8×8 pixels, in a fixed order: 1,437 to train on, 360 to judge by."""
+    """Return scikit-learn's 1,797 digits of 8×8 pixels in a fixed order: 1,437 to train on, 360 to evaluate on."""
     from PIL import Image as PilImage
     from sklearn.datasets import load_digits
 

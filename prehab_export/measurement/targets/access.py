@@ -9,7 +9,11 @@ from prehab_export.system import usable_cores
 
 
 def limits_of(target: Target) -> Limits:
-    """The cores and the memory that a process here may use."""
+    """The cores and the memory that a process here may use.
+
+    Raises:
+        InputError: this system has no such limits.
+    """
     cores = None if target.pin is None else tuple(usable_cores()[: target.pin])
     return Limits(cores, target.memory_mb)
 

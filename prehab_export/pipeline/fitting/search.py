@@ -79,7 +79,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Layers:
-    """The targeted layers: (m, n) of each, the predicted loss at ranks 0, 1, … of each, and of each group that may
+    """The selected layers: (m, n) of each, the predicted loss at ranks 0, 1, … of each, and of each group that may
     share a ``down``, at joint ranks; losses in nats."""
 
     shapes: Mapping[str, tuple[int, int]]
@@ -120,7 +120,7 @@ class Knowledge:
     """What the target told of one setup.
 
     cost: seconds of a layer. latency: summed seconds of the layers → p50 of a request in ms. tail: p95 over p50.
-    size, memory: parameters of the targeted layers → MB. penalty: what quantisation alone costs, in nats.
+    size, memory: parameters of the selected layers → MB. penalty: what quantisation alone costs, in nats.
     """
 
     setup: Setup

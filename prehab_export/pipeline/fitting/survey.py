@@ -45,7 +45,7 @@ class LayerGraph:
 
 @dataclass(frozen=True)
 class Anchor:
-    """A whole model in one mode. units: (m, n, rank) of its targeted layers, None for dense."""
+    """A whole model in one mode. units: (m, n, rank) of its selected layers, None for dense."""
 
     slug: str
     mode: str

@@ -20,7 +20,7 @@ from prehab_export.pipeline.fitting.target import measure_layers, measure_models
 from prehab_export.pipeline.latency_budget import layer_shapes, tokens_at_a_time
 from prehab_export.system import bar, say, write_json
 
-# Shares of the targeted parameters that the anchors lack.
+# Shares of the selected parameters that the anchors lack.
 ANCHORS = (0.5, 0.85)
 
 Row = dict[str, Any]

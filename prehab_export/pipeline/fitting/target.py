@@ -35,13 +35,14 @@ FIGURES = ("model", "threads", "p50_ms", "p95_ms", "peak_mb", "runs", "rounds")
 
 def check_target(target: Target, threads: Sequence[int]) -> None:
     """Raises:
-    InputError: a place that cannot answer at once, or one with fewer cores than threads are asked for.
+    InputError: a place that cannot answer at once, limits that this system lacks, or fewer cores than threads.
     TargetError: it cannot be reached.
     """
     if target.name.startswith("kit:") or target.by_hand:
         raise InputError(
             "a fit asks its target twice, which cannot be done by hand; give local, ssh://, adb or browser"
         )
+    limits_of(target)
     if target.name == "browser":
         find_web(target.web)
         find_browser(target.browser)

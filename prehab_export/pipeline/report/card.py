@@ -1,11 +1,11 @@
 """The facts of a run, and the model card made of them."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prehab_export.config import RunConfig
+from prehab_export.config import public_names
 from prehab_export.pipeline.session import Session
 from prehab_export.system import render
 
@@ -47,15 +47,3 @@ def collect(session: Session) -> dict[str, Any]:
         if workspace.has(stage):
             facts[stage] = json.loads((workspace.folder(stage) / name).read_text(encoding="utf-8"))
     return facts
-
-
-def public_names(config: RunConfig) -> RunConfig:
-    """Hub ids as they are; of local paths only the last part, since the rest is one machine's business."""
-
-    def name(place: str) -> str:
-        return Path(place).resolve().name if Path(place).exists() else place
-
-    adapter = None if config.adapter is None else name(config.adapter)
-    return replace(
-        config, model=name(config.model), adapter=adapter, data=replace(config.data, data=name(config.data.data))
-    )

@@ -66,7 +66,7 @@ def plot_sweep(dense: dict, rows: list[dict], path: Path) -> None:
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=method)
     if dense["metric"] == "perplexity":
         axes.set_yscale("log")  # one broken method must not flatten the others
-    axes.set_xlabel("share of the targeted parameters removed")
+    axes.set_xlabel("share of the selected parameters removed")
     axes.set_ylabel(dense["metric"])
     axes.legend(fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -10,9 +10,9 @@ from converters.folder import save_folder
 from converters.lowrank import dense_weight
 from converters.model_config import ties_embeddings
 from prehab_export.compression import (
-    Calibrated,
     CalibrationWarning,
     Gather,
+    Statistics,
     calibrate,
     doubts,
     moments_size,
@@ -35,7 +35,7 @@ def merge_adapter(session: Session, folder: Path) -> None:
 def calibrate_dense(session: Session, folder: Path) -> None:
     model = session.load_dense()
     check_runs(model, session.task, session.calibration)
-    statistics = gather(session, model).statistics
+    statistics = gather(session, model)
     save_statistics(statistics, folder / STATISTICS)
     warned = doubts(statistics)
     for warning in warned:
@@ -52,8 +52,8 @@ def calibrate_dense(session: Session, folder: Path) -> None:
     write_json(folder / "calibrate.json", facts)
 
 
-def gather(session: Session, model: PreTrainedModel) -> Calibrated:
-    """The model with the moments that the run's options ask for."""
+def gather(session: Session, model: PreTrainedModel) -> Statistics:
+    """The moments that the run's options ask for."""
     options = session.config
     layers = session.layers(model)
     shapes = ((w.shape[0], w.shape[1]) for w in map(dense_weight, layers.values()))
@@ -66,4 +66,4 @@ def gather(session: Session, model: PreTrainedModel) -> Calibrated:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # said once, by the stage
         found = calibrate(model, session.task, batches, layers, gather=wanted, seed=options.seed, progress=bar)
-    return session.calibrated(model, found.statistics)
+    return found.statistics

@@ -70,7 +70,7 @@ def save_factored(session: Session, model: PreTrainedModel, folder: Path) -> Non
 
 
 def _say_what_was_removed(session: Session, truncation: Truncation, latency: float | None) -> None:
-    options, removed = session.config.cut, truncation.summary()["targeted_share_removed"]
+    options, removed = session.config.cut, truncation.summary()["selected_share_removed"]
     asked, found = options.ratio, removed
     if options.latency is not None and latency is not None:
         asked, found = options.latency, latency

@@ -55,7 +55,7 @@ def _prehabbed(
     history = prehab(
         calibrated, session.training, options, config.cut, evaluate=evaluate, seed=config.seed, progress=progress
     )
-    return history, gather(session, cast(PreTrainedModel, calibrated.model))
+    return history, calibrated.with_statistics(gather(session, cast(PreTrainedModel, calibrated.model)))
 
 
 def _with_found_strength(session: Session, calibrated: Calibrated) -> tuple[PrehabConfig, list[dict[str, float]]]:
