@@ -358,8 +358,8 @@ def _answers(model: PreTrainedModel) -> Tensor:
     table: Any = model.get_input_embeddings()
     rows = table.weight.shape[0]
     ids = (torch.arange(1, 7, device=model.device) % rows)[None]
-    if ends := [token for token in end_tokens(model.config) if 0 <= token < rows]:
-        ids[:, -1] = ends[0]  # some classifiers search for it
+    if end_ids := [token for token in end_tokens(model.config) if 0 <= token < rows]:
+        ids[:, -1] = end_ids[0]  # some classifiers search for it
     return model(input_ids=ids).logits.float()
 
 

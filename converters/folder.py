@@ -266,5 +266,5 @@ def _check_complete(folder: Path, model: PreTrainedModel, info: Mapping[str, Any
     ]
     problems += [str(message) for message in info.get("error_msgs", [])]
     if problems:
-        shown = "; ".join(problems[:5]) + ("; …" if len(problems) > 5 else "")
-        raise InputError(f"{folder}: weights do not fit config.json ({len(problems)} problems): {shown}")
+        first_problems = "; ".join(problems[:5]) + ("; …" if len(problems) > 5 else "")
+        raise InputError(f"{folder}: weights do not fit config.json ({len(problems)} problems): {first_problems}")

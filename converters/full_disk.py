@@ -30,7 +30,7 @@ def explaining_full_disk(folder: Path) -> Iterator[None]:
     except (InputError, OSError):
         raise
     except Exception as error:
-        for place in (folder, Path(tempfile.gettempdir())):
-            if shutil.disk_usage(place).free < LEAST_BYTES:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place)) from error
+        for written_folder in (folder, Path(tempfile.gettempdir())):
+            if shutil.disk_usage(written_folder).free < LEAST_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(written_folder)) from error
         raise

@@ -52,8 +52,8 @@ def _config(
 ) -> dict[str, Any]:
     vocabulary = _vocabulary_size(model)
     length = min(context_length(model.config) or _USUAL_CONTEXT, _LARGEST_INT)
-    ends = _ids(model, "eos_token_id", vocabulary)
-    end = ends[0] if ends else 0
+    end_ids = _ids(model, "eos_token_id", vocabulary)
+    end = end_ids[0] if end_ids else 0
     names: dict[str, str] = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
     names |= {f"past_{part}_names": f"past_key_values.%d.{part}" for part in ("key", "value")}
     outputs = {"logits": "logits"} | {f"present_{part}_names": f"present.%d.{part}" for part in ("key", "value")}
@@ -63,7 +63,9 @@ def _config(
             "vocab_size": vocabulary,
             "context_length": length,
             "bos_token_id": _first(_ids(model, "bos_token_id", vocabulary), end),
-            "eos_token_id": ends[0] if len(ends) == 1 else ends,  # an empty list means that no token ends a text
+            "eos_token_id": end_ids[0]
+            if len(end_ids) == 1
+            else end_ids,  # an empty list means that no token ends a text
             "pad_token_id": _first(_ids(model, "pad_token_id", vocabulary), end),
             "decoder": {
                 "session_options": {"provider_options": []},

@@ -79,8 +79,8 @@ def tokens_named(config: PreTrainedConfig | GenerationConfig | None, name: str) 
 
 def special_tokens(config: PreTrainedConfig) -> tuple[int, ...]:
     """Return the ids that mark the end of a text or of a part of one, each once; only ids of the vocabulary."""
-    named = (*end_tokens(config), *tokens_named(config, "sep_token_id"))
-    return tuple(dict.fromkeys(token for token in named if in_vocabulary(token, config)))
+    ids = (*end_tokens(config), *tokens_named(config, "sep_token_id"))
+    return tuple(dict.fromkeys(token for token in ids if in_vocabulary(token, config)))
 
 
 def positions(config: PreTrainedConfig) -> int | None:

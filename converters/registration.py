@@ -84,9 +84,9 @@ class LowRankQuantizer(HfQuantizer):
         model.all_tied_weights_keys |= {
             f"{name}.down.weight": f"{first}.down.weight" for first, *others in groups for name in others
         }
-        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         tied = model.all_tied_weights_keys | other_names(model)
-        model.all_tied_weights_keys = {key: source for key, source in tied.items() if {key, source} <= known}
+        model.all_tied_weights_keys = {key: source for key, source in tied.items() if {key, source} <= parameter_names}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -176,5 +176,5 @@ def _names_within(model: PreTrainedModel, saved: Iterable[str]) -> dict[str, str
         saved_with_head = any(name.startswith(prefix) for name in names)
         inner = [name for name in names if name.startswith(prefix) or not saved_with_head]
         return {name: name.removeprefix(prefix) for name in inner}
-    known = dict(model.named_modules())
-    return {name: name if name in known else prefix + name for name in names}
+    modules = dict(model.named_modules())
+    return {name: name if name in modules else prefix + name for name in names}

@@ -33,15 +33,15 @@ def skeleton(
         build: builds the model of a configuration.
     """
     block_indices = _first_of_each_kind(meta_model)
-    short = _shortened(config, block_indices)
-    if _all_settings(_empty(short, build)) != _all_settings(meta_model):
+    short_config = _shortened(config, block_indices)
+    if _all_settings(_empty(short_config, build)) != _all_settings(meta_model):
         # If the kind of a block depends on its index, the blocks in between are needed too.
-        short = _shortened(config, {length: range(indices[-1] + 1) for length, indices in block_indices.items()})
-    size = sum(4 * parameter.numel() for parameter in _empty(short, build).parameters())
+        short_config = _shortened(config, {length: range(indices[-1] + 1) for length, indices in block_indices.items()})
+    size = sum(4 * parameter.numel() for parameter in _empty(short_config, build).parameters())
     if size > LARGEST:
         return None
     with no_init_weights():  # computed buffers are still computed
-        model = build(short)
+        model = build(short_config)
     model.tie_weights()
     for parameter in model.parameters():
         # Memory pages that were never written take no memory; torch.zeros would write them.
@@ -50,9 +50,9 @@ def skeleton(
 
 
 def _shortened(config: PreTrainedConfig, block_indices: Mapping[int, Sequence[int]]) -> PreTrainedConfig:
-    short = copy.deepcopy(config)
-    shorten(short, block_indices)
-    return short
+    short_config = copy.deepcopy(config)
+    shorten(short_config, block_indices)
+    return short_config
 
 
 def _empty(config: PreTrainedConfig, build: Callable[[PreTrainedConfig], PreTrainedModel]) -> PreTrainedModel:

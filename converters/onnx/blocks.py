@@ -276,8 +276,8 @@ def _look_up(model: ir.Model, node: ir.Node, packed: ir.Value, steps: ir.Value, 
     rows = ir.node("GatherBlockQuantized", [packed, ids.outputs[0], steps], attributes, domain=MICROSOFT)
     new = [ids, rows]
     if width % block:  # cut off the padding of the last block
-        ends = [_constant(model, number) for number in (0, width, -1)]
-        new.append(ir.node("Slice", [rows.outputs[0], *ends]))
+        bounds = [_constant(model, number) for number in (0, width, -1)]
+        new.append(ir.node("Slice", [rows.outputs[0], *bounds]))
     model.opset_imports.setdefault(MICROSOFT, 1)
     _replace(node, new)
 
@@ -288,8 +288,8 @@ def _row_numbers(model: ir.Model, rows: int) -> ir.Value:
     for node in model.graph:
         if node.op_type == "Range" and node.name == name:
             return node.outputs[0]
-    ends = [_constant(model, number, scalar=True) for number in (0, rows, 1)]
-    node = ir.node("Range", ends, name=name)
+    bounds = [_constant(model, number, scalar=True) for number in (0, rows, 1)]
+    node = ir.node("Range", bounds, name=name)
     node.outputs[0].name = name
     model.graph.insert_before(model.graph[0], node)
     return node.outputs[0]

@@ -157,11 +157,11 @@ class _Traced(nn.Module):
             self.inputs = image_inputs(model, form.image_size, samples)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        named = dict(zip(self.inputs.names, tensors, strict=True))
+        inputs = dict(zip(self.inputs.names, tensors, strict=True))
         if self.layout is None:
-            return (self.model(**named).logits,)
-        past = [named.pop(name) for name in self.layout.past]
-        return self.layout.run(self.model, named, past)
+            return (self.model(**inputs).logits,)
+        past = [inputs.pop(name) for name in self.layout.past]
+        return self.layout.run(self.model, inputs, past)
 
     @contextmanager
     def attending(self, base: str) -> Iterator[None]:

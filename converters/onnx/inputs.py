@@ -112,13 +112,13 @@ def decoder_inputs(
 def ordinary_tokens(config: PreTrainedConfig, rows: int, length: int) -> Tensor:
     """Build ids (rows, length) like those of a text: no special tokens, except that each row ends with the tokens that
     mark its end."""
-    ends = model_config.special_tokens(config)[: length - 1]
-    special = {*ends, model_config.padding_token(config)}
+    end_ids = model_config.special_tokens(config)[: length - 1]
+    special = {*end_ids, model_config.padding_token(config)}
     size = model_config.vocabulary_size(config) or rows * length + len(special)
     ordinary = [token for token in range(min(size, 100)) if token not in special] or [0]
-    count = length - len(ends)
+    count = length - len(end_ids)
     ids = torch.tensor([ordinary[index % len(ordinary)] for index in range(1, rows * count + 1)])
-    return torch.cat([ids.reshape(rows, count), torch.tensor(ends, dtype=torch.long).expand(rows, -1)], dim=1)
+    return torch.cat([ids.reshape(rows, count), torch.tensor(end_ids, dtype=torch.long).expand(rows, -1)], dim=1)
 
 
 def distinguishes_token_types(model: PreTrainedModel) -> bool:

@@ -208,10 +208,10 @@ def kind_of_cache(inputs: Iterable[str]) -> str:
     >>> kind_of_cache(["input_ids", "past_key_values.0.key", "past_key_values.0.value_latent"])
     'latent-values'
     """
-    ends = {name.rpartition(".")[2] for name in inputs if name.startswith("past_key_values.")}
-    if ends & {"latent", "key_latent"}:
+    suffixes = {name.rpartition(".")[2] for name in inputs if name.startswith("past_key_values.")}
+    if suffixes & {"latent", "key_latent"}:
         return LATENT
-    return LATENT_VALUES if "value_latent" in ends else FULL
+    return LATENT_VALUES if "value_latent" in suffixes else FULL
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def link(source: str, target: str) -> None:
 
 
 def free_space(folder: Path) -> int:
-    """Bytes that are free where a folder lies, or would lie."""
+    """Return the number of free bytes on the file system of a folder, which need not exist yet."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return shutil.disk_usage(existing).free
 
@@ -58,11 +58,11 @@ def check_disk_space(folder: Path, needed: int) -> None:
     Raises:
         InputError: it has less.
     """
-    free = free_space(folder)
-    if free < needed:
+    free_bytes = free_space(folder)
+    if free_bytes < needed:
         raise InputError(
-            f"{folder} needs about {needed / 1e9:.1f} GB more, but only {free / 1e9:.1f} GB are free; free some space "
-            f"(`prehab-export clean {folder}` removes results of earlier options), or name a folder on another "
+            f"{folder} needs about {needed / 1e9:.1f} GB more, but only {free_bytes / 1e9:.1f} GB are free; free some "
+            f"space (`prehab-export clean {folder}` removes results of earlier options), or name a folder on another "
             "disk with -o"
         )
 

@@ -25,7 +25,7 @@ def silent(_what: str, _steps: int) -> Iterator[Advance]:
 
 @contextmanager
 def step(advance: Advance, note: str) -> Iterator[None]:
-    """One step of a work: its note stands there while it is done, and it counts once it is."""
+    """Report one step of a work: its note is displayed while the block runs, and the step counts once it ends."""
     advance(0, note)
     yield
     advance(1, note)

@@ -71,7 +71,7 @@ def bar(what: str, steps: int) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        # Takes the room that the others leave, and is cut off there.
+        # The note takes the space that the other columns leave, and is cut off at its end.
         TextColumn("{task.fields[note]}", style="dim", markup=False, table_column=Column(ratio=1, no_wrap=True)),
     )
     with RichProgress(*columns, console=console, transient=True, expand=True) as progress:
