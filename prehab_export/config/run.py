@@ -1,8 +1,8 @@
 """What a run is asked to do: one frozen dataclass a stage, checked when made.
 
 Light on purpose: the command line builds its options from these defaults without loading torch. Messages name the
-command line's flags, or the option's own name where it has none; a YAML file has the shape of ``RunConfig``, one section
-a stage. The meaning of every field stands in the docstring of its class, where help texts are made from.
+command line's flags, or an option's own name where it has none; a YAML file has the shape of ``RunConfig``, one section
+a stage. The meaning of every field stands in the docstring of its class, of which help texts are made.
 """
 
 from dataclasses import dataclass, field, replace
