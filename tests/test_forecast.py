@@ -47,7 +47,7 @@ def test_a_new_folder_is_not_made_and_no_weights_are_read(vit_folder, tmp_path, 
     told = capsys.readouterr()
     assert not (tmp_path / "run").exists()
     assert "vit.layers.*.attention.q_proj" in told.out
-    assert "of the model's parameters lie in the layers to compress" in told.out
+    assert "of the model's parameters are in the layers to compress" in told.out
     assert "ranks will move between layers" in told.out
     assert "nothing was written" in told.out
 
