@@ -275,7 +275,8 @@ def test_letters_that_the_terminal_lacks(bare):
     """A figure with ≈ is no reason to fail where the terminal has another alphabet."""
     code = """
         import click
-        from prehab_export.cli.commands import cli, main
+        from prehab_export.cli import main
+        from prehab_export.cli.commands import cli
         from prehab_export.system.terminal import result_console, say
 
         @cli.command()

@@ -8,7 +8,8 @@ import pytest
 
 CODE = """
 import time
-from prehab_export.cli.commands import cli, main
+from prehab_export.cli import main
+from prehab_export.cli.commands import cli
 
 @cli.command()
 def wait():
