@@ -492,7 +492,7 @@ def test_asked_again_nothing_is_measured_again(config, root, device):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"drift_correction": False},
+        pytest.param({"drift_correction": False}, marks=pytest.mark.slow),
         pytest.param({"gradient_shrinkage": 0.5}, marks=pytest.mark.slow),
         pytest.param({"share_inputs": False}, marks=pytest.mark.slow),
     ],

@@ -27,6 +27,7 @@ PROMPT = [5, 9, 12, 7]
 GRAPH = Path("onnx", "model.onnx")
 VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 # Families that call their sizes by other names, or keep them elsewhere.
+SLOW = ("bloom", "gpt-neo", "gemma3", "qwen3")
 FAMILIES = {
     # 2 layers as n_layer, no bound on positions
     "bloom": lambda: (BloomForCausalLM, BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)),
@@ -125,7 +126,7 @@ def test_sizes_that_the_config_does_not_know(exported, config, length):
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f in ("bloom", "gpt-neo") else f for f in FAMILIES]
+    "family", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FAMILIES]
 )
 def test_families_that_name_their_sizes_otherwise(family, tmp_path):
     kind, config = FAMILIES[family]()
