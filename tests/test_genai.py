@@ -125,9 +125,7 @@ def test_sizes_that_the_config_does_not_know(exported, config, length):
     assert generated(exported[1], 10) == greedy(exported[0], [], 10)
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FAMILIES]
-)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in FAMILIES])
 def test_families_that_name_their_sizes_otherwise(family, tmp_path):
     kind, config = FAMILIES[family]()
     torch.manual_seed(0)
