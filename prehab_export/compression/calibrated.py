@@ -34,7 +34,7 @@ class Calibrated:
     def __post_init__(self) -> None:
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for name in self.statistics.groups:
-            if not hasattr(modules.get(name), "weight"):
+            if not isinstance(modules.get(name), DenseLinear):
                 raise InputError(f"the moments belong to another model: this one has no linear layer {name}")
             width, moments_width = dense_weight(modules[name]).shape[1], self.statistics.input_of(name).mean.numel()
             if width != moments_width:
@@ -46,7 +46,11 @@ class Calibrated:
     @property
     def layers(self) -> Mapping[str, DenseLinear]:
         """The layers to compress, by name, in the order in which they were selected."""
-        return {name: self.model.get_submodule(name) for name in self.statistics.groups}  # type: ignore[misc]
+        return {name: self.layer(name) for name in self.statistics.groups}
+
+    def layer(self, name: str) -> DenseLinear:
+        """One of the layers; cheaper than ``layers``, which looks up all of them, for whoever needs one at a time."""
+        return self.model.get_submodule(name)  # type: ignore[return-value]
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

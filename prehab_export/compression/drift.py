@@ -300,7 +300,7 @@ class _Fitter:
         return part
 
     def _gradient_metric(self, name: str) -> Tensor | None:
-        layer = self.calibrated.layers[name]
+        layer = self.calibrated.layer(name)
         return gradient_metric(name, layer, self.calibrated.statistics, self.gradient_shrinkage)
 
 

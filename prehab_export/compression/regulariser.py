@@ -137,7 +137,7 @@ class Regulariser:
         for unit, term in self.terms.items():
             if term.gradient is not None:
                 for name, part in self._parts(unit, strength * term.gradient):
-                    add_weight_gradient(self.calibrated.layers[name], part)
+                    add_weight_gradient(self.calibrated.layer(name), part)
 
     @torch.no_grad()
     def shrink(self, step: int, rate: float) -> None:
@@ -154,7 +154,7 @@ class Regulariser:
             value, shrunk = term.surrogate.shrink(self._stacked(unit), rate * self.config.every * term.weight)
             term.latest = float(value)
             for name, part in self._parts(unit, shrunk):
-                dense_weight(self.calibrated.layers[name]).copy_(part)
+                dense_weight(self.calibrated.layer(name)).copy_(part)
 
     def _due(self, step: int) -> list[Unit]:
         units = list(self.terms)
@@ -168,8 +168,8 @@ class Regulariser:
 
     def _parts(self, unit: Unit, stacked: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Split a stacked matrix into the parts of the layers."""
-        layers = self.calibrated.layers
-        return zip(unit, stacked.split([dense_weight(layers[name]).shape[0] for name in unit]), strict=True)
+        sizes = [dense_weight(self.calibrated.layer(name)).shape[0] for name in unit]
+        return zip(unit, stacked.split(sizes), strict=True)
 
     def _losses(self, metrics: "_Whitening") -> Losses:
         """Return predicted losses under truncation's objective, or none if neither ranks nor weights depend on them."""
@@ -205,9 +205,9 @@ class Regulariser:
         if self.config.layer_weights == "loss":
             losses = predicted[1][unit] if len(unit) > 1 else predicted[0][unit[0]]
             return max(float(losses[self.ranks[unit]]), LEAST_LOSS * float(losses[0]))
-        layers = self.calibrated.layers
         return sum(
-            0.5 * objective_value(dense_weight(layers[name]), metric.second_moment, metric.gradient_moment)
+            0.5
+            * objective_value(dense_weight(self.calibrated.layer(name)), metric.second_moment, metric.gradient_moment)
             for name, metric in zip(unit, metrics.of(unit), strict=True)
         )
 
@@ -221,8 +221,8 @@ class _Whitening:
 
     def of(self, unit: Unit) -> list[Metric]:
         """Return the metric of every layer in the unit."""
-        layers, statistics = self.calibrated.layers, self.calibrated.statistics
-        return [layer_metric(name, layers[name], statistics, self.gradient_shrinkage) for name in unit]
+        layer, statistics = self.calibrated.layer, self.calibrated.statistics
+        return [layer_metric(name, layer(name), statistics, self.gradient_shrinkage) for name in unit]
 
     def unit(self, unit: Unit, whitening: str) -> Whitened:
         """Return the whitened weight of a unit."""
@@ -240,6 +240,5 @@ class _Whitening:
 
 
 def _stacked(calibrated: Calibrated, unit: Unit) -> Tensor:
-    layers = calibrated.layers
-    weights = [dense_weight(layers[name]).detach().float() for name in unit]
+    weights = [dense_weight(calibrated.layer(name)).detach().float() for name in unit]
     return weights[0] if len(weights) == 1 else torch.cat(weights)

@@ -17,7 +17,7 @@ from prehab_export.pipeline.graph_sizes import Numbers
 from prehab_export.pipeline.memory import ASSUMPTION, Memory
 from prehab_export.pipeline.pace import measured_pace
 from prehab_export.pipeline.preflight import check_export
-from prehab_export.pipeline.running import EXPORTING, select_valid
+from prehab_export.pipeline.running import EXPORTING, select_valid, through
 from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.stages.table import STAGES
 from prehab_export.pipeline.workload import Layer, Workload, workload
@@ -110,17 +110,16 @@ def forecast(config: RunConfig, output: Path, *, until: str = "report", redo: Co
         select_valid(session)
         valid = set(session.workspace.current) - set(redo)
         select_valid(session, redo)
-    order = list(STAGES)
-    through = order[: order.index(until) + 1]
-    if any(stage in EXPORTING and not session.workspace.has(stage) for stage in through):
+    stages = through(until)
+    if any(stage in EXPORTING and not session.workspace.has(stage) for stage in stages):
         check_export(session)
     there = sum(session.workspace.size(stage, key) for stage, key in session.workspace.current.items())
     needed = max(0, disk_estimate(session) - there)
     check_disk_space(output, needed)
-    return _forecast(session, through, valid, needed)
+    return _forecast(session, stages, valid, needed)
 
 
-def _forecast(session: Session, through: list[str], valid: Collection[str], disk: int) -> Forecast:
+def _forecast(session: Session, names: list[str], valid: Collection[str], disk: int) -> Forecast:
     load, config = workload(session), session.config
     counts = Counts(len(session.calibration), len(session.held_out), len(session.data.evaluation))
     planned = _planned(session, load)
@@ -130,7 +129,7 @@ def _forecast(session: Session, through: list[str], valid: Collection[str], disk
     pace = measured_pace(session.device)
     own = psutil.Process().memory_info().rss
     stages = []
-    for name in through:
+    for name in names:
         if not STAGES[name].wanted(config):
             stages.append(StageForecast(name, UNWANTED))
         elif session.workspace.has(name):
@@ -153,7 +152,7 @@ def _forecast(session: Session, through: list[str], valid: Collection[str], disk
         max(own, *(stage.memory_bytes or 0 for stage in stages)),
         own + _free_memory(),
         asdict(pace),
-        tuple(_notes(session, planned, through)),
+        tuple(_notes(session, planned, names)),
     )
 
 
@@ -219,7 +218,7 @@ def _free_memory() -> int:
     return free if limit is None else min(free, int(limit * 1e6) - psutil.Process().memory_info().rss)
 
 
-def _notes(session: Session, planned: _Planned, through: list[str]) -> list[str]:
+def _notes(session: Session, planned: _Planned, names: list[str]) -> list[str]:
     config = session.config
     notes = []
     if planned.ranks is not None and not session.workspace.has("truncate"):
@@ -231,9 +230,6 @@ def _notes(session: Session, planned: _Planned, through: list[str]) -> list[str]
         notes.append(
             "times count products at the device's measured pace, and memory is counted as if it were the CPU's"
         )
-    if "bench" in through and config.min_speedup is not None:
+    if "bench" in names and config.min_speedup is not None:
         notes.append("whether --min-speedup is kept is known once all is measured")
     return notes
-
-
-__all__ = ["Forecast", "forecast"]

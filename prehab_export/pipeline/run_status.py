@@ -160,6 +160,3 @@ def _notes(workspace: Workspace, config: RunConfig, staleness: Staleness) -> lis
             place = path.relative_to(workspace.root).as_posix()
             notes.append(f"{place} is unfinished: a command is at work here, or was killed")
     return notes
-
-
-__all__ = ["RunStatus", "status"]

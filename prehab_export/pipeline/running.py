@@ -45,7 +45,7 @@ def run(
         ParityError: the exported artifact does not compute what the model computes; nothing is published.
         StorageError: the disk is full.
     """
-    with opened(config, output, _through(until), redo) as session:
+    with opened(config, output, through(until), redo) as session:
         bring_up_to_date(session, until, redo)
     return session.workspace
 
@@ -119,14 +119,15 @@ def select_valid(session: Session, redo: Collection[str] = ()) -> None:
         session.workspace.select(stage.name, key if found is not None else None)
 
 
-def _through(until: str) -> list[str]:
+def through(until: str) -> list[str]:
+    """The stages up to this one, in their order."""
     order = list(STAGES)
     return order[: order.index(until) + 1]
 
 
 def bring_up_to_date(session: Session, until: str, redo: Collection[str] = ()) -> None:
     """Do the stages through ``until`` that are not there yet, or were made under other options."""
-    bring_up(session, _through(until), redo)
+    bring_up(session, through(until), redo)
 
 
 def bring_up(session: Session, names: Sequence[str], redo: Collection[str] = ()) -> None:
@@ -186,6 +187,3 @@ def _save_source(session: Session) -> None:
     read = {**session.source, "evaluation": session.data.evaluation_fingerprint}
     told = {"config": plain_options(session.config), "read": summaries(read)}
     publish_text(session.workspace.root / SOURCE, json.dumps(told, indent=1) + "\n")
-
-
-__all__ = ["Stage", "bring_up", "bring_up_to_date", "opened", "opened_beside", "run", "select_valid"]

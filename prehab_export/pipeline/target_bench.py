@@ -25,10 +25,9 @@ from prehab_export.measurement import (
     shell_of,
 )
 from prehab_export.pipeline.checks import bench_config
-from prehab_export.pipeline.running import bring_up_to_date, opened
+from prehab_export.pipeline.running import bring_up_to_date, opened, through
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.quantize import graph_hashes, graphs_of
-from prehab_export.pipeline.stages.table import STAGES
 from prehab_export.pipeline.target_results import FOLDER, remember_kit, results_of
 from prehab_export.pipeline.workspace import KITS
 from prehab_export.system import bar, say, warn, write_json
@@ -52,7 +51,7 @@ def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
         target = replace(target, web=find_web(target.web))
         if not target.by_hand:
             find_browser(target.browser)
-    stages = list(STAGES)[: list(STAGES).index("bench")]
+    stages = through("bench")[:-1]
     with opened(config, output, stages) as session:
         bring_up_to_date(session, stages[-1])
         if target.name.startswith("kit:"):
@@ -134,6 +133,3 @@ def _measured(kit: Kit, target: Target, threads: tuple[int, ...]) -> Json:
 
 def _file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
-
-
-__all__ = ["Target", "bench_on_target", "keep_results", "read_back"]
