@@ -94,10 +94,14 @@ def test_the_walk_meets_the_model_itself(family):
         walk = BlockWalk(model, frozen_copy(model), task, batches, blocks)
         for block in blocks:
             assert sorted(walk.order[block.name]) == sorted(block.layers)
+            walk.open(block, [[name] for name in block.layers])
             for name in block.layers:
                 *_, ((dense,), (student,), _mask, _positions) = walk.observe(block, [name])
-                torch.testing.assert_close(dense.inputs[name], expected[name])
-                torch.testing.assert_close(student.inputs[name], expected[name])
+                if name in dense.outputs:  # written to a residual stream: the output stands for the input
+                    torch.testing.assert_close(dense.outputs[name], layers[name](expected[name]))
+                else:
+                    torch.testing.assert_close(dense.input, expected[name])
+                torch.testing.assert_close(student.input, expected[name])
             walk.advance(block)
             torch.testing.assert_close(walk.dense_states[-1], outputs[block.name])
 
@@ -110,11 +114,12 @@ def test_the_residual_stream_is_found_without_names(family):
     with torch.no_grad():
         walk = BlockWalk(model, frozen_copy(model), task, batches, blocks)
         block, writers = blocks[0], []
+        walk.open(block, [[name] for name in walk.order[block.name]])
         for name in walk.order[block.name]:
             *_, ((dense,), *_rest) = walk.observe(block, [name])
             if name in dense.residuals:
                 writers.append(name)
-                last = dense.residuals[name] + model.get_submodule(name)(dense.inputs[name])
+                last = dense.residuals[name] + dense.outputs[name]
         walk.advance(block)
     assert len(writers) == 2  # attention's output projection, and the MLP's
     assert writers[-1] == walk.order[block.name][-1]
@@ -142,10 +147,10 @@ def test_the_residual_stream_lies_as_the_layer_gives_its_output():
     block, x = ChannelsFirst(), torch.randn(2, 16, 16, 16)
     rows = TokenRows((2, 16))
     with torch.no_grad():
-        (seen,) = observe_layers({"wide": block.wide}, rows, False, lambda: block(x))
+        ((seen,),) = observe_layers([{"wide": block.wide}], rows, lambda: block(x))
         expected = block(x)
     torch.testing.assert_close(seen.residuals["wide"], x.permute(0, 2, 3, 1))
-    found = seen.residuals["wide"] + block.wide(seen.inputs["wide"])
+    found = seen.residuals["wide"] + block.wide(seen.input)
     torch.testing.assert_close(found.permute(0, 3, 1, 2), expected)
 
 

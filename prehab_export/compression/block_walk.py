@@ -7,7 +7,7 @@ are run on their own, so a walk over the whole model costs a few forward passes,
 The model calls a block once, but the walk runs it many times. Its arguments are treated accordingly:
 
 - Objects that the block may write to (a cache, a list, keys and values that later blocks share) are copied when they
-  first occur, once for each model. An observation works on a copy of that copy; only an advance leaves a trace.
+  first occur, once for each model. Observing the student works on a copy of that copy; only an advance leaves a trace.
 - Hidden states are passed as a copy, so that a block may work in place.
 - Other tensors from an earlier block's output (a second stream, a position bias) are taken from the same model.
 - Anything else computed from an earlier block's output cannot be reproduced outside the model.
@@ -17,7 +17,7 @@ output that it gave inside the model. If one does not, the blocks are not a chai
 can be used.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,23 +84,53 @@ class _Path:
             rows.mark(hidden)
         return rows
 
-    def advance(self, block: str, needed: Iterable[Link]) -> None:
-        """Run the block, as it is now, on the states of every batch, and keep the outputs that later blocks need."""
-        module = self.model.get_submodule(block)
-        for number, calls in enumerate(self.calls):
-            before = self.states[number]
-            with self.task.running(module), self.token_rows(number, before) as rows:
-                output = calls[block].run(module, before, self.carried[number])
-            hidden = hidden_of(output)
-            self.states[number], self.numbers[number] = hidden, rows.numbers(hidden)
-            leaves = tree_leaves(output)
-            self.carried[number] |= {link: leaves[link.index] for link in needed if link.block == block}
+    def advance(
+        self, block: str, number: int, needed: Iterable[Link], groups: Sequence[Sequence[str]] = ()
+    ) -> list[list[LayerRun]]:
+        """Run the block, as it is now, on the states of one batch, and keep the outputs that later blocks need.
+
+        Returns:
+            Records of these groups of layers, as from `observe_layers`.
+        """
+        module, before, outputs = self.model.get_submodule(block), self.states[number], list[Any]()
+        rows = self.token_rows(number, before)
+
+        def run() -> None:
+            outputs.append(self.calls[number][block].run(module, before, self.carried[number]))
+
+        with self.task.running(module):
+            records = observe_layers([self.layers(group) for group in groups], rows, run)
+        hidden = hidden_of(outputs[0])
+        self.states[number], self.numbers[number] = hidden, rows.numbers(hidden)
+        leaves = tree_leaves(outputs[0])
+        self.carried[number] |= {link: leaves[link.index] for link in needed if link.block == block}
+        return records
+
+    def observe(self, block: str, number: int, names: Sequence[str], writers: Collection[str] | None) -> list[LayerRun]:
+        """Record layers of the block, which read the same input, without changing any state.
+
+        Args:
+            writers: as in `observe_layers`.
+        """
+        module, hidden, call = self.inputs(block, number)
+        rows = self.token_rows(number, hidden)
+        with self.task.running(module):
+            (runs,) = observe_layers(
+                [self.layers(names)], rows, lambda: call.run(module, hidden, self.carried[number]), writers=writers
+            )
+        return runs
+
+    def layers(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        """Return these layers as they are now, by name."""
+        return {name: self.model.get_submodule(name) for name in names}
 
 
 class BlockWalk:
-    """Keeps the hidden states of both models before the current block, for every batch of the sample.
+    """Keeps the hidden states of both models at the current block, for every batch of the sample.
 
-    The states are on the models' device, in the dtypes that blocks pass on in the task's precision.
+    Each block is first opened, which runs the dense block once and records what its layers read, then observed in the
+    student as often as needed, and then left behind by `advance`. The states are on the models' device, in the dtypes
+    that blocks pass on in the task's precision.
 
     Raises (when created):
         NotAChain: the blocks cannot be run one by one.
@@ -114,6 +144,8 @@ class BlockWalk:
         self._dense, self._student = _Path(dense, task), _Path(student, task)
         #: Block → its layers, in the order in which they run.
         self.order: dict[str, list[str]] = {}
+        # First layer of a group of the open block → records of its runs in the dense model, for every batch.
+        self._records: dict[str, list[list[LayerRun]]] = {}
         names, device = [block.name for block in blocks], device_of(dense)
         for batch in (moved(batch, device) for batch in batches):
             if not self.masks:
@@ -123,7 +155,7 @@ class BlockWalk:
 
     @property
     def dense_states(self) -> list[Tensor]:
-        """The dense model's hidden states before the current block, one tensor per batch."""
+        """The dense model's hidden states after the block that was opened last, one tensor per batch."""
         return self._dense.states
 
     def _enter(self, batch: Batch, names: Sequence[str]) -> None:
@@ -160,41 +192,45 @@ class BlockWalk:
         self.order = {block: list(dict.fromkeys(names)) for block, names in order.items()}
         _check_repeatable(recording, self.dense, self.task)
 
+    def open(self, block: Block, groups: Sequence[Sequence[str]]) -> None:
+        """Run the dense block on every batch, and record these groups of its layers; each group reads one input."""
+        self._records = {group[0]: [] for group in groups}
+        for number in range(len(self.masks)):
+            records = self._dense.advance(block.name, number, self._needed, groups)
+            for group, runs in zip(groups, records, strict=True):
+                self._records[group[0]].append(_without_unneeded_input(group, runs))
+
     def observe(
         self, block: Block, names: Sequence[str]
     ) -> Iterator[tuple[list[LayerRun], list[LayerRun], Tensor | None, int]]:
-        """Observe the named layers of a block, which read the same input, in both models on every batch.
+        """Observe a group of layers of the open block in the student, on every batch.
 
         Yields:
-            Runs in the dense model, runs in the student (one entry for each time that the layers run), the token mask,
+            Runs in the dense model, runs in the student (one record for each time that the layers run), the token mask,
             and the number of positions in the hidden states.
         """
-        stop_early = False
         for number, mask in enumerate(self.masks):
-            runs = [self._runs(path, block, names, number, stop_early) for path in (self._dense, self._student)]
-            # Whether a layer writes to the residual stream is only known after it has run.
-            stop_early = not any(run.residuals for run in runs[0]) and len(runs[0]) == 1
-            yield runs[0], runs[1], mask, self.dense_states[number][..., 0].numel()
-
-    def _runs(self, path: _Path, block: Block, names: Sequence[str], number: int, stop_early: bool) -> list[LayerRun]:
-        module, hidden, call = path.inputs(block.name, number)
-        rows = path.token_rows(number, hidden)
-        layers = {name: path.model.get_submodule(name) for name in names}
-        with self.task.running(path.model):
-            return observe_layers(layers, rows, stop_early, lambda: call.run(module, hidden, path.carried[number]))
-
-    def targets(self, block: Block) -> list[Tensor]:
-        """Return the dense block's output on the dense model's states, one tensor per batch."""
-        return [self._dense.output(block.name, number) for number in range(len(self.masks))]
+            dense = self._records[names[0]][number]
+            writers = dense[0].residuals if len(dense) == 1 else None
+            student = self._student.observe(block.name, number, names, writers)
+            yield dense, student, mask, self._student.states[number][..., 0].numel()
 
     def output(self, block: Block, number: int) -> Tensor:
         """Return the output of the student's block on the student's states of one batch."""
         return self._student.output(block.name, number)
 
     def advance(self, block: Block) -> None:
-        """Advance both models' states through the block as it is now."""
-        for path in (self._dense, self._student):
-            path.advance(block.name, self._needed)
+        """Leave the open block: advance the student's states through its block as it is now."""
+        self._records = {}
+        for number in range(len(self.masks)):
+            self._student.advance(block.name, number, self._needed)
+
+
+def _without_unneeded_input(group: Sequence[str], runs: list[LayerRun]) -> list[LayerRun]:
+    """Drop the input of layers that all write to a residual stream: their outputs are the targets (see ``drift``)."""
+    if len(runs) == 1 and set(group) <= runs[0].outputs.keys():
+        runs[0].input = None
+    return runs
 
 
 def _check_repeatable(recording: Recording, model: nn.Module, task: Task) -> None:
@@ -216,7 +252,7 @@ def _check_repeatable(recording: Recording, model: nn.Module, task: Task) -> Non
         for _ in range(2):
             if not _same(path.output(name, 0), expected):
                 raise NotAChain(f"{name} on its own does not give the output that it gives inside the model")
-        path.advance(name, ())
+        path.advance(name, 0, ())
 
 
 def _same(actual: Tensor, expected: Tensor) -> bool:

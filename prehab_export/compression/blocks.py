@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 
@@ -22,14 +23,18 @@ class Block:
 class LayerRun:
     """A record of one run of some layers that read the same input.
 
-    inputs: layer → its input.
+    shape: the shape of their input.
+    input: the input itself; None if it was not kept.
     residuals: layer → the residual stream that its output was added to, if it was added to one.
+    outputs: layer → its output, if it was added to a residual stream.
     numbers: the token number of every row of the input (see ``dataflow.TokenRows``); None if unknown.
     from_tokens: whether the input was computed from tokens at all.
     """
 
-    inputs: dict[str, Tensor] = field(default_factory=dict)
+    shape: torch.Size
+    input: Tensor | None = None
     residuals: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     numbers: Tensor | None = None
     from_tokens: bool = True
 

@@ -52,7 +52,7 @@ from prehab_export.compression.moments import centred
 from prehab_export.compression.training import divergence, frozen_copy
 from prehab_export.compression.truncation import Refit, Truncation, stored_factors
 from prehab_export.inputs import Batch, Task
-from prehab_export.linalg import Group, decompose, decompose_jointly, objective_value, valid_rows
+from prehab_export.linalg import Group, decompose, decompose_jointly, gram, objective_value, valid_rows
 from prehab_export.system import Advance, Progress, silent
 
 # ε as a share of the mean diagonal of C'.
@@ -65,27 +65,48 @@ MOST_INPUTS = 24
 
 @dataclass
 class _Moments:
-    """Sums over tokens for the layers that read one input, float64; x is the dense model's input, x' the student's."""
+    """Sums over tokens for the layers that read one input, float64; x is the dense model's input, x' the student's.
+
+    cross and dense are only summed if a layer needs them, and a layer that writes to a residual stream does not: its
+    target y + h − h' is summed itself, which is m×n instead of n×n, with y the layer's output, bias included.
+    """
 
     outer: Tensor  # n×n: x' x'ᵀ
-    cross: Tensor  # n×n: x x'ᵀ
-    dense: Tensor  # n: x
     student: Tensor  # n: x'
-    drift_cross: dict[str, Tensor] = field(default_factory=dict)  # m×n per layer: (h − h') x'ᵀ
-    drift: dict[str, Tensor] = field(default_factory=dict)  # m per layer: h − h'
+    cross: Tensor | None = None  # n×n: x x'ᵀ
+    dense: Tensor | None = None  # n: x
+    targets: dict[str, Tensor] = field(default_factory=dict)  # m×n per layer: (y + h − h') x'ᵀ
+    totals: dict[str, Tensor] = field(default_factory=dict)  # m per layer: y + h − h'
     tokens: int = 0
 
     @classmethod
     def zero(cls, width: int, device: torch.device) -> "_Moments":
         square, flat = (torch.zeros(*shape, dtype=torch.float64, device=device) for shape in ((width, width), (width,)))
-        return cls(square, square.clone(), flat, flat.clone())
+        return cls(square, flat)
 
-    def add_drift(self, name: str, cross: Tensor, total: Tensor) -> None:
-        if name in self.drift:
-            self.drift_cross[name] += cross
-            self.drift[name] += total
+    def add(self, student: Tensor) -> None:
+        """Add rows of x' (t×n)."""
+        self.outer += gram(student)
+        self.student += student.sum(0)
+        self.tokens += student.shape[0]
+
+    def add_dense(self, dense: Tensor, student: Tensor) -> None:
+        """Add rows of x (t×n) that belong to rows of x'."""
+        cross, total = dense.T @ student, dense.sum(0)
+        if self.cross is None or self.dense is None:
+            self.cross, self.dense = cross.double(), total.double()
         else:
-            self.drift_cross[name], self.drift[name] = cross.double(), total.double()
+            self.cross += cross
+            self.dense += total
+
+    def add_target(self, name: str, target: Tensor, student: Tensor) -> None:
+        """Add rows of a layer's target (t×m) that belong to rows of x'."""
+        product, total = target.T @ student, target.sum(0)
+        if name in self.targets:
+            self.targets[name] += product
+            self.totals[name] += total
+        else:
+            self.targets[name], self.totals[name] = product.double(), total.double()
 
 
 @dataclass(frozen=True)
@@ -162,13 +183,15 @@ def _fit_blocks(
     unfitted: list[str] = []
     done: set[str] = set()
     for block in blocks:
-        for group in fitter.by_input(walk.order[block.name]):
+        groups = fitter.by_input(walk.order[block.name])
+        walk.open(block, groups)
+        for group in groups:
             # Layers that read one input may be in several blocks; if they share a ``down``, the first block fits all.
             members = [name for name in group if name not in done]
             if not members:
                 continue
             done |= {name for unit in _units(members, plan.shared) for name in unit}
-            moments = _gather(walk.observe(block, members), members)
+            moments = _gather(walk.observe(block, group), members)
             if moments is None:
                 part = _planned(members, plan)
                 unfitted += members
@@ -313,56 +336,57 @@ def _gather(
         The moments; None if the two models may see different tokens, or run the members a different number of times.
     """
     sums: _Moments | None = None
-    leader = members[0]
     for dense_runs, student_runs, mask, positions in observations:
         if not dense_runs or len(dense_runs) != len(student_runs):
             return None
         for dense, student in zip(dense_runs, student_runs, strict=True):
-            if not _same_tokens(dense, student, leader, mask, positions):
+            if not _same_tokens(dense, student, mask, positions):
                 return None
-            dense_inputs, student_inputs = dense.inputs[leader], student.inputs[leader]
+            assert student.input is not None
             valid = dense.valid(mask)
-            dense_rows, student_rows = valid_rows(dense_inputs, valid), valid_rows(student_inputs, valid)
-            sums = sums or _Moments.zero(dense_inputs.shape[-1], dense_inputs.device)
-            sums.outer += student_rows.T @ student_rows
-            sums.cross += dense_rows.T @ student_rows
-            sums.dense += dense_rows.sum(0)
-            sums.student += student_rows.sum(0)
-            sums.tokens += dense_rows.shape[0]
-            for name in members:
-                if len(dense_runs) == 1 and name in dense.residuals and name in student.residuals:
-                    drift = valid_rows(dense.residuals[name].float() - student.residuals[name].float(), valid)
-                    sums.add_drift(name, drift.T @ student_rows, drift.sum(0))
+            rows = valid_rows(student.input, valid)
+            sums = sums or _Moments.zero(rows.shape[-1], rows.device)
+            sums.add(rows)
+            writers = [name for name in members if name in dense.outputs] if len(dense_runs) == 1 else []
+            if not student.residuals.keys() >= set(writers):
+                return None
+            for name in writers:
+                drift = dense.residuals[name].float() - student.residuals[name].float()
+                sums.add_target(name, valid_rows(dense.outputs[name].float() + drift, valid), rows)
+            if len(writers) < len(members):
+                assert dense.input is not None
+                sums.add_dense(valid_rows(dense.input, valid), rows)
     return sums if sums is not None and sums.tokens else None
 
 
-def _same_tokens(dense: LayerRun, student: LayerRun, leader: str, mask: Tensor | None, positions: int) -> bool:
+def _same_tokens(dense: LayerRun, student: LayerRun, mask: Tensor | None, positions: int) -> bool:
     """Return whether the rows of both inputs are the same tokens.
 
     An expert sees only the tokens routed to it, which may differ between the two models.
     """
-    if leader not in dense.inputs or leader not in student.inputs:
-        return False
-    dense_inputs, student_inputs = dense.inputs[leader], student.inputs[leader]
-    if dense_inputs.shape != student_inputs.shape:
+    if dense.shape != student.shape:
         return False
     if dense.numbers is not None and student.numbers is not None:
         return torch.equal(dense.numbers, student.numbers)
-    if mask is None and dense_inputs.dim() > 2:
+    if mask is None and len(dense.shape) > 2:
         return True  # rows are in order: merging and pooling give fewer rows, and an expert gets a flat list
     # An input not computed from tokens (a table of relative positions) is the same in both models.
-    return not dense.from_tokens or not positions or dense_inputs[..., 0].numel() == positions
+    return not dense.from_tokens or not positions or dense.shape[:-1].numel() == positions
 
 
 def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Regression:
     """Return the regression of one layer; its W* is the best weight that the layer could have if it stayed dense."""
     w, count = dense_weight(layer).double(), sums.tokens
-    c, cross = sums.outer / count, sums.cross / count
-    dense_mean, student_mean = sums.dense / count, sums.student / count
-    target, output_mean = w @ cross, w @ dense_mean
-    if name in sums.drift:
-        target = target + sums.drift_cross[name] / count
-        output_mean = output_mean + sums.drift[name] / count
+    c, student_mean = sums.outer / count, sums.student / count
+    if name in sums.targets:
+        target, output_mean = sums.targets[name] / count, sums.totals[name] / count
+        if layer.bias is not None:  # the targets are outputs, which include it
+            target = target - torch.outer(layer.bias.double(), student_mean)
+            output_mean = output_mean - layer.bias.double()
+    else:
+        assert sums.cross is not None
+        assert sums.dense is not None
+        target, output_mean = w @ (sums.cross / count), w @ (sums.dense / count)
     if layer.bias is not None:
         c = centred(c, student_mean)
         # The bias absorbs constant inputs entirely.

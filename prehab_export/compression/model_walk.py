@@ -45,4 +45,4 @@ class ModelWalk:
         layers = {name: model.get_submodule(name) for name in names}
         rows = token_rows(batch, mask)
         with self.task.running(model):
-            return observe_layers(layers, rows, False, lambda: self.task.logits(model, batch))
+            return observe_layers([layers], rows, lambda: self.task.logits(model, batch))[0]

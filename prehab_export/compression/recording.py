@@ -1,6 +1,6 @@
 """Records forward passes: the arguments of blocks, the inputs of layers and the residual streams they write to."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,42 +162,53 @@ def _keyword_of(kwargs: Mapping[str, Any], block_outputs: Sequence[Tensor]) -> s
 
 
 def observe_layers(
-    layers: Mapping[str, nn.Module], rows: TokenRows, stop_early: bool, run: Callable[[], object]
-) -> list[LayerRun]:
-    """Record the layers, which read the same input, during ``run``: one record for each time that the first one runs.
+    groups: Sequence[Mapping[str, nn.Module]],
+    rows: TokenRows,
+    run: Callable[[], object],
+    *,
+    writers: Collection[str] | None = None,
+) -> list[list[LayerRun]]:
+    """Record layers during ``run``: for each group, one record for each time that its first layer runs.
 
     Args:
-        stop_early: stop as soon as all inputs of the first run are known, without residuals.
+        groups: layers by name; those of one group read the same input.
+        writers: stop as soon as every input is known, and the residual stream of each of these layers. By default
+            nothing is stopped.
     """
-    runs: list[LayerRun] = []
-    leader = next(iter(layers))
-    additions = _Additions()
+    records: list[list[LayerRun]] = [[] for _ in groups]
+    additions = _Additions(lambda: stop_if_known())
 
-    def before(name: str) -> Callable:
+    def stop_if_known() -> None:
+        if writers is None or not all(records):
+            return
+        if set(writers) <= {name for runs in records for record in runs for name in record.residuals}:
+            raise _StopForward
+
+    def before(runs: list[LayerRun]) -> Callable:
         def hook(_layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if name == leader:
-                runs.append(LayerRun(numbers=rows.rows(args[0]), from_tokens=rows.is_marked(args[0])))
-                additions.start(runs[-1].residuals)
+            x = args[0]
             # The block may later change its input in place.
-            runs[-1].inputs[name] = args[0].clone() if name == leader else args[0]
-            if stop_early and len(runs[-1].inputs) == len(layers):
-                raise _StopForward
+            runs.append(LayerRun(x.shape, x.clone(), numbers=rows.rows(x), from_tokens=rows.is_marked(x)))
+            stop_if_known()
 
         return hook
 
-    def after(name: str) -> Callable:
+    def after(name: str, runs: list[LayerRun]) -> Callable:
         def hook(_layer: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-            additions.watch(name, output)
+            if runs:
+                additions.watch(name, output, runs[-1])
 
         return hook
 
     with temporary_hooks() as hooks:
-        for name, layer in layers.items():
-            hooks.append(layer.register_forward_pre_hook(before(name)))
-            hooks.append(layer.register_forward_hook(after(name)))
+        for layers, runs in zip(groups, records, strict=True):
+            leader = next(iter(layers.values()))
+            hooks.append(leader.register_forward_pre_hook(before(runs)))
+            for name, layer in layers.items():
+                hooks.append(layer.register_forward_hook(after(name, runs)))
         with suppress(_StopForward), rows, additions:
             run()
-    return runs
+    return records
 
 
 class _StopForward(Exception):
@@ -211,20 +222,20 @@ class _Additions(TorchDispatchMode):
     what is computed from it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, found: Callable[[], None]) -> None:
+        """
+        Args:
+            found: called whenever a residual stream is recorded.
+        """
         super().__init__()
-        self.start({})
-
-    def start(self, residuals: dict[str, Tensor]) -> None:
-        """Forget all watched tensors, and record residual streams in this dictionary from now on."""
-        self.residuals = residuals
-        self.outputs: dict[str, Tensor] = {}  # name → watched tensor
+        self.found = found
+        self.watched: dict[str, tuple[Tensor, LayerRun]] = {}
         self.sources: dict[int, set[str]] = {}  # address of a tensor's data → names of the watched tensors behind it
         self.alive: list[Tensor] = []  # keeps tensors alive, so that no address is used twice
 
-    def watch(self, name: str, output: Tensor) -> None:
-        """Watch this tensor under a layer's name."""
-        self.outputs[name] = output
+    def watch(self, name: str, output: Tensor, record: LayerRun) -> None:
+        """Watch a layer's output, and record under its name what it is added to."""
+        self.watched[name] = (output, record)
         self._mark(output, {name})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -232,12 +243,15 @@ class _Additions(TorchDispatchMode):
         if func in _ADDITIONS and isinstance(args[1], Tensor):
             for one, other in ((args[0], args[1]), (args[1], args[0])):
                 for name in self.sources.get(one.data_ptr(), set()) - self.sources.get(other.data_ptr(), set()):
-                    if name in self.residuals or one.shape != other.shape:
+                    output, record = self.watched[name]
+                    if name in record.residuals or one.shape != other.shape or not _is_all_of(one, output):
                         continue
-                    # An addition in place overwrites the stream, so it is copied first.
-                    stream = other.clone() if func is torch.ops.aten.add_.Tensor else other
-                    if _is_all_of(one, self.outputs[name]):
-                        self.residuals[name] = _laid_out_like(self.outputs[name], one, stream)
+                    # An addition in place overwrites one of the two, so both are copied first.
+                    in_place = func is torch.ops.aten.add_.Tensor
+                    stream = other.clone() if in_place else other
+                    record.residuals[name] = _laid_out_like(output, one, stream)
+                    record.outputs[name] = output.clone() if in_place else output
+                    self.found()
         result = func(*args, **(kwargs or {}))
         if names := set().union(*sources):
             for leaf in tree_leaves(result):

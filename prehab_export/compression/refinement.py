@@ -39,7 +39,7 @@ def block_refiner(config: RefineConfig, statistics: Statistics, *, seed: int = 0
         parameters = factor_parameters(module)
         if not parameters or not config.block_steps:
             return
-        targets = walk.targets(block)
+        targets = walk.dense_states
 
         def error(number: int) -> Tensor:
             return relative_error(walk.output(block, number), targets[number], walk.masks[number])

@@ -15,6 +15,7 @@ from prehab_export.linalg.decomposition import tails as tails
 from prehab_export.linalg.eigenbasis_adamw import Bases as Bases
 from prehab_export.linalg.eigenbasis_adamw import Basis as Basis
 from prehab_export.linalg.eigenbasis_adamw import EigenbasisAdamW as EigenbasisAdamW
+from prehab_export.linalg.gram_matrix import gram as gram
 from prehab_export.linalg.masking import real as real
 from prehab_export.linalg.masking import valid_rows as valid_rows
 from prehab_export.linalg.quantization_grid import GRIDS as GRIDS

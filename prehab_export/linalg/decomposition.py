@@ -36,7 +36,7 @@ from torch import Tensor
 
 from converters.roots import cholesky, root_of, symmetric, weighs
 from prehab_export.linalg import krylov
-from prehab_export.linalg.gram import gram
+from prehab_export.linalg.gram_matrix import gram
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from math import isnan, nan
 import torch
 from torch import Tensor
 
-from prehab_export.linalg.gram import gram
+from prehab_export.linalg.gram_matrix import gram
 from prehab_export.linalg.masking import real
 
 # Random directions that estimate Σ s_i⟨S_i, Ĉ⟩ (see ``ClusterSums``).
