@@ -7,11 +7,10 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from converters.selection import select_layers
-from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import NotAChain, find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import calibrate
-from prehab_export.compression.training import frozen_copy
+from prehab_export.compression.chain import Chain
 from prehab_export.compression.truncation import truncate
 
 pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.compression.calibration.CalibrationWarning")
@@ -162,4 +161,4 @@ def test_blocks_are_replayed_exactly(kind):
 def test_blocks_that_cannot_be_replayed_are_no_chain(kind, reason):
     model, batches, layers, _statistics = calibrated(kind)
     with torch.no_grad(), pytest.raises(NotAChain, match=reason):
-        BlockWalk(model, frozen_copy(model), CLASSIFY, batches, find_blocks(model, layers))
+        Chain.of(model, CLASSIFY, batches[0], find_blocks(model, layers))

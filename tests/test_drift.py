@@ -16,6 +16,7 @@ from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import NotAChain, find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import calibrate
+from prehab_export.compression.chain import Chain
 from prehab_export.compression.dataflow import TokenRows
 from prehab_export.compression.decompositions import decompose_layers
 from prehab_export.compression.drift import RIDGE, _Fitter, _gather, truncate_along
@@ -91,7 +92,7 @@ def test_the_walk_meets_the_model_itself(family):
     for handle in handles:
         handle.remove()
     with torch.no_grad():
-        walk = BlockWalk(model, frozen_copy(model), task, batches, blocks)
+        walk = BlockWalk(Chain.of(model, task, batches[0], blocks), frozen_copy(model), batches)
         for block in blocks:
             assert sorted(walk.order[block.name]) == sorted(block.layers)
             walk.open(block, [[name] for name in block.layers])
@@ -103,7 +104,7 @@ def test_the_walk_meets_the_model_itself(family):
                     torch.testing.assert_close(dense.input, expected[name])
                 torch.testing.assert_close(student.input, expected[name])
             walk.advance(block)
-            torch.testing.assert_close(walk.dense_states[-1], outputs[block.name])
+            torch.testing.assert_close(walk.dense_states[-1].load(), outputs[block.name])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,7 +113,7 @@ def test_the_residual_stream_is_found_without_names(family):
     model, task, batches, layers, *_ = prepared(family)
     blocks = find_blocks(model, layers)
     with torch.no_grad():
-        walk = BlockWalk(model, frozen_copy(model), task, batches, blocks)
+        walk = BlockWalk(Chain.of(model, task, batches[0], blocks), frozen_copy(model), batches)
         block, writers = blocks[0], []
         walk.open(block, [[name] for name in walk.order[block.name]])
         for name in walk.order[block.name]:
@@ -126,7 +127,7 @@ def test_the_residual_stream_is_found_without_names(family):
     if family == "bert":  # the norm comes after the sum
         with torch.no_grad():
             last = model.get_submodule(block.name).output.LayerNorm(last)
-    torch.testing.assert_close(walk.dense_states[-1].flatten(0, -2), last.flatten(0, -2))
+    torch.testing.assert_close(walk.dense_states[-1].load().flatten(0, -2), last.flatten(0, -2))
 
 
 class ChannelsFirst(nn.Module):
@@ -462,4 +463,4 @@ def test_blocks_that_are_no_chain_are_refused():
     model, task, batches, layers, _statistics, _plan = prepared("llama")
     model.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] * 1.5, *args[1:]))
     with pytest.raises(NotAChain, match=r"layers\.1"):
-        BlockWalk(model, model, task, batches, find_blocks(model, layers))
+        Chain.of(model, task, batches[0], find_blocks(model, layers))

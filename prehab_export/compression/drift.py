@@ -46,12 +46,13 @@ from prehab_export.compression.activations import frozen
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import Block, LayerRun, NotAChain, find_blocks
 from prehab_export.compression.calibrated import Calibrated
+from prehab_export.compression.chain import Chain
 from prehab_export.compression.metric import gradient_metric, input_metric
 from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.moments import centred
 from prehab_export.compression.training import divergence, frozen_copy
 from prehab_export.compression.truncation import Refit, Truncation, stored_factors
-from prehab_export.inputs import Batch, Task
+from prehab_export.inputs import Batch, Task, device_of, moved
 from prehab_export.linalg import Group, decompose, decompose_jointly, gram, objective_value, valid_rows
 from prehab_export.system import Advance, Progress, silent
 
@@ -175,9 +176,8 @@ def _fit_blocks(
     in_blocks = {name for block in blocks for name in block.layers}
     student = frozen_copy(model)
     factorize(student, {name: pair for name, pair in plan.factors.items() if name not in in_blocks})
-    if not blocks:
-        raise NotAChain("the model has no list of blocks (nn.ModuleList) with these layers in it")
-    walk = BlockWalk(model, student, fitter.calibrated.task, batches, blocks)
+    chain = Chain.of(model, fitter.calibrated.task, moved(batches[0], device_of(model)), blocks)
+    walk = BlockWalk(chain, student, batches)
     results = {result.name: result for result in plan.layers}
     refits: dict[str, Refit] = {}
     unfitted: list[str] = []

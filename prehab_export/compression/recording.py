@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from prehab_export.compression.block_calls import CONSTANTS, Call, Link, copy_argument, flatten_arguments, map_arguments
+from prehab_export.compression.block_stubs import BlockStubs, OutputForm
 from prehab_export.compression.blocks import LayerRun, NotAChain
 from prehab_export.compression.dataflow import MarkedTensors, TokenRows, tensors_in
 from prehab_export.compression.token_rows import token_rows
@@ -48,13 +49,17 @@ class Recording:
     calls: block → the arguments of its call.
     entered: the hidden states that entered the first block or, in a trial, every block.
     outputs: in a trial, block → the leaves of its output.
+    forms: in a trial, block → the form of its output (see ``OutputForm.of``).
     numbers: token numbers of the states that entered the first block; None if unknown.
+    logits: the model's logits; None if the pass was stopped.
     """
 
     calls: dict[str, Call] = field(default_factory=dict)
     entered: list[Tensor] = field(default_factory=list)
     outputs: dict[str, list[Any]] = field(default_factory=dict)
+    forms: dict[str, OutputForm | None] = field(default_factory=dict)
     numbers: Tensor | None = None
+    logits: Tensor | None = None
 
 
 def record_pass(
@@ -65,6 +70,7 @@ def record_pass(
     *,
     stop_early: bool = False,
     trial: bool = False,
+    stubs: BlockStubs | None = None,
 ) -> Recording:
     """Run one batch and record the call of every block.
 
@@ -73,6 +79,7 @@ def record_pass(
         stop_early: stop before the first block.
         trial: also record what enters and leaves each block, and check that its arguments do not depend on earlier
             blocks in a way that cannot be reproduced.
+        stubs: run these in place of the blocks, and stop at the last one.
 
     Raises:
         NotAChain: the blocks cannot be run one by one.
@@ -122,6 +129,8 @@ def record_pass(
             values = flatten_arguments((others, named))
             mutable = any(not isinstance(value, (Tensor, Link, *CONSTANTS)) for value in values)
             recording.calls[name] = Call(others, named, keyword, mutable)
+            if stubs is not None and len(runs) == len(names):
+                raise _StopForward
 
         return hook
 
@@ -136,19 +145,21 @@ def record_pass(
             if trial:
                 marked.mark(*tensors)
                 recording.outputs[name] = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                recording.forms[name] = OutputForm.of(output)
             for index, leaf in enumerate(leaves):
                 if isinstance(leaf, Tensor):
                     links.setdefault(id(leaf), Link(name, index))
 
         return hook
 
-    with temporary_hooks() as hooks, marked if trial else rows or nullcontext():
+    standing_in = nullcontext() if stubs is None else stubs.standing_in(model)
+    with temporary_hooks() as hooks, marked if trial else rows or nullcontext(), standing_in:
         for name in names:
             block = model.get_submodule(name)
             hooks.append(block.register_forward_pre_hook(before(name), with_kwargs=True))
             hooks.append(block.register_forward_hook(after(name)))
         with suppress(_StopForward):
-            task.logits(model, batch)
+            recording.logits = task.logits(model, batch)
     if len(runs) != len(names):
         raise NotAChain(f"{len(names)} blocks were run {len(runs)} times in one forward pass")
     return recording

@@ -42,7 +42,7 @@ def block_refiner(config: RefineConfig, statistics: Statistics, *, seed: int = 0
         targets = walk.dense_states
 
         def error(number: int) -> Tensor:
-            return relative_error(walk.output(block, number), targets[number], walk.masks[number])
+            return relative_error(walk.output(block, number), targets[number].load(), walk.masks[number])
 
         def mean_error() -> float:
             with torch.no_grad():

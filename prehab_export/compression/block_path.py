@@ -1,0 +1,117 @@
+"""Runs one model's blocks one at a time, on the batches of a sample.
+
+The model calls a block once, but here it may run many times. Its arguments are treated accordingly:
+
+- Objects that the block may write to (a cache, a list, keys and values that later blocks share) are copied when they
+  first occur, once for each model. Observing a block works on a copy of that copy; only an advance leaves a trace.
+- Hidden states are passed as a copy, so that a block may work in place.
+- Other tensors from an earlier block's output (a second stream, a position bias) are taken from the same model.
+- Anything else computed from an earlier block's output cannot be reproduced outside the model (see ``chain``).
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from prehab_export.compression.block_calls import Call, Link
+from prehab_export.compression.blocks import LayerRun
+from prehab_export.compression.dataflow import TokenRows
+from prehab_export.compression.recording import hidden_of, numbers_in_order, observe_layers
+from prehab_export.compression.spool import Spool, Spooled
+from prehab_export.inputs import Batch, Task
+
+
+class BlockPath:
+    """The progress of one model through its blocks. All lists have one entry per batch.
+
+    states: hidden states before the current block.
+    shapes: (samples, tokens) of the batch.
+    masked: whether the batch has a token mask.
+    numbers: token numbers of the hidden states; None if unknown.
+    calls: block → the arguments of its call.
+    carried: tensors from earlier blocks' outputs that later blocks need.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, spool: Spool) -> None:
+        self.model, self.task, self.spool = model, task, spool
+        self.states: list[Spooled] = []
+        self.shapes: list[tuple[int, int]] = []
+        self.masked: list[bool] = []
+        self.numbers: list[Tensor | None] = []
+        self.calls: list[dict[str, Call]] = []
+        self.carried: list[dict[Link, Tensor]] = []
+
+    def enter(self, batch: Batch, hidden: Tensor, calls: dict[str, Call], numbers: Tensor | None) -> None:
+        """Add a batch, with its hidden states before the first block and the calls of all blocks."""
+        mask = self.task.token_mask(batch)
+        self.states.append(self.spool.keep(hidden))
+        self.shapes.append((hidden.shape[0], hidden.shape[1]) if mask is None else (mask.shape[0], mask.shape[1]))
+        self.masked.append(mask is not None)
+        self.numbers.append(numbers)
+        self.calls.append(calls)
+        self.carried.append({})
+
+    def inputs(self, block: str, number: int) -> tuple[nn.Module, Tensor, Call]:
+        """Return the block, and copies of its hidden states and call, so that running it leaves no trace."""
+        hidden = self.states[number].load().clone()
+        return self.model.get_submodule(block), hidden, self.calls[number][block].separate({})
+
+    def output(self, block: str, number: int) -> Tensor:
+        """Return the hidden states after the block, without changing any state."""
+        module, hidden, call = self.inputs(block, number)
+        with self.task.running(module):
+            return hidden_of(call.run(module, hidden, self.carried[number]))
+
+    def token_rows(self, number: int, hidden: Tensor) -> TokenRows:
+        """Return a context that tracks the rows of a batch's hidden states through the current block."""
+        rows = TokenRows(self.shapes[number])
+        numbers = self.numbers[number]
+        if numbers is not None:
+            rows.number(hidden, numbers)
+        elif not self.masked[number] or hidden[..., 0].numel() == self.shapes[number][0] * self.shapes[number][1]:
+            rows.number(hidden, numbers_in_order(hidden))
+        else:  # it is unknown which of these rows are padding
+            rows.mark(hidden)
+        return rows
+
+    def advance(
+        self, block: str, number: int, needed: Iterable[Link], groups: Sequence[Sequence[str]] = ()
+    ) -> list[list[LayerRun]]:
+        """Run the block, as it is now, on the states of one batch, and keep the outputs that later blocks need.
+
+        Returns:
+            Records of these groups of layers, as from `observe_layers`.
+        """
+        module, before, outputs = self.model.get_submodule(block), self.states[number].load(), list[Any]()
+        rows = self.token_rows(number, before)
+
+        def run() -> None:
+            outputs.append(self.calls[number][block].run(module, before, self.carried[number]))
+
+        with self.task.running(module):
+            records = observe_layers([self.layers(group) for group in groups], rows, run)
+        hidden = hidden_of(outputs[0])
+        self.states[number], self.numbers[number] = self.spool.keep(hidden), rows.numbers(hidden)
+        leaves = tree_leaves(outputs[0])
+        self.carried[number] |= {link: leaves[link.index] for link in needed if link.block == block}
+        return records
+
+    def observe(self, block: str, number: int, names: Sequence[str], writers: Collection[str] | None) -> list[LayerRun]:
+        """Record layers of the block, which read the same input, without changing any state.
+
+        Args:
+            writers: as in `observe_layers`.
+        """
+        module, hidden, call = self.inputs(block, number)
+        rows = self.token_rows(number, hidden)
+        with self.task.running(module):
+            (runs,) = observe_layers(
+                [self.layers(names)], rows, lambda: call.run(module, hidden, self.carried[number]), writers=writers
+            )
+        return runs
+
+    def layers(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        """Return these layers as they are now, by name."""
+        return {name: self.model.get_submodule(name) for name in names}

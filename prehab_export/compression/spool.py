@@ -1,0 +1,92 @@
+"""Holds the many tensors of a pass over a model's blocks: in memory up to a limit, and beyond it in temporary files."""
+
+import tempfile
+import weakref
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prehab_export.compression.blocks import LayerRun
+
+# Bytes of tensors in memory. More of them would take the place of the blocks and moments that are worked on.
+LIMIT = 2**30
+_ENTRY = "tensor"
+
+
+class Spooled:
+    """A tensor in a spool. Its memory or its file is freed together with this object."""
+
+    def __init__(self, tensor: Tensor, path: Path | None) -> None:
+        self.shape, self._device, self._path = tensor.shape, tensor.device, path
+        self._tensor = tensor if path is None else None
+
+    def load(self) -> Tensor:
+        """Return the tensor, which must not be changed in place. From a file it is mapped, not read."""
+        if self._tensor is not None:
+            return self._tensor
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(_ENTRY).to(self._device)
+
+
+class Spool:
+    """Holds tensors in memory, and in files once they take more than ``limit`` bytes together.
+
+    limit: bytes in memory.
+    folder: where to create the folder of the files; by default the system's temporary folder.
+
+    The files are gone when the spool and what it holds are, at the latest when the process ends.
+    """
+
+    def __init__(self, limit: int = LIMIT, folder: Path | None = None) -> None:
+        self.limit, self.folder = limit, folder
+        self._used = self._count = 0
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+
+    def keep(self, tensor: Tensor) -> Spooled:
+        """Take a tensor, which must not be changed in place afterwards."""
+        size = tensor.untyped_storage().nbytes()
+        if self._used + size <= self.limit:
+            self._used += size
+            spooled = Spooled(tensor, None)
+            weakref.finalize(spooled, self._release, size)
+            return spooled
+        if self._files is None:
+            self._files = tempfile.TemporaryDirectory(prefix="prehab-export-spool-", dir=self.folder)
+        self._count += 1
+        path = Path(self._files.name) / f"{self._count}.safetensors"
+        save_file({_ENTRY: tensor.detach().contiguous()}, path)
+        spooled = Spooled(tensor, path)
+        # The folder lives as long as a file in it is needed.
+        weakref.finalize(spooled, _remove, path, self._files)
+        return spooled
+
+    def _release(self, size: int) -> None:
+        self._used -= size
+
+
+class SpooledRun:
+    """A `LayerRun` whose tensors are in a spool."""
+
+    def __init__(self, run: LayerRun, spool: Spool) -> None:
+        self._rest = replace(run, input=None, residuals={}, outputs={})
+        self._input = None if run.input is None else spool.keep(run.input)
+        self._residuals = {name: spool.keep(tensor) for name, tensor in run.residuals.items()}
+        self._outputs = {name: spool.keep(tensor) for name, tensor in run.outputs.items()}
+
+    def load(self) -> LayerRun:
+        """Return the record as it was."""
+        return replace(
+            self._rest,
+            input=None if self._input is None else self._input.load(),
+            residuals={name: spooled.load() for name, spooled in self._residuals.items()},
+            outputs={name: spooled.load() for name, spooled in self._outputs.items()},
+        )
+
+
+def _remove(path: Path, _folder: object) -> None:
+    with suppress(OSError):  # the folder may have been removed at the end of the process
+        path.unlink()
