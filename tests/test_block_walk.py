@@ -161,4 +161,4 @@ def test_blocks_are_replayed_exactly(kind):
 def test_blocks_that_cannot_be_replayed_are_no_chain(kind, reason):
     model, batches, layers, _statistics = calibrated(kind)
     with torch.no_grad(), pytest.raises(NotAChain, match=reason):
-        Chain.of(model, CLASSIFY, batches[0], find_blocks(model, layers))
+        Chain.of(model, CLASSIFY, batches[0], layers)

@@ -92,10 +92,10 @@ def test_the_walk_meets_the_model_itself(family):
     for handle in handles:
         handle.remove()
     with torch.no_grad():
-        walk = BlockWalk(Chain.of(model, task, batches[0], blocks), frozen_copy(model), batches)
+        walk = BlockWalk(Chain.of(model, task, batches[0], layers), frozen_copy(model), batches)
         for block in blocks:
             assert sorted(walk.order[block.name]) == sorted(block.layers)
-            walk.open(block, [[name] for name in block.layers])
+            walk.run_dense(block, [[name] for name in block.layers])
             for name in block.layers:
                 *_, ((dense,), (student,), _mask, _positions) = walk.observe(block, [name])
                 if name in dense.outputs:  # written to a residual stream: the output stands for the input
@@ -113,9 +113,9 @@ def test_the_residual_stream_is_found_without_names(family):
     model, task, batches, layers, *_ = prepared(family)
     blocks = find_blocks(model, layers)
     with torch.no_grad():
-        walk = BlockWalk(Chain.of(model, task, batches[0], blocks), frozen_copy(model), batches)
+        walk = BlockWalk(Chain.of(model, task, batches[0], layers), frozen_copy(model), batches)
         block, writers = blocks[0], []
-        walk.open(block, [[name] for name in walk.order[block.name]])
+        walk.run_dense(block, [[name] for name in walk.order[block.name]])
         for name in walk.order[block.name]:
             *_, ((dense,), *_rest) = walk.observe(block, [name])
             if name in dense.residuals:
@@ -463,4 +463,4 @@ def test_blocks_that_are_no_chain_are_refused():
     model, task, batches, layers, _statistics, _plan = prepared("llama")
     model.model.layers[1].register_forward_pre_hook(lambda _m, args: (args[0] * 1.5, *args[1:]))
     with pytest.raises(NotAChain, match=r"layers\.1"):
-        Chain.of(model, task, batches[0], find_blocks(model, layers))
+        Chain.of(model, task, batches[0], layers)

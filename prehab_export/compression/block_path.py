@@ -12,6 +12,7 @@ The model calls a block once, but here it may run many times. Its arguments are 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -111,6 +112,18 @@ class BlockPath:
                 [self.layers(names)], rows, lambda: call.run(module, hidden, self.carried[number]), writers=writers
             )
         return runs
+
+    def backward(self, block: str, number: int, gradient: Tensor) -> Tensor:
+        """Run the block under autograd, and return the gradient of its hidden states from that of its output.
+
+        The block must not be called with anything that depends on other blocks.
+        """
+        module, leaf = self.model.get_submodule(block), self.states[number].load().detach().requires_grad_()
+        rows = self.token_rows(number, leaf)
+        with torch.enable_grad(), self.task.running(module), rows:
+            output = hidden_of(self.calls[number][block].run(module, leaf.clone(), {}))
+        output.backward(gradient.to(output.dtype))
+        return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
     def layers(self, names: Iterable[str]) -> dict[str, nn.Module]:
         """Return these layers as they are now, by name."""

@@ -22,7 +22,7 @@ from prehab_export.inputs import Batch, device_of, moved
 class BlockWalk:
     """Keeps the hidden states of both models at the current block, for every batch of the sample.
 
-    Each block is first opened, which runs the dense block once and records what its layers read, then observed in the
+    The dense block is run first (`run_dense`), which records what its layers read; then the block is observed in the
     student as often as needed, and then left behind by `advance`. The states have the dtypes that blocks pass on in the
     task's precision.
 
@@ -37,7 +37,7 @@ class BlockWalk:
         self.masks: list[Tensor | None] = []
         self._chain, self._spool = chain, spool
         self._dense, self._student = BlockPath(chain.model, chain.task, spool), BlockPath(student, chain.task, spool)
-        # First layer of a group of the open block → records of its runs in the dense model, for every batch.
+        # First layer of a group of the current block → records of its runs in the dense model, for every batch.
         self._records: dict[str, list[list[SpooledRun]]] = {}
         device = device_of(chain.model)
         for batch in micro_batches(moved(batch, device) for batch in batches):
@@ -51,7 +51,7 @@ class BlockWalk:
 
     @property
     def dense_states(self) -> list[Spooled]:
-        """The dense model's hidden states after the block that was opened last, one tensor per batch."""
+        """The dense model's hidden states after the current block, once that has run; one tensor per batch."""
         return self._dense.states
 
     def _enter(self, batch: Batch) -> None:
@@ -64,7 +64,7 @@ class BlockWalk:
         self._dense.enter(batch, recording.entered[0], recording.calls, recording.numbers)
         self._student.enter(batch, entered, copies, recording.numbers)
 
-    def open(self, block: Block, groups: Sequence[Sequence[str]]) -> None:
+    def run_dense(self, block: Block, groups: Sequence[Sequence[str]]) -> None:
         """Run the dense block on every batch, and record these groups of its layers; each group reads one input."""
         self._records = {group[0]: [] for group in groups}
         for number in range(len(self.masks)):
@@ -76,7 +76,7 @@ class BlockWalk:
     def observe(
         self, block: Block, names: Sequence[str]
     ) -> Iterator[tuple[list[LayerRun], list[LayerRun], Tensor | None, int]]:
-        """Observe a group of layers of the open block in the student, on every batch.
+        """Observe a group of layers of the current block in the student, on every batch.
 
         Yields:
             Runs in the dense model, runs in the student (one record for each time that the layers run), the token mask,
@@ -93,7 +93,7 @@ class BlockWalk:
         return self._student.output(block.name, number)
 
     def advance(self, block: Block) -> None:
-        """Leave the open block: advance the student's states through its block as it is now."""
+        """Leave the current block: advance the student's states through its block as it is now."""
         self._records = {}
         for number in range(len(self.masks)):
             self._student.advance(block.name, number, self._needed)

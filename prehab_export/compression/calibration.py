@@ -12,10 +12,11 @@ The model may run in half precision; its activations and gradients are converted
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, log2
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,15 @@ from torch import Tensor, nn
 from converters.errors import InputError
 from converters.selection import select_layers
 from prehab_export.compression.activations import frozen
+from prehab_export.compression.blocks import NotAChain
 from prehab_export.compression.calibrated import Calibrated
+from prehab_export.compression.calibration_by_blocks import BlockCalibration
+from prehab_export.compression.chain import Chain
 from prehab_export.compression.doubts_of_moments import doubts
-from prehab_export.compression.input_groups import trace_inputs
+from prehab_export.compression.input_groups import exclusion, trace_inputs
+from prehab_export.compression.micro_batches import micro_batches
+from prehab_export.compression.moments import Statistics
+from prehab_export.compression.spool import Spool
 from prehab_export.compression.tally import Tally, gradient_hook
 from prehab_export.config import FISHER_LABELS
 from prehab_export.inputs import Batch, Task, device_of, moved
@@ -50,6 +57,7 @@ class Gather:
         model's own output (true Fisher; needs no labels).
     sampling: also estimate the sampling error of the moments, which shrinkage and the small-sample warning need.
     keep_on: device for the moments; by default the model's device.
+    scratch: folder for temporary files, which hold what does not fit in memory; by default the system's.
 
     Raises (when created):
         InputError: ``labels`` has another value.
@@ -59,6 +67,7 @@ class Gather:
     labels: str = "data"
     sampling: bool = True
     keep_on: torch.device | None = None
+    scratch: Path | None = None
 
     def __post_init__(self) -> None:
         if self.labels not in FISHER_LABELS:
@@ -91,26 +100,39 @@ def calibrate(
     gather = gather or Gather()
     layers = select_layers(model) if layers is None else layers
     device = device_of(model)
-    iterator = (moved(batch, device) for batch in batches)
-    first = next(iterator, None)
-    if first is None:
+    parts = list(micro_batches(moved(batch, device) for batch in batches))
+    if not parts:
         raise InputError("the calibration sample is empty; give a split with rows in it")
-    groups, orders = trace_inputs(model, task, first, layers)
+    groups, orders = trace_inputs(model, task, parts[0], layers)
     generator = torch.Generator().manual_seed(seed)
 
     def labels_of(unit_logits: Tensor, batch: Batch) -> Tensor:
         return task.unit_labels(batch) if gather.labels == "data" else _sample_labels(unit_logits, generator)
 
-    steps = len(batches) if isinstance(batches, Sized) else 0
-    with frozen(model), torch.set_grad_enabled(gather.gradients), progress("calibrate", steps) as advance:
+    with frozen(model), torch.set_grad_enabled(gather.gradients):
         scaled = gather.gradients and task.precision == "float16"
-        scale = _loss_scale(model, task, first, layers) if scaled else 1.0
-        sums = partial(ClusterSums if gather.sampling else PlainSums, gather.keep_on)
-        tally = Tally(groups, orders, sums, scale)
-        for batch in _chain(first, iterator):
-            tally.watch(model, task, batch, layers, labels_of if gather.gradients else None)
-            advance()
-    statistics = replace(tally.result(), labels=gather.labels)
+        scale = _loss_scale(model, task, parts[0], layers) if scaled else 1.0
+
+        def tally_of(names: Iterable[str]) -> Tally:
+            sums = partial(ClusterSums if gather.sampling else PlainSums, gather.keep_on)
+            return Tally({name: groups[name] for name in names}, {name: orders[name] for name in names}, sums, scale)
+
+        labels = labels_of if gather.gradients else None
+        if (chain := _chain(model, task, parts[0], layers)) is not None:
+            work = BlockCalibration(chain, parts, layers, tally_of, labels, Spool(folder=gather.scratch))
+            with torch.no_grad(), progress("calibrate", work.steps) as advance:
+                statistics = Statistics.joined(work.parts(advance), layers)
+        else:
+            tally = tally_of(layers)
+            with progress("calibrate", len(parts)) as advance:
+                for batch in parts:
+                    tally.watch(model, task, batch, layers, labels)
+                    advance()
+            statistics = tally.result()
+    silent = [name for name in layers if name not in statistics.gradients]
+    if gather.gradients and silent:
+        raise InputError(f"the loss does not depend on {exclusion(silent, groups)}")
+    statistics = replace(statistics, labels=gather.labels)
     statistics.check_finite()
     for message in doubts(statistics):
         warnings.warn(message, CalibrationWarning, stacklevel=2)
@@ -142,6 +164,10 @@ def _sample_labels(unit_logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(probabilities.cpu(), 1, generator=generator).squeeze(1).to(unit_logits.device)
 
 
-def _chain(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield first
-    yield from rest
+def _chain(model: nn.Module, task: Task, batch: Batch, layers: Mapping[str, nn.Module]) -> Chain | None:
+    """Return the model as a chain that can be calibrated block by block; None if it has to be run as a whole."""
+    try:
+        chain = Chain.of(model, task, batch, layers)
+    except NotAChain:
+        return None
+    return chain if chain.stubs is not None and not chain.before else None

@@ -7,7 +7,7 @@ The trial also finds out whether the model can be run *around* its blocks, with 
 of all blocks, and what follows the last block, cost next to nothing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from prehab_export.compression.block_calls import Call, Link, flatten_arguments
 from prehab_export.compression.block_path import BlockPath
 from prehab_export.compression.block_stubs import BlockStubs
-from prehab_export.compression.blocks import Block, NotAChain
+from prehab_export.compression.blocks import Block, NotAChain, find_blocks
 from prehab_export.compression.recording import Recording, record_pass, temporary_hooks
 from prehab_export.compression.spool import Spool
 from prehab_export.inputs import Batch, Task
 
+# Stands for the end of the last block, among names of layers.
+_END = ""
 # Largest difference between a block on its own and the same block inside the model, relative to the norm of its output.
 # It allows for rounding that depends on the order of operations.
 REPEATABLE = 1e-3
@@ -34,6 +36,7 @@ class Chain:
     """A model whose blocks pass hidden states on, one after the other.
 
     order: block → its layers, in the order in which they run.
+    before: other selected layers that run before the last block has run.
     stubs: stand-ins for the blocks; None if the model cannot be run around them.
     piece: number of positions of one sample whose logits make one piece; None if what follows the last block does not
         treat every position by itself.
@@ -43,35 +46,44 @@ class Chain:
     task: Task
     blocks: tuple[Block, ...]
     order: dict[str, list[str]]
+    before: tuple[str, ...]
     stubs: BlockStubs | None
     piece: int | None
 
     @classmethod
-    def of(cls, model: nn.Module, task: Task, batch: Batch, blocks: Sequence[Block]) -> "Chain":
-        """Try the blocks out on two samples of the batch.
+    def of(cls, model: nn.Module, task: Task, batch: Batch, layers: Iterable[str]) -> "Chain":
+        """Try out the blocks that hold these layers, on two samples of the batch.
 
         Raises:
             NotAChain: the blocks cannot be run one by one.
         """
+        blocks = find_blocks(model, layers)
         if not blocks:
             raise NotAChain("the model has no list of blocks (nn.ModuleList) with these layers in it")
+        in_blocks = {name: block.name for block in blocks for name in block.layers}
         two_samples = {key: value[[0, -1]] for key, value in batch.items()}
-        order: dict[str, list[str]] = {block.name: [] for block in blocks}
+        runs: list[str] = []
 
-        def hook(block: str, name: str) -> Callable:
-            return lambda _layer, _args: order[block].append(name)
+        def hook(name: str) -> Callable:
+            return lambda *_: runs.append(name)
 
         with torch.no_grad():
             with temporary_hooks() as hooks:
-                for block in blocks:
-                    for name in block.layers:
-                        hooks.append(model.get_submodule(name).register_forward_pre_hook(hook(block.name, name)))
-                recording = record_pass(model, task, two_samples, list(order), trial=True)
+                for name in layers:
+                    hooks.append(model.get_submodule(name).register_forward_pre_hook(hook(name)))
+                hooks.append(model.get_submodule(blocks[-1].name).register_forward_hook(hook(_END)))
+                recording = record_pass(model, task, two_samples, [block.name for block in blocks], trial=True)
             _check_repeatable(recording, model, task)
             stubs = _stubs(recording, model, task, two_samples)
             piece = None if stubs is None else _piece(recording, stubs, model, task, two_samples)
-        order = {block: list(dict.fromkeys(names)) for block, names in order.items()}
-        return cls(model, task, tuple(blocks), order, stubs, piece)
+        before = [name for name in runs[: runs.index(_END)] if name not in in_blocks]
+        order: dict[str, dict[str, None]] = {block.name: {} for block in blocks}
+        for name in runs:
+            if name in in_blocks:
+                order[in_blocks[name]][name] = None
+        return cls(
+            model, task, tuple(blocks), {name: list(ran) for name, ran in order.items()}, tuple(before), stubs, piece
+        )
 
     @property
     def names(self) -> list[str]:

@@ -44,7 +44,7 @@ from converters.lowrank import DenseLinear, Factors, dense_weight, factorize, fa
 from converters.roots import damped, scale_of
 from prehab_export.compression.activations import frozen
 from prehab_export.compression.block_walk import BlockWalk
-from prehab_export.compression.blocks import Block, LayerRun, NotAChain, find_blocks
+from prehab_export.compression.blocks import Block, LayerRun, NotAChain
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.chain import Chain
 from prehab_export.compression.metric import gradient_metric, input_metric
@@ -172,19 +172,18 @@ def _fit_blocks(
         NotAChain: the model's blocks cannot be run one by one.
     """
     model, plan, layers = fitter.calibrated.model, fitter.plan, fitter.calibrated.layers
-    blocks = find_blocks(model, layers)
-    in_blocks = {name for block in blocks for name in block.layers}
+    chain = Chain.of(model, fitter.calibrated.task, moved(batches[0], device_of(model)), layers)
+    in_blocks = {name for block in chain.blocks for name in block.layers}
     student = frozen_copy(model)
     factorize(student, {name: pair for name, pair in plan.factors.items() if name not in in_blocks})
-    chain = Chain.of(model, fitter.calibrated.task, moved(batches[0], device_of(model)), blocks)
     walk = BlockWalk(chain, student, batches)
     results = {result.name: result for result in plan.layers}
     refits: dict[str, Refit] = {}
     unfitted: list[str] = []
     done: set[str] = set()
-    for block in blocks:
+    for block in chain.blocks:
         groups = fitter.by_input(walk.order[block.name])
-        walk.open(block, groups)
+        walk.run_dense(block, groups)
         for group in groups:
             # Layers that read one input may be in several blocks; if they share a ``down``, the first block fits all.
             members = [name for name in group if name not in done]

@@ -77,6 +77,23 @@ class Statistics:
         """Return the moments of a layer's input."""
         return self.inputs[self.groups[layer]]
 
+    @classmethod
+    def joined(cls, parts: Iterable["Statistics"], layers: Iterable[str]) -> "Statistics":
+        """Return the moments of several parts of a model as one, in the order of these layers."""
+        held = list(parts)
+        groups = {name: group for part in held for name, group in part.groups.items()}
+        inputs = {group: moment for part in held for group, moment in part.inputs.items()}
+        gradients = {name: gradient for part in held for name, gradient in part.gradients.items()}
+        sampling = {name: values for part in held for name, values in part.gradient_sampling.items()}
+        names = list(layers)
+        return cls(
+            {group: inputs[group] for group in dict.fromkeys(groups[name] for name in names)},
+            {name: groups[name] for name in names},
+            {name: gradients[name] for name in names if name in gradients},
+            max(part.units for part in held),
+            {name: sampling[name] for name in names if name in sampling},
+        )
+
     def blended(self, fresh: "Statistics", share: float) -> "Statistics":
         """Return ``(1 − share)·self + share·fresh`` for every moment: a running average over a changing model.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from converters.errors import InputError
 from prehab_export.compression.activations import RowOrder, by_sample, row_order
 from prehab_export.compression.dataflow import TokenRows
-from prehab_export.compression.input_groups import RowOrders, exclusion
+from prehab_export.compression.input_groups import RowOrders
 from prehab_export.compression.moments import InputMoment, Statistics
 from prehab_export.compression.token_rows import token_rows
 from prehab_export.inputs import Batch, Task, full_precision, sample_count
@@ -52,7 +52,7 @@ class Tally:
         """Add one batch: run a forward pass and, if ``labels_of`` is given, a backward pass of the loss."""
         mask = task.token_mask(batch)
         rows = token_rows(batch, mask) if self.tracks_rows and mask is not None else None
-        with self._hooked(task, batch, layers, labels_of is not None, rows):
+        with self.watching(task, batch, layers, labels_of is not None, rows):
             with rows or nullcontext():
                 logits = task.logits(model, batch)
             unit_logits = task.unit_logits(logits, batch)
@@ -64,9 +64,14 @@ class Tally:
         self.units += unit_logits.shape[0]
 
     @contextmanager
-    def _hooked(
+    def watching(
         self, task: Task, batch: Batch, layers: Mapping[str, nn.Module], gradients: bool, rows: TokenRows | None
     ) -> Iterator[None]:
+        """Add what goes through these layers within the context: their inputs and, if requested, output gradients.
+
+        Args:
+            rows: tracks the tokens of the batch, if the rows of a layer are not in order.
+        """
         mask, samples = task.token_mask(batch), sample_count(batch)
         units = _units_by_sample(task, batch) if gradients else None
         handles = []
@@ -151,14 +156,11 @@ class Tally:
         """Return the moments of everything added so far.
 
         Raises:
-            InputError: no token reached a layer, or the loss does not depend on one.
+            InputError: no token reached a layer.
         """
         empty = [group for group, sums in self.inputs.items() if not sums.rows]
         if empty:
             raise InputError(f"no token of this data reaches {empty[0]}; exclude it with --exclude {empty[0]!r}")
-        silent = [name for name in self.groups if self.gradients and name not in self.gradients]
-        if silent:
-            raise InputError(f"the loss does not depend on {exclusion(silent, self.groups)}")
         return Statistics(
             {group: self._input_moment(group) for group in self.inputs},
             dict(self.groups),
