@@ -107,6 +107,22 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
+def replace_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a dense linear a new weight (out×in) and, if it has one, a new bias; the old tensors do not change.
+
+    Raises:
+        InputError: the shapes differ.
+    """
+    old = dense_weight(layer)
+    if weight.shape != old.shape:
+        raise InputError(f"a weight of {tuple(weight.shape)} does not fit a layer of {tuple(old.shape)}")
+    oriented = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+    layer.weight = nn.Parameter(oriented.to(old.device), requires_grad=old.requires_grad)
+    if layer.bias is not None and bias is not None:
+        assert isinstance(layer.bias, nn.Parameter)
+        layer.bias = nn.Parameter(bias.to(old.device), requires_grad=layer.bias.requires_grad)
+
+
 def add_weight_gradient(layer: nn.Module, gradient: Tensor) -> None:
     """Add a gradient given as out×in to the ``.grad`` of a dense linear's weight."""
     weight = layer.weight

@@ -67,6 +67,7 @@ class BlockCalibration:
             if behind.groups:
                 with self._watched(behind, number, batch):
                     self.chain.logits(batch, path.states[number].load())
+            behind.units += len(self.chain.task.unit_labels(batch))
             advance()
         yield behind.result()
 

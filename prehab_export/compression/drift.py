@@ -50,8 +50,8 @@ from prehab_export.compression.chain import Chain
 from prehab_export.compression.metric import gradient_metric, input_metric
 from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.moments import centred
-from prehab_export.compression.training import divergence, frozen_copy
-from prehab_export.compression.truncation import Refit, Truncation, stored_factors
+from prehab_export.compression.training import divergence, sharing_copy
+from prehab_export.compression.truncation import Refit, Truncation, computed_dtype, stored_factors
 from prehab_export.inputs import Batch, Task, device_of, moved
 from prehab_export.linalg import Group, decompose, decompose_jointly, gram, objective_value, valid_rows
 from prehab_export.system import Advance, Progress, silent
@@ -124,7 +124,7 @@ class _Regression:
         if old is None or self.input_mean is None:
             return None
         product_mean = reduce(lambda x, matrix: matrix @ x, reversed(matrices), self.input_mean)
-        return (old.double() + self.output_mean - product_mean).to(old.dtype)
+        return (old.double() + self.output_mean - product_mean).to(torch.promote_types(old.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -174,7 +174,7 @@ def _fit_blocks(
     model, plan, layers = fitter.calibrated.model, fitter.plan, fitter.calibrated.layers
     chain = Chain.of(model, fitter.calibrated.task, moved(batches[0], device_of(model)), layers)
     in_blocks = {name for block in chain.blocks for name in block.layers}
-    student = frozen_copy(model)
+    student = sharing_copy(model)
     factorize(student, {name: pair for name, pair in plan.factors.items() if name not in in_blocks})
     walk = BlockWalk(chain, student, batches)
     results = {result.name: result for result in plan.layers}
@@ -238,7 +238,7 @@ def _fit_by_whole_passes(
     unfitted: dict[str, None] = {}
     for sweep in range(SWEEPS):
         for members in inputs:
-            moments = _gather(walk.observe(current.apply(frozen_copy(model)), members), members)
+            moments = _gather(walk.observe(current.apply(sharing_copy(model)), members), members)
             if moments is None:
                 unfitted |= dict.fromkeys(members)
             else:
@@ -270,7 +270,7 @@ def _distance(model: nn.Module, truncation: Truncation, task: Task, batches: Seq
 
     The result is infinite if the divergence is NaN or Inf.
     """
-    student = truncation.apply(frozen_copy(model))
+    student = truncation.apply(sharing_copy(model))
     total = units = 0.0
     for batch in batches:
         expected, actual = (task.unit_logits(task.logits(network, batch), batch) for network in (model, student))
@@ -397,7 +397,7 @@ def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Regression:
 
 
 def _refit(layer: DenseLinear, regression: _Regression) -> Refit:
-    return Refit(regression.weight.to(layer.weight.dtype), regression.bias(layer.bias, regression.weight))
+    return Refit(regression.weight.to(computed_dtype(layer)), regression.bias(layer.bias, regression.weight))
 
 
 def _factors(
@@ -417,7 +417,7 @@ def _factors(
         ups, down = decompose_jointly(weights, regressions[0].second_moment, known or None, rank).truncated(rank)
     triples = zip(unit, regressions, ups, strict=True)
     biases = [regression.bias(layers[name].bias, up, down) for name, regression, up in triples]
-    return stored_factors(ups, down, biases, layers[unit[0]].weight.dtype)
+    return stored_factors(ups, down, biases, computed_dtype(layers[unit[0]]))
 
 
 def _units(members: Sequence[str], shared: Sequence[Group]) -> list[Group]:

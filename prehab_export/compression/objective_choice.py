@@ -17,7 +17,7 @@ from prehab_export.compression.blocks import find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.decompositions import Decompositions, decompose_layers, with_groups
 from prehab_export.compression.planning import plan_ranks
-from prehab_export.compression.training import frozen_copy
+from prehab_export.compression.training import sharing_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config import TruncateConfig
 from prehab_export.inputs import Samples, divergences, torch_predictor
@@ -78,7 +78,7 @@ def choose_objectives(
     def divergence_with(switched: Sequence[str]) -> Tensor:
         mixed = fisher.layers | {name: activation.layers[name] for name in switched}
         truncation = truncate(calibrated, config, decomposed=Decompositions(mixed), plan=plan)
-        candidate = torch_predictor(truncation.apply(frozen_copy(model)), task)
+        candidate = torch_predictor(truncation.apply(sharing_copy(model)), task)
         return divergences(candidate, reference, task, samples.batches(batch_size))
 
     base = divergence_with(())

@@ -158,6 +158,12 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """Copy the modules of a model but not its tensors: layers of the copy may be replaced, weights must not change."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+
+
 def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float = 0.0) -> Loss:
     """Return the loss (1 − distill)·cross-entropy + distill·KL(teacher ‖ model), averaged over units, in nats."""
 

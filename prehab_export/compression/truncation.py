@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
-from converters.lowrank import DenseLinear, Factors, balance, dense_weight, factorize
+from converters.lowrank import DenseLinear, Factors, balance, dense_weight, factorize, replace_weight
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.decompositions import Decompositions, decompose_layers
 from prehab_export.compression.metric import Metric, layer_metric
@@ -70,16 +70,14 @@ class Truncation:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> nn.Module:
-        """Put the new weights into the model, in place, and return it.
+        """Put the new weights into the model, in place, and return it. Its old weights do not change: they may belong
+        to another model too.
 
         Raises:
             InputError: the model does not have these layers, as dense linear layers of these shapes.
         """
         for name, refit in self.refits.items():
-            layer = model.get_submodule(name)
-            dense_weight(layer).copy_(refit.weight)
-            if isinstance(layer.bias, nn.Parameter) and refit.bias is not None:
-                layer.bias.copy_(refit.bias)
+            replace_weight(model.get_submodule(name), refit.weight, refit.bias)
         return factorize(model, self.factors)
 
     @property
@@ -122,9 +120,10 @@ def truncate(
     plan: RankPlan | None = None,
     progress: Progress = silent,
 ) -> Truncation:
-    """Compute the factors of every layer to compress, balanced and in the layer's own dtype.
+    """Compute the factors of every layer to compress, balanced.
 
-    The model does not change (see `Truncation.apply`).
+    They have the layer's own dtype or, if that is half precision, float32. The model does not change (see
+    `Truncation.apply`).
 
     Args:
         decomposed: decompositions of these weights and moments, if they exist already.
@@ -177,13 +176,18 @@ def _cut(
     ups, down, biases = [up.to(device) for up in ups], down.to(device), []
     for name, up in zip(names, ups, strict=True):
         weight, bias = dense_weight(layers[name]).detach(), layers[name].bias
-        new_bias = None if bias is None else bias.detach().clone()
+        new_bias = None if bias is None else bias.detach().to(computed_dtype(layers[name]), copy=True)
         if new_bias is not None and mean is not None:
             # The bias absorbs the mean error E[(W − Ŵ)x] at no cost; the metric is centred accordingly.
             corrected = new_bias.double() + weight.double() @ mean - up.double() @ (down.double() @ mean)
             new_bias = corrected.to(new_bias.dtype)
         biases.append(new_bias)
-    return dict(zip(names, stored_factors(ups, down, biases, layers[names[0]].weight.dtype), strict=True))
+    return dict(zip(names, stored_factors(ups, down, biases, computed_dtype(layers[names[0]])), strict=True))
+
+
+def computed_dtype(layer: DenseLinear) -> torch.dtype:
+    """Return the dtype of new weights for a layer: its own, or float32 if its weights are held in half precision."""
+    return torch.promote_types(layer.weight.dtype, torch.float32)
 
 
 def stored_factors(

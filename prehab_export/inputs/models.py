@@ -32,8 +32,9 @@ from converters.model_config import (
 )
 from converters.onnx.inputs import distinguishes_token_types
 from prehab_export.inputs.model_source import check_location, first_line, quiet, readable
-from prehab_export.inputs.stored_weights import check_has_weights
+from prehab_export.inputs.stored_weights import check_has_weights, weight_files
 from prehab_export.inputs.tasks import TASKS, Task
+from prehab_export.inputs.widening import widen_on_use
 from prehab_export.system import say, sha256_of, sha256_of_all
 
 # Suffixes of files from which a model, its tokenizer or its processor is read. Vocabularies have many names (PhoBERT's
@@ -128,13 +129,18 @@ def load_model(
     model: str,
     task: Task,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load the model in evaluation mode on the CPU, and check that every weight was read and is finite.
 
     In float32 it takes 4 bytes per weight (28 GB for 7 billion). Move it with ``.to(device)``.
+
+    Args:
+        dtype: dtype of the weights. None maps weights in half precision from their files as they are stored, and lets
+            every module compute in float32 (see `widening`); other weights are read in float32. Such a model can be
+            run, but not trained or exported.
 
     Raises:
         InputError: there are no safetensors weights, a file is damaged, or weights are missing, have another shape, or
@@ -143,6 +149,10 @@ def load_model(
     check_location(model)
     check_has_weights(model)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    as_stored = dtype is None
+    if dtype is None:
+        named = getattr(config, "transformers_weights", None)
+        dtype = weight_files(model, revision=revision, named=named).single_half or torch.float32
     with readable(model, "weights"), quiet():
         loaded, info = _auto_class(task).from_pretrained(
             model,
@@ -159,6 +169,8 @@ def load_model(
     if task.name == "text-classification" and not in_vocabulary(padding_token(loaded.config), loaded.config):
         # Decoders with a classification head find each row's last token by this id.
         text_config(loaded.config).pad_token_id = padding_id(loaded.config)
+    if as_stored:
+        widen_on_use(loaded)
     return loaded.eval()
 
 

@@ -43,6 +43,11 @@ class WeightFiles:
         return self.dtypes[0]
 
     @property
+    def single_half(self) -> torch.dtype | None:
+        """The dtype of all weights if that is half precision; None if it is not, or if they have several."""
+        return DTYPES[self.dtype] if self.dtypes in (("bfloat16",), ("float16",)) else None
+
+    @property
     def kept_dtype(self) -> str:
         """The dtype of an exported model that keeps the source's dtype; float64 cannot be kept and becomes float32."""
         return self.dtype if self.dtype in DTYPES else "float32"

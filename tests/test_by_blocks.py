@@ -1,0 +1,125 @@
+"""Large models are held as they are stored and worked on block by block: with the results of any other way."""
+
+import pytest
+import torch
+from test_drift import FAMILIES, STRONG, along, prepared
+
+from prehab_export.compression import block_walk, calibration, chain
+from prehab_export.compression.calibrated import Calibrated
+from prehab_export.compression.calibration import Gather, calibrate
+from prehab_export.compression.spool import Spool
+from prehab_export.compression.truncation import truncate
+from prehab_export.inputs import load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.compression.calibration.CalibrationWarning")
+
+
+def assert_same_moments(found, expected):
+    assert list(found.groups.items()) == list(expected.groups.items())
+    assert found.units == expected.units
+    for group, moment in expected.inputs.items():
+        torch.testing.assert_close(found.inputs[group].second_moment, moment.second_moment, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.inputs[group].mean, moment.mean, rtol=1e-4, atol=1e-6)
+        assert found.inputs[group].tokens == moment.tokens
+        assert found.inputs[group].sampling.error == pytest.approx(moment.sampling.error, rel=1e-3, abs=1e-9)
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-3, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_by_blocks_are_those_of_whole_passes(family, gradients, monkeypatch):
+    model, task, batches, layers, *_ = prepared(family)
+    gather = Gather(gradients=gradients)
+    by_blocks = calibrate(model, task, batches, layers, gather=gather).statistics
+    runs = []
+    monkeypatch.setattr(calibration, "_chain", lambda *_: runs.append(1))
+    whole = calibrate(model, task, batches, layers, gather=gather).statistics
+    assert runs
+    assert_same_moments(by_blocks, whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_changes_when_states_lie_in_files(family, monkeypatch):
+    model, task, batches, layers, statistics, plan = prepared(family)
+    in_memory = along(model, task, batches, layers, statistics, plan)
+    for module in (calibration, block_walk):
+        monkeypatch.setattr(module, "Spool", lambda folder=None: Spool(0, folder))
+    assert_same_moments(calibrate(model, task, batches, layers).statistics, statistics)
+    in_files = along(model, task, batches, layers, statistics, plan)
+    for name, pair in in_memory.factors.items():
+        assert torch.equal(in_files.factors[name].up, pair.up)
+        assert torch.equal(in_files.factors[name].down, pair.down)
+
+
+def test_files_go_with_what_they_hold(tmp_path):
+    spool = Spool(limit=8, folder=tmp_path)
+    values = [torch.arange(2.0), torch.arange(6.0).reshape(2, 3), torch.arange(4.0)]
+    held = [spool.keep(value) for value in values]
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert all(torch.equal(one.load(), value) for one, value in zip(held, values, strict=True))
+    del held[2]
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    del held[0]  # memory is free again
+    held.append(spool.keep(values[0]))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    del spool
+    assert torch.equal(held[0].load(), values[1])
+    held.clear()
+    assert not list(tmp_path.iterdir())
+
+
+def test_logits_in_pieces_give_the_same_moments(monkeypatch):
+    model, task, batches, layers, *_ = prepared("llama")
+    whole = calibrate(model, task, batches, layers).statistics
+    monkeypatch.setattr(chain, "PIECE_BYTES", 4 * model.config.vocab_size * 6)
+    sizes = []
+    logits = chain.Chain.logits
+    monkeypatch.setattr(
+        chain.Chain, "logits", lambda self, batch, final: sizes.append(final.shape[1]) or logits(self, batch, final)
+    )
+    in_pieces = calibrate(model, task, batches, layers).statistics
+    assert max(sizes) < batches[0]["input_ids"].shape[1]
+    assert_same_moments(in_pieces, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_held_as_stored_computes_what_a_wide_one_does(family, dtype, tmp_path):
+    model, task, batches, layers, *_ = prepared(family)
+    model.to(dtype).save_pretrained(tmp_path)
+    wide, stored = load_model(str(tmp_path), task), load_model(str(tmp_path), task, dtype=None)
+    batch = batches[0]
+    with torch.no_grad():
+        assert torch.equal(task.logits(stored, batch), task.logits(wide, batch))
+    assert all(parameter.dtype == dtype for parameter in stored.parameters())
+    moments = [calibrate(loaded, task, batches, list_of(loaded, layers)).statistics for loaded in (stored, wide)]
+    assert_same_moments(*moments)
+    results = []
+    for loaded, statistics in zip((stored, wide), moments, strict=True):
+        plan = truncate(Calibrated(loaded, task, statistics), STRONG)
+        results.append(along(loaded, task, batches, None, statistics, plan))
+    for name, pair in results[1].factors.items():
+        assert results[0].factors[name].up.dtype == torch.float32
+        torch.testing.assert_close(results[0].factors[name].up, pair.up)
+        torch.testing.assert_close(results[0].factors[name].down, pair.down)
+    with torch.no_grad():
+        answers = [
+            task.logits(result.apply(loaded), batch) for result, loaded in zip(results, (stored, wide), strict=True)
+        ]
+    torch.testing.assert_close(*answers)
+
+
+def list_of(model, layers):
+    return {name: model.get_submodule(name) for name in layers}
+
+
+def test_weights_in_single_precision_are_read_as_ever(tmp_path):
+    model, task, batches, *_ = prepared("bert")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), task, dtype=None)
+    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
+    with torch.no_grad():
+        assert torch.equal(task.logits(loaded, batches[0]), task.logits(model, batches[0]))
