@@ -1,8 +1,8 @@
 from prehab_export.pipeline.cleaning import clean_run as clean_run
 from prehab_export.pipeline.demo import run_demo as run_demo
 from prehab_export.pipeline.fitting.fitting import fit as fit
-from prehab_export.pipeline.fitting.report import HEADINGS as HEADINGS
-from prehab_export.pipeline.fitting.report import lines_of as lines_of
+from prehab_export.pipeline.fitting.report import FIT_HEADINGS as FIT_HEADINGS
+from prehab_export.pipeline.fitting.report import fit_rows as fit_rows
 from prehab_export.pipeline.fitting.request import FitRequest as FitRequest
 from prehab_export.pipeline.forecasting import Forecast as Forecast
 from prehab_export.pipeline.forecasting import LayerForecast as LayerForecast
