@@ -92,10 +92,10 @@ def as_command(verb: StageVerb) -> Callable[..., None]:
 
 def show_result(workspace: Any, verb: str, as_json: bool) -> None:
     from prehab_export.cli.tables.summary import print_summary
-    from prehab_export.pipeline import result_of
+    from prehab_export.pipeline import read_result
 
     if as_json:
-        click.echo(json.dumps(result_of(workspace, verb), indent=2))
+        click.echo(json.dumps(read_result(workspace, verb), indent=2))
     else:
         print_summary(workspace, verb)
 

@@ -6,15 +6,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from prehab_export.pipeline import WHOLE_RUNS, Workspace, result_of, sizes_of
+from prehab_export.pipeline import REPORT_VERBS, Workspace, describe_sizes, read_result
 from prehab_export.system import result_console
 
 
 def print_summary(workspace: Workspace, verb: str) -> None:
     """A few lines on stdout: what it cost, what it gained, where things lie."""
     console = result_console()
-    result = result_of(workspace, verb)
-    if verb in WHOLE_RUNS:
+    result = read_result(workspace, verb)
+    if verb in REPORT_VERBS:
         console.print(_table(result))
         for warning in result["size_warnings"]:
             console.print(f"warning: {warning}", style="yellow")
@@ -51,7 +51,9 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
     console.print(format_bench(result["bench"]))
     for row in result["bench"]["comparison"]:
         if row["model"].startswith("compressed") and row["speedup"] < 1:
-            console.print(f"{row['model']} is slower than dense {sizes_of(row)}: {row['speedup']:.2f}×", style="yellow")
+            console.print(
+                f"{row['model']} is slower than dense {describe_sizes(row)}: {row['speedup']:.2f}×", style="yellow"
+            )
 
 
 def _print_places(console: Console, workspace: Workspace) -> None:
