@@ -243,7 +243,7 @@ def test_a_list_in_a_report_has_spaces():
     facts["config"] |= {"prehab": {"train": {"steps": 3}, "surrogate": "tail"}, "quantize": ["int8", "int4"]}
     facts["config"] |= {"adapter": "my *lora*"}
     card = render("pipeline", "card.md.j2", facts)
-    assert r"version of **m** (with the adapter **my \*lora\*** merged into it, dense as well) for" in card
+    assert r"The adapter **my \*lora\*** is merged into this model" in card
     assert "`onnx/model.ort`, `onnx/model_int8.ort`" in card
     assert "λ = 1.0 (did not help; not used)" in card
     assert "it needs.\nFactors in" in card
