@@ -1,4 +1,4 @@
-"""What the command line says when a stage is done."""
+"""The summary of a finished command on the terminal."""
 
 from typing import Any
 
@@ -11,23 +11,23 @@ from prehab_export.system import result_console
 
 
 def print_summary(workspace: Workspace, verb: str) -> None:
-    """A few lines on stdout: what it cost, what it gained, where things lie."""
+    """Print a verb's result on stdout. A complete run shows its cost, its gain and the places of its files."""
     console = result_console()
     result = read_result(workspace, verb)
     if verb in REPORT_VERBS:
-        console.print(_table(result))
+        console.print(_comparison(result))
         for warning in result["size_warnings"]:
             console.print(f"warning: {warning}", style="yellow")
         _print_speed(console, result)
-        _print_places(console, workspace)
+        _print_paths(console, workspace)
     elif result.get("skipped"):
-        console.print(f"{verb}: skipped, not asked for")
+        console.print(f"{verb}: skipped, the options do not ask for it")
     else:
-        place = workspace.root / "artifact" if verb == "verify" else workspace.folder(verb)
-        console.print(f"{verb}: done, in {place}")
+        folder = workspace.root / "artifact" if verb == "verify" else workspace.folder(verb)
+        console.print(f"{verb}: done, in {folder}")
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _comparison(result: dict[str, Any]) -> Table:
     metrics, truncation = result["verify"]["metrics"], result["truncate"]
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in ("", "dense", "compressed"):
@@ -56,11 +56,11 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
             )
 
 
-def _print_places(console: Console, workspace: Workspace) -> None:
+def _print_paths(console: Console, workspace: Workspace) -> None:
     root = workspace.root
     console.print(f"artifact  {root / 'artifact'}")
     console.print(f"report    {root / 'report' / 'report.md'}")
     if leftovers := workspace.leftovers():
         size = sum(leftover.bytes for leftover in leftovers)
-        told = f"kept for options used before: {size / 1e6:,.0f} MB; prehab-export clean {root} frees them"
-        console.print(told, style="dim")
+        note = f"results of earlier options: {size / 1e6:,.0f} MB; to remove them, run prehab-export clean {root}"
+        console.print(note, style="dim")
