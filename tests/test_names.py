@@ -246,4 +246,4 @@ def test_a_list_in_a_report_has_spaces():
     assert r"The adapter **my \*lora\*** is merged into this model" in card
     assert "`onnx/model.ort`, `onnx/model_int8.ort`" in card
     assert "λ = 1.0 (did not help; not used)" in card
-    assert "it needs.\nFactors in" in card
+    assert "that it needs.\nThe factors in" in card

@@ -785,7 +785,7 @@ def test_saved_options_can_be_taken_back(vit_folder, tmp_path, capsys):
     assert invoke("calibrate", output, "--config", tmp_path / "flat.yaml", "--unset", "ratio") == 2
     assert "expected a section" in capsys.readouterr().err
     assert invoke("calibrate", output, "--unset", "task") == 2
-    assert "--task is not given" in capsys.readouterr().err
+    assert "--task is missing" in capsys.readouterr().err
 
 
 def test_export_tells_of_the_compressed_model_first(finished, capsys):

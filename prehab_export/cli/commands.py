@@ -202,7 +202,7 @@ def status(output: Path, as_json: bool) -> None:
         print_status(run_status)
 
 
-@cli.verb("inspect", INSPECTION, "Show a model's layers, their spectra, and what would be compressed.")
+@cli.verb("inspect", INSPECTION, "Show a model's layers and which would be compressed.")
 @click.argument("path", metavar="MODEL-OR-ARTIFACT")
 @click.option(
     "--include",
@@ -273,7 +273,7 @@ def merge_lora(artifact: Path, adapter: Path, as_json: bool, **parameters: Any) 
         print_merge(result)
 
 
-@cli.verb("clean", MORE, "Remove results that no current option of a run needs.")
+@cli.verb("clean", MORE, "Remove results that a run's current options do not need.")
 @click.argument("output", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @AS_JSON

@@ -125,7 +125,7 @@ RUN_VERB = StageVerb(
     "report",
     ("verify", "artifact", "bench", "report"),  # the other stages would produce the same result again
     (),
-    "Run all stages, from a model to a verified artifact and a report.",
+    "Run all stages, from a model to an artifact and a report.",
     f"""Run all stages that the options ask for: {_STEPS}.
 
 MODEL is a local folder or a hub id, or the folder of an earlier run to continue.""",

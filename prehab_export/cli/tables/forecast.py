@@ -44,10 +44,8 @@ def _size_table(forecast: Forecast) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in ("", "dense", "compressed"):
         table.add_column(heading, justify="right" if heading else "left")
-    for size, label in (
-        (forecast.selected, "parameters, selected layers"),
-        (forecast.total, "parameters, whole model"),
-    ):
+    counts = ((forecast.selected, "parameters, selected layers"), (forecast.total, "parameters, whole model"))
+    for size, label in counts:
         table.add_row(label, f"{size.before:,}", "?" if size.after is None else f"{size.after:,}")
     for size in forecast.sizes:
         after = "?" if size.after is None else f"{size.after / 1e6:.1f}"

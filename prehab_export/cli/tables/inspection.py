@@ -22,9 +22,8 @@ def print_inspection(facts: dict[str, Any]) -> None:
     headings = ("layer", "out×in", "parameters", "rank", "kept", "shares input with", "stable rank", "99% in")
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in headings:
-        table.add_column(
-            heading, justify="left" if heading in ("layer", "shares input with") else "right", overflow="fold"
-        )
+        is_name = heading in ("layer", "shares input with")
+        table.add_column(heading, justify="left" if is_name else "right", overflow="fold")
     for row in facts["layers"]:
         shape = "×".join(map(str, row["shape"]))
         rank = row["rank"] or f"≤ {row['break_even_rank'] - 1}" if row["selected"] else "stays dense"
