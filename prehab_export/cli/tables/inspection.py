@@ -29,8 +29,10 @@ def print_inspection(facts: dict[str, Any]) -> None:
         rank = row["rank"] or f"≤ {row['break_even_rank'] - 1}" if row["selected"] else "stays dense"
         group = row.get("input_group")
         shared = group.rsplit(".", 1)[-1] if group and group != row["name"] else ""
-        stable = f"{row['stable_rank']:.1f}" if "stable_rank" in row else ""
-        energy = str(row.get("rank_of_99_percent", ""))
-        kept = f"{100 * row['share_kept']:.0f}%"
-        table.add_row(row["name"], shape, f"{row['parameters']:,}", str(rank), kept, shared, stable, energy)
+        stable_rank = f"{row['stable_rank']:.1f}" if "stable_rank" in row else ""
+        energy_rank = str(row.get("rank_of_99_percent", ""))
+        share_kept = f"{100 * row['share_kept']:.0f}%"
+        table.add_row(
+            row["name"], shape, f"{row['parameters']:,}", str(rank), share_kept, shared, stable_rank, energy_rank
+        )
     console.print(table)

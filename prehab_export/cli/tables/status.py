@@ -16,8 +16,8 @@ def print_status(status: RunStatus) -> None:
     for note in status.notes:
         console.print(f"warning: {note}", style="yellow")
     table = Table(box=SIMPLE_HEAD, show_edge=False)
-    for heading in ("stage", "state", "made (UTC)", "took", "MB", "why"):
-        table.add_column(heading, justify="right" if heading in ("took", "MB") else "left", overflow="fold")
+    for heading in ("stage", "state", "created (UTC)", "duration", "MB", "reasons"):
+        table.add_column(heading, justify="right" if heading in ("duration", "MB") else "left", overflow="fold")
     for row in status.stages:
         created = "" if row.made is None else row.made[:16].replace("T", " ")
         duration = "" if row.seconds is None else f"{row.seconds:,.0f} s"
@@ -34,8 +34,8 @@ def print_status(status: RunStatus) -> None:
         ratios = ", ".join(f"{ratio:g}" for ratio in status.sweep["ratio"])
         console.print(f"sweep: {', '.join(status.sweep['method'])} at {ratios}")
     if status.kept:
-        parts = ", ".join(f"{kept.stage} {kept.bytes / 1e6:,.1f} MB" for kept in status.kept)
-        console.print(f"kept for other options, fits and sweeps: {parts}", style="dim")
+        parts = ", ".join(f"{results.stage} {results.bytes / 1e6:,.1f} MB" for results in status.kept)
+        console.print(f"results kept for other options, fits and sweeps: {parts}", style="dim")
         console.print(f"to remove them, run prehab-export clean {status.output}", style="dim")
     if any(row.state in ("stale", "missing") for row in status.stages):
         console.print(f"to see what an update would take, run prehab-export run {status.output} --dry-run")

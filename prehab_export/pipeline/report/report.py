@@ -36,6 +36,6 @@ def size_warnings(facts: dict[str, Any]) -> list[str]:
     if compressed < dense:
         return []
     return [
-        f"the compressed graph ({compressed / 1e6:.1f} MB) is not smaller than the dense one ({dense / 1e6:.1f} MB); "
-        "remove more, with a higher --ratio"
+        f"the compressed graph ({compressed / 1e6:.1f} MB) is not smaller than the dense graph ({dense / 1e6:.1f} MB); "
+        "remove more with a higher --ratio"
     ]
