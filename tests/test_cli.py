@@ -460,7 +460,7 @@ def test_what_a_run_cannot_do_without_cannot_be_taken_back(asked, tmp_path, caps
     invoke("run", *BASE, "-o", tmp_path)
     for name, way in (("task", "--task"), ("data", "--data"), ("data.data", "--data"), ("model", "MODEL")):
         assert invoke("run", tmp_path, "--unset", name) == 2
-        assert f"{way} is not given" in capsys.readouterr().err
+        assert f"{way} is missing" in capsys.readouterr().err
     assert len(asked) == 1
 
 

@@ -30,7 +30,7 @@ from transformers import (
 
 from converters.errors import InputError
 from prehab_export.cli.commands import cli
-from prehab_export.cli.parsing import requested
+from prehab_export.cli.parsing import parse_request
 from prehab_export.config.data import DataConfig
 from prehab_export.config.options import from_dict, to_yaml
 from prehab_export.config.run import RunConfig
@@ -215,7 +215,7 @@ def test_the_command_line_has_all_of_it(tmp_path):
     given = ["--encoding", "cp1252", "--delimiter", "tab", "--no-header", "--labels-by-position"]
     arguments = ["model", "-o", str(tmp_path), "--task", "text-generation", "--data", "a.csv", *given]
     given = cli.commands["run"].make_context("run", [*arguments, "--window-start", "none"]).params
-    config, _ = requested(given, inherit=False)
+    config, _ = parse_request(given, inherit=False)
     expected = {"encoding": "cp1252", "delimiter": "tab", "header": False, "labels_by_position": True}
     assert config.data == DataConfig("a.csv", window_start="none", **expected)
     assert from_dict(RunConfig, yaml.safe_load(to_yaml(config))) == config

@@ -28,25 +28,25 @@ from prehab_export.config.target import Target
 from prehab_export.config.truncate import TruncateConfig
 from prehab_export.linalg.allocation import break_even, parameters
 from prehab_export.pipeline.fitting import finals, surveying
-from prehab_export.pipeline.fitting.finals import unsteady
+from prehab_export.pipeline.fitting.finals import stability_warning
 from prehab_export.pipeline.fitting.fitting import fit
 from prehab_export.pipeline.fitting.request import FitRequest
 from prehab_export.pipeline.fitting.search import (
     FLOAT32,
     Candidate,
-    Knowledge,
+    CostModel,
     Layers,
     Line,
     Search,
     Setup,
-    chosen,
-    corrected,
-    finalists,
-    pareto,
-    tightened,
+    correct_limits,
+    pareto_mask,
+    select_best,
+    select_finalists,
+    tighten,
 )
-from prehab_export.pipeline.fitting.survey import Anchor, LayerGraph, surveyed_ranks, understood, write_layer_graphs
-from prehab_export.pipeline.fitting.target import measure_layers, measure_models, place_of
+from prehab_export.pipeline.fitting.survey import Anchor, LayerGraph, fit_cost_models, survey_ranks, write_layer_graphs
+from prehab_export.pipeline.fitting.target import identify_target, measure_layers, measure_models
 from prehab_export.system.errors import BudgetError
 from prehab_export.system.machine import machine_facts
 
@@ -74,13 +74,13 @@ def knowledge(layers, mode=FLOAT32, speed=1.0, penalty=0.0, bytes_each=4.0):
     def cost(m, n, rank):
         return slow_when_narrow(m, n, rank) / speed
 
-    dense = layers.dense(cost)
+    dense = layers.dense_cost(cost)
     numbers = layers.parameters
-    return Knowledge(
+    return CostModel(
         Setup(mode, 1),
         cost,
         latency=Line.through([(dense / 2, 1 + 500 * dense), (dense, 1 + 1000 * dense)]),
-        tail=1.25,
+        tail_ratio=1.25,
         size=Line.through([(0.0, 0.01), (numbers, 0.01 + numbers * bytes_each / 1e6)]),
         memory=Line.through([(0.0, 30.0), (numbers, 30 + 2 * numbers * bytes_each / 1e6)]),
         penalty=penalty,
@@ -99,17 +99,17 @@ def everything(search, known):
     for ranks in itertools.product(*menus):
         chosen = dict(zip(SHAPES, ranks, strict=True))
         loss = sum(float(search.layers.losses[name][r]) for name, r in chosen.items() if r is not None)
-        yield search.candidate(known, chosen, (), loss)
+        yield search.predict(known, chosen, (), loss)
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 500), time=st.floats(0.55, 1.0), size=st.floats(0.3, 1.0), mode=st.sampled_from([0, 1]))
 def test_the_search_keeps_to_the_budget_and_is_near_the_best_there_is(seed, time, size, mode):
     search = search_of(seed)
-    known = list(search.known.values())[mode]
-    dense = search.candidate(known, dict.fromkeys(SHAPES))
+    known = list(search.cost_models.values())[mode]
+    dense = search.predict(known, dict.fromkeys(SHAPES))
     budget = Budget(p95_ms=dense.predicted.p95_ms * time, size_mb=dense.predicted.size_mb * size)
-    found = search.within(known, budget)
+    found = search.best_within(known, budget)
     possible = list(everything(search, known))
     within = [c for c in possible if not budget.misses(c.predicted)]
     if not within:
@@ -117,7 +117,7 @@ def test_the_search_keeps_to_the_budget_and_is_near_the_best_there_is(seed, time
         return
     best = min(c.loss for c in within)
     # A walk along convex hulls is a step away from the best at most: what it finds beats all that is a little cheaper.
-    cheaper = [c.loss for c in possible if not tightened(budget, 0.25).misses(c.predicted)]
+    cheaper = [c.loss for c in possible if not tighten(budget, 0.25).misses(c.predicted)]
     assert not budget.misses(found.predicted) or not cheaper
     if not budget.misses(found.predicted):
         assert found.loss >= best - 1e-9
@@ -131,7 +131,7 @@ def test_a_line_is_rising_and_its_inverse_is_the_last_place_within(points, y):
     values = [line.at(x) for x in places]
     inside = [value for x, value in zip(places, values, strict=True) if x >= line.points[0][0]]
     assert inside == sorted(inside)
-    most = line.most(y, 10.0)
+    most = line.largest_x(y, 10.0)
     assert 0 <= most <= 10
     if most > 1e-6:
         assert line.at(most) <= y + 1e-6
@@ -140,30 +140,33 @@ def test_a_line_is_rising_and_its_inverse_is_the_last_place_within(points, y):
 def test_a_line_passes_through_its_points():
     line = Line.through([(1, 10), (3, 20), (4, 40)])
     assert [line.at(x) for x in (0, 1, 2, 3, 3.5, 4, 5)] == [5, 10, 15, 20, 30, 40, 60]
-    assert line.most(30, 4) == pytest.approx(3.5)
+    assert line.largest_x(30, 4) == pytest.approx(3.5)
 
 
 def test_dense_is_the_answer_where_it_fits_and_a_penalty_counts():
     search = search_of()
-    full, small = search.uncut
+    full, small = search.dense_candidates
     assert (full.loss, small.loss) == (0.0, 0.3)
     loose = Budget(p95_ms=2 * full.predicted.p95_ms)
-    assert finalists(search.all(loose), loose)[0] == full
+    assert select_finalists(search.candidates(loose), loose)[0] == full
     # Too slow in float32; int8 is fast enough dense, but costs more than cutting a little.
     close = Budget(p95_ms=0.97 * full.predicted.p95_ms)
-    best = finalists(search.all(close), close)[0]
+    best = select_finalists(search.candidates(close), close)[0]
     assert best.setup.mode == FLOAT32
     assert not best.is_dense
     assert 0 < best.loss < 0.3
     # Far too slow in float32: int8 remains.
     fast = Budget(p95_ms=0.6 * full.predicted.p95_ms)
-    assert finalists(search.all(fast), fast)[0].setup.mode == "int8"
+    assert select_finalists(search.candidates(fast), fast)[0].setup.mode == "int8"
 
 
 def test_different_budgets_give_different_models_and_looser_ones_lose_less():
     search = search_of(3)
-    dense = search.uncut[0].predicted.p95_ms
-    best = [finalists(search.all(b), b)[0] for b in (Budget(p95_ms=dense * share) for share in (0.45, 0.7, 0.9))]
+    dense = search.dense_candidates[0].predicted.p95_ms
+    best = [
+        select_finalists(search.candidates(b), b)[0]
+        for b in (Budget(p95_ms=dense * share) for share in (0.45, 0.7, 0.9))
+    ]
     assert len({str(c.facts()) for c in best}) == 3
     assert best[0].loss > best[1].loss > best[2].loss
 
@@ -171,15 +174,15 @@ def test_different_budgets_give_different_models_and_looser_ones_lose_less():
 def test_where_nothing_fits_the_nearest_come_first():
     search = search_of()
     budget = Budget(p95_ms=0.001)
-    near = finalists(search.all(budget), budget)
+    near = select_finalists(search.candidates(budget), budget)
     assert len(near) == 1
-    least = min(c.predicted.p95_ms for c in search.all(budget))
+    least = min(c.predicted.p95_ms for c in search.candidates(budget))
     assert near[0].predicted.p95_ms == least
     (miss,) = budget.misses(near[0].predicted)
     assert miss.limit == "p95_ms"
     assert miss.over == pytest.approx(least / 0.001 - 1)
     close = Budget(p95_ms=0.9 * least)
-    hopeful = finalists(search.all(close), close)
+    hopeful = select_finalists(search.candidates(close), close)
     assert len(hopeful) == 3
     distances = [close.distance(candidate.predicted) for candidate in hopeful]
     assert distances == sorted(distances)
@@ -187,22 +190,22 @@ def test_where_nothing_fits_the_nearest_come_first():
 
 def test_finalists_differ_and_one_is_well_inside():
     search = search_of(7)
-    budget = Budget(p95_ms=0.75 * search.uncut[0].predicted.p95_ms)
-    tries = finalists(search.all(budget), budget)
+    budget = Budget(p95_ms=0.75 * search.dense_candidates[0].predicted.p95_ms)
+    tries = select_finalists(search.candidates(budget), budget)
     assert len(tries) == len({id(c) for c in tries}) == 3
     assert not any(budget.misses(c.predicted) for c in tries)
-    assert any(not tightened(budget, 0.08).misses(c.predicted) for c in tries)
+    assert any(not tighten(budget, 0.08).misses(c.predicted) for c in tries)
     assert len({c.setup for c in tries}) == 2
     assert tries[0].loss == min(c.loss for c in tries)
 
 
 def test_a_memory_limit_binds_through_the_parameters():
     search = search_of(1)
-    known = next(iter(search.known.values()))
-    full = search.candidate(known, dict.fromkeys(SHAPES)).predicted.memory_mb
+    known = next(iter(search.cost_models.values()))
+    full = search.predict(known, dict.fromkeys(SHAPES)).predicted.memory_mb
     least = known.memory.at(0.0)
     budget = Budget(memory_mb=least + 0.5 * (full - least))
-    found = search.within(known, budget)
+    found = search.best_within(known, budget)
     assert found.predicted.memory_mb <= budget.memory_mb
     assert found.share_removed == pytest.approx(0.5, abs=0.08)
 
@@ -211,7 +214,7 @@ def test_shared_inputs_count_as_one_stack():
     layers = Layers({"q": (8, 8), "k": (8, 8), "o": (8, 8)}, {}, {}, 1)
     units = layers.units({"q": 2, "k": 2, "o": None}, (("q", "k"),))
     assert units == [(16, 8, 2), (8, 8, None)]
-    assert layers.total(parameters, {"q": 2, "k": 2, "o": None}, (("q", "k"),)) == 2 * 24 + 64
+    assert layers.total_cost(parameters, {"q": 2, "k": 2, "o": None}, (("q", "k"),)) == 2 * 24 + 64
 
 
 def test_facts_name_only_layers_that_are_cut():
@@ -224,7 +227,7 @@ def test_facts_name_only_layers_that_are_cut():
 def test_predictions_that_were_low_lower_the_limits():
     predicted = Figures(5.0, 8.0, 40.0, 2.0)
     candidate = Candidate(Setup(FLOAT32, 1), {"a": 4}, (), 0.5, 0.1, predicted)
-    found = corrected(
+    found = correct_limits(
         Budget(p95_ms=8.0, memory_mb=50.0, size_mb=None),
         [(candidate, Figures(5.0, 10.0, 30.0, 9.0)), (candidate, predicted)],
     )
@@ -233,7 +236,7 @@ def test_predictions_that_were_low_lower_the_limits():
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=8))
 def test_pareto_keeps_what_nothing_beats(rows):
-    kept = [row for row, keep in zip(rows, pareto(rows), strict=True) if keep]
+    kept = [row for row, keep in zip(rows, pareto_mask(rows), strict=True) if keep]
     assert kept
     for row in rows:
         beaten = any(other[0] <= row[0] and other[1] <= row[1] and other != row for other in rows)
@@ -272,9 +275,9 @@ def test_a_device_that_changes_its_pace_is_told_of():
     def rows(*p95):
         return [{"model": "dense-float32", "threads": at + 1, "p95_ms": value} for at, value in enumerate(p95)]
 
-    assert unsteady(rows(2.0, 4.0), rows(2.2, 3.5)) is None
-    assert "4.00 ms in the survey and 6.00 ms" in unsteady(rows(2.0, 4.0), rows(2.0, 6.0))
-    assert "4.00 ms in the survey and 2.00 ms" in unsteady(rows(2.0, 4.0), rows(2.0, 2.0))
+    assert stability_warning(rows(2.0, 4.0), rows(2.2, 3.5)) is None
+    assert "4.00 ms in the survey and 6.00 ms" in stability_warning(rows(2.0, 4.0), rows(2.0, 6.0))
+    assert "4.00 ms in the survey and 2.00 ms" in stability_warning(rows(2.0, 4.0), rows(2.0, 2.0))
 
 
 def test_a_drop_is_in_points_of_accuracy_and_relative_for_perplexity():
@@ -291,23 +294,23 @@ def test_of_what_fits_the_most_accurate_is_chosen_and_dense_where_it_fits():
 
     budget = Budget(p95_ms=10, max_drop=0.02)
     accurate, fast, lossy, slow = tried(0.01, 9), tried(0.015, 5), tried(0.03, 2), tried(0.0, 11)
-    assert chosen([lossy, fast, slow, accurate], budget) is accurate[0]
-    assert chosen([lossy, fast, slow], budget) is fast[0]
-    assert chosen([lossy, slow], budget) is None
+    assert select_best([lossy, fast, slow, accurate], budget) is accurate[0]
+    assert select_best([lossy, fast, slow], budget) is fast[0]
+    assert select_best([lossy, slow], budget) is None
     lucky, dense = tried(-0.01, 3), tried(0.0, 9, ranks=None, mode=FLOAT32)
-    assert chosen([lucky, dense], budget) is dense[0]
-    assert chosen([tried(0.01, 8), tried(0.01, 7)], budget).predicted.p95_ms == 7
+    assert select_best([lucky, dense], budget) is dense[0]
+    assert select_best([tried(0.01, 8), tried(0.01, 7)], budget).predicted.p95_ms == 7
 
 
 def test_surveyed_ranks_reach_break_even_and_rise():
     for m, n in ((384, 384), (1536, 384), (20, 30), (5, 4)):
-        ranks = surveyed_ranks(m, n)
+        ranks = survey_ranks(m, n)
         assert list(ranks) == sorted(set(ranks))
         assert ranks[-1] == break_even(m, n)
 
 
 def test_what_was_measured_on_this_machine_holds_for_no_other():
-    places = {name: place_of(Target(name))["machine"] for name in ("local", "browser", "ssh://board")}
+    places = {name: identify_target(Target(name))["machine"] for name in ("local", "browser", "ssh://board")}
     assert places["local"] == places["browser"] == machine_facts()
     assert places["ssh://board"] is None
 
@@ -336,19 +339,18 @@ def test_what_the_target_tells_is_read_back_exactly():
         {"model": model, "threads": 3, "p50_ms": ms, "p95_ms": 1.5 * ms, "peak_mb": 10 * ms}
         for model, ms in times.items()
     ]
-    (known,) = understood(rows, layers, graphs, anchors, {FLOAT32: 0.25}, 7).values()
+    (known,) = fit_cost_models(rows, graphs, anchors, {FLOAT32: 0.25}, 7).values()
     assert known.setup == Setup(FLOAT32, 3)
-    found = Search(layers, {known.setup: known}).candidate(known, {"a": 12}, (), 1.0)
+    found = Search(layers, {known.setup: known}).predict(known, {"a": 12}, (), 1.0)
     # Half-way between ranks 8 and 16: 2 ms of layer time, where the models have 1 and 4.
-    assert known.cost(32, 32, 12) == pytest.approx(2e-3)
+    assert known.layer_seconds(32, 32, 12) == pytest.approx(2e-3)
     assert found.predicted.p50_ms == pytest.approx(5 + 4 / 3)
     assert found.predicted.p95_ms == pytest.approx(1.5 * (5 + 4 / 3))
     assert found.predicted.size_mb == pytest.approx(2 + 2 * (12 - 8) * 64 / (1024 - 512))
     assert found.predicted.memory_mb == pytest.approx(50 + 40 * (12 - 8) * 64 / (1024 - 512))
     assert found.loss == 1.25
     assert (
-        understood([row | {"peak_mb": None} for row in rows], layers, graphs, anchors, {}, 7)[known.setup].memory
-        is None
+        fit_cost_models([row | {"peak_mb": None} for row in rows], graphs, anchors, {}, 7)[known.setup].memory is None
     )
 
 

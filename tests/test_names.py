@@ -26,7 +26,7 @@ from prehab_export.measurement import benchmark
 from prehab_export.measurement.benchmark import bench
 from prehab_export.measurement.roofline import Ceilings
 from prehab_export.measurement.targets.kit import make_kit
-from prehab_export.pipeline.fitting.report import HEADINGS, lines_of
+from prehab_export.pipeline.fitting.report import FIT_HEADINGS, fit_rows
 from prehab_export.system import terminal as progress
 from prehab_export.system.rendering import code_span, escape_markdown, render
 from prehab_export.system.terminal import bar, result_console, say, warn
@@ -181,7 +181,7 @@ def test_a_fit(capsys, tmp_path):
     told = capsys.readouterr().out
     assert told.count(NAME) == 3
     assert "warning: [/w]|" in told
-    seen = shown(render("pipeline", "fit.md.j2", result | {"headings": HEADINGS, "lines": lines_of(result)}))
+    seen = shown(render("pipeline", "fit.md.j2", result | {"headings": FIT_HEADINGS, "rows": fit_rows(result)}))
     assert seen[0] == f"{NAME}, fitted to ssh://[/h]"
     assert NAME in seen
     assert any(text.endswith("[/w]|<strong_close>") for text in seen)
@@ -243,7 +243,7 @@ def test_a_list_in_a_report_has_spaces():
     facts["config"] |= {"prehab": {"train": {"steps": 3}, "surrogate": "tail"}, "quantize": ["int8", "int4"]}
     facts["config"] |= {"adapter": "my *lora*"}
     card = render("pipeline", "card.md.j2", facts)
-    assert r"version of **m** (with the adapter **my \*lora\*** merged into it, dense as well) for" in card
+    assert r"The adapter **my \*lora\*** is merged into this model" in card
     assert "`onnx/model.ort`, `onnx/model_int8.ort`" in card
     assert "λ = 1.0 (did not help; not used)" in card
-    assert "it needs.\nFactors in" in card
+    assert "that it needs.\nThe factors in" in card

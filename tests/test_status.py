@@ -111,7 +111,7 @@ def test_what_a_verb_has_left_behind_names_the_option_that_differs(place, capsys
     told = " ".join(capsys.readouterr().out.split())
     assert "truncate.ratio 0.6 → 0.8" in told
     assert "prehab-export clean" in told
-    assert "--dry-run tells" in told
+    assert "to see what an update would take" in told
 
 
 def test_a_result_of_options_that_come_back_is_found_again(place):

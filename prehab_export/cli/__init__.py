@@ -1,5 +1,5 @@
-"""The room of the command line: options, commands and the tables that they print. It parses, calls one function of the
-room below, and prints; nothing is computed here.
+"""The command line: options, commands and the tables that they print. A command parses its arguments, calls one
+function of the pipeline and prints the result. It computes nothing itself.
 """
 
 from prehab_export.system.exports import lazy_exports

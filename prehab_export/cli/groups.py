@@ -1,4 +1,4 @@
-"""Commands whose help has its options, and the program's verbs, under titles."""
+"""Click commands whose help groups options, and the verbs of the program, under titles."""
 
 import inspect
 from collections.abc import Callable
@@ -8,23 +8,23 @@ from typing import Any
 import click
 
 Decorator = Callable[[Any], Any]
-# (an option as it was spelled, the verb that does not have it) → what to say about that; None where nothing is known.
+# Maps an unknown option, as the user wrote it, and the verb to advice; returns None if there is no advice.
 Advice = Callable[[str, str], str | None]
-FOLDER = "Folder and options"
-# An option that is spelled at more letters has its text below it.
-WIDEST = 26
+DEFAULT_TITLE = "Folder and options"
+# The help text of an option whose spelling is longer than this starts on the next line.
+MAX_SPELLING_WIDTH = 26
 
 
 class TitledOption(click.Option):
-    """An option that stands under a title in the help."""
+    """An option that the help shows under a title."""
 
-    def __init__(self, *arguments: Any, title: str = FOLDER, **extra: Any) -> None:
+    def __init__(self, *arguments: Any, title: str = DEFAULT_TITLE, **extra: Any) -> None:
         super().__init__(*arguments, **extra)
         self.title = title
 
 
 class Verb(click.Command):
-    """A command with titled options, and advice on those that it does not have."""
+    """A command with titled options that gives advice on options it does not have."""
 
     def __init__(self, *arguments: Any, advice: Advice = lambda _option, _verb: None, **extra: Any) -> None:
         super().__init__(*arguments, **extra)
@@ -34,11 +34,12 @@ class Verb(click.Command):
         sections: dict[str, list[tuple[str, str]]] = {}
         for option in self.get_params(ctx):
             if isinstance(option, click.Option) and (record := option.get_help_record(ctx)) is not None:
-                sections.setdefault(getattr(option, "title", FOLDER), []).append(record)
-        spelled = [len(spelling) for records in sections.values() for spelling, _ in records]
-        width = max((length for length in spelled if length <= WIDEST), default=0)  # one column for all sections
+                sections.setdefault(getattr(option, "title", DEFAULT_TITLE), []).append(record)
+        lengths = [len(spelling) for records in sections.values() for spelling, _ in records]
+        width = max((length for length in lengths if length <= MAX_SPELLING_WIDTH), default=0)
         for title, records in sections.items():
             with formatter.section(title):
+                # The padding aligns the help texts of all sections.
                 formatter.write_dl([(spelling.ljust(width), text) for spelling, text in records], width)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -52,7 +53,7 @@ class Verb(click.Command):
 
 
 class Verbs(click.Group):
-    """The program: its verbs stand in the help under titles, in the order in which they were added."""
+    """The program. Its help lists the verbs under titles, in the order of their registration."""
 
     command_class = Verb
 
@@ -60,10 +61,15 @@ class Verbs(click.Group):
         super().__init__(*arguments, **extra)
         self.titles: dict[str, str] = {}
 
-    def verb(self, name: str, title: str, short: str, **extra: Any) -> Decorator:
-        """Adds a function as a command under a title; ``short`` is what the list of verbs says of it."""
+    def verb(self, name: str, title: str, summary: str, **extra: Any) -> Decorator:
+        """Return a decorator that registers a function as a command under a title.
+
+        Args:
+            summary: the command's text in the list of verbs.
+            extra: further arguments of `click.Group.command`.
+        """
         self.titles[name] = title
-        return self.command(name=name, short_help=short, **extra)
+        return self.command(name=name, short_help=summary, **extra)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, self.titles))
@@ -73,16 +79,16 @@ class Verbs(click.Group):
                 formatter.write_dl([(name.ljust(width), self.commands[name].short_help or "") for name in names])
 
 
-def titled(title: str, *names: str, **extra: Any) -> Decorator:
-    """An option under a title."""
+def titled_option(title: str, *names: str, **extra: Any) -> Decorator:
+    """Return a decorator that adds an option under a title."""
     return click.option(*names, cls=TitledOption, title=title, **extra)
 
 
-def decorated(*decorators: Decorator) -> Decorator:
-    """Several decorators as one, the first outermost: options stand in the help in this order."""
+def chain(*decorators: Decorator) -> Decorator:
+    """Combine decorators into one, the first outermost. The help lists options in this order."""
     return lambda command: reduce(lambda inner, outer: outer(inner), reversed(decorators), command)
 
 
 def help_text(text: str, *examples: str) -> str:
-    """A command's help: paragraphs, and command lines as they are."""
+    """Return the help of a command: its text, followed by example command lines that click does not rewrap."""
     return inspect.cleandoc(text) + "\n\n\b\nExamples:\n" + "\n".join(f"  prehab-export {line}" for line in examples)

@@ -1,6 +1,9 @@
-"""Every option of the command line that sets a key of the options, as data: how it is spelled, which key it sets, under
-which title it stands, and the stage from which on it changes what is made. Types, defaults and help texts are the keys'
-own. What is no flag here is set by its key alone: with ``--set``, or in a YAML file."""
+"""The flags of the command line that set an option of a run, as data.
+
+A flag has a spelling, the key of the option that it sets, a title in the help, and the first stage whose result it
+changes. Types, defaults and help texts come from the keys. An option without a flag is set by its key, with ``--set``
+or in a YAML file.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from typing import Any, get_args, get_origin
 import click
 
 from converters.onnx.modes import KV_CACHES, MODES
-from prehab_export.cli.groups import TitledOption, decorated
+from prehab_export.cli.groups import TitledOption, chain
 from prehab_export.config import (
     ALLOCATIONS,
     DTYPES,
@@ -27,13 +30,13 @@ from prehab_export.pipeline import DEPENDENCIES
 
 MODEL = "Model"
 DATA = "Data"
-UNUSUAL_DATA = "Data that are not as usual"
+UNUSUAL_DATA = "Data in unusual formats"
 COMPUTE = "Computing"
 CALIBRATION = "Calibration"
 TRUNCATION = "Truncation"
 PREHAB = "Prehab: training before truncation"
 REFINEMENT = "Refinement: tuning after truncation, without labels"
-REHAB = "Rehab: training after that, with labels"
+REHAB = "Rehab: training after truncation, with labels"
 EXPORT = "Export"
 QUANTISATION = "Quantisation"
 BENCH = "Bench"
@@ -41,10 +44,14 @@ BENCH = "Bench"
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag.
+    """A flag of the command line.
 
-    spelling: as click has it, ``--ort/--no-ort``. path: the key that it sets. stage: from which on it matters.
-    values: what it may be, where these are few. metavar: what stands for its value in the help.
+    spelling: the spelling in click's syntax, such as ``--ort/--no-ort``.
+    path: the key that the flag sets.
+    title: the title of its section in the help.
+    stage: the first stage whose result the flag changes.
+    values: the allowed values, if they are a fixed set.
+    metavar: the placeholder for the value in the help.
     """
 
     spelling: str
@@ -56,12 +63,12 @@ class Flag:
 
     @property
     def parameter(self) -> str:
-        """Its name among the parameters of a command."""
+        """The name of the command's parameter."""
         return self.path.replace(".", "__")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """``ort`` and ``no-ort``: its spellings without dashes in front."""
+        """The spellings without leading dashes, such as ``ort`` and ``no-ort``."""
         return tuple(name.lstrip("-") for name in self.spelling.split("/"))
 
     @property
@@ -70,12 +77,12 @@ class Flag:
 
     @property
     def option(self) -> Any:
-        """The decorator that gives it to a command.
+        """The decorator that adds the flag to a command.
 
-        Not given, it stays unset, so that saved options and the YAML file keep their say; the default in its help is
-        the key's.
+        The default of the parameter is None, so that saved options and the YAML file apply if the flag is not given.
+        The help shows the default of the key.
         """
-        kind = _kind(self.key.kind)
+        kind = _click_type(self.key.kind)
         many = get_origin(self.key.kind) is tuple
         extra: dict[str, Any] = {"is_flag": True} if kind is bool else {"multiple": many, "metavar": self.metavar}
         if kind is not bool:
@@ -89,7 +96,7 @@ class Flag:
         text = self.key.meaning.partition(". ")[0]
         if get_origin(self.key.kind) is tuple:
             text = f"{text}; repeat for more"
-        return f"{capitalised(text)}.{self._default}"
+        return f"{capitalise(text)}.{self._default}"
 
     @property
     def _default(self) -> str:
@@ -99,17 +106,17 @@ class Flag:
         return f"  [default: {' '.join(map(str, default)) if isinstance(default, tuple) else default}]"
 
 
-def capitalised(text: str) -> str:
-    """With a capital in front, unless it begins with a sign of its own.
+def capitalise(text: str) -> str:
+    """Capitalise the first letter of a text if it is an ASCII letter.
 
-    >>> capitalised("samples per step"), capitalised("λ, the weight")
+    >>> capitalise("samples per step"), capitalise("λ, the weight")
     ('Samples per step', 'λ, the weight')
     """
     return text[:1].upper() + text[1:] if text[:1].isascii() else text
 
 
-def _kind(annotation: Any) -> Any:
-    """What click is to read. A number or a word is read as text here, and told apart with the other options."""
+def _click_type(annotation: Any) -> Any:
+    """Return the type that click parses. A value that may be a number or a word stays text: the config parses it."""
     kinds = [kind for kind in get_args(annotation) or (annotation,) if kind not in (type(None), Ellipsis)]
     return kinds[0] if len(kinds) == 1 else str
 
@@ -141,7 +148,7 @@ FLAGS = (
     Flag("--calibration-samples", "calibrate.samples", CALIBRATION, "calibrate", metavar="N"),
     Flag("--include", "calibrate.include", CALIBRATION, "calibrate", metavar="PATTERN"),
     Flag("--exclude", "calibrate.exclude", CALIBRATION, "calibrate", metavar="PATTERN"),
-    # Prehab aims at the ranks that truncation will choose.
+    # Prehab trains for the ranks that truncation will choose.
     Flag("--ratio", "truncate.ratio", TRUNCATION, "prehab", metavar="SHARE"),
     Flag("--budget", "truncate.budget", TRUNCATION, "prehab", metavar="BUDGET"),
     Flag("--objective", "truncate.objective", TRUNCATION, "prehab", OBJECTIVES),
@@ -154,7 +161,7 @@ FLAGS = (
     Flag("--prehab-lr", "prehab.train.learning_rate", PREHAB, "prehab", metavar="RATE"),
     Flag("--prehab-batch-size", "prehab.train.batch_size", PREHAB, "prehab", metavar="N"),
     Flag("--surrogate", "prehab.surrogate", PREHAB, "prehab", SURROGATES),
-    # Block-wise refinement, and the size of its batches, is part of truncation, and so of what prehab aims at.
+    # Block-wise refinement and its batch size are part of truncation, for which prehab trains.
     Flag("--refine-block-steps", "refine.block_steps", REFINEMENT, "prehab", metavar="N"),
     Flag("--refine-batch-size", "refine.schedule.batch_size", REFINEMENT, "prehab", metavar="N"),
     Flag("--refine-steps", "refine.schedule.steps", REFINEMENT, "refine", metavar="N"),
@@ -166,8 +173,8 @@ FLAGS = (
     Flag("--lora-rank", "rehab.lora_rank", REHAB, "rehab", metavar="N"),
     Flag("--dtype", "dtype", EXPORT, "export", DTYPES),
     Flag("--kv-cache", "kv_cache", EXPORT, "export", KV_CACHES),
-    Flag("--ort/--no-ort", "ort", EXPORT, "export"),  # with it, ``export`` goes on to the stage ``ort``
-    Flag("--quantize", "quantize", QUANTISATION, "prehab", MODES),  # ranks fill whole blocks where a mode has some
+    Flag("--ort/--no-ort", "ort", EXPORT, "export"),  # it makes the verb ``export`` run the stage ``ort``
+    Flag("--quantize", "quantize", QUANTISATION, "prehab", MODES),  # a mode with blocks restricts the ranks
     Flag("--bench-threads", "bench.thread_counts", BENCH, "bench", metavar="N"),
     Flag("--bench-batch", "bench.batch_sizes", BENCH, "bench", metavar="N"),
     Flag("--bench-length", "bench.sequence_lengths", BENCH, "bench", metavar="TOKENS"),
@@ -176,47 +183,54 @@ FLAGS = (
     Flag("--min-speedup", "min_speedup", BENCH, "bench", metavar="TIMES"),
 )
 
-# What a fit finds by itself, or has no use for.
-_OF_A_FIT = {MODEL, DATA, UNUSUAL_DATA, COMPUTE, CALIBRATION, TRUNCATION, EXPORT, QUANTISATION, BENCH}
-_NOT_OF_A_FIT = {"truncate.ratio", "truncate.budget", "truncate.objective", "truncate.allocation", "ort"}
-_NOT_OF_A_FIT |= {"bench.threads", "bench.thread_counts", "bench.provider", "min_speedup"}
-# What a sweep goes through by itself.
-_OF_A_SWEEP = {MODEL, DATA, UNUSUAL_DATA, COMPUTE, CALIBRATION, TRUNCATION, REFINEMENT}
-_NOT_OF_A_SWEEP = {"truncate.ratio", "truncate.budget", "truncate.objective", "truncate.allocation"}
-_NOT_OF_A_SWEEP |= {"truncate.drift_correction"}
+# A fit chooses the excluded options itself, or does not use them.
+_FIT_TITLES = {MODEL, DATA, UNUSUAL_DATA, COMPUTE, CALIBRATION, TRUNCATION, EXPORT, QUANTISATION, BENCH}
+_FIT_EXCLUDED_PATHS = {"truncate.ratio", "truncate.budget", "truncate.objective", "truncate.allocation", "ort"}
+_FIT_EXCLUDED_PATHS |= {"bench.threads", "bench.thread_counts", "bench.provider", "min_speedup"}
+# A sweep chooses the excluded options itself.
+_SWEEP_TITLES = {MODEL, DATA, UNUSUAL_DATA, COMPUTE, CALIBRATION, TRUNCATION, REFINEMENT}
+_SWEEP_EXCLUDED_PATHS = {"truncate.ratio", "truncate.budget", "truncate.objective", "truncate.allocation"}
+_SWEEP_EXCLUDED_PATHS |= {"truncate.drift_correction"}
 
 
 @cache
 def flag_paths() -> dict[str, str]:
-    """Name of a flag, without dashes in front → the key that it sets."""
+    """Return the key that each flag sets, by the flag's names without leading dashes."""
     return {name: flag.path for flag in FLAGS for name in flag.names}
 
 
 def flags_through(stage: str) -> list[Flag]:
-    """The flags that change what the stages through this one make."""
+    """Return the flags that change the result of this stage or of an earlier stage."""
     order = list(DEPENDENCIES)
     return [flag for flag in FLAGS if order.index(flag.stage) <= order.index(stage)]
 
 
 def sweep_flags() -> list[Flag]:
-    return [flag for flag in FLAGS if flag.title in _OF_A_SWEEP and flag.path not in _NOT_OF_A_SWEEP]
+    """Return the flags of the verb ``sweep``."""
+    return [flag for flag in FLAGS if flag.title in _SWEEP_TITLES and flag.path not in _SWEEP_EXCLUDED_PATHS]
 
 
 def fit_flags() -> list[Flag]:
-    return [flag for flag in FLAGS if flag.title in _OF_A_FIT and flag.path not in _NOT_OF_A_FIT]
+    """Return the flags of the verb ``fit``."""
+    return [flag for flag in FLAGS if flag.title in _FIT_TITLES and flag.path not in _FIT_EXCLUDED_PATHS]
 
 
-def with_flags(flags: Iterable[Flag]) -> Any:
-    return decorated(*(flag.option for flag in flags))
+def flag_options(flags: Iterable[Flag]) -> Any:
+    """Return a decorator that adds the flags to a command."""
+    return chain(*(flag.option for flag in flags))
 
 
-def advice_on(name: str, verb: str) -> str | None:
-    """What to say of a flag that a verb does not have; None where nothing is known of it."""
-    bare = name.lstrip("-")
-    flag = next((flag for flag in FLAGS if bare in flag.names), None)
+def unknown_option_advice(option: str, verb: str) -> str | None:
+    """Return advice on an option that a verb does not have, or None if the option is unknown.
+
+    Args:
+        option: the option as the user wrote it, such as ``--ratio``.
+    """
+    name = option.lstrip("-")
+    flag = next((flag for flag in FLAGS if name in flag.names), None)
     if flag is not None:
-        return f"{verb} does not depend on it; --set {flag.path}=VALUE keeps it for the verbs that do"
+        return f"{verb} does not depend on it; --set {flag.path}=VALUE saves it for the verbs that do"
     keys = {path.replace(".", "-").replace("_", "-"): path for path in known_keys()}
-    if (path := keys.get(bare.removeprefix("no-"))) is not None:
+    if (path := keys.get(name.removeprefix("no-"))) is not None:
         return f"set it by its key: --set {path}=VALUE"
     return None

@@ -1,4 +1,8 @@
-"""What a command line asks for: saved options, then a YAML file, less what is unset, then ``--set`` and flags."""
+"""The parser of a run's options from a command line.
+
+The options come from the saved options, the YAML file, and ``--set`` and flags, where each source overrides the sources
+before it. ``--unset`` applies after the YAML file.
+"""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -21,62 +25,64 @@ from prehab_export.config import (
     without,
 )
 
-# Keys that must be given, and how.
+# The required keys, with the argument or flag that sets each.
 REQUIRED = {"model": "MODEL", "task": "--task", "data.data": "--data"}
 
 
-def requested(given: Mapping[str, Any], *, inherit: bool = True) -> tuple[RunConfig, Path]:
-    """The options and the folder that a command line means.
+def parse_request(parameters: Mapping[str, Any], *, inherit: bool = True) -> tuple[RunConfig, Path]:
+    """Return the options and the folder of the run that a command line describes.
 
     Args:
-        given: a command's parameters by name: ``model``, ``output``, ``config_file``, ``settings``, ``unset``, and the
-            flags that it has.
-        inherit: go on with the options that are saved in the folder, also where a model is given. Without a model they
-            are gone on with anyway.
+        parameters: the command's parameters by name: ``model``, ``output``, ``config_file``, ``settings``, ``unset``,
+            and the command's flags.
+        inherit: start from the options saved in the folder even if the command line gives a model. Without a model,
+            the saved options always apply.
 
     Raises:
-        InputError: an unknown option, a wrong value, one that must be given and is not, or two that contradict each
-            other.
+        InputError: an option is unknown, has an invalid value, is missing, or contradicts another option.
     """
     from prehab_export.pipeline import OPTIONS_FILE
 
-    model, output = given["model"], given["output"]
+    model, output = parameters["model"], parameters["output"]
     if model is not None and (Path(model) / OPTIONS_FILE).is_file():
         if output is not None and output.resolve() != Path(model).resolve():
             raise InputError(f"{model} is the folder of a run; give a model, or leave out -o")
         output, model = Path(model), None
     if output is None:
         raise InputError("give the run's folder with -o OUT")
-    written = {} if given["config_file"] is None else read_options(given["config_file"])
-    inherit = inherit or (model is None and "model" not in written)
+    config_file = parameters["config_file"]
+    file_values = {} if config_file is None else read_options(config_file)
+    inherit = inherit or (model is None and "model" not in file_values)
     saved = read_options(output / OPTIONS_FILE) if inherit and (output / OPTIONS_FILE).is_file() else {}
-    values = merged(saved, written)
-    for name in given["unset"]:
-        values = without(values, _named(name))
-    for path, value in _explicit(model, given).items():
+    values = merged(saved, file_values)
+    for name in parameters["unset"]:
+        values = without(values, _resolve_key(name))
+    for path, value in _command_line_values(model, parameters).items():
         values = with_value(values, path, value)
-    return with_absolute_paths(from_dict(RunConfig, _complete(values))), output
+    _check_required(values)
+    return with_absolute_paths(from_dict(RunConfig, values)), output
 
 
-def _explicit(model: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Key → value, of what this command line sets itself."""
-    settings = _settings(given["settings"])
-    flags = {flag.path: flag for flag in FLAGS if given.get(flag.parameter) not in (None, ())}
-    spelled = {path: f"--{flag.names[0]}" for path, flag in flags.items()}
-    values = {path: given[flag.parameter] for path, flag in flags.items()}
+def _command_line_values(model: str | None, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that the command line itself sets, by key."""
+    settings = _parse_settings(parameters["settings"])
+    flags = {flag.path: flag for flag in FLAGS if parameters.get(flag.parameter) not in (None, ())}
+    spellings = {path: f"--{flag.names[0]}" for path, flag in flags.items()}
+    values = {path: parameters[flag.parameter] for path, flag in flags.items()}
     if model is not None:
-        spelled["model"], values["model"] = "MODEL", model
-    if twice := [path for path in settings if path in values]:
-        raise InputError(f"{twice[0]} is given both by {spelled[twice[0]]} and by --set; give one of them")
+        spellings["model"], values["model"] = "MODEL", model
+    if duplicates := [path for path in settings if path in values]:
+        path = duplicates[0]
+        raise InputError(f"{path} is given both by {spellings[path]} and by --set; give it only once")
     return values | settings
 
 
-def _settings(texts: Sequence[str]) -> dict[str, Any]:
-    """Key → value, of all that ``--set`` gives."""
+def _parse_settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Return the values of all ``--set`` options, by key."""
     values: dict[str, Any] = {}
     for text in texts:
         name = text.partition("=")[0].strip()
-        if name not in known_keys() and (path := _flagged(name)) is not None:
+        if name not in known_keys() and (path := _key_of_flag(name)) is not None:
             raise InputError(f"unknown option {name}; did you mean {path}?")
         path, value = read_setting(text)
         if path in values:
@@ -85,13 +91,16 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _flagged(name: str) -> str | None:
-    """The key of a flag that is spelled like this, or as a key would be: ``prehab.lambda`` of ``--prehab-lambda``."""
+def _key_of_flag(name: str) -> str | None:
+    """Return the key that a flag sets, or None if there is no such flag.
+
+    The name may have the form of a key: ``prehab.lambda`` stands for ``--prehab-lambda``.
+    """
     return flag_paths().get(name.lstrip("-").replace(".", "-").replace("_", "-"))
 
 
-def _named(name: str) -> str:
-    """The key, or the section, that somebody wants to take back, by its own name or by that of its flag.
+def _resolve_key(name: str) -> str:
+    """Return the key or section for an argument of ``--unset``, which may be a key, a section or the name of a flag.
 
     Raises:
         InputError: there is no such option.
@@ -100,14 +109,13 @@ def _named(name: str) -> str:
         return path
     if name in known_keys() or (name and name in sections()):
         return name
-    near = [*difflib.get_close_matches(name.lstrip("-"), flag_paths(), n=1), _flagged(name), nearest(name)]
-    advice = next((f"; did you mean {guess}?" for guess in near if guess), ", as in --unset quantize")
-    raise InputError(f"--unset {name}: that is no option with a saved value{advice}")
+    guesses = [*difflib.get_close_matches(name.lstrip("-"), flag_paths(), n=1), _key_of_flag(name), nearest(name)]
+    advice = next((f"; did you mean {guess}?" for guess in guesses if guess), ", as in --unset quantize")
+    raise InputError(f"--unset {name}: this is not an option with a saved value{advice}")
 
 
-def _complete(values: dict[str, Any]) -> dict[str, Any]:
-    for path, way in REQUIRED.items():
+def _check_required(values: dict[str, Any]) -> None:
+    for path, argument in REQUIRED.items():
         section, _, name = path.rpartition(".")
         if name not in (values.get(section, {}) if section else values):
-            raise InputError(f"{way} is not given, neither on the command line, in a YAML file nor in a saved run")
-    return values
+            raise InputError(f"{argument} is missing; give it on the command line, in a YAML file or with a saved run")

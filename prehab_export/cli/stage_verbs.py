@@ -1,4 +1,4 @@
-"""``run`` and the verbs of its stages: each brings a run's folder up to date through one stage."""
+"""``run`` and the verbs of its stages. Each verb brings the folder of a run up to date through one stage."""
 
 import json
 from collections.abc import Callable
@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from prehab_export.cli.common import AS_JSON, common_options, work_options
-from prehab_export.cli.elsewhere import measured_elsewhere, result_options, taken_in, target_options
-from prehab_export.cli.groups import Decorator, decorated, help_text
+from prehab_export.cli.groups import Decorator, chain, help_text
 from prehab_export.cli.options import (
     BENCH,
     CALIBRATION,
@@ -20,107 +19,116 @@ from prehab_export.cli.options import (
     REFINEMENT,
     REHAB,
     TRUNCATION,
+    flag_options,
     flags_through,
-    with_flags,
 )
-from prehab_export.cli.parsing import requested
+from prehab_export.cli.parsing import parse_request
+from prehab_export.cli.target_verbs import bench_at_target, read_target_results, result_options, target_options
 from prehab_export.config import RunConfig
 from prehab_export.pipeline import DEPENDENCIES
 
-STAGE_NOTE = """Works on the folder of a run, given as MODEL or with -o, with the options saved there unless others are
-given; earlier stages are brought up to date first. With a model and -o it starts a new run and stops here."""
+STAGE_NOTE = """The command works on the folder of a run, given as MODEL or with -o, and uses the options saved there
+unless the command line overrides them. It brings earlier stages up to date first. With a model and -o it starts a new
+run and stops after this stage."""
 
 
 @dataclass(frozen=True)
 class StageVerb:
-    """A verb that ends with a stage.
+    """A verb that brings a run up to date through a stage.
 
-    until: the last stage that it brings up to date. redo: the stages that --force does again. titles: of its own
-    options, which stand before those of earlier stages. short: for the list of verbs. text: for its own help. further:
-    what it can do besides; returns True where that is all there is to do.
+    until: the last stage that the verb brings up to date.
+    redo: the stages that --force repeats.
+    titles: the titles of the verb's own options. The help shows them before the options of earlier stages.
+    summary: the text in the list of verbs.
+    text: the text of the verb's own help.
+    examples: command lines for the help, without the program's name.
+    options: a decorator that adds further options.
+    run_before: work before the stages, given the command's parameters. It returns True if nothing is left to do.
     """
 
     name: str
     until: str
     redo: tuple[str, ...]
     titles: tuple[str, ...]
-    short: str
+    summary: str
     text: str
     examples: tuple[str, ...]
     options: Decorator = lambda command: command
-    further: Callable[[dict[str, Any]], bool] = lambda _given: False
+    run_before: Callable[[dict[str, Any]], bool] = lambda _parameters: False
 
     @property
-    def is_whole(self) -> bool:
-        """Whether it is everything, and begins with a model rather than with a run."""
+    def is_run(self) -> bool:
+        """Whether this is the verb ``run``, which runs all stages and starts from a model."""
         return self.name == "run"
 
-    def __call__(self, **given: Any) -> None:
-        if self.further(given):
+    def __call__(self, **parameters: Any) -> None:
+        if self.run_before(parameters):
             return
-        config, output = requested(given, inherit=not self.is_whole)
-        until, redo = self.until, self.redo if given["force"] else ()
+        config, output = parse_request(parameters, inherit=not self.is_run)
+        until, redo = self.until, self.redo if parameters["force"] else ()
         if until == "baseline" and config.ort:
-            until, redo = "ort", (*redo, "ort") if given["force"] else ()  # made of a graph that has been verified
-        if given["dry_run"]:
-            show_forecast(config, output, until, redo, given["as_json"])
+            # The stage ``ort`` needs a verified graph, so it comes some stages later.
+            until, redo = "ort", (*redo, "ort") if parameters["force"] else ()
+        if parameters["dry_run"]:
+            show_forecast(config, output, until, redo, parameters["as_json"])
             return
         from prehab_export.pipeline import check_speed
         from prehab_export.pipeline import run as run_pipeline
 
         workspace = run_pipeline(config, output, until=until, redo=redo)
-        show_result(workspace, self.name, given["as_json"])
+        show_result(workspace, self.name, parameters["as_json"])
         if config.min_speedup is not None and until in ("bench", "report"):
             check_speed(workspace, config.min_speedup)
 
 
-def as_command(verb: StageVerb) -> Callable[..., None]:
-    """What click makes a command of: the verb as a function, with its help text and its options."""
+def make_command(verb: StageVerb) -> Callable[..., None]:
+    """Return the function that click turns into the verb's command, with its help text and its options."""
 
-    def command(**given: Any) -> None:
-        verb(**given)
+    def command(**parameters: Any) -> None:
+        verb(**parameters)
 
-    note = "" if verb.is_whole else STAGE_NOTE
+    note = "" if verb.is_run else STAGE_NOTE
     command.__doc__ = help_text(f"{verb.text}\n\n{note}", *verb.examples)
-    first = {title: place - len(verb.titles) for place, title in enumerate(verb.titles)}
-    flags = sorted(flags_through(verb.until), key=lambda flag: first.get(flag.title, 0))
-    own = [flag for flag in flags if flag.title in verb.titles]
-    shared = [flag for flag in flags if flag.title not in verb.titles]
-    ways = (common_options, work_options, AS_JSON, with_flags(own), verb.options, with_flags(shared))
-    return decorated(click.argument("model", required=False), *ways)(command)
+    flags = flags_through(verb.until)
+    verb_flags = [flag for title in verb.titles for flag in flags if flag.title == title]
+    earlier_flags = [flag for flag in flags if flag.title not in verb.titles]
+    options = (common_options, work_options, AS_JSON, flag_options(verb_flags), verb.options)
+    return chain(click.argument("model", required=False), *options, flag_options(earlier_flags))(command)
 
 
 def show_result(workspace: Any, verb: str, as_json: bool) -> None:
+    """Print the result of a verb, as JSON or as text."""
     from prehab_export.cli.tables.summary import print_summary
-    from prehab_export.pipeline import result_of
+    from prehab_export.pipeline import read_result
 
     if as_json:
-        click.echo(json.dumps(result_of(workspace, verb), indent=2))
+        click.echo(json.dumps(read_result(workspace, verb), indent=2))
     else:
         print_summary(workspace, verb)
 
 
 def show_forecast(config: RunConfig, output: Path, until: str, redo: tuple[str, ...], as_json: bool) -> None:
+    """Print what a command would do, as JSON or as text."""
     from prehab_export.cli.tables.forecast import print_forecast
     from prehab_export.pipeline import forecast
 
-    found = forecast(config, output, until=until, redo=redo)
+    run_forecast = forecast(config, output, until=until, redo=redo)
     if as_json:
-        click.echo(json.dumps(found.facts(), indent=2))
+        click.echo(json.dumps(run_forecast.facts(), indent=2))
     else:
-        print_forecast(found)
+        print_forecast(run_forecast)
 
 
 _STEPS = ", ".join(name for name in DEPENDENCIES if name not in ("merge", "times", "baseline", "artifact"))
-WHOLE = StageVerb(
+RUN_VERB = StageVerb(
     "run",
     "report",
-    ("verify", "artifact", "bench", "report"),  # what is measured rather than computed
+    ("verify", "artifact", "bench", "report"),  # the other stages would produce the same result again
     (),
-    "Everything: from a model to a verified artifact and a report.",
-    f"""Everything, as far as it is wanted: {_STEPS}.
+    "Run all stages, from a model to an artifact and a report.",
+    f"""Run all stages that the options ask for: {_STEPS}.
 
-MODEL is a local folder or a hub id, or the folder of an earlier run to go on with.""",
+MODEL is a local folder or a hub id, or the folder of an earlier run to continue.""",
     (
         "run my-bert -o out --task text-classification --data reviews.csv --ratio 0.6",
         "run my-bert -o out --task text-classification --data reviews.csv --dry-run",
@@ -135,8 +143,8 @@ STAGE_VERBS = (
         ("calibrate",),
         (CALIBRATION,),
         "Gather second moments of each layer's input and gradient.",
-        """Gather second moments of what flows into each selected layer (C, with its mean) and of the gradient at its
-output (G), on a small sample.""",
+        """Gather second moments of each selected layer's input (C, with its mean) and of the gradient at its output
+(G), on a small sample.""",
         ("calibrate my-bert -o out --task text-classification --data reviews.csv", "calibrate out --exclude '*.0.*'"),
     ),
     StageVerb(
@@ -144,9 +152,9 @@ output (G), on a small sample.""",
         "prehab",
         ("prehab",),
         (PREHAB, TRUNCATION),
-        "Fine-tune towards weights that truncation hurts less.",
-        """Fine-tune towards weights that truncation hurts less: task loss plus λ times a smooth stand-in for rank. Kept
-only if the truncated model is better for it.""",
+        "Fine-tune the model so that truncation hurts it less.",
+        """Fine-tune the model so that truncation hurts it less. The loss is the task loss plus λ times a smooth
+surrogate of the rank. The result is kept only if it improves the truncated model.""",
         ("prehab out --prehab-steps 256 --prehab-lambda auto",),
     ),
     StageVerb(
@@ -173,7 +181,7 @@ only if the truncated model is better for it.""",
         ("rehab",),
         (REHAB,),
         "Train the factors for a few steps, with labels.",
-        """Train the factors for a few steps, with labels; each part is kept only if it helps.""",
+        """Train the factors for a few steps, with labels. Each part of the training is kept only if it helps.""",
         ("rehab out --rehab-steps 100",),
     ),
     StageVerb(
@@ -181,8 +189,8 @@ only if the truncated model is better for it.""",
         "baseline",
         ("export", "baseline"),
         (EXPORT,),
-        "Write the compressed folder and graph, and the dense twin.",
-        """Write the compressed folder and ONNX graph, and the dense twin.""",
+        "Write the compressed folder and graph, and the dense baseline.",
+        """Write the folder and ONNX graph of the compressed model, and the same for the dense baseline.""",
         ("export out --dtype bfloat16", "export out --ort"),
     ),
     StageVerb(
@@ -190,8 +198,8 @@ only if the truncated model is better for it.""",
         "artifact",
         ("verify", "artifact"),
         (),
-        "Reopen it all in a fresh process, check it, publish it.",
-        """Reopen what was written in a fresh process, check it, and publish it.""",
+        "Check the written files in a fresh process and publish them.",
+        """Reopen the written files in a fresh process, check them, and publish the artifact.""",
         ("verify out",),
     ),
     StageVerb(
@@ -199,8 +207,9 @@ only if the truncated model is better for it.""",
         "quantize",
         ("quantize",),
         (QUANTISATION,),
-        "Write smaller graphs, compressed and dense, and judge them.",
-        """Write int8, int4 or float16 graphs, compressed and dense, and measure what they cost.""",
+        "Write quantised graphs and measure their quality.",
+        """Write int8, int4 or float16 graphs of the compressed and the dense model, and measure their
+quality.""",
         ("quantize out --quantize int8 --quantize int4",),
     ),
     StageVerb(
@@ -208,15 +217,15 @@ only if the truncated model is better for it.""",
         "bench",
         ("bench",),
         (BENCH,),
-        "Measure latency and memory beside the dense model.",
-        """Measure latency and memory beside the dense model, here or elsewhere.""",
+        "Measure latency and memory, compared with the dense model.",
+        """Measure latency and memory, compared with the dense model, on this machine or at a target.""",
         (
             "bench out --threads 4 --bench-batch 1 --bench-batch 8",
             "bench out --min-speedup 1.2",
             "bench out --target ssh://user@board",
         ),
         target_options,
-        measured_elsewhere,
+        bench_at_target,
     ),
     StageVerb(
         "report",
@@ -227,6 +236,6 @@ only if the truncated model is better for it.""",
         """Write report.json, report.md and the plots.""",
         ("report out", "report out --target-results results.json"),
         result_options,
-        taken_in,
+        read_target_results,
     ),
 )

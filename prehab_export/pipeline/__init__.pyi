@@ -1,8 +1,8 @@
 from prehab_export.pipeline.cleaning import clean_run as clean_run
 from prehab_export.pipeline.demo import run_demo as run_demo
 from prehab_export.pipeline.fitting.fitting import fit as fit
-from prehab_export.pipeline.fitting.report import HEADINGS as HEADINGS
-from prehab_export.pipeline.fitting.report import lines_of as lines_of
+from prehab_export.pipeline.fitting.report import FIT_HEADINGS as FIT_HEADINGS
+from prehab_export.pipeline.fitting.report import fit_rows as fit_rows
 from prehab_export.pipeline.fitting.request import FitRequest as FitRequest
 from prehab_export.pipeline.forecasting import Forecast as Forecast
 from prehab_export.pipeline.forecasting import LayerForecast as LayerForecast
@@ -11,10 +11,10 @@ from prehab_export.pipeline.forecasting import StageForecast as StageForecast
 from prehab_export.pipeline.forecasting import forecast as forecast
 from prehab_export.pipeline.inspection import inspect_model as inspect_model
 from prehab_export.pipeline.merging import merge_lora as merge_lora
-from prehab_export.pipeline.report.speed import WHOLE_RUNS as WHOLE_RUNS
+from prehab_export.pipeline.report.speed import REPORT_VERBS as REPORT_VERBS
 from prehab_export.pipeline.report.speed import check_speed as check_speed
-from prehab_export.pipeline.report.speed import result_of as result_of
-from prehab_export.pipeline.report.speed import sizes_of as sizes_of
+from prehab_export.pipeline.report.speed import describe_sizes as describe_sizes
+from prehab_export.pipeline.report.speed import read_result as read_result
 from prehab_export.pipeline.run_status import KeptResults as KeptResults
 from prehab_export.pipeline.run_status import RunStatus as RunStatus
 from prehab_export.pipeline.run_status import StageStatus as StageStatus

@@ -1,1 +1,1 @@
-"""Results as tables for the terminal, a module for each verb that has one."""
+"""The tables that verbs print on the terminal, in one module for each verb."""

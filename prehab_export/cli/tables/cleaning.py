@@ -1,4 +1,4 @@
-"""What cleaning took away, for the terminal."""
+"""The list of removed results on the terminal."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -8,9 +8,10 @@ from prehab_export.system import result_console
 
 
 def print_cleaning(removed: list[Leftover], dry_run: bool) -> None:
+    """Print the removed results and their sizes on stdout."""
     console = result_console()
     if not removed:
-        console.print("nothing to remove: every result answers to the current options")
+        console.print("nothing to remove: every result matches the current options")
         return
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     table.add_column("result")

@@ -1,4 +1,4 @@
-"""What a command would do, for the terminal."""
+"""The forecast of a command on the terminal."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -7,30 +7,32 @@ from prehab_export.pipeline import Forecast
 from prehab_export.system import result_console
 
 
-def print_forecast(found: Forecast) -> None:
+def print_forecast(forecast: Forecast) -> None:
+    """Print the ranks, sizes, stages, disk space, memory and time of a run on stdout."""
     console = result_console()
-    console.print(found.coverage.sentence())
-    console.print(_layers(found))
-    console.print(_sizes(found))
-    console.print(_stages(found))
-    console.print(
-        f"disk: about {_gigabytes(found.disk_bytes)} more, {_gigabytes(found.disk_free_bytes)} are free\n"
-        f"memory: about {_gigabytes(found.memory_bytes)} at most, {_gigabytes(found.memory_free_bytes)} are free\n"
-        f"time: about {duration(found.seconds)} at the pace of this machine now, within a factor of about 2"
-    )
-    for note in found.notes:
+    console.print(forecast.coverage.sentence())
+    console.print(_layer_table(forecast))
+    console.print(_size_table(forecast))
+    console.print(_stage_table(forecast))
+    disk, free_disk = _format_bytes(forecast.disk_bytes), _format_bytes(forecast.disk_free_bytes)
+    memory, free_memory = _format_bytes(forecast.memory_bytes), _format_bytes(forecast.memory_free_bytes)
+    time = format_duration(forecast.seconds)
+    console.print(f"disk: about {disk} more, {free_disk} free")
+    console.print(f"memory: about {memory} at peak, {free_memory} free")
+    console.print(f"time: about {time} at the current speed of this machine, within a factor of about 2")
+    for note in forecast.notes:
         console.print(f"note: {note}")
-    if any(stage.state == "if changed" for stage in found.stages):
-        console.print("if changed: only where what is done again before it comes out otherwise; not in the time")
+    if any(stage.state == "if changed" for stage in forecast.stages):
+        console.print("if changed: runs only if an earlier stage gives a different result; not included in the time")
     console.print("nothing was written", style="dim")
 
 
-def _layers(found: Forecast) -> Table:
-    table = Table(title=f"ranks: {found.ranks_from}", box=SIMPLE_HEAD, show_edge=False, title_justify="left")
+def _layer_table(forecast: Forecast) -> Table:
+    table = Table(title=f"ranks: {forecast.ranks_from}", box=SIMPLE_HEAD, show_edge=False, title_justify="left")
     for heading in ("layers", "", "out×in", "rank"):
         table.add_column(heading, justify="left" if heading == "layers" else "right", overflow="fold")
-    for row in found.layers:
-        rank = "?" if found.selected.after is None else "dense"
+    for row in forecast.layers:
+        rank = "?" if forecast.selected.after is None else "dense"
         if row.ranks is not None:
             low, high = row.ranks
             rank = f"{low}" if low == high else f"{low}–{high}"
@@ -38,34 +40,35 @@ def _layers(found: Forecast) -> Table:
     return table
 
 
-def _sizes(found: Forecast) -> Table:
+def _size_table(forecast: Forecast) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in ("", "dense", "compressed"):
         table.add_column(heading, justify="right" if heading else "left")
-    for size, words in ((found.selected, "parameters, selected layers"), (found.total, "parameters, whole model")):
-        table.add_row(words, f"{size.before:,}", "?" if size.after is None else f"{size.after:,}")
-    for size in found.sizes:
+    counts = ((forecast.selected, "parameters, selected layers"), (forecast.total, "parameters, whole model"))
+    for size, label in counts:
+        table.add_row(label, f"{size.before:,}", "?" if size.after is None else f"{size.after:,}")
+    for size in forecast.sizes:
         after = "?" if size.after is None else f"{size.after / 1e6:.1f}"
         table.add_row(f"{size.name}, MB", f"{size.before / 1e6:.1f}", after)
     return table
 
 
-def _stages(found: Forecast) -> Table:
+def _stage_table(forecast: Forecast) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in ("stage", "", "time", "memory"):
         table.add_column(heading, justify="right" if heading in ("time", "memory") else "left")
-    for row in found.stages:
-        time = "" if row.seconds is None else duration(row.seconds)
-        held = "" if row.memory_bytes is None else _gigabytes(row.memory_bytes)
-        table.add_row(row.stage, row.state, time, held, style=None if row.state == "to do" else "dim")
+    for row in forecast.stages:
+        time = "" if row.seconds is None else format_duration(row.seconds)
+        memory = "" if row.memory_bytes is None else _format_bytes(row.memory_bytes)
+        table.add_row(row.stage, row.state, time, memory, style=None if row.state == "to do" else "dim")
     return table
 
 
-def duration(seconds: float) -> str:
-    """In two figures at most: an estimate has no more.
+def format_duration(seconds: float) -> str:
+    """Format a time with two significant digits at most, because it is an estimate.
 
-    >>> duration(0.4), duration(47), duration(400), duration(12_000), duration(400_000)
-    ('1 s', '47 s', '7 min', '3.3 h', '110 h')
+    >>> [format_duration(seconds) for seconds in (0.4, 47, 400, 12_000, 400_000)]
+    ['1 s', '47 s', '7 min', '3.3 h', '110 h']
     """
     if seconds < 100:
         return f"{max(1, round(seconds))} s"
@@ -75,5 +78,5 @@ def duration(seconds: float) -> str:
     return f"{hours:.1f} h" if hours < 10 else f"{float(f'{hours:.2g}'):.0f} h"
 
 
-def _gigabytes(count: int) -> str:
+def _format_bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"

@@ -1,4 +1,4 @@
-"""What merging an adapter did, for the terminal."""
+"""The result of merging an adapter, on the terminal."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from prehab_export.system import result_console
 
 
 def print_merge(facts: dict[str, Any]) -> None:
+    """Print the merged layers, their largest error and the new graphs on stdout."""
     console = result_console()
     layers = facts["layers"]
     inexact = {name: layer["error"] for name, layer in layers.items() if not layer["exact"]}
@@ -13,7 +14,7 @@ def print_merge(facts: dict[str, Any]) -> None:
     if inexact:
         worst = max(inexact, key=lambda name: inexact[name])
         console.print(
-            f"{len(inexact)} were cut back to their rank ({facts['metric']} metric); "
+            f"{len(inexact)} were truncated to their rank ({facts['metric']} metric); "
             f"largest relative error {inexact[worst]:.3f}, at {worst}"
         )
     if facts["graphs"]:

@@ -1,4 +1,4 @@
-"""Every option by its name, for the terminal."""
+"""The list of options on the terminal."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,24 +7,24 @@ from typing import Any
 import click
 
 from converters.errors import InputError
-from prehab_export.cli.options import FLAGS, capitalised
+from prehab_export.cli.options import FLAGS, capitalise
 from prehab_export.config import Key, known_keys, sections
 
 Row = dict[str, Any]
 
 
 def option_facts(words: Sequence[str] = ()) -> list[Row]:
-    """Name, default, flag and meaning of every option that has all these words in one of them.
+    """Return the name, default, flag and meaning of every option that contains all the words.
 
     Raises:
-        InputError: there is none.
+        InputError: no option contains all the words.
     """
     flags = {flag.path: f"--{flag.names[0]}" for flag in FLAGS} | {"model": "MODEL"}
     rows = [_row(key, flags.get(key.path)) for key in known_keys().values()]
-    found = [row for row in rows if all(word.lower() in f"{row}".lower() for word in words)]
-    if not found:
-        raise InputError(f"no option has {' and '.join(words)} in its name or meaning; without words all are listed")
-    return found
+    matches = [row for row in rows if all(word.lower() in f"{row}".lower() for word in words)]
+    if not matches:
+        raise InputError(f"no option contains {' and '.join(words)}; leave out the words to list all options")
+    return matches
 
 
 def _row(key: Key, flag: str | None) -> Row:
@@ -33,7 +33,7 @@ def _row(key: Key, flag: str | None) -> Row:
 
 
 def print_options(rows: Sequence[Row]) -> None:
-    """By section, each with its meaning below it."""
+    """Print the options on stdout by section, each with its meaning below its name."""
     formatter = click.HelpFormatter(width=min(110, click.get_current_context().terminal_width or 110))
     for section, title in sections().items():
         cells = [_cells(row) for row in rows if row["path"].rpartition(".")[0] == section]
@@ -44,12 +44,12 @@ def print_options(rows: Sequence[Row]) -> None:
 
 
 def _cells(row: Row) -> tuple[str, str]:
-    text = f"{capitalised(row['meaning'])}."
+    text = f"{capitalise(row['meaning'])}."
     if not row["required"] and row["default"] not in (None, []):
         default = row["default"]
-        text += f"  [default: {' '.join(map(str, default)) if isinstance(default, list) else _yaml(default)}]"
+        text += f"  [default: {' '.join(map(str, default)) if isinstance(default, list) else _format_yaml(default)}]"
     return row["path"], f"{text}  ({row['flag']})" if row["flag"] else text
 
 
-def _yaml(value: Any) -> str:
+def _format_yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

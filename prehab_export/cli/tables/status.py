@@ -1,4 +1,4 @@
-"""What a run's folder holds, for the terminal."""
+"""The status of a run on the terminal."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -9,32 +9,33 @@ from prehab_export.system import result_console
 STYLES = {"current": "green", "stale": "yellow", "missing": "red", "not wanted": "dim"}
 
 
-def print_status(found: RunStatus) -> None:
-    console, config = result_console(), found.config
-    console.print(f"{found.output}: {config.model}, {config.task}, {config.data.data}")
-    for note in found.notes:
+def print_status(status: RunStatus) -> None:
+    """Print the state of every stage of a run, and its other results, on stdout."""
+    console, config = result_console(), status.config
+    console.print(f"{status.output}: {config.model}, {config.task}, {config.data.data}")
+    for note in status.notes:
         console.print(f"warning: {note}", style="yellow")
     table = Table(box=SIMPLE_HEAD, show_edge=False)
-    for heading in ("stage", "state", "made (UTC)", "took", "MB", "why"):
-        table.add_column(heading, justify="right" if heading in ("took", "MB") else "left", overflow="fold")
-    for row in found.stages:
-        made = "" if row.made is None else row.made[:16].replace("T", " ")
-        took = "" if row.seconds is None else f"{row.seconds:,.0f} s"
+    for heading in ("stage", "state", "created (UTC)", "duration", "MB", "reasons"):
+        table.add_column(heading, justify="right" if heading in ("duration", "MB") else "left", overflow="fold")
+    for row in status.stages:
+        created = "" if row.made is None else row.made[:16].replace("T", " ")
+        duration = "" if row.seconds is None else f"{row.seconds:,.0f} s"
         size = f"{row.bytes / 1e6:,.1f}" if row.made is not None else ""
-        why = "; ".join([*map(worded, row.reasons.options), *row.reasons.others])
-        table.add_row(row.stage, row.state, made, took, size, why, style=STYLES[row.state])
+        reasons = "; ".join([*map(worded, row.reasons.options), *row.reasons.others])
+        table.add_row(row.stage, row.state, created, duration, size, reasons, style=STYLES[row.state])
     console.print(table)
-    for name, target in found.targets.items():
-        where = target["cpu"] or "unnamed CPU"
-        console.print(f"measured elsewhere: {name} ({where}), {target['measured'][:16].replace('T', ' ')}")
-    if found.fit is not None:
-        console.print(f"fit: {found.fit}")
-    if found.sweep is not None:
-        ratios = ", ".join(f"{ratio:g}" for ratio in found.sweep["ratio"])
-        console.print(f"sweep: {', '.join(found.sweep['method'])} at {ratios}")
-    if found.kept:
-        parts = ", ".join(f"{kept.stage} {kept.bytes / 1e6:,.1f} MB" for kept in found.kept)
-        console.print(f"kept for other options, fits and sweeps: {parts}", style="dim")
-        console.print(f"prehab-export clean {found.output} frees that", style="dim")
-    if any(row.state in ("stale", "missing") for row in found.stages):
-        console.print(f"prehab-export run {found.output} --dry-run tells what bringing it up to date would take")
+    for name, target in status.targets.items():
+        device = target["cpu"] or "unnamed CPU"
+        console.print(f"measured elsewhere: {name} ({device}), {target['measured'][:16].replace('T', ' ')}")
+    if status.fit is not None:
+        console.print(f"fit: {status.fit}")
+    if status.sweep is not None:
+        ratios = ", ".join(f"{ratio:g}" for ratio in status.sweep["ratio"])
+        console.print(f"sweep: {', '.join(status.sweep['method'])} at {ratios}")
+    if status.kept:
+        parts = ", ".join(f"{results.stage} {results.bytes / 1e6:,.1f} MB" for results in status.kept)
+        console.print(f"results kept for other options, fits and sweeps: {parts}", style="dim")
+        console.print(f"to remove them, run prehab-export clean {status.output}", style="dim")
+    if any(row.state in ("stale", "missing") for row in status.stages):
+        console.print(f"to see what an update would take, run prehab-export run {status.output} --dry-run")

@@ -1,4 +1,4 @@
-"""What the command line says when a stage is done."""
+"""The summary of a finished command on the terminal."""
 
 from typing import Any
 
@@ -6,28 +6,28 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from prehab_export.pipeline import WHOLE_RUNS, Workspace, result_of, sizes_of
+from prehab_export.pipeline import REPORT_VERBS, Workspace, describe_sizes, read_result
 from prehab_export.system import result_console
 
 
 def print_summary(workspace: Workspace, verb: str) -> None:
-    """A few lines on stdout: what it cost, what it gained, where things lie."""
+    """Print a verb's result on stdout. A complete run shows its cost, its gain and the places of its files."""
     console = result_console()
-    result = result_of(workspace, verb)
-    if verb in WHOLE_RUNS:
-        console.print(_table(result))
+    result = read_result(workspace, verb)
+    if verb in REPORT_VERBS:
+        console.print(_comparison(result))
         for warning in result["size_warnings"]:
             console.print(f"warning: {warning}", style="yellow")
         _print_speed(console, result)
-        _print_places(console, workspace)
+        _print_paths(console, workspace)
     elif result.get("skipped"):
-        console.print(f"{verb}: skipped, not asked for")
+        console.print(f"{verb}: skipped, the options do not ask for it")
     else:
-        place = workspace.root / "artifact" if verb == "verify" else workspace.folder(verb)
-        console.print(f"{verb}: done, in {place}")
+        folder = workspace.root / "artifact" if verb == "verify" else workspace.folder(verb)
+        console.print(f"{verb}: done, in {folder}")
 
 
-def _table(result: dict[str, Any]) -> Table:
+def _comparison(result: dict[str, Any]) -> Table:
     metrics, truncation = result["verify"]["metrics"], result["truncate"]
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in ("", "dense", "compressed"):
@@ -51,14 +51,16 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
     console.print(format_bench(result["bench"]))
     for row in result["bench"]["comparison"]:
         if row["model"].startswith("compressed") and row["speedup"] < 1:
-            console.print(f"{row['model']} is slower than dense {sizes_of(row)}: {row['speedup']:.2f}×", style="yellow")
+            console.print(
+                f"{row['model']} is slower than dense {describe_sizes(row)}: {row['speedup']:.2f}×", style="yellow"
+            )
 
 
-def _print_places(console: Console, workspace: Workspace) -> None:
+def _print_paths(console: Console, workspace: Workspace) -> None:
     root = workspace.root
     console.print(f"artifact  {root / 'artifact'}")
     console.print(f"report    {root / 'report' / 'report.md'}")
     if leftovers := workspace.leftovers():
         size = sum(leftover.bytes for leftover in leftovers)
-        told = f"kept for options used before: {size / 1e6:,.0f} MB; prehab-export clean {root} frees them"
-        console.print(told, style="dim")
+        note = f"results of earlier options: {size / 1e6:,.0f} MB; to remove them, run prehab-export clean {root}"
+        console.print(note, style="dim")

@@ -1,4 +1,4 @@
-"""A sweep's table for the terminal."""
+"""The table of a sweep on the terminal."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -8,11 +8,11 @@ from prehab_export.system import result_console
 
 
 def print_sweep(dense: Row, rows: list[Row]) -> None:
-    """The table on stdout."""
-    heading, body = sweep_cells(dense, rows)
+    """Print the metric of each method at each ratio on stdout."""
+    headings, cells = sweep_cells(dense, rows)
     table = Table(box=SIMPLE_HEAD, show_edge=False)
-    for at, text in enumerate(heading):
-        table.add_column(text, justify="right" if at else "left")
-    for line in body:
-        table.add_row(*line)
+    for column, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if column else "left")
+    for row in cells:
+        table.add_row(*row)
     result_console().print(table)

@@ -1,4 +1,4 @@
-"""Results of a target as a table for the terminal."""
+"""The results of a target on the terminal."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -8,7 +8,8 @@ from prehab_export.system import result_console
 
 
 def print_results(results: Json) -> None:
-    """The cases with their speed-ups over the baseline, and the table threads × memory if there is one."""
+    """Print the cases with their speedups over the dense model on stdout, and the table of threads × memory if there
+    is one."""
     device, console = results["device"], result_console()
     table = Table(
         title=f"{results['place']}: {device.get('cpu') or 'unnamed CPU'}, {device.get('runtime')} "
@@ -36,19 +37,19 @@ def print_results(results: Json) -> None:
         )
     console.print(table)
     if "matrix" in results:
-        console.print(_matrix(results["matrix"]))
+        console.print(_matrix_table(results["matrix"]))
 
 
-def _matrix(matrix: Json) -> Table:
+def _matrix_table(matrix: Json) -> Table:
     sizes = list(dict.fromkeys(cell["memory_mb"] for cell in matrix["cells"]))
-    table = Table(title=f"p50 ms within so many MB ({matrix['memory_limit']})", box=SIMPLE_HEAD, show_edge=False)
+    table = Table(title=f"p50 ms by memory limit ({matrix['memory_limit']})", box=SIMPLE_HEAD, show_edge=False)
     table.add_column("model")
     for heading in ("threads", *(f"{size:g} MB" for size in sizes), "least MB"):
         table.add_column(heading, justify="right")
     for least in matrix["least"]:
-        own = [
+        cells = [
             cell for cell in matrix["cells"] if (cell["model"], cell["threads"]) == (least["model"], least["threads"])
         ]
-        figures = [f"{cell['p50_ms']:.2f}" if cell["runs"] else "does not run" for cell in own]
+        figures = [f"{cell['p50_ms']:.2f}" if cell["runs"] else "does not run" for cell in cells]
         table.add_row(least["model"], str(least["threads"]), *figures, f"{least['memory_mb']:.0f}")
     return table

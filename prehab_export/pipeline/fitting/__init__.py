@@ -1,1 +1,1 @@
-"""The fit: the most accurate model within a budget on the target where it will run."""
+"""The fit, which finds the most accurate model within a budget on the device where the model will run."""

@@ -1,8 +1,8 @@
-"""The fit: the most accurate model within a budget on the device where it will run, or the proof that none was found.
+"""The fit: the search for the most accurate model within a budget on the device where the model will run.
 
-The target is used twice: once for the survey (``surveying``), from which everything is predicted (``search``), and once
-to measure the finalists (``finals``). Whatever takes long is published by itself, so that a fit that was killed, or is
-asked again with another budget, computes only what is missing.
+A fit visits the target twice. The first visit is the survey (``surveying``), from which the search predicts every
+candidate (``search``). The second visit measures the finalists (``finals``). A fit caches its slow results one by one
+(``result_cache``). After an interruption, or with another budget, it computes only the missing results.
 """
 
 import shutil
@@ -11,75 +11,90 @@ from pathlib import Path
 from typing import Any
 
 from prehab_export.config import PARAMETERS, Budget, RunConfig
-from prehab_export.pipeline.fitting.finals import Finals, measure_finalists, plan_of, unsteady
+from prehab_export.pipeline.fitting.finals import Finals, measure_finalists, plan_of, stability_warning
 from prehab_export.pipeline.fitting.models import FitModels
 from prehab_export.pipeline.fitting.outcome import Outcome
 from prehab_export.pipeline.fitting.report import write_fit
 from prehab_export.pipeline.fitting.request import FitRequest
-from prehab_export.pipeline.fitting.search import FLOAT32, Candidate, Search, chosen, corrected, distinct, finalists
+from prehab_export.pipeline.fitting.search import (
+    FLOAT32,
+    Candidate,
+    Search,
+    correct_limits,
+    select_best,
+    select_finalists,
+    unique,
+)
 from prehab_export.pipeline.fitting.surveying import Survey, survey_target
 from prehab_export.pipeline.fitting.target import check_target
 from prehab_export.pipeline.running import bring_up, opened_beside
 from prehab_export.pipeline.session import Session
 from prehab_export.system import BudgetError, bar
 
-# How many candidates are made and measured.
+# Number of candidates to make and measure.
 FINALISTS = 3
 
 
 def fit(config: RunConfig, output: Path, request: FitRequest) -> Path:
-    """Find the most accurate model within the budget; returns the folder with table, plot and model.
+    """Find the most accurate model within the budget, and return the folder with the table, the plot and the model.
 
     Args:
-        config: the model, data and calibration; ``quantize`` are the kinds of quantisation that may be used.
+        config: the model, the data and the calibration. The search may use the kinds of quantisation in
+            ``config.quantize``.
+        output: the run's folder.
 
     Raises:
-        InputError: bad input or a target that cannot be reached, found before anything slow.
-        BudgetError: nothing was found within the budget; the folder holds the figures.
+        InputError: the input is invalid. The check comes before any slow work.
+        TargetError: the target cannot be reached or fails.
+        BudgetError: no model was found within the budget. The folder holds the figures.
     """
-    given, cut = config, replace(config.truncate, budget=PARAMETERS, objective="fisher", allocation="loss")
-    config = replace(config, truncate=cut)
+    original_config = config
+    config = replace(
+        config, truncate=replace(config.truncate, budget=PARAMETERS, objective="fisher", allocation="loss")
+    )
     check_target(request.target, request.threads)
-    with opened_beside(config, output, given, ["baseline"]) as session:
-        session.workspace.hide("fit")  # of another budget perhaps: it must not stand there as this one's
-        names = ["merge"] if config.adapter is not None else []
-        bring_up(session, [*names, "calibrate", "baseline"])
+    with opened_beside(config, output, original_config, ["baseline"]) as session:
+        session.workspace.hide("fit")  # it may hold the result of another budget
+        merge = ["merge"] if config.adapter is not None else []
+        bring_up(session, [*merge, "calibrate", "baseline"])
         models = FitModels(session)
-        told = survey_target(models, request)
-        candidates, finals = _contest(models, request, told.search)
+        survey = survey_target(models, request)
+        candidates, finals = _measure_candidates(models, request, survey.search)
         outcome = Outcome(request.budget, candidates, finals, models.metrics(models.dense, FLOAT32))
-        _publish(models, outcome, _facts(session, request, told, outcome))
+        _publish(models, outcome, _facts(session, request, survey, outcome))
     if outcome.best is None:
         raise BudgetError(f"{outcome.verdict()} Every figure is in {output / 'fit'}")
     return output / "fit"
 
 
-def _contest(models: FitModels, request: FitRequest, search: Search) -> tuple[list[Candidate], Finals]:
-    """Every candidate, and the finalists among them as measured; a second time where predictions were too low."""
+def _measure_candidates(models: FitModels, request: FitRequest, search: Search) -> tuple[list[Candidate], Finals]:
+    """Return all candidates and the measurements of the finalists.
+
+    If the predictions were too low, measure a second set of finalists under corrected limits.
+    """
     budget = request.budget
-    candidates = search.all(budget, bar)
-    few = finalists(candidates, budget, FINALISTS)
-    finals = measure_finalists(models, request, few)
-    nearer = _nearer(budget, few[0], finals)
-    more = [] if nearer is None else [c for c in search.all(nearer, bar) if not nearer.misses(c.predicted)]
-    if nearer is None or not more:
+    candidates = search.candidates(budget, bar)
+    selected = select_finalists(candidates, budget, FINALISTS)
+    finals = measure_finalists(models, request, selected)
+    if not _needs_correction(budget, selected[0], finals):
         return candidates, finals
-    few = finalists(more, nearer, FINALISTS)
-    return distinct([*candidates, *few]), finals.joined(measure_finalists(models, request, few))
+    corrected = correct_limits(budget, finals.measurements)
+    fitting = [c for c in search.candidates(corrected, bar) if not corrected.misses(c.predicted)]
+    if not fitting:
+        return candidates, finals
+    selected = select_finalists(fitting, corrected, FINALISTS)
+    return unique([*candidates, *selected]), finals.merge(measure_finalists(models, request, selected))
 
 
-def _nearer(budget: Budget, first: Candidate, finals: Finals) -> Budget | None:
-    """What predictions have to keep to, where the ``first`` finalist was predicted to fit and no finalist does: now it
-    is known by how much predictions were too low. None where that is not so."""
-    foretold = not budget.misses(first.predicted)
-    all_over = all(budget.distance(replace(own, drop=None)) for _, own in finals.tried)
-    if chosen(finals.tried, budget) is None and foretold and all_over:
-        return corrected(budget, finals.tried)
-    return None
+def _needs_correction(budget: Budget, first: Candidate, finals: Finals) -> bool:
+    """Return whether the first finalist was predicted to be within the budget, but every finalist exceeds the limits
+    on time, memory or size. The finals then show by how much the predictions were too low."""
+    all_exceed = all(budget.distance(replace(measured, drop=None)) for _, measured in finals.measurements)
+    return select_best(finals.measurements, budget) is None and not budget.misses(first.predicted) and all_exceed
 
 
-def _facts(session: Session, request: FitRequest, told: Survey, outcome: Outcome) -> dict[str, Any]:
-    """The result as JSON types."""
+def _facts(session: Session, request: FitRequest, survey: Survey, outcome: Outcome) -> dict[str, Any]:
+    """Return the result as JSON types."""
     return {
         "model": Path(session.config.model).name,
         "task": session.config.task,
@@ -89,14 +104,14 @@ def _facts(session: Session, request: FitRequest, told: Survey, outcome: Outcome
         "metric": asdict(outcome.dense),
         "coverage": session.coverage.facts(),
         "verdict": outcome.verdict(),
-        "warning": unsteady(told.rows, outcome.finals.rows),
-        "candidates": outcome.rows(told.drops),
-        "measured": {"survey": told.rows, "finalists": outcome.finals.rows},
+        "warning": stability_warning(survey.rows, outcome.finals.rows),
+        "candidates": outcome.rows(survey.drops),
+        "measured": {"survey": survey.rows, "finalists": outcome.finals.rows},
     }
 
 
 def _publish(models: FitModels, outcome: Outcome, facts: dict[str, Any]) -> None:
-    """The folder ``fit``: table, plot and figures, and the model that is recommended."""
+    """Publish the folder ``fit`` with the table, the plot, the figures and the recommended model."""
     with models.session.workspace.show("fit") as folder:
         write_fit(facts, folder)
         if outcome.best is not None:

@@ -1,4 +1,4 @@
-"""What came of a fit, and what to make of it."""
+"""The outcome of a fit and its verdict."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,12 +8,17 @@ from typing import Any
 from prehab_export.config import Budget, Figures
 from prehab_export.inputs import Metrics
 from prehab_export.pipeline.fitting.finals import Finals
-from prehab_export.pipeline.fitting.search import Candidate, Line, chosen, pareto
+from prehab_export.pipeline.fitting.search import Candidate, Line, pareto_mask, select_best
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Every candidate; the finalists among them, measured; the dense model's metrics."""
+    """The outcome of a fit.
+
+    candidates: all candidates.
+    finals: the measurements of the finalists among them.
+    dense: the metrics of the dense model.
+    """
 
     budget: Budget
     candidates: Sequence[Candidate]
@@ -22,53 +27,57 @@ class Outcome:
 
     @cached_property
     def best(self) -> Candidate | None:
-        """The one that is recommended; None where none keeps to the budget."""
-        return chosen(self.finals.tried, self.budget)
+        """The recommended candidate, or None if no measured candidate is within the budget."""
+        return select_best(self.finals.measurements, self.budget)
 
     def verdict(self) -> str:
-        """A sentence or two: what to take, or that nothing was found and what comes nearest."""
+        """Return the recommendation in a sentence or two, or name the nearest candidate if none is within the
+        budget."""
         if self.best is not None:
-            return _praise(self.best, self._figures[self.best.key], self.dense)
-        near, own = min(self.finals.tried, key=lambda pair: self.budget.distance(pair[1]))
-        return _nearest(near, own, self.budget)
+            return _describe_best(self.best, self._figures[self.best.key], self.dense)
+        nearest, measured = min(self.finals.measurements, key=lambda pair: self.budget.distance(pair[1]))
+        return _describe_nearest(nearest, measured, self.budget)
 
     def rows(self, drops: Line) -> list[dict[str, Any]]:
-        """The candidates as JSON types, with what is predicted and what was measured.
+        """Return the candidates as JSON types, with their predicted and measured figures.
 
         Args:
-            drops: predicted loss → the metric's drop.
+            drops: maps a predicted loss, in nats, to the drop of the metric.
         """
-        unbeaten_rows = pareto([(c.loss, c.predicted.p95_ms, c.predicted.size_mb) for c in self.candidates])
+        mask = pareto_mask([(c.loss, c.predicted.p95_ms, c.predicted.size_mb) for c in self.candidates])
         return [
             candidate.facts()
             | {
                 "predicted_drop": drops.at(candidate.loss),
-                "pareto": unbeaten,
+                "pareto": is_optimal,
                 "fits_by_prediction": not self.budget.misses(candidate.predicted),
                 "measured": asdict(self._figures[candidate.key]) if candidate.key in self._figures else None,
                 "recommended": self.best is not None and candidate.key == self.best.key,
             }
-            for candidate, unbeaten in zip(self.candidates, unbeaten_rows, strict=True)
+            for candidate, is_optimal in zip(self.candidates, mask, strict=True)
         ]
 
     @cached_property
     def _figures(self) -> dict[Any, Figures]:
-        """A candidate's key → what was measured of it."""
-        return {candidate.key: own for candidate, own in self.finals.tried}
+        """The measured figures of the finalists, by the key of the candidate."""
+        return {candidate.key: measured for candidate, measured in self.finals.measurements}
 
 
-def _praise(best: Candidate, own: Figures, dense: Metrics) -> str:
-    assert own.drop is not None
+def _describe_best(best: Candidate, measured: Figures, dense: Metrics) -> str:
+    assert measured.drop is not None
     start = "The dense model is within the budget: nothing needs to be cut. " if best.is_dense else ""
     unit = "points of accuracy" if dense.metric == "accuracy" else "% of perplexity"
-    memory = "" if own.memory_mb is None else f", {own.memory_mb:.0f} MB of memory"
-    off = best.predicted.p50_ms / own.p50_ms - 1
+    memory = "" if measured.memory_mb is None else f", {measured.memory_mb:.0f} MB of memory"
+    error = best.predicted.p50_ms / measured.p50_ms - 1
     return (
-        f"{start}Take {best.name}: {100 * own.drop:.2f} {unit} lost, p95 {own.p95_ms:.2f} ms, file {own.size_mb:.1f} MB"
-        f"{memory}. Its p50 was predicted as {best.predicted.p50_ms:.2f} ms, {off:+.1%} off."
+        f"{start}Take {best.name}: {100 * measured.drop:.2f} {unit} lost, p95 {measured.p95_ms:.2f} ms, "
+        f"file {measured.size_mb:.1f} MB{memory}. "
+        f"The predicted p50 was {best.predicted.p50_ms:.2f} ms, {error:+.1%} off."
     )
 
 
-def _nearest(near: Candidate, own: Figures, budget: Budget) -> str:
-    over = "; ".join(f"{m.limit} {m.found:.4g} where {m.allowed:.4g} is allowed" for m in budget.misses(own))
-    return f"No model was found within the budget. The nearest is {near.name}: {over}."
+def _describe_nearest(nearest: Candidate, measured: Figures, budget: Budget) -> str:
+    excesses = "; ".join(
+        f"{miss.limit} is {miss.found:.4g}, {miss.allowed:.4g} is allowed" for miss in budget.misses(measured)
+    )
+    return f"No model was found within the budget. The nearest is {nearest.name}: {excesses}."

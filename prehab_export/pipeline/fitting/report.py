@@ -1,4 +1,4 @@
-"""What a fit leaves to read: ``fit.json``, ``fit.md`` and a plot, and its table on stdout."""
+"""The report of a fit: ``fit.json``, ``fit.md`` and a plot, and the rows of its table."""
 
 from pathlib import Path
 from typing import Any
@@ -8,20 +8,23 @@ from prehab_export.system import render, write_json
 
 Row = dict[str, Any]
 
-HEADINGS = ("", "drop", "p50 ms", "p95 ms", "memory MB", "file MB", "predicted p50 ms", "")
+FIT_HEADINGS = ("", "drop", "p50 ms", "p95 ms", "memory MB", "file MB", "predicted p50 ms", "")
 
 
 def write_fit(result: Row, folder: Path) -> None:
-    """Everything as JSON, the table as Markdown, and the plot."""
+    """Write the full result as JSON, the table as Markdown, and the plot."""
     write_json(folder / "fit.json", result)
     plot_fit(result, folder / "fit.png")
-    (folder / "fit.md").write_text(
-        render("pipeline", "fit.md.j2", result | {"headings": HEADINGS, "lines": lines_of(result)}), encoding="utf-8"
-    )
+    facts = result | {"headings": FIT_HEADINGS, "rows": fit_rows(result)}
+    (folder / "fit.md").write_text(render("pipeline", "fit.md.j2", facts), encoding="utf-8")
 
 
-def lines_of(result: Row) -> list[list[str]]:
-    """The table's cells: what was measured, then what is predicted and unbeaten, fastest last; ≈ marks predictions."""
+def fit_rows(result: Row) -> list[list[str]]:
+    """Return the cells of the table, one list for each row under `FIT_HEADINGS`.
+
+    The measured candidates come first, then the Pareto-optimal predictions, each sorted from slow to fast. The sign ≈
+    marks a prediction.
+    """
     rows = [row for row in result["candidates"] if row["measured"] is not None or row["pareto"]]
     ordered = sorted(rows, key=lambda row: (row["measured"] is None, -row["predicted"]["p95_ms"]))
     return [_cells(row, result) for row in ordered]
@@ -46,11 +49,11 @@ def _cells(row: Row, result: Row) -> list[str]:
 def _remark(row: Row, figures: Row, drop: float, budget: Row) -> str:
     if row["recommended"]:
         return "recommended"
-    limits = {**{key: figures[key] for key in ("p95_ms", "memory_mb", "size_mb")}, "max_drop": drop}
-    names = {"p95_ms": "p95", "memory_mb": "memory", "size_mb": "size", "max_drop": "drop"}
-    over = [
-        f"{names[key]} over by {value / budget[key] - 1:.0%}" if budget[key] else f"{names[key]} over"
-        for key, value in limits.items()
+    values = {**{key: figures[key] for key in ("p95_ms", "memory_mb", "size_mb")}, "max_drop": drop}
+    labels = {"p95_ms": "p95", "memory_mb": "memory", "size_mb": "size", "max_drop": "drop"}
+    excesses = [
+        f"{labels[key]} over by {value / budget[key] - 1:.0%}" if budget[key] else f"{labels[key]} over"
+        for key, value in values.items()
         if budget[key] is not None and value is not None and value > budget[key]
     ]
-    return ", ".join(over) or "fits"
+    return ", ".join(excesses) or "fits"

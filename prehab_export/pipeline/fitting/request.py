@@ -1,4 +1,4 @@
-"""What is asked of a fit."""
+"""The request that a fit answers."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,15 @@ from prehab_export.config import Budget, Target
 
 @dataclass(frozen=True)
 class FitRequest:
-    """target: where to measure. threads: the numbers of threads that may be used there."""
+    """The limits of a fit and the place to measure.
+
+    budget: the limits that the model must keep to.
+    target: the place to measure.
+    threads: the numbers of threads to try at the target.
+
+    Raises:
+        InputError: ``threads`` is empty or holds a number below 1.
+    """
 
     budget: Budget
     target: Target = field(default_factory=lambda: Target("local"))

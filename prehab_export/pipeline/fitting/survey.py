@@ -1,8 +1,9 @@
-"""What is asked of a target before a fit, and what its answer tells.
+"""The survey of a target: the graphs that it measures, and the cost models that follow from its figures.
 
-Of every layer shape, the time at a few ranks and dense, in each kind of quantisation: one tiny graph each, with several
-copies of the layer, so that weights come from where a model's weights come from. Of a few whole models, the *anchors*,
-time, memory and size: between them everything else is read off (``search``).
+The survey times every layer shape, dense and at a few ranks, in each kind of quantisation. Each of these graphs holds
+several copies of one layer, so that the weights come from the same level of memory as a model's weights. The survey
+also measures the time, memory and size of a few complete models, the *anchors*. The ``search`` module interpolates
+between these figures.
 """
 
 from collections import Counter
@@ -19,21 +20,22 @@ import onnx_ir as ir
 from converters.onnx.quantize import quantize_graph
 from prehab_export.linalg import break_even
 from prehab_export.measurement import Curve, RankTimes, Setting, Shape, layer_graph
-from prehab_export.pipeline.fitting.search import FLOAT32, Knowledge, Layers, Line, Setup
+from prehab_export.pipeline.fitting.search import FLOAT32, CostModel, Line, Setup
 from prehab_export.system import Progress, silent, step
 
 Row = Mapping[str, Any]
 
-# Ranks of each shape, as shares of its break-even rank: a curve is nearly straight in between.
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
-# What the copies of one layer may weigh together: beyond most caches, and still quickly carried to a device.
-MOST_BYTES = 16_000_000
-MULTIPLE = 8
+# The ranks to time, as shares of a shape's break-even rank. The time is nearly linear in the rank between them.
+RANK_SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
+# Most bytes that the copies of one layer take together. They exceed most caches, and a device receives them quickly.
+MAX_COPIES_BYTES = 16_000_000
+# Kernels are fastest at multiples of this rank.
+RANK_MULTIPLE = 8
 
 
 @dataclass(frozen=True)
 class LayerGraph:
-    """A graph of ``copies`` m×n layers, dense (rank None) or as two factors."""
+    """A graph of ``copies`` m×n layers, either dense (rank None) or as two factors."""
 
     slug: str
     mode: str
@@ -45,7 +47,10 @@ class LayerGraph:
 
 @dataclass(frozen=True)
 class Anchor:
-    """A whole model in one mode. units: (m, n, rank) of its selected layers, None for dense."""
+    """A complete model in one mode.
+
+    units: (m, n, rank) of each selected layer; the rank is None for a dense layer.
+    """
 
     slug: str
     mode: str
@@ -55,24 +60,25 @@ class Anchor:
 
     @property
     def parameters(self) -> int:
+        """The number of parameters of the selected layers."""
         return sum(m * n if rank is None else rank * (m + n) for m, n, rank in self.units)
 
 
-def surveyed_ranks(m: int, n: int) -> tuple[int, ...]:
-    """The ranks to time: in multiples that kernels like, where the layer is not too small for them.
+def survey_ranks(m: int, n: int) -> tuple[int, ...]:
+    """Return the ranks to time for an m×n layer: multiples of 8, except in layers too small for them.
 
-    >>> surveyed_ranks(384, 384)
+    >>> survey_ranks(384, 384)
     (16, 48, 96, 144, 192)
-    >>> surveyed_ranks(32, 32)
+    >>> survey_ranks(32, 32)
     (1, 4, 8, 16)
     """
-    most = break_even(m, n)
-    rounded = {MULTIPLE * int(share * most / MULTIPLE) or max(1, int(share * most)) for share in SHARES}
-    return (*sorted(rank for rank in rounded if rank < most), most)
+    limit = break_even(m, n)
+    ranks = {RANK_MULTIPLE * int(share * limit / RANK_MULTIPLE) or max(1, int(share * limit)) for share in RANK_SHARES}
+    return (*sorted(rank for rank in ranks if rank < limit), limit)
 
 
-def case_of(shape: Shape) -> str:
-    """The name of a shape's case."""
+def case_name(shape: Shape) -> str:
+    """Return the name of the benchmark case for a shape."""
     return f"layer-{shape[0]}x{shape[1]}"
 
 
@@ -83,11 +89,11 @@ def write_layer_graphs(
     folder: Path,
     progress: Progress = silent,
 ) -> list[LayerGraph]:
-    """Write the graphs of every shape in every mode.
+    """Write the graphs of every shape in every mode, and return them grouped by shape.
 
     Args:
-        shapes: (m, n) of each layer, as often as it occurs.
-        tokens: rows that go through a layer at a time.
+        shapes: (m, n) of each layer. A shape occurs once for each layer that has it.
+        tokens: the number of rows in a layer's input.
     """
     folder.mkdir(parents=True, exist_ok=True)
     counts = Counter(shapes)
@@ -95,92 +101,102 @@ def write_layer_graphs(
     with progress("write layer graphs", len(counts)) as advance:
         for (m, n), count in counts.items():
             with step(advance, f"{m}×{n}"):
-                copies = max(1, min(count, MOST_BYTES // (4 * m * n)))
-                for rank in (None, *surveyed_ranks(m, n)):
-                    graphs += _written((m, n), rank, copies, tokens, modes, folder)
+                copies = max(1, min(count, MAX_COPIES_BYTES // (4 * m * n)))
+                for rank in (None, *survey_ranks(m, n)):
+                    graphs += _write_modes((m, n), rank, copies, tokens, modes, folder)
     return graphs
 
 
-def _written(
+def _write_modes(
     shape: Shape, rank: int | None, copies: int, tokens: int, modes: Sequence[str], folder: Path
 ) -> Iterator[LayerGraph]:
-    """The graphs of one shape at one rank, None for dense."""
-    name = f"{case_of(shape)}-{'dense' if rank is None else f'r{rank}'}"
+    """Write the graphs of one shape at one rank, one graph for each mode. A rank of None means dense."""
+    name = f"{case_name(shape)}-{'dense' if rank is None else f'r{rank}'}"
     source = folder / f"{name}-{FLOAT32}.onnx"
     ir.save(layer_graph(*shape, rank, copies, tokens), source)
     for mode in modes:
         path = folder / f"{name}-{mode}.onnx"
         if mode != FLOAT32:
-            quantize_graph(source, path, mode, partial(_sample, shape, tokens), may_grow=True)
+            quantize_graph(source, path, mode, partial(_activation_sample, shape, tokens), may_grow=True)
         yield LayerGraph(f"{name}-{mode}", mode, shape, rank, copies, path)
 
 
 def layer_input(shape: Shape, tokens: int) -> dict[str, np.ndarray]:
-    """What the graphs of a shape are fed."""
+    """Return a random input of shape (tokens, n) for the graphs of an m×n layer, by input name."""
     return {"x": np.random.default_rng(0).standard_normal((tokens, shape[1]), dtype=np.float32)}
 
 
-def _sample(shape: Shape, tokens: int) -> Iterator[dict[str, np.ndarray]]:
+def _activation_sample(shape: Shape, tokens: int) -> Iterator[dict[str, np.ndarray]]:
     yield layer_input(shape, tokens)
 
 
-def understood(
+def fit_cost_models(
     rows: Sequence[Row],
-    layers: Layers,
     graphs: Sequence[LayerGraph],
     anchors: Sequence[Anchor],
     penalties: Mapping[str, float],
     tokens: int,
-) -> dict[Setup, Knowledge]:
-    """What the target's rows (model, threads, p50_ms, p95_ms, peak_mb) tell of every mode and number of threads.
+) -> dict[Setup, CostModel]:
+    """Return the cost model of every mode and number of threads.
 
     Args:
-        penalties: what each mode costs the dense model, in nats.
+        rows: the target's measurements, with the keys model, threads, p50_ms, p95_ms and peak_mb.
+        penalties: the loss that each mode adds to the dense model, in nats.
+        tokens: the number of rows in a layer's input.
     """
-    threads = sorted({row["threads"] for row in rows})
-    told = {(row["model"], row["threads"]): row for row in rows}
+    thread_counts = sorted({row["threads"] for row in rows})
+    rows_by_key = {(row["model"], row["threads"]): row for row in rows}
     modes = dict.fromkeys(anchor.mode for anchor in anchors)
-    known = {}
+    cost_models = {}
     for mode in modes:
-        own = [graph for graph in graphs if graph.mode == mode]
-        whole = [anchor for anchor in anchors if anchor.mode == mode]
-        for count in threads:
-            times = _times(own, {p.slug: told[p.slug, count]["p50_ms"] for p in own}, Setting(count, tokens))
-            setup = Setup(mode, count)
-            known[setup] = _knowledge(
-                setup, times, whole, {a.slug: told[a.slug, count] for a in whole}, layers, penalties
-            )
-    return known
+        mode_graphs = [graph for graph in graphs if graph.mode == mode]
+        mode_anchors = [anchor for anchor in anchors if anchor.mode == mode]
+        for threads in thread_counts:
+            p50_ms = {graph.slug: rows_by_key[graph.slug, threads]["p50_ms"] for graph in mode_graphs}
+            times = _fit_rank_times(mode_graphs, p50_ms, Setting(threads, tokens))
+            anchor_rows = {anchor.slug: rows_by_key[anchor.slug, threads] for anchor in mode_anchors}
+            setup = Setup(mode, threads)
+            cost_models[setup] = _fit_cost_model(setup, times, mode_anchors, anchor_rows, penalties)
+    return cost_models
 
 
-def _times(graphs: Sequence[LayerGraph], p50_ms: Mapping[str, float], setting: Setting) -> RankTimes:
+def _fit_rank_times(graphs: Sequence[LayerGraph], p50_ms: Mapping[str, float], setting: Setting) -> RankTimes:
     curves = {}
     for shape in dict.fromkeys(graph.shape for graph in graphs):
-        own = {p.rank: p50_ms[p.slug] / 1e3 / p.copies for p in graphs if p.shape == shape}
-        ranks = sorted(rank for rank in own if rank is not None)
-        curves[shape] = Curve(own[None], tuple(ranks), tuple(own[rank] for rank in ranks))
+        seconds = {graph.rank: p50_ms[graph.slug] / 1e3 / graph.copies for graph in graphs if graph.shape == shape}
+        ranks = sorted(rank for rank in seconds if rank is not None)
+        curves[shape] = Curve(seconds[None], tuple(ranks), tuple(seconds[rank] for rank in ranks))
     return RankTimes(setting, curves)
 
 
-def _knowledge(
+def _fit_cost_model(
     setup: Setup,
     times: RankTimes,
     anchors: Sequence[Anchor],
-    told: Mapping[str, Row],
-    layers: Layers,
+    rows: Mapping[str, Row],
     penalties: Mapping[str, float],
-) -> Knowledge:
-    def line(y: Mapping[str, float]) -> Line:
-        return Line.through((anchor.parameters, y[anchor.slug]) for anchor in anchors)
+) -> CostModel:
+    """Return the cost model of a setup.
 
-    seconds = {anchor.slug: sum(times.cost(*unit) for unit in anchor.units) for anchor in anchors}
-    memory = {slug: row.get("peak_mb") for slug, row in told.items()}
-    return Knowledge(
+    Args:
+        rows: the measurements of the anchors, by slug.
+    """
+
+    def line_by_parameters(values: Mapping[str, float]) -> Line:
+        return Line.through((anchor.parameters, values[anchor.slug]) for anchor in anchors)
+
+    layer_seconds = {anchor.slug: sum(times.cost(*unit) for unit in anchor.units) for anchor in anchors}
+    memory = {slug: row.get("peak_mb") for slug, row in rows.items()}
+    return CostModel(
         setup,
-        cache(times.cost),  # asked for the same ranks over and over
-        latency=Line.through((seconds[anchor.slug], told[anchor.slug]["p50_ms"]) for anchor in anchors),
-        tail=median(row["p95_ms"] / row["p50_ms"] for row in told.values()),
-        size=line({anchor.slug: anchor.size_mb for anchor in anchors}),
-        memory=None if None in memory.values() else line({slug: float(mb or 0) for slug, mb in memory.items()}),
+        cache(times.cost),  # the search asks for the same ranks many times
+        latency=Line.through((layer_seconds[anchor.slug], rows[anchor.slug]["p50_ms"]) for anchor in anchors),
+        tail_ratio=median(row["p95_ms"] / row["p50_ms"] for row in rows.values()),
+        size=line_by_parameters({anchor.slug: anchor.size_mb for anchor in anchors}),
+        memory=(
+            None
+            if None in memory.values()
+            else line_by_parameters({slug: float(peak_mb or 0) for slug, peak_mb in memory.items()})
+        ),
         penalty=penalties.get(setup.mode, 0.0),
     )

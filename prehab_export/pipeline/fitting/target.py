@@ -1,7 +1,8 @@
-"""Where a fit measures: kits, taken to the target and brought back as rows of figures.
+"""The measurements of a fit at its target.
 
-A row is ``model``, ``threads``, ``p50_ms`` and ``p95_ms`` of a request, and ``peak_mb``, the peak memory of a process
-that serves the model alone; None where the target does not tell.
+Each visit takes a kit of models to the target and brings back rows of figures. A row holds ``model``, ``threads``, the
+``p50_ms`` and ``p95_ms`` of a request, and ``peak_mb``, the peak memory of a process that serves only this model.
+``peak_mb`` is None if the target does not report memory.
 """
 
 import shutil
@@ -23,24 +24,27 @@ from prehab_export.measurement import (
     measure_remotely,
     shell_of,
 )
-from prehab_export.pipeline.fitting.survey import LayerGraph, case_of
+from prehab_export.pipeline.fitting.survey import LayerGraph, case_name
 from prehab_export.system import Progress, available_cores, machine_facts, silent, step
 
 Row = dict[str, Any]
 
-# Layers are many and quick, and only their medians count.
-LAYERS = BenchConfig(threads=1, warmup=2, rounds=9, min_seconds=0.02)
-FIGURES = ("model", "threads", "p50_ms", "p95_ms", "peak_mb", "runs", "rounds")
+# A survey has many layers, each of them is fast, and only their medians matter: a short benchmark is enough.
+LAYER_BENCH = BenchConfig(threads=1, warmup=2, rounds=9, min_seconds=0.02)
+ROW_KEYS = ("model", "threads", "p50_ms", "p95_ms", "peak_mb", "runs", "rounds")
 
 
 def check_target(target: Target, threads: Sequence[int]) -> None:
-    """Raises:
-    InputError: a place that cannot answer at once, limits that this system lacks, or fewer cores than threads.
-    TargetError: it cannot be reached.
+    """Check that a fit can measure at the target.
+
+    Raises:
+        InputError: someone would have to run the measurements by hand, this system cannot enforce the target's
+            limits, or this machine has fewer cores than ``threads`` asks for.
+        TargetError: the target cannot be reached.
     """
     if target.name.startswith("kit:") or target.by_hand:
         raise InputError(
-            "a fit asks its target twice, which cannot be done by hand; give local, ssh://, adb or browser"
+            "a fit measures at its target twice, which cannot be done by hand; give local, ssh://, adb or browser"
         )
     limits_of(target)
     if target.name == "browser":
@@ -49,18 +53,19 @@ def check_target(target: Target, threads: Sequence[int]) -> None:
     elif target.name != "local":
         with shell_of(target) as shell:
             shell.run("true")
-    elif (most := available_cores()) < max(threads):
-        raise InputError(f"--threads {max(threads)} is more than the {most} cores that this process may use")
+    elif (cores := available_cores()) < max(threads):
+        raise InputError(f"--threads {max(threads)} is more than the {cores} cores that this process may use")
 
 
-def place_of(target: Target) -> Row:
-    """What measurements at a target hold for: its name, and of this machine, where it is that, all that is known."""
+def identify_target(target: Target) -> Row:
+    """Return the facts that tell this target from others: its name and, if it is this machine, the facts of the
+    machine."""
     return {"target": target.name, "machine": machine_facts() if target.name in ("local", "browser") else None}
 
 
 def visit_facts(target: Target, bench: BenchConfig) -> Row:
-    """What a visit to a target depends on besides the models."""
-    return {**place_of(target), "bench": asdict(bench)}
+    """Return the facts on which measurements at the target depend, other than the models."""
+    return {**identify_target(target), "bench": asdict(bench)}
 
 
 def measure_layers(
@@ -71,20 +76,25 @@ def measure_layers(
     folder: Path,
     progress: Progress = silent,
 ) -> list[Row]:
-    """The times of all layer graphs, a kit a shape: those of one shape take the same input and turns with each other.
+    """Return the times of all layer graphs.
+
+    Graphs of one shape form one kit: they take the same input, and the benchmark alternates between them.
 
     Args:
-        folder: a place for the kits, gone afterwards.
+        graphs: the layer graphs, with the graphs of one shape next to each other.
+        tokens: the number of rows in a layer's input.
+        threads: the numbers of threads to measure with.
+        folder: a temporary folder for the kits. It is removed.
     """
-    config = replace(LAYERS, thread_counts=tuple(threads), batch_sizes=(tokens,))
+    config = replace(LAYER_BENCH, thread_counts=tuple(threads), batch_sizes=(tokens,))
     shapes = [list(group) for _, group in groupby(graphs, key=lambda graph: graph.shape)]
     rows = []
     with progress("time layers", len(shapes)) as advance:
         for group in shapes:
-            case = case_of(group[0].shape)
+            case = case_name(group[0].shape)
             with step(advance, case):
                 models = {graph.slug: graph.path for graph in group}
-                rows += _measured(models, config, target, folder / case, memory=False)["rows"]
+                rows += _measure(models, config, target, folder / case, memory=False)["rows"]
     shutil.rmtree(folder)
     return rows
 
@@ -97,11 +107,13 @@ def measure_models(
     folder: Path,
     progress: Progress = silent,
 ) -> Row:
-    """``rows`` of whole models in one case, with every number of threads, and the ``device``.
+    """Return the ``rows`` of complete models, one for each model and number of threads, and the ``device``.
 
     Args:
-        config: the first batch size and the first length of it are the case.
-        folder: a place for the kit, gone afterwards.
+        models: the graph of each model, by name.
+        config: the benchmark. Only its first batch size and its first sequence length are measured.
+        threads: the numbers of threads to measure with.
+        folder: a temporary folder for the kit. It is removed.
     """
     config = replace(
         config,
@@ -109,12 +121,12 @@ def measure_models(
         batch_sizes=config.batch_sizes[:1],
         sequence_lengths=config.sequence_lengths[:1],
     )
-    results = _measured(models, config, target, folder / "models", progress=progress)
+    results = _measure(models, config, target, folder / "models", progress=progress)
     shutil.rmtree(folder)
     return results
 
 
-def _measured(
+def _measure(
     models: Mapping[str, Path],
     config: BenchConfig,
     target: Target,
@@ -134,4 +146,4 @@ def _measured(
         with shell_of(target) as shell:
             place = target.name.partition(":")[0]
             results = measure_remotely(kit, shell, place, target.python, target.keep, progress)
-    return {"device": results["device"], "rows": [{key: row.get(key) for key in FIGURES} for row in results["cases"]]}
+    return {"device": results["device"], "rows": [{key: row.get(key) for key in ROW_KEYS} for row in results["cases"]]}

@@ -1,1 +1,1 @@
-"""What a run tells: the report with its plots, the model card, the check of ``--min-speedup``."""
+"""The report of a run with its plots, the model card, and the check of ``--min-speedup``."""

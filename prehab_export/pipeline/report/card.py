@@ -1,4 +1,4 @@
-"""The facts of a run, and the model card made of them."""
+"""The facts of a run and its model card."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from prehab_export.config import public_names
 from prehab_export.pipeline.session import Session
 from prehab_export.system import render
 
-# Stage → the JSON file that it leaves, in the order of the report.
+# The JSON file of each stage, in the order of the report.
 STAGE_FACTS = {
     "calibrate": "calibrate.json",
     "prehab": "prehab.json",
@@ -26,13 +26,16 @@ STAGE_FACTS = {
 
 
 def write_card(session: Session, folder: Path) -> None:
-    """The model card: what the model is, what compression cost, how to load it. No timings: they belong to a
-    machine, and the artifact must come out the same, byte for byte, wherever a run is repeated."""
-    (folder / "README.md").write_text(render("pipeline", "card.md.j2", collect(session)), encoding="utf-8")
+    """Write the model card: a description of the model, the cost of compression and how to load the model.
+
+    The card holds no timings. Timings depend on the machine, and the same run must produce the same artifact, byte for
+    byte, on any machine.
+    """
+    (folder / "README.md").write_text(render("pipeline", "card.md.j2", collect_facts(session)), encoding="utf-8")
 
 
-def collect(session: Session) -> dict[str, Any]:
-    """The facts of every stage that has run."""
+def collect_facts(session: Session) -> dict[str, Any]:
+    """Return the facts of the run and of every stage that has run, as JSON types."""
     workspace, config = session.workspace, public_names(session.config)
     facts: dict[str, Any] = {
         "model": config.model,

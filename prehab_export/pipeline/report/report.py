@@ -4,19 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prehab_export.pipeline.report.card import collect
+from prehab_export.pipeline.report.card import collect_facts
 from prehab_export.pipeline.report.plots import plot_prehab, plot_ranks, plot_roofline
 from prehab_export.pipeline.session import Session
 from prehab_export.system import machine_facts, render, write_json
 
 
 def write_report(session: Session, folder: Path, targets: Mapping[str, Any]) -> None:
-    """Everything that is known of the run: all figures as JSON, the main ones as Markdown with plots.
+    """Write all figures of the run as JSON, and the main figures as Markdown with plots.
 
     Args:
-        targets: name → what was measured elsewhere (``targets.results``).
+        targets: the results of each target, by name.
     """
-    facts = collect(session)
+    facts = collect_facts(session)
     facts |= {"machine": machine_facts(), "targets": targets}
     facts["size_warnings"] = size_warnings(facts)
     write_json(folder / "report.json", facts)
@@ -28,12 +28,14 @@ def write_report(session: Session, folder: Path, targets: Mapping[str, Any]) -> 
 
 
 def size_warnings(facts: dict[str, Any]) -> list[str]:
-    """What is to be said of a compressed graph that is no smaller than the dense one; of the weights it is said, and
-    noted, as they are written."""
+    """Return a warning if the compressed graph is not smaller than the dense graph.
+
+    The stage ``export`` warns about the weight files.
+    """
     dense, compressed = (facts[side]["bytes"] for side in ("baseline", "export"))
     if compressed < dense:
         return []
     return [
-        f"the compressed graph ({compressed / 1e6:.1f} MB) is not smaller than the dense one ({dense / 1e6:.1f} MB); "
-        "remove more, with a higher --ratio"
+        f"the compressed graph ({compressed / 1e6:.1f} MB) is not smaller than the dense graph ({dense / 1e6:.1f} MB); "
+        "remove more with a higher --ratio"
     ]
