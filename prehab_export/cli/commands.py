@@ -82,7 +82,7 @@ def fit(target: str, python: str, threads: tuple[int, ...], as_json: bool, **giv
 
     config, output = requested(given)
     metric = "perplexity" if config.task == "text-generation" else "accuracy"
-    budget = Budget.parsed(**{name: given[name] for name in ("p95", "memory", "size", "max_drop")}, metric=metric)
+    budget = Budget.parse(**{name: given[name] for name in ("p95", "memory", "size", "max_drop")}, metric=metric)
     from prehab_export.pipeline import FitRequest
     from prehab_export.pipeline import fit as run_fit
 

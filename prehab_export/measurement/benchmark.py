@@ -19,7 +19,7 @@ from pathlib import Path
 
 from converters.errors import InputError
 from converters.onnx.graph_facts import GraphFacts, read_graph
-from prehab_export.config import PROVIDERS, BenchConfig, at_least, check_provider
+from prehab_export.config import PROVIDERS, BenchConfig, check_provider, check_whole_number
 from prehab_export.measurement.figures import Row, Timings, case_row, compare_rows
 from prehab_export.measurement.roofline import Ceilings, as_row, measure_ceilings, roofline_of
 from prehab_export.measurement.worker_process import WorkerProcess
@@ -109,7 +109,7 @@ def _common_vocab_size(graphs: Mapping[str, GraphFacts], given: int | None) -> i
     if not any(graph.takes_tokens for graph in graphs.values()):
         return None
     if given is not None:
-        at_least("vocab_size", given, 1)
+        check_whole_number("vocab_size", given, 1)
         return given
     for name, graph in graphs.items():
         if graph.vocab_size is None:
