@@ -123,5 +123,5 @@ def quantity(option: str, text: str, units: Mapping[str, float], example: str, *
         raise InputError(f"{option} {text!r}: give a number with a unit ({', '.join(units)}), such as {example}")
     value = float(match[1]) * factor
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise InputError(f"{option} {text!r} is not a usable limit; give a number above 0, such as {example}")
+        raise InputError(f"{option} {text!r} is not a usable limit; give more than 0, such as {example}")
     return value
