@@ -265,7 +265,7 @@ def test_by_hand_the_whole_address_is_said(kits, web, tmp_path, monkeypatch, cap
 def test_only_root_goes_without_the_sandbox(kits, web, tmp_path, monkeypatch, capsys, user):
     monkeypatch.setattr(os, "geteuid", lambda: user)
     monkeypatch.setattr(sys, "platform", "linux")
-    browser._tell_of_no_sandbox.cache_clear()
+    browser._warn_without_sandbox.cache_clear()
     command = fake_browser(tmp_path, POST + "post('failed', ' '.join(sys.argv)); time.sleep(60)")
     for _ in range(2):
         with pytest.raises(TargetError, match="the page failed") as caught:
