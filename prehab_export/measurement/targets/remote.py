@@ -31,7 +31,7 @@ print(json.dumps(hashes))
 """
 
 # Imports what the runner needs. Like the script above, it imports nothing from the current folder of the shell.
-_IMPORT_CHECK = (
+_IMPORTS = (
     "import sys; sys.path = [p for p in sys.path if p]; import numpy, onnxruntime; print(onnxruntime.__version__)"
 )
 
