@@ -309,7 +309,7 @@ def test_the_package_is_what_was_pinned(package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("PATH", str(script.parent))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(InputError, match="something else than what this program was made with"):
+    with pytest.raises(InputError, match="is not the expected package"):
         find_web(None)
     assert not list(place.iterdir())
     monkeypatch.setattr(web_runtime, "WEB_SHA512", digest)

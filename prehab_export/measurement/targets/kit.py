@@ -144,8 +144,8 @@ def _copy_model(name: str, slug: str, graph: GraphFacts, folder: Path) -> Json:
     link(str(graph.path), str(destination / graph.path.name))
     for file in external_files(model):
         (destination / file).parent.mkdir(parents=True, exist_ok=True)
-        # A copy, not a hard link: onnx refuses to read weights from a file with several links, so a link would also make
-        # the original graph unreadable.
+        # A copy, not a hard link: onnx refuses to read weights from a file with several links, so a link would
+        # also make the original graph unreadable.
         shutil.copyfile(graph.path.parent / file, destination / file)
     data_types = {tensor.data_type for tensor in model.graph.initializer}
     integer_types = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
