@@ -213,7 +213,7 @@ def post(what, text):
         (POST + "post('failed', 'WASM ran out of memory'); time.sleep(60)", TargetError, "WASM ran out of memory"),
         (POST + "post('failed', 'dense is off by 1e+0 here'); time.sleep(60)", ParityError, "dense is off by"),
         (POST + "post('results', json.dumps({})); time.sleep(60)", InputError, "what the page sent is not"),
-        ("time.sleep(60)", TargetError, "said nothing for 2 s"),
+        ("time.sleep(60)", TargetError, "sent nothing for 2 s"),
     ],
 )
 def test_browsers_that_fail(kits, web, tmp_path, program, kind, sentence):

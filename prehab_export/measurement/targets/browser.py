@@ -98,7 +98,7 @@ def _run_page(command: str, address: str, server: KitServer, watch: Watch, timeo
                 waited += 0.5
                 if process.poll() is not None:
                     raise TargetError(
-                        f"the browser exited with code {process.returncode}; if its sandbox is not available (in some "
+                        f"the browser ended with exit code {process.returncode}; if its sandbox is not available (in some "
                         "containers, or without user namespaces), open the page yourself with --by-hand"
                     ) from None
                 if waited > timeout_s:

@@ -134,5 +134,5 @@ def _check_without_limits(kit: Kit) -> None:
 def _failure(process: ProcessResult) -> Exception:
     """Return the error for a runner that failed, with its last line of stderr as the message."""
     lines = [line.strip() for line in process.errors.splitlines() if line.strip()]
-    reason = lines[-1].removeprefix("error: ") if lines else f"the runner exited with code {process.code}"
+    reason = lines[-1].removeprefix("error: ") if lines else f"the runner ended with exit code {process.code}"
     return ParityError(reason) if process.code == _OUT_OF_TOLERANCE else TargetError(reason)
