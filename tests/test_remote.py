@@ -170,7 +170,10 @@ def test_a_runner_that_is_killed_there(kit, server, tmp_path):
                 if "run_kit.py" in " ".join((process.info["cmdline"] or [])[1:2]):
                     process.kill()
 
-    with ssh(url, options) as shell, pytest.raises(TargetError, match="killed there, most likely for want of memory"):
+    with (
+        ssh(url, options) as shell,
+        pytest.raises(TargetError, match="killed there, most likely because it ran out of memory"),
+    ):
         measure_remotely(long, shell, "ssh", sys.executable, progress=ProgressRecord(kill))
     assert left_there(home) == []
 

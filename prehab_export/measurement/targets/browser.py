@@ -98,8 +98,8 @@ def _run_page(command: str, address: str, server: KitServer, watch: Watch, timeo
                 waited += 0.5
                 if process.poll() is not None:
                     raise TargetError(
-                        f"the browser ended with exit code {process.returncode}; if its sandbox is not available (in some "
-                        "containers, or without user namespaces), open the page yourself with --by-hand"
+                        f"the browser ended with exit code {process.returncode}; if its sandbox is not available (in "
+                        "some containers, or without user namespaces), open the page yourself with --by-hand"
                     ) from None
                 if waited > timeout_s:
                     raise TargetError(f"the page sent nothing for {timeout_s:.0f} s") from None
