@@ -172,7 +172,7 @@ def test_a_runner_that_is_killed_there(kit, server, tmp_path):
 
     with (
         ssh(url, options) as shell,
-        pytest.raises(TargetError, match="killed there, most likely because it ran out of memory"),
+        pytest.raises(TargetError, match="killed there, most likely because"),
     ):
         measure_remotely(long, shell, "ssh", sys.executable, progress=ProgressRecord(kill))
     assert left_there(home) == []
