@@ -267,7 +267,7 @@ def device():
         "memory_mb": kib_to_mb(read_field("/proc/meminfo", ("MemTotal",))),
         "os": platform.platform(),
         "arch": platform.machine(),
-        "governor": read_text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "governor": read_file("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "python": platform.python_version(),
         "runtime": "onnxruntime",
         "runtime_version": ort.__version__,
@@ -276,7 +276,7 @@ def device():
     }
 
 
-def read_text(path):
+def read_file(path):
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -285,7 +285,7 @@ def read_text(path):
 
 def read_field(path, keys):
     """Return the value of the first ``key: value`` line in a file that has one of the keys."""
-    for line in (read_text(path) or "").splitlines():
+    for line in (read_file(path) or "").splitlines():
         name, _, value = line.partition(":")
         if name.strip() in keys:
             return value.strip()
