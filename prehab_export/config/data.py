@@ -10,7 +10,7 @@ WINDOW_STARTS = ("auto", "bos", "none")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data set, splits, columns and samples to use. Options that are None are determined from the data.
+    """Which data set, splits, columns and samples to use.
 
     data: hub id, folder or file; ``sklearn-digits`` is built in.
     data_config: configuration of a hub data set, such as sst2 of glue.

@@ -33,12 +33,12 @@ class RunConfig:
     seed: seed of all random numbers.
     device: device to calibrate and train on: ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:N``. The
         artifact is exported, verified and measured on the CPU.
-    precision: number format of forward passes on that device; weights and moments stay float32.
+    precision: number format of forward passes in calibration and training; weights and moments stay float32.
     dtype: number format of the artifact's weights; ``auto`` is the format of most of the source's weights. Everything
         is computed in float32 and rounded once, when the artifact is written; graphs hold the rounded weights as
         float32.
-    quantize: quantised graph to write in addition, for both the compressed and the dense model; ranks become multiples
-        of its block size if it has blocks.
+    quantize: smaller graph to write in addition, of both the compressed and the dense model; ranks become multiples of
+        its block size if it has blocks.
     kv_cache: what a compressed decoder caches for past tokens: keys and values (``full``), or the latents of low-rank
         layers (``latent-values`` for values only, ``latent`` for both).
     ort: also write the compressed graphs in ONNX Runtime's ORT format, with the list of operators that a minimal build

@@ -58,8 +58,10 @@ class TrainConfig(Schedule):
 
 @dataclass(frozen=True)
 class RefineSchedule(Schedule):
-    """How long to refine, and how fast. Batches are small, because more steps on the same samples diverge less from
-    the dense model."""
+    """How long to refine, and how fast.
+
+    Batches are small by default: with the same samples, more steps leave a smaller divergence from the dense model.
+    """
 
     batch_size: int = 8
     learning_rate: float = 5e-4
@@ -92,7 +94,7 @@ class RefineConfig:
 
 @dataclass(frozen=True)
 class PrehabConfig:
-    """How to prehab: a short training before truncation that makes the weights lose less by it.
+    """How to prehab: a short training that prepares the weights for truncation.
 
     train: steps and loss of the training.
     surrogate: smooth surrogate of the rank that is added to the loss. It is scaled to 1 at the start, so that λ means
