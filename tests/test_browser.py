@@ -213,7 +213,7 @@ def post(what, text):
         (POST + "post('failed', 'WASM ran out of memory'); time.sleep(60)", TargetError, "WASM ran out of memory"),
         (POST + "post('failed', 'dense is off by 1e+0 here'); time.sleep(60)", ParityError, "dense is off by"),
         (POST + "post('results', json.dumps({})); time.sleep(60)", InputError, "what the page sent is not"),
-        ("time.sleep(60)", TargetError, "said nothing for 2 s"),
+        ("time.sleep(60)", TargetError, "sent nothing for 2 s"),
     ],
 )
 def test_browsers_that_fail(kits, web, tmp_path, program, kind, sentence):
@@ -265,7 +265,7 @@ def test_by_hand_the_whole_address_is_said(kits, web, tmp_path, monkeypatch, cap
 def test_only_root_goes_without_the_sandbox(kits, web, tmp_path, monkeypatch, capsys, user):
     monkeypatch.setattr(os, "geteuid", lambda: user)
     monkeypatch.setattr(sys, "platform", "linux")
-    browser._tell_of_no_sandbox.cache_clear()
+    browser._warn_without_sandbox.cache_clear()
     command = fake_browser(tmp_path, POST + "post('failed', ' '.join(sys.argv)); time.sleep(60)")
     for _ in range(2):
         with pytest.raises(TargetError, match="the page failed") as caught:
@@ -309,7 +309,7 @@ def test_the_package_is_what_was_pinned(package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("PATH", str(script.parent))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(InputError, match="something else than what this program was made with"):
+    with pytest.raises(InputError, match="is not the expected package"):
         find_web(None)
     assert not list(place.iterdir())
     monkeypatch.setattr(web_runtime, "WEB_SHA512", digest)

@@ -25,7 +25,7 @@ from prehab_export.measurement.benchmark import bench
 from prehab_export.measurement.targets.kit import make_kit
 from prehab_export.measurement.targets.limits import Limits, run_limited
 from prehab_export.measurement.targets.local import measure_locally
-from prehab_export.measurement.targets.remote import _HASHES, _NEEDED
+from prehab_export.measurement.targets.remote import _HASH_SCRIPT, _IMPORTS
 from prehab_export.system.children import find_program, kill_process_tree, python_module
 from prehab_export.system.current_folder import leave_current_folder, without_current_folder
 
@@ -114,7 +114,7 @@ def test_a_kit_and_its_children(trapped, tmp_path, monkeypatch):
     assert said(trapped) == ""
 
 
-@pytest.mark.parametrize("code", [_HASHES, _NEEDED], ids=["hashes", "needed"])
+@pytest.mark.parametrize("code", [_HASH_SCRIPT, _IMPORTS], ids=["hashes", "needed"])
 def test_what_is_asked_of_another_machine(trapped, code):
     for name in ("sitecustomize", "usercustomize"):
         Path(f"{name}.py").unlink()

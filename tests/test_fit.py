@@ -244,12 +244,12 @@ def test_pareto_keeps_what_nothing_beats(rows):
 
 
 def test_limits_are_read_in_their_units():
-    budget = Budget.parsed(p95="0.02 s", memory="1GiB", size="500kB", max_drop="1%", metric="accuracy")
+    budget = Budget.parse(p95="0.02 s", memory="1GiB", size="500kB", max_drop="1%", metric="accuracy")
     assert budget.p95_ms == pytest.approx(20)
     assert budget.memory_mb == pytest.approx(1073.741824)
     assert budget.size_mb == pytest.approx(0.5)
     assert budget.max_drop == pytest.approx(0.01)
-    assert Budget.parsed(p95="5ms", memory=None, size=None, max_drop="0%", metric="accuracy").max_drop == 0
+    assert Budget.parse(p95="5ms", memory=None, size=None, max_drop="0%", metric="accuracy").max_drop == 0
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_limits_are_read_in_their_units():
         ({"p95": "-3ms"}, "--p95"),
         ({"p95": "0ms"}, "more than 0"),
         ({"memory": "12ms"}, "--memory"),
-        ({"size": "1e999MB"}, "no limit"),
+        ({"size": "1e999MB"}, "not a usable limit"),
         ({"p95": "1ms", "max_drop": "x%"}, "--max-drop"),
         ({"p95": "1ms", "max_drop": "1pt", "metric": "perplexity"}, "points are for accuracy"),
         ({"max_drop": "1%"}, "at least one limit"),
@@ -268,7 +268,7 @@ def test_limits_are_read_in_their_units():
 )
 def test_limits_that_are_none_are_refused(words, match):
     with pytest.raises(InputError, match=match):
-        Budget.parsed(**{"p95": None, "memory": None, "size": None, "max_drop": None, "metric": "accuracy"} | words)
+        Budget.parse(**{"p95": None, "memory": None, "size": None, "max_drop": None, "metric": "accuracy"} | words)
 
 
 def test_a_device_that_changes_its_pace_is_told_of():

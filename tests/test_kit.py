@@ -228,7 +228,7 @@ def test_folders_that_are_no_place_for_a_kit(kits, tmp_path):
     model = kits("vit").folder / "models/dense/model.onnx"
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    with pytest.raises(InputError, match="holds something that is no kit"):
+    with pytest.raises(InputError, match="holds something that is not a kit"):
         make_kit({"dense": model}, tmp_path / "full", QUICK)
     with pytest.raises(InputError, match="no ONNX file"):
         make_kit({"dense": tmp_path / "nothing.onnx"}, tmp_path / "kit", QUICK)

@@ -85,7 +85,7 @@ def test_measured_once_and_then_looked_up(tmp_path, monkeypatch):
     assert record.works[0].steps == 2
     for curve in first.curves.values():
         assert min(curve.dense, *curve.seconds) > 0
-    monkeypatch.setattr(rank_times, "_measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(rank_times, "_measure", lambda *_: pytest.fail("measured again"))
     assert measure_rank_times(shapes, SETTING, cache=tmp_path).curves == first.curves
     assert RankTimes.from_json(json.loads(json.dumps(first.to_json()))).curves == first.curves
     with pytest.raises(pytest.fail.Exception):  # other threads are another measurement
@@ -129,7 +129,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_a_run_within_a_budget_of_latency(vit_folder, tmp_path, own_cache, monkeypatch, capsys):
-    monkeypatch.setattr(rank_times, "_measured", by_parameters)
+    monkeypatch.setattr(rank_times, "_measure", by_parameters)
     output = tmp_path / "run"
     options = [*vit_options(vit_folder), "-o", output, "--budget", "latency:0.5"]
     assert invoke("run", *options, "--prehab-steps", "2", *UNGUARDED) == 0
@@ -142,12 +142,12 @@ def test_a_run_within_a_budget_of_latency(vit_folder, tmp_path, own_cache, monke
     assert times["setting"] == {"threads": 1, "tokens": 17}
     assert "latency:0.5" in (output / "artifact" / "README.md").read_text()
     capsys.readouterr()
-    monkeypatch.setattr(rank_times, "_measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(rank_times, "_measure", lambda *_: pytest.fail("measured again"))
     assert invoke("run", *options, "--prehab-steps", "2", *UNGUARDED) == 0
 
 
 def test_where_no_layer_is_faster_in_two_factors_that_is_said(vit_folder, tmp_path, own_cache, monkeypatch, capsys):
-    monkeypatch.setattr(rank_times, "_measured", dense_is_fastest)
+    monkeypatch.setattr(rank_times, "_measure", dense_is_fastest)
     assert invoke("truncate", *vit_options(vit_folder), "-o", tmp_path / "run", "--budget", "latency:0.5") == 2
     assert "no layer is faster as two factors on this machine" in capsys.readouterr().err
 

@@ -93,7 +93,7 @@ def fit(target: str, python: str, threads: tuple[int, ...], as_json: bool, **par
     config, output = parse_request(parameters)
     metric = "perplexity" if config.task == "text-generation" else "accuracy"
     limits = {name: parameters[name] for name in ("p95", "memory", "size", "max_drop")}
-    budget = Budget.parsed(**limits, metric=metric)
+    budget = Budget.parse(**limits, metric=metric)
     from prehab_export.pipeline import FitRequest
     from prehab_export.pipeline import fit as run_fit
 

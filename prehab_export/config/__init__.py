@@ -1,6 +1,6 @@
-"""The room of options: one frozen dataclass per stage, checked when it is made, with the name and meaning of every
-option. It reads, merges, sets and compares options as nested mappings, and takes them to and from YAML. It is light:
-the command line builds itself from it without loading torch. It imports ``system``.
+"""Options of a run: one frozen dataclass per stage that validates itself on construction, with the name, type, default
+and meaning of every option. This room also reads, merges, sets and compares options as nested mappings, and converts
+them to and from YAML. It does not load torch, because the command line builds itself from it. It imports ``system``.
 """
 
 from prehab_export.system.exports import lazy_exports

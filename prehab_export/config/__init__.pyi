@@ -1,7 +1,7 @@
 from prehab_export.config.bench import PROVIDERS as PROVIDERS
 from prehab_export.config.bench import BenchConfig as BenchConfig
-from prehab_export.config.bench import at_least as at_least
 from prehab_export.config.bench import check_provider as check_provider
+from prehab_export.config.bench import check_whole_number as check_whole_number
 from prehab_export.config.budget import Budget as Budget
 from prehab_export.config.budget import Figures as Figures
 from prehab_export.config.budget import Miss as Miss

@@ -1,4 +1,4 @@
-"""How a bench measures. Light to import, so that a command line can build its options from the defaults."""
+"""Options of the bench. This module imports quickly, because the command line builds its options from the defaults."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from converters.errors import InputError
 from prehab_export.system import available_cores
 
-# Name → ONNX Runtime's own name. Which of them there are depends on the package that is installed.
+# Short name → ONNX Runtime's name. The installed package decides which providers are available.
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "xnnpack": "XnnpackExecutionProvider",
@@ -26,19 +26,20 @@ PROVIDERS = {
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """How to measure. Every pair of a batch size and a length is a case, at each number of threads.
+    """How to measure. Each combination of thread count, batch size and sequence length is one case.
 
     threads: threads of PyTorch and ONNX Runtime; all cores of this process when not given.
-    thread_counts: number of threads to measure at; that of ``threads`` when none is given.
+    thread_counts: number of threads to measure with; the value of ``threads`` when not given.
     provider: execution provider of ONNX Runtime to measure on.
-    batch_sizes: batch size to measure at.
-    sequence_lengths: length to measure at, in tokens; of a decoder that of the prompt. Models that take no tokens have
-        none.
+    batch_sizes: batch size to measure.
+    sequence_lengths: sequence length to measure, in tokens; for a decoder, the length of the prompt. Models that take
+        no tokens ignore it.
     warmup: unmeasured requests of each model before the first round.
-    rounds: turns of each model.
-    min_seconds: least length of a turn; a request that takes longer is always finished.
-    new_tokens: tokens that a decoder generates in a measurement.
-    end_tokens: ids that every text ends with and has nowhere else, for models that look for the end; a run finds them.
+    rounds: number of turns of each model.
+    min_seconds: minimum duration of a turn; the last request is always finished.
+    new_tokens: number of tokens that a decoder generates per request.
+    end_tokens: ids that end every text and occur nowhere else, for models that search for the end; a run determines
+        them.
     timeout_s: seconds that a worker may take for one answer (loading, warming up, or one turn).
 
     Raises:
@@ -58,15 +59,15 @@ class BenchConfig:
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name, least in (("threads", 1), ("warmup", 0), ("rounds", 1), ("new_tokens", 1)):
-            at_least(name, getattr(self, name), least)
+        for name, minimum in (("threads", 1), ("warmup", 0), ("rounds", 1), ("new_tokens", 1)):
+            check_whole_number(name, getattr(self, name), minimum)
         if self.provider not in PROVIDERS:
             raise InputError(f"provider is {self.provider!r}: give one of {', '.join(PROVIDERS)}")
         for name in ("batch_sizes", "sequence_lengths", "thread_counts"):
             if not getattr(self, name) and name != "thread_counts":
                 raise InputError(f"{name} is empty: give at least one")
             for value in getattr(self, name):
-                at_least(name, value, 1)
+                check_whole_number(name, value, 1)
         if not (math.isfinite(self.min_seconds) and self.min_seconds >= 0):
             raise InputError(f"min_seconds is {self.min_seconds}: give 0 or more seconds")
         if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
@@ -74,20 +75,23 @@ class BenchConfig:
 
 
 def check_provider(name: str) -> None:
-    """Raises:
-    InputError: the ONNX Runtime that is installed has no such provider.
+    """Check that the installed ONNX Runtime has a provider.
+
+    Raises:
+        InputError: the provider is not available.
     """
     import onnxruntime
 
-    there = onnxruntime.get_available_providers()
-    if PROVIDERS[name] not in there:
-        known = [short for short, provider in PROVIDERS.items() if provider in there]
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS[name] not in available:
+        names = [short_name for short_name, provider in PROVIDERS.items() if provider in available]
         raise InputError(
             f"the installed ONNX Runtime {onnxruntime.__version__} has no {PROVIDERS[name]}; it has "
-            f"{', '.join(known)}; install the package that has it, or take --provider cpu"
+            f"{', '.join(names)}; install the package that has it, or use --provider cpu"
         )
 
 
-def at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InputError(f"{name} is {value!r}: give a whole number, {least} or more")
+def check_whole_number(name: str, value: object, minimum: int) -> None:
+    """Raise an `InputError` unless the value is a whole number and not below the minimum."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise InputError(f"{name} is {value!r}: give a whole number, {minimum} or more")

@@ -1,6 +1,6 @@
-"""What a model may cost where it will run: limits on latency, memory, size and accuracy, and what breaks them.
+"""Limits on a model's latency, memory, size and loss of accuracy on the device where it will run.
 
-Light on purpose: the command line reads limits before anything heavy is loaded.
+This module imports quickly, because the command line parses limits before it loads large libraries.
 """
 
 import math
@@ -18,10 +18,10 @@ SHARES = {"%": 0.01, "pt": 0.01}
 
 @dataclass(frozen=True)
 class Figures:
-    """What one model takes on one device: milliseconds of a request, and MB (10⁶ bytes).
+    """Measurements of one model on one device: milliseconds per request, and MB (10⁶ bytes).
 
-    ``memory_mb`` is the peak of the process that runs it; None where the device does not tell.
-    ``drop`` is what accuracy is lost, in the terms of `drop_of`; None where it is not measured yet.
+    ``memory_mb`` is the peak memory of the process that runs the model; None if the device does not report it.
+    ``drop`` is the loss against the dense model, as `drop_of` defines it; None if it is not measured yet.
     """
 
     p50_ms: float
@@ -33,7 +33,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Miss:
-    """One limit that is not kept: its name, the limit, what was found, and how far that is over, as a share."""
+    """A limit that is exceeded: its name, its value, and the measured value."""
 
     limit: str
     allowed: float
@@ -41,13 +41,13 @@ class Miss:
 
     @property
     def over(self) -> float:
-        """By what share the limit is broken; infinite for a limit of 0."""
+        """The excess over the limit, as a share of the limit; infinite for a limit of 0."""
         return self.found / self.allowed - 1 if self.allowed > 0 else math.inf
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits; None is no limit. ``max_drop`` is in the terms of `drop_of`."""
+    """Limits on the `Figures` of a model; None means no limit. ``max_drop`` is a loss as `drop_of` defines it."""
 
     p95_ms: float | None = None
     memory_mb: float | None = None
@@ -55,19 +55,22 @@ class Budget:
     max_drop: float | None = None
 
     @classmethod
-    def parsed(
+    def parse(
         cls, *, p95: str | None, memory: str | None, size: str | None, max_drop: str | None, metric: str
     ) -> "Budget":
-        """From the command line's words.
+        """Parse the limits that the command line gives, such as ``20ms``, ``128MB`` and ``1%``.
+
+        Args:
+            metric: ``accuracy`` or ``perplexity``; only accuracy can drop by points.
 
         Raises:
-            InputError: a limit that is no positive quantity of its kind, or no limit on what a device costs.
+            InputError: a limit is not a positive quantity with a known unit, or p95, memory and size are all missing.
         """
         if p95 is None and memory is None and size is None:
             raise InputError("give at least one limit of --p95, --memory and --size: without one the dense model fits")
         if max_drop is not None and metric != "accuracy" and max_drop.strip().endswith("pt"):
             raise InputError(
-                f"--max-drop {max_drop}: points are for accuracy; give a perplexity's rise in %, such as 2%"
+                f"--max-drop {max_drop}: points are for accuracy; give the rise of the perplexity in %, such as 2%"
             )
         return cls(
             p95_ms=None if p95 is None else quantity("--p95", p95, TIMES, "20ms"),
@@ -77,7 +80,7 @@ class Budget:
         )
 
     def misses(self, figures: Figures) -> list[Miss]:
-        """The limits that these figures break; what is not known breaks none."""
+        """Return the limits that these figures exceed. An unknown figure exceeds no limit."""
         pairs: Mapping[str, tuple[float | None, float | None]] = {
             "p95_ms": (self.p95_ms, figures.p95_ms),
             "memory_mb": (self.memory_mb, figures.memory_mb),
@@ -85,18 +88,19 @@ class Budget:
             "drop": (self.max_drop, figures.drop),
         }
         return [
-            Miss(name, limit, found)
-            for name, (limit, found) in pairs.items()
-            if limit is not None and found is not None and not found <= limit
+            Miss(name, limit, value)
+            for name, (limit, value) in pairs.items()
+            if limit is not None and value is not None and not value <= limit
         ]
 
     def distance(self, figures: Figures) -> float:
-        """How far off the worst broken limit is, as a share of it; 0 where all are kept."""
+        """Return the largest excess over a limit, as a share of that limit; 0 if no limit is exceeded."""
         return max((miss.over for miss in self.misses(figures)), default=0.0)
 
 
 def drop_of(metric: str, dense: float, value: float) -> float:
-    """What is lost against the dense model: points of accuracy (0.01 is one point), or a perplexity's relative rise.
+    """Return the loss against the dense model: the drop in accuracy (0.01 is one point), or the relative rise in
+    perplexity.
 
     >>> round(drop_of("accuracy", 0.90, 0.88), 6), round(drop_of("perplexity", 20.0, 21.0), 6)
     (0.02, 0.05)
@@ -105,13 +109,13 @@ def drop_of(metric: str, dense: float, value: float) -> float:
 
 
 def quantity(option: str, text: str, units: Mapping[str, float], example: str, *, zero: bool = False) -> float:
-    """A number with one of the units, in the units' common measure.
+    """Parse a number with a unit and convert it to the common unit.
 
     >>> quantity("--p95", "1.5 s", TIMES, "20ms")
     1500.0
 
     Raises:
-        InputError: no number, no unit or an unknown one, or not above 0.
+        InputError: the number or the unit is missing, the unit is unknown, or the quantity is not above 0.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z%]+)\s*", text)
     factor = None if match is None else units.get(match[2].lower())
@@ -119,5 +123,5 @@ def quantity(option: str, text: str, units: Mapping[str, float], example: str, *
         raise InputError(f"{option} {text!r}: give a number with a unit ({', '.join(units)}), such as {example}")
     value = float(match[1]) * factor
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise InputError(f"{option} {text!r} is no limit that a model could keep; give more than 0, such as {example}")
+        raise InputError(f"{option} {text!r} is not a usable limit; give more than 0, such as {example}")
     return value

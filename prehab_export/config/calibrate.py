@@ -1,8 +1,8 @@
-"""How to calibrate, and which layers to compress."""
+"""Options of calibration and of the choice of layers to compress."""
 
 from dataclasses import dataclass
 
-from prehab_export.config.checks import at_least, one_of
+from prehab_export.config.checks import check_choice, check_minimum
 
 FISHER_LABELS = ("data", "model")
 
@@ -11,8 +11,9 @@ FISHER_LABELS = ("data", "model")
 class CalibrateConfig:
     """How to calibrate, and which layers to compress.
 
-    samples: samples to gather moments from.
-    labels: labels behind the gradients: ``data`` (given ones) or ``model`` (drawn from the model's output).
+    samples: number of samples to collect moments from.
+    labels: labels that gradients are computed with: ``data`` (those of the data set) or ``model`` (sampled from the
+        model's output).
     include: shell-style pattern of layers to compress instead of the default, such as '*.mlp.*'.
     exclude: shell-style pattern of layers to leave dense, such as '*.layer.0.*'.
     """
@@ -23,5 +24,5 @@ class CalibrateConfig:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        at_least("--calibration-samples", self.samples, 1)
-        one_of("calibrate.labels", self.labels, FISHER_LABELS)
+        check_minimum("--calibration-samples", self.samples, 1)
+        check_choice("calibrate.labels", self.labels, FISHER_LABELS)

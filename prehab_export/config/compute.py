@@ -1,27 +1,31 @@
-"""Names of devices and number formats, checked before anything is computed."""
+"""Checks of device names and number formats, made before any computation starts."""
 
 import re
 
 from converters.errors import InputError
 from converters.number_formats import WEIGHT_FORMATS
-from prehab_export.config.checks import AUTO, one_of
+from prehab_export.config.checks import AUTO, check_choice
 
 DTYPES = (AUTO, *WEIGHT_FORMATS)
 PRECISIONS = WEIGHT_FORMATS
 
 
 def check_device_name(name: str) -> None:
-    """Raises:
-    InputError: neither ``auto``, ``cpu``, ``cuda`` nor ``cuda:N``.
+    """Check the name of a device.
+
+    Raises:
+        InputError: the name is not ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
     """
     if name.partition(":")[0] == "mps":
-        raise InputError("--device mps has no float64, which decompositions need; take --device cpu")
+        raise InputError("--device mps has no float64, which decompositions need; use --device cpu")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:N, not {name!r}")
 
 
 def check_precision(name: str) -> None:
-    """Raises:
-    InputError: not one of ``PRECISIONS``.
+    """Check the name of a number format for forward passes.
+
+    Raises:
+        InputError: the name is not in ``PRECISIONS``.
     """
-    one_of("--precision", name, PRECISIONS)
+    check_choice("--precision", name, PRECISIONS)

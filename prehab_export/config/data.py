@@ -1,33 +1,33 @@
-"""Where samples come from and which of them."""
+"""Options of data: the data set, its splits and columns, and the samples to use."""
 
 from dataclasses import dataclass
 
 from converters.errors import InputError
-from prehab_export.config.checks import AUTO, at_least, one_of
+from prehab_export.config.checks import AUTO, check_choice, check_minimum
 
 WINDOW_STARTS = ("auto", "bos", "none")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where samples come from and which of them. What is None is found.
+    """Which data set, splits, columns and samples to use.
 
     data: hub id, folder or file; ``sklearn-digits`` is built in.
     data_config: configuration of a hub data set, such as sst2 of glue.
-    train_split: split to calibrate and train on; found when not given.
-    eval_split: split to report on, such as validation+test; found when not given.
-    input_column: column of images or texts; found when not given.
-    pair_column: second text column of a pair task, such as the hypothesis of mnli; found when not given.
-    label_column: column of labels; found when not given.
-    labels_by_position: take the data's class names in the model's order, whatever they are called.
-    encoding: encoding of text, csv and JSON files, such as cp1252; UTF-8 when not given.
-    delimiter: what separates the columns of a csv file: one character, or tab; found when not given.
-    header: whether the first row of a csv file names its columns; they are column1, column2 … where it does not.
-    sequence_length: tokens in a window of a language model, or in the longest text of a classifier.
-    window_start: what each window of a language model starts with: ``auto`` (what the tokenizer puts before a text),
-        ``bos`` (its BOS token) or ``none``.
-    eval_samples: number of samples to report on; all when not given.
-    batch_size: samples per batch, in calibration and evaluation.
+    train_split: split to calibrate and train on; detected when not given.
+    eval_split: split to evaluate on, such as validation+test; detected when not given.
+    input_column: column of images or texts; detected when not given.
+    pair_column: second text column of a pair task, such as the hypothesis of mnli; detected when not given.
+    label_column: column of labels; detected when not given.
+    labels_by_position: match the data's classes to the model's by position instead of by name.
+    encoding: encoding of text, CSV and JSON files, such as cp1252; UTF-8 when not given.
+    delimiter: column separator of a CSV file: one character, or tab; detected when not given.
+    header: whether the first row of a CSV file names its columns; otherwise they are called column1, column2 ….
+    sequence_length: number of tokens in a window of a language model, or maximum for a text of a classifier.
+    window_start: tokens that start each window of a language model: ``auto`` (those that the tokenizer puts before a
+        text), ``bos`` (its BOS token) or ``none``.
+    eval_samples: number of samples to evaluate on; all when not given.
+    batch_size: samples per batch in calibration and evaluation.
     """
 
     data: str
@@ -47,17 +47,17 @@ class DataConfig:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        at_least("--batch-size", self.batch_size, 1)
-        at_least("--sequence-length", self.sequence_length, 2)
-        one_of("--window-start", self.window_start, WINDOW_STARTS)
+        check_minimum("--batch-size", self.batch_size, 1)
+        check_minimum("--sequence-length", self.sequence_length, 2)
+        check_choice("--window-start", self.window_start, WINDOW_STARTS)
         if self.delimiter is not None and len(self.separator or "") != 1:
             raise InputError(f"--delimiter must be one character, or tab, not {self.delimiter!r}")
         _check_encoding(self.encoding)
-        at_least("--eval-samples", self.eval_samples, 1)
+        check_minimum("--eval-samples", self.eval_samples, 1)
 
     @property
     def separator(self) -> str | None:
-        """The delimiter itself."""
+        """The delimiter as a single character."""
         return "\t" if self.delimiter in ("tab", "\\t") else self.delimiter
 
 

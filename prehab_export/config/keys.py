@@ -1,7 +1,7 @@
-"""Every option by its full name: ``truncate.ratio``, its type, its default and what it means.
+"""The table of all options, by full name (``truncate.ratio``): type, default and meaning.
 
-The names, types and defaults are those of the dataclasses; the meanings stand in their docstrings, as ``field: text``
-with further lines indented.
+Names, types and defaults come from the dataclasses. Meanings come from their docstrings, where each field has a line
+``field: text`` whose continuation lines are indented.
 """
 
 import difflib
@@ -20,8 +20,8 @@ from prehab_export.config.run import RunConfig
 class Key:
     """One option.
 
-    path: its full name. kind: its type, as annotated. default: what it is when not given; None also where that is found
-    at run time. required: whether it must be given. meaning: what it is, in a phrase.
+    path: full name. kind: annotated type. default: value when the option is not given; also None if that value is
+    determined at run time. required: whether the option must be given. meaning: short description.
     """
 
     path: str
@@ -33,77 +33,77 @@ class Key:
 
 @cache
 def known_keys(cls: type = RunConfig) -> dict[str, Key]:
-    """Full name → option, of every option under ``cls``, in the order of its fields.
+    """Return every option under ``cls`` by full name, in the order of its fields.
 
     >>> known_keys()["truncate.ratio"].default
     0.6
     """
-    return {key.path: key for key in _walk(cls, "")}
+    return {key.path: key for key in _iterate_keys(cls, "")}
 
 
 @cache
 def sections(cls: type = RunConfig) -> dict[str, str]:
-    """Full name → what it is about, of every section under ``cls``; the outermost has no name.
+    """Return the title of every section under ``cls`` by full name. The outermost section has an empty name.
 
     >>> sections()["truncate"]
     'How to truncate'
     """
-    found = {"": _title(cls)}
+    titles = {"": _title(cls)}
     for name, kind in get_type_hints(cls).items():
         if is_dataclass(kind):
-            inside = sections(kind)  # type: ignore[arg-type]
-            found |= {f"{name}.{inner}".rstrip("."): text for inner, text in inside.items()}
-    return found
+            inner_titles = sections(kind)  # type: ignore[arg-type]
+            titles |= {f"{name}.{inner}".rstrip("."): title for inner, title in inner_titles.items()}
+    return titles
 
 
-def unknown(name: str, cls: type = RunConfig, source: str = "") -> InputError:
-    """The error for a name that no option has, with the nearest that there is.
+def unknown_option(name: str, cls: type = RunConfig, source: str = "") -> InputError:
+    """Return the error for a name that is not an option; it suggests the nearest option.
 
-    >>> print(unknown("truncate.ration"))
+    >>> print(unknown_option("truncate.ration"))
     unknown option truncate.ration; did you mean truncate.ratio?
 
     Args:
-        source: where it was found, for the sentence.
+        source: where the name was read from, such as a file, for the message.
     """
-    near = nearest(name, cls)
-    advice = f"did you mean {near}?" if near else "`prehab-export options` lists those that there are"
+    suggestion = nearest(name, cls)
+    advice = f"did you mean {suggestion}?" if suggestion else "`prehab-export options` lists all options"
     return InputError(f"unknown option {name}{f' in {source}' if source else ''}; {advice}")
 
 
 def nearest(name: str, cls: type = RunConfig) -> str | None:
-    """The option or section that somebody may have meant; None where nothing is like it.
+    """Return the option or section whose name is most like ``name``, or None if none is similar.
 
     >>> nearest("ratio"), nearest("prehab.refresh-every"), nearest("zzz")
     ('truncate.ratio', 'prehab.refresh_every', None)
     """
-    known = [*known_keys(cls), *(section for section in sections(cls) if section)]
-    spelled = name.replace("-", "_")
-    if same_end := [path for path in known if path.endswith(f".{spelled}")]:
-        return difflib.get_close_matches(name, same_end, n=1, cutoff=0)[0]
-    if near := difflib.get_close_matches(spelled, known, n=1, cutoff=0.75):
-        return near[0]
-    ends = {path.rpartition(".")[2]: path for path in reversed(known)}
-    near = difflib.get_close_matches(spelled.rpartition(".")[2], ends, n=1, cutoff=0.75)
-    return ends[near[0]] if near else None
+    paths = [*known_keys(cls), *(section for section in sections(cls) if section)]
+    normalised = name.replace("-", "_")
+    if suffix_matches := [path for path in paths if path.endswith(f".{normalised}")]:
+        return difflib.get_close_matches(name, suffix_matches, n=1, cutoff=0)[0]
+    if matches := difflib.get_close_matches(normalised, paths, n=1, cutoff=0.75):
+        return matches[0]
+    path_by_last_part = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    matches = difflib.get_close_matches(normalised.rpartition(".")[2], path_by_last_part, n=1, cutoff=0.75)
+    return path_by_last_part[matches[0]] if matches else None
 
 
-def _walk(cls: type, prefix: str) -> Iterator[Key]:
+def _iterate_keys(cls: type, prefix: str) -> Iterator[Key]:
     kinds, meanings = get_type_hints(cls), _meanings(cls)
-    for entry in fields(cls):
-        kind, path = kinds[entry.name], f"{prefix}{entry.name}"
+    for field in fields(cls):
+        kind, path = kinds[field.name], f"{prefix}{field.name}"
         if is_dataclass(kind):
-            yield from _walk(kind, f"{path}.")  # type: ignore[arg-type]
+            yield from _iterate_keys(kind, f"{path}.")  # type: ignore[arg-type]
         else:
-            required, default = _default(entry)
-            yield Key(path, kind, default, required, meanings.get(entry.name, ""))
+            required, default = _default(field)
+            yield Key(path, kind, default, required, meanings.get(field.name, ""))
 
 
-def _default(entry: "Field[Any]") -> tuple[bool, Any]:
-    """Whether a field must be given, and what it is when it is not."""
-    if entry.default is not MISSING:
-        return False, entry.default
-    if entry.default_factory is not MISSING:
-        return False, entry.default_factory()
+def _default(field: "Field[Any]") -> tuple[bool, Any]:
+    """Return whether a field is required, and its default."""
+    if field.default is not MISSING:
+        return False, field.default
+    if field.default_factory is not MISSING:
+        return False, field.default_factory()
     return True, None
 
 
@@ -112,16 +112,16 @@ def _title(cls: type) -> str:
 
 
 def _meanings(cls: type) -> dict[str, str]:
-    """Field → its text, from the docstrings of a dataclass and of those that it extends."""
-    found: dict[str, str] = {}
+    """Return the description of each field, from the docstrings of a dataclass and its dataclass bases."""
+    descriptions: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         lines = inspect.cleandoc(base.__doc__ or "").splitlines() if is_dataclass(base) else []
         name = None
         for line in lines:
-            if entry := re.match(r"(\w+): (.+)", line):
-                name, found[entry[1]] = entry[1], entry[2]
+            if match := re.match(r"(\w+): (.+)", line):
+                name, descriptions[match[1]] = match[1], match[2]
             elif name is not None and line.startswith(" "):
-                found[name] += f" {line.strip()}"
+                descriptions[name] += f" {line.strip()}"
             else:
                 name = None
-    return {name: text.replace("``", "").removesuffix(".") for name, text in found.items()}
+    return {name: text.replace("``", "").removesuffix(".") for name, text in descriptions.items()}

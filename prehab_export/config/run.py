@@ -1,8 +1,8 @@
-"""What a run is asked to do: one frozen dataclass per stage, checked when it is made.
+"""All options of a run, with one section per stage.
 
-It is light on purpose: the command line builds its options from these defaults without loading torch. Messages name the
-flags of the command line, or the option itself where it has no flag; a YAML file has the shape of ``RunConfig``, one
-section per stage. Each class documents its fields; help texts are made from that.
+A YAML file of options has the same structure as ``RunConfig``. Messages name the command-line flag of an option, or its
+full name if it has no flag. Help texts are generated from the docstrings of the dataclasses. This module does not load
+torch, because the command line builds its options from these defaults.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from converters.errors import InputError
 from converters.onnx.modes import BLOCK, BLOCK_MODES, FULL, KV_CACHES, MODES
 from prehab_export.config.bench import BenchConfig
 from prehab_export.config.calibrate import CalibrateConfig
-from prehab_export.config.checks import AUTO, one_of
+from prehab_export.config.checks import AUTO, check_choice
 from prehab_export.config.compute import DTYPES, check_device_name, check_precision
 from prehab_export.config.data import DataConfig
 from prehab_export.config.training import PrehabConfig, RefineConfig, RehabConfig
@@ -23,28 +23,32 @@ TASK_NAMES = ("image-classification", "text-classification", "text-generation")
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run is asked to do: what is named here, and a section for each part of the work.
+    """Options of a whole run; each stage has its own section.
 
     model: folder or hub id of the dense model.
     task: what the model does: ``image-classification``, ``text-classification`` or ``text-generation``.
     adapter: PEFT adapter of the dense model (LoRA, DoRA, IA3 …), merged before anything else.
     revision: branch, tag or commit of a hub model.
     trust_remote_code: run code that comes with the model.
-    seed: seed of everything drawn at random.
-    device: where to calibrate and train: ``auto`` (CUDA if there is any), ``cpu``, ``cuda`` or ``cuda:N``. The artifact
-        is exported, verified and measured on the CPU.
-    precision: number format of forward passes there; weights and moments stay float32.
-    dtype: number format of the artifact's weights; ``auto`` is that of most of the source's weights. All is computed in
-        float32 and rounded once, when the artifact is written; graphs are of the rounded weights, in float32.
-    quantize: another graph, smaller, of the compressed and of the dense model; ranks fill whole blocks where it has
-        some.
-    kv_cache: what a compressed decoder keeps of past tokens: keys and values (``full``), or of low-rank layers their
-        latents.
-    ort: also write the compressed graphs in ONNX Runtime's own format, with the list of operators that a minimal build
-        must keep.
-    quantize_refit: fit the factors to each quantised graph's grid, and keep that where held-out samples gain.
-    min_speedup: fail with exit code 4, once all is measured, if a compressed graph is not this many times as fast as
-        the dense one.
+    seed: seed of all random numbers.
+    device: device to calibrate and train on: ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:N``. The
+        artifact is exported, verified and measured on the CPU.
+    precision: number format of forward passes in calibration and training; weights and moments stay float32.
+    dtype: number format of the artifact's weights; ``auto`` is the format of most of the source's weights. Everything
+        is computed in float32 and rounded once, when the artifact is written; graphs hold the rounded weights as
+        float32.
+    quantize: smaller graph to write in addition, of both the compressed and the dense model; ranks become multiples of
+        its block size if it has blocks.
+    kv_cache: what a compressed decoder caches for past tokens: keys and values (``full``), or the latents of low-rank
+        layers (``latent-values`` for values only, ``latent`` for both).
+    ort: also write the compressed graphs in ONNX Runtime's ORT format, with the list of operators that a minimal build
+        must include.
+    quantize_refit: refit the factors to the grid of each quantised graph, and keep them if held-out samples improve.
+    min_speedup: minimum speedup of each compressed graph over the dense one; if it is not reached, the run fails with
+        exit code 4 after all measurements.
+
+    Raises:
+        InputError: a value is out of range, or options contradict each other.
     """
 
     model: str
@@ -72,46 +76,49 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.min_speedup is not None and not 0 < self.min_speedup < float("inf"):
             raise InputError(f"--min-speedup must be above 0, not {self.min_speedup}")
-        one_of("--task", self.task, TASK_NAMES)
-        one_of("--kv-cache", self.kv_cache, KV_CACHES)
+        check_choice("--task", self.task, TASK_NAMES)
+        check_choice("--kv-cache", self.kv_cache, KV_CACHES)
         if self.kv_cache != FULL and self.task != "text-generation":
             raise InputError(f"--kv-cache {self.kv_cache} is for --task text-generation; {self.task} has no cache")
         if self.truncate.latency is not None and self.bench.provider != "cpu":
-            raise InputError("--budget latency counts times of the CPU; take --provider cpu, or --ratio")
+            raise InputError("--budget latency is measured on the CPU; use --provider cpu, or --ratio instead")
         for mode in self.quantize:
-            one_of("--quantize", mode, MODES)
+            check_choice("--quantize", mode, MODES)
         check_device_name(self.device)
         check_precision(self.precision)
-        one_of("--dtype", self.dtype, DTYPES)
+        check_choice("--dtype", self.dtype, DTYPES)
 
     @property
     def cut(self) -> TruncateConfig:
-        """How to truncate, with the multiple of ranks that the quantised graphs ask for where none is given: a rank
-        that does not fill its last block is stored as if it did. ``truncate`` is as the user gave it."""
+        """The truncation options to use. They are the user's (``truncate``), with ranks in multiples of the block size
+        of the quantised graphs unless the user gives a multiple. A rank that does not fill its last block is stored as
+        if it did."""
         if self.truncate.rank_multiple is not None or not set(self.quantize) & set(BLOCK_MODES):
             return self.truncate
         return replace(self.truncate, rank_multiple=BLOCK)
 
     @property
     def needs_gradients(self) -> bool:
+        """Whether calibration must collect gradient moments."""
         return self.truncate.needs_gradients or self.prehab.needs_gradients
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Local paths made absolute, so that a saved run can be gone on with from anywhere; hub ids stay."""
+    """Return the config with absolute local paths, so that a saved run can be resumed from any folder. Hub ids stay."""
 
-    def absolute(name: str | None) -> str | None:
-        return name if name is None or not Path(name).exists() else str(Path(name).resolve())
+    def absolute(source: str | None) -> str | None:
+        return source if source is None or not Path(source).exists() else str(Path(source).resolve())
 
     data = replace(config.data, data=absolute(config.data.data) or config.data.data)
     return replace(config, model=absolute(config.model) or config.model, adapter=absolute(config.adapter), data=data)
 
 
 def public_names(config: RunConfig) -> RunConfig:
-    """Hub ids as they are; of local paths only the last part, since the rest is one machine's business."""
+    """Return the config with local paths reduced to their last part, because the rest concerns only one machine. Hub
+    ids stay."""
 
-    def name(place: str) -> str:
-        return Path(place).resolve().name if Path(place).exists() else place
+    def name(source: str) -> str:
+        return Path(source).resolve().name if Path(source).exists() else source
 
     adapter = None if config.adapter is None else name(config.adapter)
     return replace(

@@ -1,4 +1,4 @@
-"""Where to measure, and how to reach it."""
+"""Options of measurement on a target."""
 
 import re
 from dataclasses import dataclass
@@ -13,11 +13,20 @@ class Target:
     """Where to measure, and how.
 
     name: ``local``, ``kit:FOLDER``, ``ssh://user@host:port``, ``adb``, ``adb:SERIAL`` or ``browser``.
-    python: the interpreter on another machine; keep: leave the kit there.
-    pin: run on so many cores only; memory_mb: with so much memory; both local.
-    matrix_memory_mb: sizes of the table threads × memory; none for no table.
-    browser: the browser's command; web: the dist folder of onnxruntime-web; by_hand: serve the page at host and port
-        to whoever opens it, until interrupted.
+    python: Python interpreter on another machine.
+    keep: leave the kit on the other machine.
+    cooldown_s: seconds of rest before each turn.
+    pin: number of cores to run on; all when None. Local only.
+    memory_mb: memory limit in 10⁶ bytes; no limit when None. Local only.
+    matrix_memory_mb: memory limits of the table threads × memory; no table when empty. Local only.
+    browser: command of the browser.
+    web: ``dist`` folder of onnxruntime-web.
+    by_hand: serve the page for any browser, until interrupted.
+    host: address to serve the page at.
+    port: port to serve the page at; 0 for a free one.
+
+    Raises:
+        InputError: the name is no target, an option does not apply to it, or a value is out of range.
     """
 
     name: str
@@ -45,8 +54,8 @@ class Target:
         if self.cooldown_s < 0:
             raise InputError(f"--cooldown must be 0 or more seconds, not {self.cooldown_s}")
         if self.memory_mb is not None and not self.memory_mb > 0:
-            raise InputError(f"--memory-limit {self.memory_mb} leaves nothing to run in; give megabytes above 0")
+            raise InputError(f"--memory-limit {self.memory_mb} leaves nothing to run in; give more than 0 megabytes")
         if any(size <= 0 for size in self.matrix_memory_mb):
-            raise InputError("--matrix takes megabytes above 0")
+            raise InputError("--matrix takes numbers of megabytes above 0")
         if self.pin is not None and not 1 <= self.pin <= len(usable_cores()):
             raise InputError(f"--pin-cores must lie between 1 and {len(usable_cores())}, the cores of this process")

@@ -1,5 +1,7 @@
-"""Options as nested mappings, which is what a YAML file holds: reading, setting, taking out, merging and comparing them
-by full name (``truncate.ratio``). Nothing is changed in place."""
+"""Operations on options as nested mappings, the form that they have in a YAML file.
+
+Functions address an option by its full name (``truncate.ratio``). No function changes its arguments.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ Tree = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Difference:
-    """An option that has another value than before; None where there is none."""
+    """An option whose value has changed. A value is None if the option is missing on that side."""
 
     path: str
     before: Any
@@ -18,80 +20,84 @@ class Difference:
 
 
 def value_at(values: Tree, path: str) -> Any:
-    """One option; None where it is not there.
+    """Return the value of an option, or None if it is missing.
 
     >>> value_at({"truncate": {"ratio": 0.5}}, "truncate.ratio"), value_at({}, "truncate.ratio")
     (0.5, None)
     """
-    inner: Any = values
+    value: Any = values
     for name in path.split("."):
-        inner = inner.get(name) if isinstance(inner, Mapping) else None
-    return inner
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def with_value(values: Tree, path: str, value: Any) -> dict[str, Any]:
-    """The options with this one set.
+    """Return the options with one of them set.
 
     >>> with_value({"truncate": {"ratio": 0.5}}, "truncate.budget", "latency:0.5")
     {'truncate': {'ratio': 0.5, 'budget': 'latency:0.5'}}
     """
-    head, _, rest = path.partition(".")
+    head, _, tail = path.partition(".")
     inner = values.get(head)
-    changed = with_value(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value
-    return {**values, head: changed}
+    new_value = with_value(inner if isinstance(inner, Mapping) else {}, tail, value) if tail else value
+    return {**values, head: new_value}
 
 
 def without(values: Tree, path: str) -> dict[str, Any]:
-    """The options without this one, or without all of a section; as they are where it is not there.
+    """Return the options without one option or section. A missing path changes nothing.
 
     >>> without({"truncate": {"ratio": 0.5, "budget": "parameters"}}, "truncate.budget")
     {'truncate': {'ratio': 0.5}}
     >>> without({"truncate": {"ratio": 0.5}, "seed": 1}, "truncate")
     {'seed': 1}
     """
-    head, _, rest = path.partition(".")
-    if not rest:
+    head, _, tail = path.partition(".")
+    if not tail:
         return {name: value for name, value in values.items() if name != head}
     inner = values.get(head)
-    return {**values, head: without(inner, rest)} if isinstance(inner, Mapping) else dict(values)
+    return {**values, head: without(inner, tail)} if isinstance(inner, Mapping) else dict(values)
 
 
-def merged(base: Tree, over: Tree) -> dict[str, Any]:
-    """Both, section by section; ``over`` wins.
+def merged(base: Tree, overrides: Tree) -> dict[str, Any]:
+    """Merge two sets of options section by section; ``overrides`` takes precedence.
 
     >>> merged({"truncate": {"ratio": 0.5, "budget": "parameters"}}, {"truncate": {"ratio": 0.8}})
     {'truncate': {'ratio': 0.8, 'budget': 'parameters'}}
     """
     result = dict(base)
-    for name, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
-        result[name] = merged(result[name], value) if both else value
+    for name, value in overrides.items():
+        are_sections = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+        result[name] = merged(result[name], value) if are_sections else value
     return result
 
 
 def flat(values: Tree) -> dict[str, Any]:
-    """Full name → value, of everything that is no section.
+    """Return the values of all options by full name.
 
     >>> flat({"seed": 1, "truncate": {"ratio": 0.5}})
     {'seed': 1, 'truncate.ratio': 0.5}
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, value in values.items():
         inner = flat(value) if isinstance(value, Mapping) else None
-        found |= {name: value} if inner is None else {f"{name}.{key}": item for key, item in inner.items()}
-    return found
+        options |= {name: value} if inner is None else {f"{name}.{key}": item for key, item in inner.items()}
+    return options
 
 
 def differences(before: Tree, after: Tree) -> list[Difference]:
-    """What is not the same in both, by full name; a list and a tuple of the same values are the same.
+    """Return the options whose values differ. A list equals a tuple of the same values.
 
     >>> differences({"seed": 1, "truncate": {"ratio": 0.6}}, {"seed": 1, "truncate": {"ratio": 0.8}})
     [Difference(path='truncate.ratio', before=0.6, after=0.8)]
     """
     old, new = flat(before), flat(after)
     pairs = ((path, old.get(path), new.get(path)) for path in {**new, **old})
-    return [Difference(path, was, now) for path, was, now in pairs if _plain(was) != _plain(now)]
+    return [
+        Difference(path, old_value, new_value)
+        for path, old_value, new_value in pairs
+        if _as_list(old_value) != _as_list(new_value)
+    ]
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value

@@ -1,10 +1,10 @@
-"""How to truncate: the budget, the objective, how ranks are shared out."""
+"""Options of truncation: budget, objective and rank allocation."""
 
 import re
 from dataclasses import dataclass
 
 from converters.errors import InputError
-from prehab_export.config.checks import at_least, check_share, one_of
+from prehab_export.config.checks import check_choice, check_minimum, check_share
 
 OBJECTIVES = ("weight", "activation", "fisher", "auto")
 ALLOCATIONS = ("uniform", "loss")
@@ -16,17 +16,17 @@ class TruncateConfig:
     """How to truncate.
 
     ratio: share of the selected layers' parameters to remove, in (0, 1).
-    budget: what is kept to: ``parameters``, by the ratio, or ``latency:SHARE``, such as latency:0.5: the share that the
-        selected layers are to take of their dense time, as measured on this machine.
-    objective: what truncation minimises: ``weight`` (SVD), ``activation`` (SVD-LLM), ``fisher`` (both sides), or
-        ``auto``, which measures for each kind of layer which of the last two is better.
-    allocation: how ranks are shared out: ``uniform`` (same share everywhere) or ``loss`` (least summed predicted loss).
-    rank_multiple: what ranks are multiples of, such as 16; or its half, quarter … where layers are too small for the
-        ratio. When not given, 1, or the block of the quantised graphs that are made.
-    floor_share: least share of its uniform rank that a layer gets under ``loss``.
-    gradient_shrinkage: least share by which G is shrunk towards the mean of its diagonal; a small sample asks for more.
-    drift_correction: fit each layer to what the compressed layers before it give, block by block.
-    share_inputs: let layers with one input (q, k, v) have one ``down`` between them, where that loses less.
+    budget: limit on the compressed layers: ``parameters`` (set by the ratio) or ``latency:SHARE``, such as latency:0.5,
+        which limits the selected layers' time to a share of their dense time, measured on this machine.
+    objective: error that truncation minimises: ``weight`` (SVD), ``activation`` (SVD-LLM), ``fisher`` (weighted on both
+        sides), or ``auto``, which measures whether activation or fisher is better for each kind of layer.
+    allocation: how ranks are allocated: ``uniform`` (same share everywhere) or ``loss`` (least total predicted loss).
+    rank_multiple: number that all ranks are multiples of, such as 16; it is halved, repeatedly if need be, for layers
+        that are too small for the ratio. When not given, it is 1, or the block size of the quantised graphs.
+    floor_share: minimum share of its uniform rank that a layer gets under ``loss`` allocation.
+    gradient_shrinkage: minimum shrinkage of G towards the mean of its diagonal; small samples need more.
+    drift_correction: fit each layer to the outputs of the compressed layers before it, block by block.
+    share_inputs: let layers with the same input (q, k, v) share one ``down`` factor if that loses less.
     """
 
     ratio: float = 0.6
@@ -48,37 +48,38 @@ class TruncateConfig:
                 f"not {self.budget!r}"
             )
         if self.latency is not None and self.allocation != "loss":
-            raise InputError("--budget latency needs --allocation loss: equal ranks do not know what they cost")
-        one_of("--objective", self.objective, OBJECTIVES)
-        one_of("--allocation", self.allocation, ALLOCATIONS)
-        at_least("--rank-multiple", self.rank_multiple, 1)
+            raise InputError("--budget latency needs --allocation loss: uniform allocation ignores what ranks cost")
+        check_choice("--objective", self.objective, OBJECTIVES)
+        check_choice("--allocation", self.allocation, ALLOCATIONS)
+        check_minimum("--rank-multiple", self.rank_multiple, 1)
         check_share("truncate.floor_share", self.floor_share)
 
     @property
     def multiple(self) -> int:
-        """What ranks are multiples of."""
+        """The number that all ranks are multiples of."""
         return self.rank_multiple or 1
 
     @property
     def latency(self) -> float | None:
-        """The share of their dense time that the layers may take; None for a budget of parameters."""
+        """The share of the dense layers' time that the budget allows; None for a parameter budget."""
         return None if self.budget == PARAMETERS else float(self.budget.partition(":")[2])
 
     @property
     def keep(self) -> float:
-        """The share of what the dense layers cost that is kept."""
+        """The share of the dense layers' cost that the budget allows."""
         return 1 - self.ratio if self.latency is None else self.latency
 
     @property
     def goal(self) -> str:
-        """The budget as the command line has it."""
+        """The budget as a command-line option."""
         return f"--ratio {self.ratio}" if self.latency is None else f"--budget {self.budget}"
 
     @property
     def needs_gradients(self) -> bool:
+        """Whether calibration must collect gradient moments."""
         return self.base_objective == "fisher" or self.allocation == "loss"
 
     @property
     def base_objective(self) -> str:
-        """The objective of a layer that no measurement has spoken for."""
+        """The objective of layers for which ``auto`` has no measurement."""
         return "fisher" if self.objective == "auto" else self.objective

@@ -1,6 +1,6 @@
-"""The room of milliseconds and megabytes: the bench, its worker processes, machine ceilings, times of ranks, and the
-targets that a kit is taken to. It measures ONNX files, and knows nothing of how they were made. It imports
-``linalg`` and what lies below it, and never ``deployment``.
+"""Measurement of the latency and memory of ONNX models: the bench and its worker processes, the ceilings of the
+machine, layer times by rank, and kits for other targets. It knows nothing of how the models were made. It imports
+``linalg`` and the rooms below it, and never ``deployment``.
 """
 
 from prehab_export.system.exports import lazy_exports

@@ -1,4 +1,4 @@
-"""The figures that stand in a bench's result, from the times and memory that its workers answered."""
+"""The figures of a bench's result, computed from the times and memory that its workers measure."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,27 +16,32 @@ Interval = tuple[float | None, float | None]
 PERCENTILES = (50, 90, 99)
 CONFIDENCE = 0.95
 RESAMPLES = 1000
-LEAST_ROUNDS = 5  # with fewer there is nothing to draw from, and the interval would look far too narrow
+MIN_ROUNDS = 5  # resampling fewer rounds gives intervals that are far too narrow
 
 
 @dataclass(frozen=True)
 class Timings:
-    """What one model's turns came to, in milliseconds: one array per round."""
+    """The times of one model in milliseconds, with one array per round."""
 
     total: list[np.ndarray]
     first_token: list[np.ndarray]
     step: list[np.ndarray]
 
     @classmethod
-    def of(cls, turns: list[Row]) -> "Timings":
-        """From a worker's answers, one for each round."""
-        total, first, step = (
-            [np.asarray(turn[key]) for turn in turns] for key in ("total_ms", "first_token_ms", "step_ms")
+    def from_answers(cls, answers: list[Row]) -> "Timings":
+        """Build the timings from a worker's answers, one per round."""
+        total, first_token, step = (
+            [np.asarray(answer[key]) for answer in answers] for key in ("total_ms", "first_token_ms", "step_ms")
         )
-        return cls(total, first, step)
+        return cls(total, first_token, step)
 
 
-def case_row(name: str, case: Row, taken: Row, timings: Timings, graph: GraphFacts) -> Row:
+def case_row(name: str, case: Row, load_figures: Row, timings: Timings, graph: GraphFacts) -> Row:
+    """Return the figures of one model in one case.
+
+    Args:
+        load_figures: figures to add, of loading and of memory.
+    """
     total, step = np.concatenate(timings.total), np.concatenate(timings.step)
     batch = case["batch"]
     row = {
@@ -60,18 +65,18 @@ def case_row(name: str, case: Row, taken: Row, timings: Timings, graph: GraphFac
         "tokens_per_s": batch * 1e3 / step.mean() if step.size else None,
         "round_p50_ms": [_finite(np.median(values)) for values in timings.total],
     }
-    return {key: _finite(value) for key, value in (row | taken).items()}
+    return {key: _finite(value) for key, value in (row | load_figures).items()}
 
 
 def compare_rows(rows: list[Row], timings: Mapping[str, Timings]) -> list[Row]:
-    """Each further model against the first, in one case."""
+    """Compare each model with the first, in one case."""
     baseline = rows[0]
     return [_compare(baseline, row, timings[baseline["model"]], timings[row["model"]]) for row in rows[1:]]
 
 
 def _compare(base: Row, row: Row, base_timings: Timings, timings: Timings) -> Row:
     low, high = ratio_interval(base_timings.total, timings.total)
-    compared = {
+    comparison = {
         "model": row["model"],
         "baseline": base["model"],
         "threads": row["threads"],
@@ -87,32 +92,36 @@ def _compare(base: Row, row: Row, base_timings: Timings, timings: Timings) -> Ro
         "model_memory_ratio": _ratio(_model_memory(row), _model_memory(base)),
         "size_ratio": _ratio(row["file_mb"], base["file_mb"]),
     }
-    return {key: _finite(value) for key, value in compared.items()}
+    return {key: _finite(value) for key, value in comparison.items()}
 
 
 def ratio_interval(baseline: list[np.ndarray], model: list[np.ndarray]) -> Interval:
-    """Of median(baseline) / median(model); both models' turns of a round are drawn together."""
+    """Return the interval of median(baseline) / median(model).
 
-    def ratio(drawn: np.ndarray) -> float:
-        return np.median(_pooled(baseline, drawn)) / np.median(_pooled(model, drawn))
+    A resample takes the same rounds of both models, because they share the load on the machine.
+    """
+
+    def ratio(indices: np.ndarray) -> float:
+        return np.median(_pool(baseline, indices)) / np.median(_pool(model, indices))
 
     return _interval(len(baseline), ratio)
 
 
 def percentile_interval(rounds: list[np.ndarray], percent: float) -> Interval:
-    """Of a percentile of all runs."""
-    return _interval(len(rounds), lambda drawn: float(np.percentile(_pooled(rounds, drawn), percent)))
+    """Return the interval of a percentile of all runs."""
+    return _interval(len(rounds), lambda indices: float(np.percentile(_pool(rounds, indices), percent)))
 
 
 def _interval(rounds: int, statistic: Callable[[np.ndarray], float]) -> Interval:
-    """A bootstrap interval (`CONFIDENCE`), whole rounds drawn with replacement; None with fewer than `LEAST_ROUNDS`.
+    """Return the bootstrap interval of a statistic at the level `CONFIDENCE`; it resamples rounds, not single runs.
 
     Args:
-        statistic: of the rounds with these numbers.
+        rounds: number of rounds; the interval is None if there are fewer than `MIN_ROUNDS`.
+        statistic: computes the statistic from the indices of the resampled rounds.
     """
-    if rounds < LEAST_ROUNDS:
+    if rounds < MIN_ROUNDS:
         return None, None
-    found = bootstrap(
+    result = bootstrap(
         (np.arange(rounds),),
         statistic,
         n_resamples=RESAMPLES,
@@ -121,22 +130,22 @@ def _interval(rounds: int, statistic: Callable[[np.ndarray], float]) -> Interval
         vectorized=False,
         rng=np.random.default_rng(0),
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-def _pooled(rounds: list[np.ndarray], drawn: np.ndarray) -> np.ndarray:
-    return np.concatenate([rounds[number] for number in drawn])
+def _pool(rounds: list[np.ndarray], indices: np.ndarray) -> np.ndarray:
+    return np.concatenate([rounds[index] for index in indices])
 
 
 def _model_memory(row: Row) -> float | None:
-    """Peak memory above that of the empty runtime."""
+    """Return the peak memory without that of Python and ONNX Runtime before a model is loaded."""
     if row["peak_resident_mb"] is None or row["runtime_resident_mb"] is None:
         return None
     return row["peak_resident_mb"] - row["runtime_resident_mb"]
 
 
-def _ratio(over: float | None, under: float | None) -> float | None:
-    return over / under if over is not None and under is not None and under > 0 else None
+def _ratio(numerator: float | None, denominator: float | None) -> float | None:
+    return numerator / denominator if numerator is not None and denominator is not None and denominator > 0 else None
 
 
 def _percentile(values: np.ndarray, percent: float) -> float | None:
@@ -144,6 +153,6 @@ def _percentile(values: np.ndarray, percent: float) -> float | None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a float that is not finite becomes None, NumPy scalars become Python's."""
+    """Convert NumPy scalars to Python's, and floats that are not finite to None, because JSON has no NaN."""
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""Memory of this process, as the system has it: what is resident, and the highest of each kind over a while."""
+"""Resident memory of this process by kind, and its peaks over a period."""
 
 import sys
 import threading
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SAMPLE_EVERY_S = 0.002
+SAMPLE_INTERVAL_S = 0.002
 STATUS = Path("/proc/self/status")
 
 
 def resident_kb() -> dict[str, int]:
-    """This process's memory in kB by kind (anonymous, file, peak); empty on systems without /proc."""
+    """Return this process's memory by kind (anonymous, file, peak), in KiB; empty on systems without /proc."""
     try:
         lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8").splitlines())
         kb = {key: int(lines[key].split()[0]) for key in ("VmHWM", "RssAnon", "RssFile", "RssShmem")}
@@ -22,14 +22,14 @@ def resident_kb() -> dict[str, int]:
 
 @contextmanager
 def sampled_memory() -> Iterator[dict[str, int]]:
-    """The highest of each kind of memory while the block runs; the kernel keeps a peak of the sum only."""
+    """Sample the peak of each kind of memory while the block runs; the kernel only records the peak of their sum."""
     peaks: dict[str, int] = {}
     done = threading.Event()
 
     def sample() -> None:
         finished = False
         while not finished:
-            finished = done.wait(SAMPLE_EVERY_S)  # and sample once more after the end
+            finished = done.wait(SAMPLE_INTERVAL_S)  # one more sample follows after the end
             for kind, kb in resident_kb().items():
                 peaks[kind] = max(peaks.get(kind, 0), kb)
 
@@ -43,7 +43,12 @@ def sampled_memory() -> Iterator[dict[str, int]]:
 
 
 def memory_figures(runtime: dict[str, int], peaks: dict[str, int]) -> dict[str, float | None]:
-    """MB (10⁶ bytes). ``runtime_*``: Python and ONNX Runtime before a model; the peaks include it."""
+    """Return the memory figures of a model in MB (10⁶ bytes).
+
+    Args:
+        runtime: memory of Python and ONNX Runtime before a model is loaded, as `resident_kb` returns it.
+        peaks: peaks with the model, which include the runtime, as `sampled_memory` yields them.
+    """
     resident = peaks.get("peak", _rusage_peak_kb())
     kb = {
         "peak_resident_mb": resident,

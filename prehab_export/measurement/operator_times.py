@@ -1,41 +1,45 @@
-"""Operators of a request: how often each ran and what it took, from what ONNX Runtime's profiler notes."""
+"""Counts and times of the operators of a request, from the events of ONNX Runtime's profiler."""
 
 from typing import Any
 
 import numpy as np
 
-from prehab_export.measurement.kernel_cost import of_event
+from prehab_export.measurement.kernel_cost import event_multiply_adds
 
 
 def kernel_times(events: list[dict[str, Any]], steps: int) -> dict[str, list[dict[str, Any]]]:
-    """Phase → operators by falling time: ``op``, its ``count``, median milliseconds ``ms`` and ``gflop`` in one run.
+    """Return the operators of each phase of a request, slowest first.
 
     Args:
-        events: as ONNX Runtime's profiler writes them.
-        steps: runs of the session after the first one of each request.
+        events: events that ONNX Runtime's profiler has written.
+        steps: number of session runs in each request after the first.
+
+    Returns:
+        Phase → rows with the keys ``op``, ``count``, ``ms`` (milliseconds) and ``gflop``. They are medians over the
+        runs of the phase. The first request is left out.
     """
     runs = sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event.get("name") == "model_run")
     kernels = sorted(
-        (event["ts"], event["args"]["op_name"], event["dur"], of_event(event["args"]))
+        (event["ts"], event["args"]["op_name"], event["dur"], event_multiply_adds(event["args"]))
         for event in events
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
     )
-    by_phase: dict[str, list[dict[str, list[tuple[float, int]]]]] = {}
-    at = 0
+    runs_by_phase: dict[str, list[dict[str, list[tuple[float, int]]]]] = {}
+    index = 0
     for number, (start, end) in enumerate(runs):
-        own: dict[str, list[tuple[float, int]]] = {}
-        while at < len(kernels) and kernels[at][0] <= end:
-            when, op, took, products = kernels[at]
-            if when >= start:
-                own.setdefault(op, []).append((took / 1e3, products))
-            at += 1
-        if number > steps:  # all but the first request
+        run_kernels: dict[str, list[tuple[float, int]]] = {}  # operator → (milliseconds, multiply-adds) of each kernel
+        while index < len(kernels) and kernels[index][0] <= end:
+            timestamp, op, duration, products = kernels[index]
+            if timestamp >= start:
+                run_kernels.setdefault(op, []).append((duration / 1e3, products))
+            index += 1
+        if number > steps:  # skips the first request, in which ONNX Runtime plans its memory
             phase = "request" if not steps else "next_token" if number % (steps + 1) else "first_token"
-            by_phase.setdefault(phase, []).append(own)
-    return {phase: _medians(of_runs) for phase, of_runs in by_phase.items()}
+            runs_by_phase.setdefault(phase, []).append(run_kernels)
+    return {phase: _operator_medians(phase_runs) for phase, phase_runs in runs_by_phase.items()}
 
 
-def _medians(runs: list[dict[str, list[tuple[float, int]]]]) -> list[dict[str, Any]]:
+def _operator_medians(runs: list[dict[str, list[tuple[float, int]]]]) -> list[dict[str, Any]]:
     ops = {op for run in runs for op in run}
     rows = [
         {

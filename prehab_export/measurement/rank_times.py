@@ -1,9 +1,10 @@
-"""How long a linear layer takes on this machine's ONNX Runtime: dense, and as two factors at any rank.
+"""Measured times of linear layers on this machine's ONNX Runtime: dense, and as two factors at any rank.
 
-Kernels do not cost what their parameters say: a product with a narrow side runs below the machine's peak, and one token
-at a time waits for memory. So each shape that a model has is timed at a few ranks, with as many copies of the layer as
-the model has, so that its weights come from where they will come from, cache or memory. Between measured ranks the time
-is interpolated. What was measured once for a machine, runtime, number of threads and of tokens is kept for later runs.
+The time of a kernel is not proportional to its parameters: a product with a narrow side runs below the machine's peak
+rate, and a single token waits for memory. So each shape of a model is timed at a few ranks. The timed graph has as many
+copies of the layer as the model, so that its weights come from a cache or from memory as they do in the model. Times
+between the measured ranks are interpolated. Measurements are cached for each machine, runtime, number of threads and
+number of tokens.
 """
 
 import json
@@ -28,18 +29,21 @@ from prehab_export.system import Progress, cache_folder, machine_facts, sha256_o
 
 Shape = tuple[int, int]
 
-# The lowest rank measured, and how many of them.
+# The lowest measured rank, and the number of measured ranks.
 LOWEST, POINTS = 8, 8
-# Beyond this nothing stays in a cache, and more copies tell no more.
-MOST_BYTES = 64_000_000
+# More weights than this stay in no cache, so more copies of a layer would not change its time.
+MAX_BYTES = 64_000_000
 ROUNDS, TURN_SECONDS = 7, 0.01
-# Another number where the way of measuring changes in what none of those above says.
+# Version of the method. It changes with the method, unless one of the constants above changes too.
 METHOD = 2
 
 
 @dataclass(frozen=True)
 class Setting:
-    """threads: of ONNX Runtime. tokens: rows that go through a layer at a time."""
+    """The conditions of a measurement.
+
+    threads: threads of ONNX Runtime. tokens: number of rows that a layer processes at a time.
+    """
 
     threads: int
     tokens: int
@@ -47,44 +51,48 @@ class Setting:
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of one layer of a shape: ``dense``, and as two factors at ``ranks``, rising."""
+    """The seconds that a layer of one shape takes: ``dense``, and as two factors at each of the rising ``ranks``."""
 
     dense: float
     ranks: tuple[int, ...]
     seconds: tuple[float, ...]
 
     def at(self, rank: int) -> float:
-        """Seconds at any rank from 1 on, on straight lines through the measured ones, which no rank goes below.
+        """Return the seconds at a rank of 1 or more, interpolated linearly.
+
+        A higher rank is never faster than a lower one. Below the lowest measured rank, the time is constant.
 
         >>> Curve(1.0, (8, 16), (0.2, 0.4)).at(12)
         0.30000000000000004
         """
-        rising = list(accumulate(self.seconds, max))  # a shorter time at a higher rank is noise
-        place = min(max(bisect_left(self.ranks, rank), 1), len(self.ranks) - 1)
+        times = list(accumulate(self.seconds, max))  # a shorter time at a higher rank is noise
         if len(self.ranks) == 1:
-            return rising[0]
-        (r0, r1), (t0, t1) = self.ranks[place - 1 : place + 1], rising[place - 1 : place + 1]
-        return max(t0 + (t1 - t0) * (rank - r0) / (r1 - r0), rising[0] if rank < self.ranks[0] else 0.0)
+            return times[0]
+        right = min(max(bisect_left(self.ranks, rank), 1), len(self.ranks) - 1)
+        (r0, r1), (t0, t1) = self.ranks[right - 1 : right + 1], times[right - 1 : right + 1]
+        return max(t0 + (t1 - t0) * (rank - r0) / (r1 - r0), times[0] if rank < self.ranks[0] else 0.0)
 
 
 @dataclass(frozen=True)
 class RankTimes:
-    """The curves of a model's shapes, (m, n) being out×in."""
+    """The curves of all layer shapes (out, in) of a model."""
 
     setting: Setting
     curves: Mapping[Shape, Curve]
 
     def cost(self, m: int, n: int, rank: int | None) -> float:
-        """Seconds of one m×n layer, None for dense: a cost to allocate by."""
+        """Return the seconds of one m×n layer at a rank (None for dense), as a cost for rank allocation."""
         curve = self.curves[m, n]
         return curve.dense if rank is None else curve.at(rank)
 
     def to_json(self) -> dict:
+        """Return the times as JSON types, with the facts of this machine."""
         curves = [{"shape": list(shape), **asdict(curve)} for shape, curve in self.curves.items()]
         return {"setting": asdict(self.setting), "machine": machine_facts(), "curves": curves}
 
     @classmethod
     def from_json(cls, values: Mapping) -> "RankTimes":
+        """Build the times from the values that `to_json` returns."""
         curves = {
             (row["shape"][0], row["shape"][1]): Curve(row["dense"], tuple(row["ranks"]), tuple(row["seconds"]))
             for row in values["curves"]
@@ -99,78 +107,79 @@ def measure_rank_times(
     cache: Path | None = None,
     progress: Progress = silent,
 ) -> RankTimes:
-    """Time every shape that the layers have.
+    """Measure the times of every layer shape.
 
     Args:
-        shapes: (m, n) of each layer, as often as it occurs.
-        cache: a folder to look measurements up in, and to keep them in.
+        shapes: the shape (out, in) of each layer; equal layers repeat it.
+        cache: folder of cached measurements, which is read and added to.
     """
     counts, curves = Counter(shapes), {}
     with progress("time layers", len(counts)) as advance:
         for (m, n), count in counts.items():
             with step(advance, f"{m}×{n}"):
-                curves[m, n] = _curve(m, n, max(1, min(count, MOST_BYTES // (4 * m * n))), setting, cache)
+                copies = max(1, min(count, MAX_BYTES // (4 * m * n)))
+                curves[m, n] = _load_or_measure(m, n, copies, setting, cache)
     return RankTimes(setting, curves)
 
 
 def rank_times_folder() -> Path:
-    """Where measurements are kept for later runs."""
+    """Return the default folder of cached measurements."""
     return cache_folder() / "rank-times"
 
 
-def _curve(m: int, n: int, copies: int, setting: Setting, cache: Path | None) -> Curve:
-    """Looked up, or measured and kept."""
-    file = None if cache is None else cache / f"{_key(m, n, copies, setting)}.json"
+def _load_or_measure(m: int, n: int, copies: int, setting: Setting, cache: Path | None) -> Curve:
+    """Return the cached curve, or measure the curve and cache it."""
+    file = None if cache is None else cache / f"{_cache_key(m, n, copies, setting)}.json"
     if file is not None and file.is_file():
         values = json.loads(file.read_text(encoding="utf-8"))
         return Curve(values["dense"], tuple(values["ranks"]), tuple(values["seconds"]))
-    curve = _measured(m, n, copies, setting)
+    curve = _measure(m, n, copies, setting)
     if file is not None:
-        _keep(file, curve)
+        _store(file, curve)
     return curve
 
 
 def measured_ranks(m: int, n: int) -> tuple[int, ...]:
-    """The ranks to measure: evenly spread on a logarithmic scale up to break-even, in multiples of the lowest.
+    """Return the ranks to measure: evenly spaced on a logarithmic scale up to break-even, in multiples of the lowest.
 
     >>> measured_ranks(768, 768)
     (8, 16, 24, 40, 72, 128, 224, 384)
     """
-    most = break_even(m, n)
-    if most <= LOWEST:
-        return (most,)
-    spread = np.geomspace(LOWEST, most, POINTS)
-    return tuple(sorted({min(most, max(LOWEST, LOWEST * round(rank / LOWEST))) for rank in spread} | {most}))
+    highest = break_even(m, n)
+    if highest <= LOWEST:
+        return (highest,)
+    spaced = np.geomspace(LOWEST, highest, POINTS)
+    return tuple(sorted({min(highest, max(LOWEST, LOWEST * round(rank / LOWEST))) for rank in spaced} | {highest}))
 
 
-def _measured(m: int, n: int, copies: int, setting: Setting) -> Curve:
+def _measure(m: int, n: int, copies: int, setting: Setting) -> Curve:
     ranks = measured_ranks(m, n)
-    runs = [_runner(m, n, rank, copies, setting) for rank in (None, *ranks)]
+    runs = [_make_run(m, n, rank, copies, setting) for rank in (None, *ranks)]
     for run in runs:
-        run()  # ONNX Runtime plans its memory on the first run
+        run()  # ONNX Runtime plans its memory in the first run
     times: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):  # in turns, so that a change of the machine's pace meets all of them
-        for run, own in zip(runs, times, strict=True):
-            run()  # brings back what the others have pushed out of the caches
-            own.append(_seconds(run) / copies)
-    dense, *factored = (median(own) for own in times)
+    for _ in range(ROUNDS):  # in turns, so that a change of the machine's speed affects all ranks
+        for run, run_times in zip(runs, times, strict=True):
+            run()  # refills the caches that the other runs have used
+            run_times.append(_time_run(run) / copies)
+    dense, *factored = (median(run_times) for run_times in times)
     return Curve(dense, ranks, tuple(factored))
 
 
-def _seconds(run: Callable[[], None]) -> float:
-    """Mean seconds of a run over a short turn."""
+def _time_run(run: Callable[[], None]) -> float:
+    """Return the mean seconds of a run over a short turn."""
     count, start = 0, time.perf_counter()
-    while (passed := time.perf_counter() - start) < TURN_SECONDS or not count:
+    while (elapsed := time.perf_counter() - start) < TURN_SECONDS or not count:
         run()
         count += 1
-    return passed / count
+    return elapsed / count
 
 
-def _runner(m: int, n: int, rank: int | None, copies: int, setting: Setting) -> Callable[[], None]:
-    """One run of ``copies`` layers with weights of their own, all reading one input."""
+def _make_run(m: int, n: int, rank: int | None, copies: int, setting: Setting) -> Callable[[], None]:
+    """Return a function that runs ``copies`` layers with different weights on the same input."""
     graph = ir.serde.serialize_model(layer_graph(m, n, rank, copies, setting.tokens)).SerializeToString()
     session = onnxruntime.InferenceSession(graph, session_options(setting.threads), providers=[CPU])
-    binding = session.io_binding()  # outputs stay where they are: what allocating them takes is no layer's cost
+    binding = session.io_binding()  # reuses the outputs, because allocating them is not part of a layer's time
     x = np.random.default_rng(0).standard_normal((setting.tokens, n), dtype=np.float32)
     binding.bind_cpu_input("x", x)
     for output in session.get_outputs():
@@ -180,7 +189,11 @@ def _runner(m: int, n: int, rank: int | None, copies: int, setting: Setting) -> 
 
 
 def layer_graph(m: int, n: int, rank: int | None, copies: int, tokens: int) -> ir.Model:
-    """``copies`` m×n layers side by side, each with weights of its own, reading one input ``x`` (tokens×n)."""
+    """Build a graph of ``copies`` parallel m×n layers with different weights and one input ``x`` (tokens×n).
+
+    Args:
+        rank: rank of the two factors of each layer; None for dense layers.
+    """
     generator = np.random.default_rng(0)
     x = ir.val("x", ir.DataType.FLOAT, [tokens, n])
     graph = ir.Graph([x], [], nodes=[], name="layers", opset_imports={"": 20})
@@ -201,16 +214,16 @@ def layer_graph(m: int, n: int, rank: int | None, copies: int, tokens: int) -> i
     return ir.Model(graph, ir_version=10)
 
 
-def _key(m: int, n: int, copies: int, setting: Setting) -> str:
-    """What a measurement depends on. The method is part of it: its numbers are in this file."""
+def _cache_key(m: int, n: int, copies: int, setting: Setting) -> str:
+    """Return a digest of everything that a measurement depends on, the method and its constants included."""
     facts = machine_facts()
-    known = [facts["cpu"], facts["vector_extensions"], facts["available_cores"], facts["libraries"]["onnxruntime"]]
-    text = json.dumps([*known, m, n, copies, asdict(setting), METHOD, LOWEST, POINTS, ROUNDS, TURN_SECONDS])
+    machine = [facts["cpu"], facts["vector_extensions"], facts["available_cores"], facts["libraries"]["onnxruntime"]]
+    text = json.dumps([*machine, m, n, copies, asdict(setting), METHOD, LOWEST, POINTS, ROUNDS, TURN_SECONDS])
     return sha256_of_text(text)[:24]
 
 
-def _keep(file: Path, curve: Curve) -> None:
-    """Where there is no room, or no right to write, it is measured again the next time: that is no reason to fail."""
+def _store(file: Path, curve: Curve) -> None:
+    """Cache a curve. If the file cannot be written, the next run measures again."""
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         publish_text(file, json.dumps(asdict(curve)))

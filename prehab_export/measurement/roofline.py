@@ -1,14 +1,14 @@
-"""How near a model comes to what the machine can do (Williams, Waterman, Patterson 2009: the roofline model).
+"""The roofline model (Williams, Waterman and Patterson, 2009): the time of a model against the limits of the machine.
 
-The ceilings are measured with ONNX Runtime itself, at the threads in use: multiply-adds of a large product in float32
-and in int8, and the bytes a second at which weights are read by a product with a single row. A request can take no less
-than its multiply-adds at these peaks, and no less than reading its weights once. The share of that bound which a model
-reaches says what is left to gain without doing less.
+The ceilings are measured with ONNX Runtime, at the number of threads in use. They are the rates of a large matrix
+product in float32 and in int8, and the rate at which a product with a single row reads its weights. A request takes at
+least the time of its multiply-adds at these rates, and at least the time to read its weights once. The ratio of this
+bound to the measured time shows how much faster the same work could run.
 """
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from prehab_export.measurement.worker_process import WorkerProcess
 
 Row = dict[str, Any]
 
-# A product that fits a cache, and weights that fit none.
-PRODUCT, STREAM = 1024, 6144
+# Widths of a square weight that fits into a cache, and of one that fits into none.
+CACHED_WIDTH, STREAMED_WIDTH = 1024, 6144
 TURN_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Peaks of a machine at so many threads: 10⁹ floating-point or int8 operations, and 10⁹ bytes, a second."""
+    """Peak rates of a machine with a number of threads: 10⁹ float32 or int8 operations and 10⁹ bytes per second."""
 
     threads: int
     float32_gflops: float
@@ -37,7 +37,7 @@ class Ceilings:
     read_gb_s: float
 
     def bound_ms(self, float32_gflop: float, int8_gop: float, weight_mb: float) -> float:
-        """The least milliseconds of so much work.
+        """Return the lower bound of the time for an amount of work, in milliseconds.
 
         >>> Ceilings(1, 100.0, 200.0, 10.0).bound_ms(float32_gflop=1.0, int8_gop=1.0, weight_mb=50.0)
         15.0
@@ -48,12 +48,21 @@ class Ceilings:
 
 @cache
 def measure_ceilings(threads: int, provider: str, timeout_s: float) -> Ceilings:
-    """Three products for a second or so, each in a process of its own; the fastest run of each counts. A machine does
-    not change: each is measured once."""
+    """Measure the ceilings of this machine, once per process and arguments.
+
+    Three products run for about a second, each in its own process. The fastest run of each counts.
+
+    Args:
+        provider: ONNX Runtime's name of the execution provider.
+        timeout_s: time limit of each answer of a worker, in seconds.
+
+    Raises:
+        InputError: a worker failed or exceeded the time limit.
+    """
     with tempfile.TemporaryDirectory() as folder:
         product, stream = Path(folder, "product.onnx"), Path(folder, "stream.onnx")
-        ir.save(_product(PRODUCT), product)
-        ir.save(_product(STREAM), stream)
+        ir.save(_product_model(CACHED_WIDTH), product)
+        ir.save(_product_model(STREAMED_WIDTH), stream)
         quantised = quantize_graph(product, Path(folder, "int8.onnx"), "int8")
 
         def fastest_ms(graph: Path, rows: int) -> float:
@@ -62,17 +71,17 @@ def measure_ceilings(threads: int, provider: str, timeout_s: float) -> Ceilings:
                 worker.ask(action="load", model=str(graph), provider=provider, case=case, sample_memory=False)
                 return min(worker.ask(action="turn", min_runs=5, min_seconds=TURN_SECONDS)["total_ms"])
 
-        operations = 2e-9 * PRODUCT**3
+        operations = 2e-9 * CACHED_WIDTH**3
         return Ceilings(
             threads,
-            float32_gflops=operations / (1e-3 * fastest_ms(product, PRODUCT)),
-            int8_gops=operations / (1e-3 * fastest_ms(quantised, PRODUCT)),
-            read_gb_s=4e-9 * STREAM**2 / (1e-3 * fastest_ms(stream, 1)),
+            float32_gflops=operations / (1e-3 * fastest_ms(product, CACHED_WIDTH)),
+            int8_gops=operations / (1e-3 * fastest_ms(quantised, CACHED_WIDTH)),
+            read_gb_s=4e-9 * STREAMED_WIDTH**2 / (1e-3 * fastest_ms(stream, 1)),
         )
 
 
-def _product(size: int) -> ir.Model:
-    """x (rows × size) times a square weight."""
+def _product_model(size: int) -> ir.Model:
+    """Return a model that multiplies x (rows × size) by a square weight."""
     kind = ir.TensorType(ir.DataType.FLOAT)
     x = ir.val("x", ir.DataType.FLOAT, ["rows", size])
     array = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
@@ -86,24 +95,24 @@ def _product(size: int) -> ir.Model:
 
 
 def roofline_of(case: Row, weight_bytes: int, ceilings: Ceilings) -> Row:
-    """What a case's figures say against the ceilings; of a decoder, for one new token.
+    """Compare the figures of a case with the ceilings. For a decoder, the results are per new token.
+
+    Args:
+        case: a row of the bench's cases, with its operators.
+        weight_bytes: bytes of weights that one run reads.
 
     Returns:
-        gflop (float32 and int8 together), weight_mb, bound_ms, and share_of_bound: bound over measured median.
+        gflop (float32 and int8 together), weight_mb, bound_ms, and share_of_bound (bound over measured median).
     """
     decodes = "next_token" in case["operators"]
     operators: Sequence[Mapping[str, Any]] = case["operators"]["next_token" if decodes else "request"]
-    took = case["inter_token_p50_ms"] if decodes else case["p50_ms"]
-    int8 = sum(row["gflop"] for row in operators if row["op"] in INT8_OPERATORS)
-    every = sum(row["gflop"] for row in operators)
-    bound = ceilings.bound_ms(every - int8, int8, weight_bytes / 1e6)
+    median_ms = case["inter_token_p50_ms"] if decodes else case["p50_ms"]
+    int8_gop = sum(row["gflop"] for row in operators if row["op"] in INT8_OPERATORS)
+    total_gflop = sum(row["gflop"] for row in operators)
+    bound = ceilings.bound_ms(total_gflop - int8_gop, int8_gop, weight_bytes / 1e6)
     return {
-        "gflop": every,
+        "gflop": total_gflop,
         "weight_mb": weight_bytes / 1e6,
         "bound_ms": bound,
-        "share_of_bound": bound / took if took else None,
+        "share_of_bound": bound / median_ms if median_ms else None,
     }
-
-
-def as_row(ceilings: Ceilings) -> Row:
-    return asdict(ceilings)

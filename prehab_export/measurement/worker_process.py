@@ -1,4 +1,4 @@
-"""The parent's end of a bench worker: a child process that answers JSON lines, in time or with a reason."""
+"""The parent's side of a bench worker: it asks a child process questions in JSON lines, with a time limit."""
 
 import json
 import signal
@@ -13,20 +13,25 @@ from converters.errors import InputError
 from prehab_export.system import KILLED, environment, python_module
 
 WORKER = "prehab_export.measurement.worker"
-_STDERR_TAIL = 2000  # characters: enough for a traceback's end
+_STDERR_TAIL = 2000  # characters, enough for the end of a traceback
 
 
 class WorkerProcess:
-    """A worker as a context manager; leaving it, by whatever way, ends the process.
+    """A worker process as a context manager that kills the process on exit.
 
-    Should this process be killed outright, the worker reads the end of its stdin and ends by itself.
+    If the parent is killed, the worker reads the end of its stdin and exits.
+
+    Args:
+        name: the model and case, for messages.
+        timeout_s: time limit of each answer, in seconds.
+        module: the module that the worker runs.
     """
 
     def __init__(self, name: str, timeout_s: float, module: str = WORKER) -> None:
         self.name = name
         self.timeout_s = timeout_s
         self.timed_out = False
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that nobody empties would block the worker
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  a pipe that is not read would block the worker
         self._process = subprocess.Popen(
             python_module(module),
             stdin=subprocess.PIPE,
@@ -48,7 +53,7 @@ class WorkerProcess:
         self._process.kill()
         self._process.wait()
         for stream in (self._stdin, self._stdout, self._stderr):
-            with suppress(BrokenPipeError):  # closing flushes what a dead worker never read
+            with suppress(BrokenPipeError):  # closing flushes data that a dead worker has not read
                 stream.close()
 
     @property
@@ -56,13 +61,13 @@ class WorkerProcess:
         return self._process.pid
 
     def ask(self, **question: Any) -> dict[str, Any]:
-        """The worker's answer to one question.
+        """Ask the worker one question and return its answer.
 
         Raises:
-            InputError: the worker refused the question, was killed, or took longer than ``timeout_s`` seconds.
-            RuntimeError: the worker ended by a defect of its own.
+            InputError: the worker answered with an error, was killed, or took longer than ``timeout_s`` seconds.
+            RuntimeError: the worker crashed.
         """
-        watchdog = Timer(self.timeout_s, self._kill_late)
+        watchdog = Timer(self.timeout_s, self._kill_on_timeout)
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -70,7 +75,7 @@ class WorkerProcess:
         finally:
             watchdog.cancel()
         if not line.endswith("\n"):
-            raise self._death()
+            raise self._exit_error()
         answer = json.loads(line)
         if "error" in answer:
             raise InputError(f"{self.name}: {answer['error']}") from self._stderr_error()
@@ -81,14 +86,14 @@ class WorkerProcess:
             self._stdin.write(question + "\n")
             self._stdin.flush()
             return self._stdout.readline()
-        except BrokenPipeError:  # it died before it was asked
+        except BrokenPipeError:  # the worker died before it read the question
             return ""
 
-    def _kill_late(self) -> None:
+    def _kill_on_timeout(self) -> None:
         self.timed_out = True
         self._process.kill()
 
-    def _death(self) -> Exception:
+    def _exit_error(self) -> Exception:
         code = self._process.wait()
         if self.timed_out:
             error: Exception = InputError(
@@ -96,15 +101,15 @@ class WorkerProcess:
                 "or raise the time limit"
             )
         elif code < 0:
-            reason = " (out of memory is the usual reason)" if -code == KILLED else ""
-            error = InputError(f"{self.name}: the worker was killed by {signal.Signals(-code).name}{reason}")
+            hint = " (usually because it ran out of memory)" if -code == KILLED else ""
+            error = InputError(f"{self.name}: the worker was killed by {signal.Signals(-code).name}{hint}")
         else:
             error = RuntimeError(f"{self.name}: the worker ended with exit code {code} before it answered")
         error.__cause__ = self._stderr_error()
         return error
 
     def _stderr_error(self) -> RuntimeError | None:
-        """What the worker wrote on stderr, as the cause of an error; None where it wrote nothing."""
+        """Return the end of the worker's stderr as the cause of an error, or None if it wrote nothing."""
         self._stderr.seek(0)
         text = self._stderr.read().decode(errors="replace").strip()
         return RuntimeError(f"the worker wrote:\n{text[-_STDERR_TAIL:]}") if text else None

@@ -1,1 +1,1 @@
-"""Targets: the places where a kit of graphs is measured, from a process of its own here to a browser on a phone."""
+"""Targets, which are the places where a kit of graphs is measured: this machine, another machine, or a browser."""

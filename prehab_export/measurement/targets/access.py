@@ -1,4 +1,4 @@
-"""How a target is reached: the shell of another machine, the limits of a process here."""
+"""Access to a target: the limits of a local process, and the shell of another machine."""
 
 from contextlib import AbstractContextManager
 
@@ -9,20 +9,21 @@ from prehab_export.system import usable_cores
 
 
 def limits_of(target: Target) -> Limits:
-    """The cores and the memory that a process here may use.
+    """Return the cores and the memory that a local process may use.
 
     Raises:
-        InputError: this system has no such limits.
+        InputError: this system cannot enforce the limits.
     """
     cores = None if target.pin is None else tuple(usable_cores()[: target.pin])
     return Limits(cores, target.memory_mb)
 
 
 def shell_of(target: Target) -> AbstractContextManager[Shell]:
-    """The shell of a machine that is reached over ssh or adb.
+    """Open the shell of a machine over ssh or adb.
 
     Raises:
-        TargetError: it cannot be reached.
+        InputError: the address is malformed, or this machine has no ssh or adb.
+        TargetError: the device cannot be reached.
     """
     if target.name.startswith("ssh://"):
         return ssh(target.name)

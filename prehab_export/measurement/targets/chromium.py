@@ -1,4 +1,4 @@
-"""A headless Chromium: found on this machine, started with a profile of its own, and gone at the end."""
+"""A headless Chromium: find it on this machine, start it with a temporary profile, and kill it at the end."""
 
 import os
 import subprocess
@@ -13,23 +13,28 @@ from prehab_export.system import die_with_parent, environment, find_program, kil
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
 
-def find_browser(given: str | None) -> str:
-    """Raises:
-    InputError: no Chromium here.
+def find_browser(name: str | None) -> str:
+    """Return the path of a browser.
+
+    Args:
+        name: command of the browser; when None, the usual commands of Chromium, Chrome and Edge are tried.
+
+    Raises:
+        InputError: this machine has no such browser.
     """
-    names = (given,) if given else BROWSERS
-    found = next((path for name in names if (path := find_program(name))), None)
-    if found is None:
+    candidates = (name,) if name else BROWSERS
+    path = next((path for candidate in candidates if (path := find_program(candidate))), None)
+    if path is None:
         raise InputError(
-            f"there is no {given or 'Chromium or Chrome'} here; install one, name it with --browser, or open the page "
+            f"there is no {name or 'Chromium or Chrome'} here; install one, name it with --browser, or open the page "
             "in any browser with --by-hand"
         )
-    return found
+    return path
 
 
 @contextmanager
 def headless_chromium(command: str, address: str) -> Iterator[subprocess.Popen]:
-    """A headless browser in a group of its own, with a profile of its own; all of it is gone at the end."""
+    """Run a headless browser in its own process group, with a temporary profile; both are removed at the end."""
     with tempfile.TemporaryDirectory(prefix="prehab-export-browser-", ignore_cleanup_errors=True) as profile:
         arguments = [
             "--headless=new",
@@ -55,5 +60,5 @@ def headless_chromium(command: str, address: str) -> Iterator[subprocess.Popen]:
 
 
 def can_sandbox() -> bool:
-    """Chromium on Linux has no sandbox for root, and does not start unless told that it may go without."""
+    """Return whether Chromium can use its sandbox. As root on Linux it cannot, and needs ``--no-sandbox``."""
     return not (sys.platform == "linux" and os.geteuid() == 0)

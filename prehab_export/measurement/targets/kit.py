@@ -1,11 +1,11 @@
-"""A kit: ONNX graphs, recorded inputs and the outputs they gave here, and a runner that needs onnxruntime and numpy.
+"""A kit: a folder with ONNX graphs, recorded inputs and outputs, and a runner that needs only onnxruntime and numpy.
 
-    KIT/kit.json                  what is in it, how to measure, what may differ, and every file's hash
-    KIT/run_kit.py, README.md
+    KIT/kit.json                  the contents, the protocol, the tolerances, and the hash of every file
+    KIT/run_kit.py, README.md     the runner and its manual
     KIT/models/<slug>/            a graph with its external data
-    KIT/data/<case>/…npy          inputs, and expected outputs of each model
+    KIT/data/<case>/…npy          inputs, and the expected outputs of each model
 
-Wherever it is taken, the runner checks the answers first and then measures the models in turns.
+On any machine, the runner first checks the outputs and then measures the models in turns.
 """
 
 import json
@@ -33,40 +33,41 @@ from prehab_export.system import link, render, sha256_of
 
 KIT, RUNNER = "kit.json", "run_kit.py"
 
-# How far outputs may be off, as a share of the largest expected one. Kernels differ between processors: in float32 by
-# the order of their sums, in int8 also by where sums saturate and activations round.
+# Allowed error of an output, as a share of the largest expected value. Kernels differ between processors: in float32 by
+# the order of summation, in int8 also by saturation and by the rounding of activations.
 FLOAT32_TOLERANCE, QUANTISED_TOLERANCE = 1e-3, 0.2
 
 
 @dataclass(frozen=True)
 class Kit:
-    """A kit on disk and what its ``kit.json`` says."""
+    """A kit on disk, with the contents of its ``kit.json``."""
 
     folder: Path
     facts: Json
 
     @property
     def digest(self) -> str:
-        """SHA-256 of kit.json, which holds those of all other files."""
+        """The SHA-256 of kit.json, which holds the hashes of all other files."""
         return sha256_of(self.folder / KIT)
 
 
 def make_kit(models: Mapping[str, Path], folder: Path, config: BenchConfig, cooldown_s: float = 0.0) -> Kit:
-    """Write a kit; the folder appears only when it is complete.
+    """Write a kit. The folder is published only once it is complete.
 
     Args:
-        models: name → graph; the first is the baseline that the others are compared with.
-        config: its threads, sizes and rounds are the runner's defaults.
-        cooldown_s: rest before each turn.
+        models: name → graph. The first graph is the baseline of comparisons.
+        config: its threads, sizes and rounds become the runner's defaults.
+        cooldown_s: seconds of rest before each turn.
 
     Raises:
-        InputError: the folder holds something else or results, a graph is missing, or the graphs take different inputs.
+        InputError: the folder holds results or something that is not a kit, a graph is missing, or the graphs take
+            different inputs.
     """
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / KIT).is_file())):
-        raise InputError(f"{folder} holds something that is no kit; name a new folder")
+        raise InputError(f"{folder} holds something that is not a kit; name a new folder")
     if any(folder.glob("results*.json")):
         raise InputError(
-            f"{folder} holds results, which a new kit would take away: read them back with "
+            f"{folder} holds results, which a new kit would delete: read them with "
             "`prehab-export report OUT --target-results`, then move them, or name a new folder"
         )
     graphs = {name: read_graph(path) for name, path in models.items()}
@@ -75,18 +76,20 @@ def make_kit(models: Mapping[str, Path], folder: Path, config: BenchConfig, cool
     if len({(graph.takes_tokens, graph.decodes) for graph in graphs.values()}) > 1:
         raise InputError("the models take different inputs, and one kit cannot serve them")
     with published_folder(folder, replace=True) as part:
-        facts = _written(graphs, part, config, cooldown_s)
+        facts = _write(graphs, part, config, cooldown_s)
     return Kit(folder, facts)
 
 
 def read_kit(folder: Path) -> Kit:
-    """Raises:
-    InputError: no kit there, or one of another format.
+    """Read a kit from its folder.
+
+    Raises:
+        InputError: the folder holds no kit, or a kit of another format.
     """
     try:
         facts = json.loads((folder / KIT).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{folder} is no kit: it has no {KIT}") from error
+        raise InputError(f"{folder} is not a kit: it has no {KIT}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{folder / KIT} is damaged: {error}; make the kit again") from error
     if facts.get("format") != FORMAT:
@@ -94,16 +97,16 @@ def read_kit(folder: Path) -> Kit:
     return Kit(folder, facts)
 
 
-def _written(graphs: Mapping[str, GraphFacts], folder: Path, config: BenchConfig, cooldown_s: float) -> Json:
+def _write(graphs: Mapping[str, GraphFacts], folder: Path, config: BenchConfig, cooldown_s: float) -> Json:
     slugs = _slugs(list(graphs))
-    rows = [_copy_model(name, slugs[name], graph, folder) for name, graph in graphs.items()]
-    cases = [_record(case, graphs, slugs, folder) for case in _cases(graphs, config)]
+    model_rows = [_copy_model(name, slugs[name], graph, folder) for name, graph in graphs.items()]
+    cases = [_record_case(case, graphs, slugs, folder) for case in _make_cases(graphs, config)]
     shutil.copyfile(str(files("prehab_export.measurement.targets") / "kit_runner.py"), folder / RUNNER)
     facts: Json = {
         "format": FORMAT,
         "producer": f"prehab-export {version('prehab-export')}",
         "runtime_version": onnxruntime.__version__,
-        "models": rows,
+        "models": model_rows,
         "cases": cases,
         "protocol": {
             "threads": list(config.thread_counts or (config.threads,)),
@@ -112,7 +115,7 @@ def _written(graphs: Mapping[str, GraphFacts], folder: Path, config: BenchConfig
             "min_seconds": config.min_seconds,
             "cooldown_s": cooldown_s,
         },
-        "tolerance": {row["slug"]: {"relative": _tolerance(row["kind"])} for row in rows},
+        "tolerance": {row["slug"]: {"relative": _tolerance(row["kind"])} for row in model_rows},
     }
     (folder / "README.md").write_text(render("measurement", "kit.md.j2", facts), encoding="utf-8")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -124,28 +127,34 @@ def _written(graphs: Mapping[str, GraphFacts], folder: Path, config: BenchConfig
 
 
 def _slugs(names: Sequence[str]) -> dict[str, str]:
+    """Return a unique folder name for each model."""
     slugs = {name: re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model" for name in names}
-    taken = list(slugs.values())
-    return {name: slug if taken.count(slug) == 1 else f"{slug}-{at}" for at, (name, slug) in enumerate(slugs.items())}
+    all_slugs = list(slugs.values())
+    return {
+        name: slug if all_slugs.count(slug) == 1 else f"{slug}-{index}"
+        for index, (name, slug) in enumerate(slugs.items())
+    }
 
 
 def _copy_model(name: str, slug: str, graph: GraphFacts, folder: Path) -> Json:
-    place = folder / "models" / slug
-    place.mkdir(parents=True)
+    """Copy a model into the kit and return its row of ``kit.json``."""
+    destination = folder / "models" / slug
+    destination.mkdir(parents=True)
     model = onnx.load(graph.path, load_external_data=False)
-    link(str(graph.path), str(place / graph.path.name))
+    link(str(graph.path), str(destination / graph.path.name))
     for file in external_files(model):
-        (place / file).parent.mkdir(parents=True, exist_ok=True)
-        # Not as a link: onnx reads no weights that have another name somewhere, those of the run's own graph included.
-        shutil.copyfile(graph.path.parent / file, place / file)
-    kinds = {tensor.data_type for tensor in model.graph.initializer}
-    small = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
+        (destination / file).parent.mkdir(parents=True, exist_ok=True)
+        # A copy, not a hard link: onnx refuses to read weights from a file with several links, so a link would
+        # also make the original graph unreadable.
+        shutil.copyfile(graph.path.parent / file, destination / file)
+    data_types = {tensor.data_type for tensor in model.graph.initializer}
+    integer_types = {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
     return {
         "name": name,
         "slug": slug,
         "file": f"models/{slug}/{graph.path.name}",
         "bytes": graph.file_bytes,
-        "kind": "quantised" if kinds & small else "float32",
+        "kind": "quantised" if data_types & integer_types else "float32",
     }
 
 
@@ -153,27 +162,27 @@ def _tolerance(kind: str) -> float:
     return FLOAT32_TOLERANCE if kind == "float32" else QUANTISED_TOLERANCE
 
 
-def _cases(graphs: Mapping[str, GraphFacts], config: BenchConfig) -> list[Case]:
+def _make_cases(graphs: Mapping[str, GraphFacts], config: BenchConfig) -> list[Case]:
     graph = next(iter(graphs.values()))
-    sizes = [known.vocab_size for known in graphs.values() if known.vocab_size is not None]
-    if graph.takes_tokens and not sizes:
-        raise InputError(f"no embedding table was found in {graph.path}; a kit cannot tell what tokens to feed it")
+    vocab_sizes = [other.vocab_size for other in graphs.values() if other.vocab_size is not None]
+    if graph.takes_tokens and not vocab_sizes:
+        raise InputError(f"no embedding table was found in {graph.path}, so a kit cannot tell which tokens to feed")
     sequences: tuple[int | None, ...] = config.sequence_lengths if graph.takes_tokens else (None,)
     return [
-        Case(config.threads, batch, sequence, config.new_tokens, min(sizes, default=None), config.end_tokens)
+        Case(config.threads, batch, sequence, config.new_tokens, min(vocab_sizes, default=None), config.end_tokens)
         for batch in config.batch_sizes
         for sequence in sequences
     ]
 
 
-def _record(case: Case, graphs: Mapping[str, GraphFacts], slugs: Mapping[str, str], folder: Path) -> Json:
-    """The inputs of a case, and what each model answers here."""
+def _record_case(case: Case, graphs: Mapping[str, GraphFacts], slugs: Mapping[str, str], folder: Path) -> Json:
+    """Write the inputs of a case and the outputs of each model, and return the case's row of ``kit.json``."""
     name = f"batch{case.batch}" + (f"-seq{case.sequence}" if case.sequence else "")
-    place = folder / "data" / name
-    place.mkdir(parents=True)
+    data_folder = folder / "data" / name
+    data_folder.mkdir(parents=True)
 
-    def keep(label: str, array: np.ndarray) -> str:
-        np.save(place / f"{label}.npy", array)
+    def save(label: str, array: np.ndarray) -> str:
+        np.save(data_folder / f"{label}.npy", array)
         return f"data/{name}/{label}.npy"
 
     inputs: dict[str, str] = {}
@@ -187,10 +196,10 @@ def _record(case: Case, graphs: Mapping[str, GraphFacts], slugs: Mapping[str, st
             raise InputError(f"{model} at {name}: {error}") from error
         feeds = {key: value.numpy().copy() for key, value in request.prefill.items()}
         if not inputs:
-            inputs = {key: keep(key, value) for key, value in feeds.items()}
+            inputs = {key: save(key, value) for key, value in feeds.items()}
         names = [output.name for output in session.get_outputs() if not output.name.startswith("present.")]
         outputs = session.run(names, feeds)
-        expected[slug] = {key: keep(f"expected-{slug}-{key}", value) for key, value in zip(names, outputs, strict=True)}
+        expected[slug] = {key: save(f"expected-{slug}-{key}", value) for key, value in zip(names, outputs, strict=True)}
         if graph.decodes:
             decoded = greedy_decode(session, feeds["input_ids"], case.new_tokens)
             tokens[slug] = decoded[:, feeds["input_ids"].shape[1] :].tolist()

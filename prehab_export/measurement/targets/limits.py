@@ -1,8 +1,9 @@
-"""A child process on some of the cores, with some of the memory.
+"""Child processes with limited cores and memory.
 
-Where this user may make a cgroup (v2), its ``memory.max`` is the limit that containers have: all memory, file cache
-included, and a process beyond it is killed. Elsewhere ``RLIMIT_DATA`` is set: private writable memory only, of which an
-allocation beyond it fails (getrlimit(2), Linux 4.7 on). The two do not mean the same, so a result says which.
+If this user may create a cgroup (v2), its ``memory.max`` is the limit, as in containers. It covers all memory, file
+cache included, and the kernel kills a process that exceeds it. Otherwise the limit is ``RLIMIT_DATA``. It only covers
+private writable memory, and an allocation that exceeds it fails (getrlimit(2), since Linux 4.7). The two limits are not
+equivalent, so results name the one that was used.
 """
 
 import os
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converters.errors import InputError
-from prehab_export.measurement.targets.watched import Watch, finish
+from prehab_export.measurement.targets.process_output import Watch, collect_output
 from prehab_export.system import die_with_parent, environment, usable_cores
 
 try:
@@ -27,10 +28,13 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class Limits:
-    """cores: those to run on; None for all. memory_mb: 10⁶ bytes; None for no limit.
+    """Limits of a child process.
+
+    cores: cores to run on; all when None. memory_mb: memory limit in 10⁶ bytes; no limit when None.
 
     Raises:
-        InputError: a core that this process may not use, no memory, or a system that has no such limits.
+        InputError: this process may not use one of the cores, the memory limit is not above 0, or this system cannot
+            enforce the limits.
     """
 
     cores: tuple[int, ...] | None = None
@@ -43,20 +47,26 @@ class Limits:
             raise InputError("this system cannot limit the memory of a process; measure without --memory-limit")
         if self.cores is not None:
             if not can_pin():
-                raise InputError("this system cannot keep a process to some cores; measure without --pin-cores")
+                raise InputError("this system cannot restrict a process to some cores; measure without --pin-cores")
             usable = usable_cores()
-            if wrong := [core for core in self.cores if core not in usable]:
-                raise InputError(f"core {wrong[0]} is not among those of this process: {usable}")
+            if unusable := [core for core in self.cores if core not in usable]:
+                raise InputError(f"core {unusable[0]} is not among those of this process: {usable}")
 
 
 def can_pin() -> bool:
-    """Whether this system lets a process be kept to some cores."""
+    """Return whether this system can restrict a process to some cores."""
     return hasattr(os, "sched_setaffinity")
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a limited process ended. kind: which limit held (``cgroup`` or ``RLIMIT_DATA``), None without one."""
+class ProcessResult:
+    """The result of a limited process.
+
+    code: exit code; negative for a signal.
+    output: stdout.
+    errors: stderr.
+    kind: type of the memory limit (``cgroup`` or ``RLIMIT_DATA``); None without a limit.
+    """
 
     code: int
     output: str
@@ -64,21 +74,22 @@ class Ended:
     kind: str | None
 
 
-def run_limited(command: Sequence[str], limits: Limits, watch: Watch | None = None) -> Ended:
-    """Run a command within limits, to its end.
+def run_limited(command: Sequence[str], limits: Limits, watch: Watch | None = None) -> ProcessResult:
+    """Run a command with limits until it ends.
 
     Args:
-        watch: called with each line of stderr as it comes; what it raises ends the command and is raised here.
+        watch: called with each line of stderr when it arrives. An exception from it kills the command and is raised
+            again.
     """
     bind = die_with_parent()
-    with _memory_limit(limits.memory_mb) as (kind, enter):
+    with _memory_limit(limits.memory_mb) as (kind, apply_limit):
 
-        def prepare() -> None:  # in the child, before the command
+        def prepare() -> None:  # runs in the child, before the command
             if bind is not None:
                 bind()
             if limits.cores is not None:
                 os.sched_setaffinity(0, limits.cores)
-            enter()
+            apply_limit()
 
         try:
             process = subprocess.Popen(
@@ -89,17 +100,17 @@ def run_limited(command: Sequence[str], limits: Limits, watch: Watch | None = No
                 encoding="utf-8",
                 errors="replace",
                 env=environment(),
-                preexec_fn=prepare if limits != Limits() else bind,  # Windows takes none
+                preexec_fn=prepare if limits != Limits() else bind,  # Windows supports no preexec_fn
             )
-        except subprocess.SubprocessError:  # the limit leaves no room to start in
-            return Ended(-9, "", "the process could not start", kind)
-        output, errors = finish(process, watch)
-    return Ended(process.returncode, output, errors, kind)
+        except subprocess.SubprocessError:  # the limit is too low to start the process
+            return ProcessResult(-9, "", "the process could not start", kind)
+        output, errors = collect_output(process, watch)
+    return ProcessResult(process.returncode, output, errors, kind)
 
 
 @contextmanager
 def _memory_limit(megabytes: float | None) -> Iterator[tuple]:
-    """What holds, and what a child calls to be held."""
+    """Yield the type of the limit, and the function that a child calls to apply it to itself."""
     if megabytes is None:
         yield None, lambda: None
         return
@@ -118,18 +129,18 @@ def _memory_limit(megabytes: float | None) -> Iterator[tuple]:
 
 
 def _new_cgroup(size: int) -> Path | None:
-    """A group with this much memory and no swap; None where this user may not make one."""
+    """Create a cgroup with a memory limit of ``size`` bytes and no swap, or return None if this user may not."""
     try:
-        own = next(
+        current_group = next(
             line.partition("::")[2].strip("/")
             for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
             if line.startswith("0::")
         )
-        group = Path(tempfile.mkdtemp(dir=CGROUPS / own, prefix="prehab-export-"))
+        group = Path(tempfile.mkdtemp(dir=CGROUPS / current_group, prefix="prehab-export-"))
     except (OSError, StopIteration):
         return None
     try:
-        if not (group / "memory.max").is_file():  # no cgroup file system, or one without the memory controller
+        if not (group / "memory.max").is_file():  # no cgroup file system, or no memory controller
             raise FileNotFoundError(group)
         (group / "memory.max").write_text(str(size), encoding="utf-8")
         (group / "memory.swap.max").write_text("0", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A kit on this machine: as it is, within limits, and the whole table of threads × memory."""
+"""Measurement of a kit on this machine: without limits, with limits, and for a table of threads × memory."""
 
 import json
 import tempfile
@@ -7,82 +7,95 @@ from itertools import product
 from pathlib import Path
 
 from prehab_export.measurement.targets.kit import RUNNER, Kit
-from prehab_export.measurement.targets.limits import Ended, Limits, can_pin, run_limited
+from prehab_export.measurement.targets.limits import Limits, ProcessResult, can_pin, run_limited
 from prehab_export.measurement.targets.results import Json, read_results
-from prehab_export.measurement.targets.rounds import follow, rounds_of
+from prehab_export.measurement.targets.rounds import count_rounds, follow
 from prehab_export.system import ParityError, Progress, TargetError, python_script, silent, step, usable_cores
 
-# An exit code of the runner.
+# The exit code of the runner for answers that are out of tolerance.
 _OUT_OF_TOLERANCE = 3
 
-# Bisection ends when the smallest memory is known to a part in so many.
-PRECISION = 50
+# The bisection of the least memory stops when the interval is narrower than this share of its upper end.
+RELATIVE_PRECISION = 0.02
 
 
 def measure_locally(
     kit: Kit, limits: Limits, arguments: Sequence[str] = (), place: str = "local", progress: Progress = silent
 ) -> Json:
-    """The results of the kit's runner in a process of its own; they say what limits held.
+    """Run a kit in a child process with limits and return its results, which record the limits.
+
+    Args:
+        arguments: further arguments of the runner.
+        place: name of this target in the results.
 
     Raises:
-        ParityError: a model gives other answers than recorded.
-        TargetError: it ran out of memory, or failed otherwise.
+        ParityError: the answers of a model differ from the recorded ones.
+        TargetError: the runner ran out of memory or failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "results.json")
         command = [*_command(kit), "--place", place, "--out", str(out), *arguments]
-        with progress("measure here", rounds_of(kit)) as advance:
-            ended = run_limited(command, limits, follow(advance))
-        if ended.code != 0:
-            if limits.memory_mb is not None and ended.code != _OUT_OF_TOLERANCE:
-                # A process without memory fails in many ways; if it works with more, that is what it lacked.
-                _check(kit)
+        with progress("measure here", count_rounds(kit)) as advance:
+            process = run_limited(command, limits, follow(advance))
+        if process.code != 0:
+            if limits.memory_mb is not None and process.code != _OUT_OF_TOLERANCE:
+                # A process that runs out of memory can fail in many ways. If the kit runs without limits, memory was
+                # the reason.
+                _check_without_limits(kit)
                 raise TargetError(
-                    f"not all models run in {limits.memory_mb:g} MB ({ended.kind}); --matrix finds what does"
+                    f"not all models run in {limits.memory_mb:g} MB ({process.kind}); --matrix finds how much they need"
                 )
-            raise _failure(ended)
+            raise _failure(process)
         results = read_results(out, kit.digest)
     cores = None if limits.cores is None else list(limits.cores)
-    return results | {"limits": {"cores": cores, "memory_mb": limits.memory_mb, "memory_limit": ended.kind}}
+    return results | {"limits": {"cores": cores, "memory_mb": limits.memory_mb, "memory_limit": process.kind}}
 
 
 def matrix(kit: Kit, threads: Sequence[int], memory_mb: Sequence[float], progress: Progress = silent) -> Json:
-    """Threads × memory for every model: whether it runs and how fast, and the least memory in which it does.
+    """Measure every model with each combination of threads and memory, and determine the least memory in which it runs.
+
+    Args:
+        memory_mb: memory limits in 10⁶ bytes.
 
     Returns:
-        ``cells``: model, threads, memory_mb, runs, p50_ms and p95_ms of the slowest case; ``least``: model, threads,
-        memory_mb, found by bisection to 2%; ``memory_limit``: which limit held.
+        A dictionary of ``cells`` (rows with model, threads, memory_mb, runs, and p50_ms and p95_ms of the slowest
+        case), ``least`` (rows with model, threads and memory_mb, by bisection to 2%), and ``memory_limit`` (the type of
+        the limit).
+
+    Raises:
+        ParityError: the answers of a model differ from the recorded ones.
+        TargetError: the kit does not run without limits.
     """
-    _check(kit)  # from here on, what does not run lacks memory
+    _check_without_limits(kit)  # a run that fails below therefore lacks memory
     cells, least, kind = [], [], None
     models = kit.facts["models"]
     with progress("threads × memory", len(threads) * len(models) * (len(memory_mb) + 1)) as advance:
         for count, model in product(threads, models):
             cores = tuple(usable_cores()[:count]) if can_pin() else None
-            own = {"model": model["name"], "threads": count}
+            key = {"model": model["name"], "threads": count}
             for size in memory_mb:
                 with step(advance, f"{model['name']}, {count} thread(s), {size:g} MB"):
-                    cell, kind = _cell(kit, model["slug"], count, Limits(cores, size))
-                cells.append({**own, "memory_mb": size, **cell})
+                    cell, kind = _measure_cell(kit, model["slug"], count, Limits(cores, size))
+                cells.append({**key, "memory_mb": size, **cell})
             with step(advance, f"{model['name']}, {count} thread(s): the least memory"):
-                least.append({**own, "memory_mb": _least(kit, model["slug"], count, cores)})
+                least.append({**key, "memory_mb": _least_memory_mb(kit, model["slug"], count, cores)})
     return {"cells": cells, "least": least, "memory_limit": kind}
 
 
-def _cell(kit: Kit, slug: str, threads: int, limits: Limits) -> tuple[Json, str | None]:
+def _measure_cell(kit: Kit, slug: str, threads: int, limits: Limits) -> tuple[Json, str | None]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "results.json")
-        own = ["--model", slug, "--threads", str(threads), "--out", str(out), "--no-memory"]
-        ended = run_limited([*_command(kit), *own], limits)
-        if ended.code != 0:
-            return {"runs": False, "p50_ms": None, "p95_ms": None}, ended.kind
+        arguments = ["--model", slug, "--threads", str(threads), "--out", str(out), "--no-memory"]
+        process = run_limited([*_command(kit), *arguments], limits)
+        if process.code != 0:
+            return {"runs": False, "p50_ms": None, "p95_ms": None}, process.kind
         rows = json.loads(out.read_text(encoding="utf-8"))["cases"]
     slowest = max(rows, key=lambda row: row["p50_ms"])
-    return {"runs": True, "p50_ms": slowest["p50_ms"], "p95_ms": slowest["p95_ms"]}, ended.kind
+    return {"runs": True, "p50_ms": slowest["p50_ms"], "p95_ms": slowest["p95_ms"]}, process.kind
 
 
-def _least(kit: Kit, slug: str, threads: int, cores: tuple[int, ...] | None) -> float:
-    """The least memory in MB in which a model serves every case."""
+def _least_memory_mb(kit: Kit, slug: str, threads: int, cores: tuple[int, ...] | None) -> float:
+    """Return the least memory in which a model serves every case, in MB."""
     command = [*_command(kit), "--memory", slug, "--threads", str(threads)]
 
     def runs(megabytes: float) -> bool:
@@ -92,9 +105,9 @@ def _least(kit: Kit, slug: str, threads: int, cores: tuple[int, ...] | None) -> 
     while not runs(high):
         high *= 2
         if high > 1e7:
-            raise TargetError(f"{slug} does not run in any memory that was tried")
+            raise TargetError(f"{slug} does not run in any amount of memory that was tried")
     low = 0.0 if high == 64.0 else high / 2
-    while high - low > high / PRECISION:
+    while high - low > RELATIVE_PRECISION * high:
         middle = 0.5 * (low + high)
         low, high = (low, middle) if runs(middle) else (middle, high)
     return high
@@ -104,17 +117,22 @@ def _command(kit: Kit) -> list[str]:
     return python_script(kit.folder / RUNNER)
 
 
-def _check(kit: Kit) -> None:
-    """Raises:
-    ParityError, TargetError: the kit does not run without limits either.
+def _check_without_limits(kit: Kit) -> None:
+    """Check that the kit runs without limits.
+
+    Raises:
+        ParityError: the answers of a model differ from the recorded ones.
+        TargetError: the runner failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ended = run_limited([*_command(kit), "--check-only", "--out", str(Path(folder, "results.json"))], Limits())
-    if ended.code != 0:
-        raise _failure(ended)
+        arguments = ["--check-only", "--out", str(Path(folder, "results.json"))]
+        process = run_limited([*_command(kit), *arguments], Limits())
+    if process.code != 0:
+        raise _failure(process)
 
 
-def _failure(ended: Ended) -> Exception:
-    lines = [line.strip() for line in ended.errors.splitlines() if line.strip()]
-    said = lines[-1].removeprefix("error: ") if lines else f"the runner ended with exit code {ended.code}"
-    return ParityError(said) if ended.code == _OUT_OF_TOLERANCE else TargetError(said)
+def _failure(process: ProcessResult) -> Exception:
+    """Return the error for a runner that failed, with its last line of stderr as the message."""
+    lines = [line.strip() for line in process.errors.splitlines() if line.strip()]
+    reason = lines[-1].removeprefix("error: ") if lines else f"the runner ended with exit code {process.code}"
+    return ParityError(reason) if process.code == _OUT_OF_TOLERANCE else TargetError(reason)

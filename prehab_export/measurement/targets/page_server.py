@@ -1,8 +1,8 @@
-"""The page that runs a kit, served with the kit and onnxruntime-web.
+"""An HTTP server for the page that runs a kit, for the kit itself, and for onnxruntime-web.
 
-The page is isolated (COOP and COEP), without which a browser gives WASM one thread only. A kit is the models
-themselves, so an address says who may have it: its path begins with a token, without which nothing is served and
-nothing taken.
+The page is cross-origin isolated (COOP and COEP), because a browser allows WASM only one thread otherwise. A kit holds
+the models, so access is restricted: the path of every address starts with a secret token, and requests without it are
+rejected.
 """
 
 import hmac
@@ -32,16 +32,20 @@ MIME = {
     ".wasm": "application/wasm",
     ".json": "application/json",
 }
-# Far more than results take; a page that sends more is not ours.
+# Bytes. Results are far smaller, so a larger message does not come from our page.
 LARGEST_POST = 50_000_000
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANY_ADDRESS = "0.0.0.0"
 
 
 @dataclass
-class Served:
-    """A kit at an address, or at all addresses of this machine; ``messages`` are (what, text) pairs that pages send:
-    progress, results, failed."""
+class KitServer:
+    """A running server.
+
+    addresses: addresses of the page, token included.
+    token: the secret part of the addresses.
+    messages: (kind, text) pairs that pages send; the kind is ``progress``, ``results`` or ``failed``.
+    """
 
     addresses: list[str]
     token: str
@@ -49,102 +53,115 @@ class Served:
 
     @property
     def address(self) -> str:
+        """The first address of the page."""
         return self.addresses[0]
 
 
 @contextmanager
-def serve(kit: Kit, web: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[Served]:
-    """Serve the kit, the page and onnxruntime-web; closed at the end.
+def serve(kit: Kit, web: Path, host: str = "127.0.0.1", port: int = 0) -> Iterator[KitServer]:
+    """Serve the kit, the page and onnxruntime-web while the block runs.
 
     Args:
-        web: the ``dist`` folder of onnxruntime-web.
+        web: ``dist`` folder of onnxruntime-web.
+        host: address to listen at; ``0.0.0.0`` for all addresses of this machine.
+        port: port to listen at; 0 for a free one.
+
+    Raises:
+        OSError: the address is not available.
     """
-    served = Served([], secrets.token_urlsafe(16))
+    kit_server = KitServer([], secrets.token_urlsafe(16))
     page = Path(str(files("prehab_export.measurement.targets") / "page"))
     roots = {"kit": kit.folder, "ort": web, "": page}
-    server = ThreadingHTTPServer((host, port), lambda *args: _Handler(*args, served=served, roots=roots))
-    served.addresses = [f"http://{name}:{server.server_port}/{served.token}/" for name in _names_of(host)]
+    server = ThreadingHTTPServer((host, port), lambda *args: _Handler(*args, kit_server=kit_server, roots=roots))
+    kit_server.addresses = [
+        f"http://{name}:{server.server_port}/{kit_server.token}/" for name in _reachable_names(host)
+    ]
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield served
+        yield kit_server
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-def _names_of(host: str) -> list[str]:
-    """What a browser is told to go to."""
+def _reachable_names(host: str) -> list[str]:
+    """Return the host names by which a browser can reach a server that listens at ``host``."""
     if host in LOOPBACK:
         return ["localhost"]
     if host != ANY_ADDRESS:
         return [host]
-    known = [entry.address for own in psutil.net_if_addrs().values() for entry in own if entry.family == AF_INET]
-    return [address for address in known if not ip_address(address).is_loopback] or ["localhost"]
+    interfaces = psutil.net_if_addrs().values()
+    addresses = [entry.address for entries in interfaces for entry in entries if entry.family == AF_INET]
+    return [address for address in addresses if not ip_address(address).is_loopback] or ["localhost"]
 
 
-def _is_ours(host: str, addresses: list[str]) -> bool:
-    """Whether a request's Host names this machine. Any other name is one that somebody has made to lead here, so that
-    a page of theirs counts as ours (DNS rebinding); a bare address cannot be made to."""
+def _names_this_machine(host: str, addresses: list[str]) -> bool:
+    """Return whether the Host header of a request names this machine.
+
+    This prevents DNS rebinding, in which a foreign page reaches this server under a name of its own. IP addresses are
+    accepted, because they cannot be rebound.
+    """
     try:
-        name, own = urlsplit(f"//{host}").hostname or "", gethostname().lower()
-        known = {urlsplit(address).hostname for address in addresses} | {"localhost", own, f"{own}.local"}
+        name, machine = urlsplit(f"//{host}").hostname or "", gethostname().lower()
+        known = {urlsplit(address).hostname for address in addresses} | {"localhost", machine, f"{machine}.local"}
         return name in known or bool(ip_address(name))
     except ValueError:
         return False
 
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = 60.0  # seconds without a byte, after which a connection is given up
+    timeout = 60.0  # seconds without data until a connection is closed
 
-    def __init__(self, *args: Any, served: Served, roots: dict[str, Path]) -> None:
-        self.served, self.roots = served, roots
+    def __init__(self, *args: Any, kit_server: KitServer, roots: dict[str, Path]) -> None:
+        self.kit_server, self.roots = kit_server, roots
         super().__init__(*args)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not news."""
+        """Log no requests."""
 
     def do_GET(self) -> None:
-        file = self._file()
+        file = self._requested_file()
         if file is None:
             self.send_error(404)
             return
-        self._head(200, MIME.get(file.suffix, "application/octet-stream"), file.stat().st_size)
+        self._send_headers(200, MIME.get(file.suffix, "application/octet-stream"), file.stat().st_size)
         with file.open("rb") as source, suppress(BrokenPipeError, ConnectionResetError):
             shutil.copyfileobj(source, self.wfile)
 
     def do_POST(self) -> None:
-        what, length = self._place(), self.headers.get("Content-Length", "")
+        what, length = self._path_after_token(), self.headers.get("Content-Length", "")
         if what not in ("progress", "results", "failed") or not length.isdecimal() or int(length) > LARGEST_POST:
             self.send_error(403)
             return
-        self.served.messages.put((what, self.rfile.read(int(length)).decode(errors="replace")))
-        self._head(204, "text/plain", 0)
+        self.kit_server.messages.put((what, self.rfile.read(int(length)).decode(errors="replace")))
+        self._send_headers(204, "text/plain", 0)
 
-    def _place(self) -> str | None:
-        """What stands behind the token; None where there is no such token, or the request is meant for another host."""
+    def _path_after_token(self) -> str | None:
+        """Return the path without the token; None if the token is wrong or the request is for another host."""
         try:
-            _, given, place = unquote(urlsplit(self.path).path).split("/", 2)
+            _, token, path = unquote(urlsplit(self.path).path).split("/", 2)
         except ValueError:
             return None
-        known = hmac.compare_digest(given.encode(), self.served.token.encode())
-        return place if known and _is_ours(self.headers.get("Host", ""), self.served.addresses) else None
+        token_matches = hmac.compare_digest(token.encode(), self.kit_server.token.encode())
+        host_matches = _names_this_machine(self.headers.get("Host", ""), self.kit_server.addresses)
+        return path if token_matches and host_matches else None
 
-    def _file(self) -> Path | None:
-        """The file that an address means, if it lies in one of the folders."""
-        place = self._place()
-        if place is None:
+    def _requested_file(self) -> Path | None:
+        """Return the requested file; None if it does not exist or is outside the served folders."""
+        path = self._path_after_token()
+        if path is None:
             return None
-        first, _, rest = place.partition("/")
-        root, name = (self.roots[first], rest) if first in ("kit", "ort") else (self.roots[""], place or "index.html")
+        first, _, tail = path.partition("/")
+        root, name = (self.roots[first], tail) if first in ("kit", "ort") else (self.roots[""], path or "index.html")
         try:
             file = (root / name).resolve()
             return file if file.is_file() and root.resolve() in file.parents else None
-        except (OSError, ValueError):  # a name that no file can have
+        except (OSError, ValueError):  # not a valid file name
             return None
 
-    def _head(self, status: int, kind: str, length: int) -> None:
+    def _send_headers(self, status: int, kind: str, length: int) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(length))

@@ -1,4 +1,4 @@
-"""A kit on another machine: copied there as far as it is not there yet, run, its results fetched, and taken away."""
+"""Measurement of a kit on another machine: copy what is missing there, run it, fetch the results, and remove it."""
 
 import json
 import shlex
@@ -8,16 +8,16 @@ from pathlib import Path, PurePosixPath
 
 from prehab_export.measurement.targets.kit import KIT, RUNNER, Kit
 from prehab_export.measurement.targets.results import Json, read_results
-from prehab_export.measurement.targets.rounds import follow, rounds_of
+from prehab_export.measurement.targets.rounds import count_rounds, follow
 from prehab_export.measurement.targets.shell import Shell
 from prehab_export.system import ParityError, Progress, TargetError, silent, step
 
-# Prints the hash of every file below a folder; runs there.
-_HASHES = """
+# A script for the other machine, which prints the hash of every file below a folder.
+_HASH_SCRIPT = """
 import sys
 sys.path = [entry for entry in sys.path if entry]
 import hashlib, json, os
-found = {}
+hashes = {}
 for folder, _, names in os.walk(sys.argv[1]):
     for name in names:
         path = os.path.join(folder, name)
@@ -26,16 +26,18 @@ for folder, _, names in os.walk(sys.argv[1]):
             with open(path, "rb") as file:
                 for block in iter(lambda: file.read(1 << 20), b""):
                     digest.update(block)
-            found[os.path.relpath(path, sys.argv[1])] = digest.hexdigest()
-print(json.dumps(found))
+            hashes[os.path.relpath(path, sys.argv[1])] = digest.hexdigest()
+print(json.dumps(hashes))
 """
 
-# As in the hashes: where the shell happens to stand is no place to import from.
-_NEEDED = "import sys; sys.path = [p for p in sys.path if p]; import numpy, onnxruntime; print(onnxruntime.__version__)"
+# Imports what the runner needs. Like the script above, it imports nothing from the current folder of the shell.
+_IMPORTS = (
+    "import sys; sys.path = [p for p in sys.path if p]; import numpy, onnxruntime; print(onnxruntime.__version__)"
+)
 
-# An exit code of the runner.
+# The exit code of the runner for answers that are out of tolerance.
 _OUT_OF_TOLERANCE = 3
-# What a shell makes of a process that SIGKILL has ended.
+# The exit code of a shell whose command SIGKILL has ended.
 _KILLED = 137
 
 
@@ -47,15 +49,18 @@ def measure_remotely(
     keep: bool = False,
     progress: Progress = silent,
 ) -> Json:
-    """The results of a kit's runner on the machine behind ``shell``.
+    """Run a kit on another machine and return its results.
 
     Args:
-        python: the interpreter there; it needs onnxruntime and numpy.
-        keep: leave the kit there, so that the next time only what has changed is copied.
+        shell: shell of the other machine.
+        place: name of this target in the results.
+        python: Python interpreter on the other machine; it needs onnxruntime and numpy.
+        keep: leave the kit there, so that the next measurement copies only files that have changed.
 
     Raises:
-        TargetError: no Python or runtime there, no room, the connection is lost, or the runner fails.
-        ParityError: a model gives other answers there.
+        TargetError: the other machine has no Python, no onnxruntime or no disk space, the connection is lost, or the
+            runner fails.
+        ParityError: the answers of a model differ from the recorded ones.
     """
     _check_python(shell, python)
     folder = f"{shell.home}/{kit.digest[:16]}" if not keep else f"{shell.home}/kept"
@@ -66,16 +71,16 @@ def measure_remotely(
             f"{shlex.quote(python)} {shlex.quote(f'{folder}/{RUNNER}')} --end-with-stdin --place {place} "
             f"--out {shlex.quote(results)}"
         )
-        with progress(f"measure at {shell.name}", rounds_of(kit)) as advance:
+        with progress(f"measure at {shell.name}", count_rounds(kit)) as advance:
             code, _, errors = shell.run(line, follow(advance))
         if code == _OUT_OF_TOLERANCE:
-            raise ParityError(f"{shell.name}: {_error_of(errors)}")
+            raise ParityError(f"{shell.name}: {_error_message(errors)}")
         if code == _KILLED:
-            raise TargetError(f"{shell.name}: the runner was killed there, most likely for want of memory")
+            raise TargetError(f"{shell.name}: the runner was killed there, most likely because it ran out of memory")
         if code != 0:
-            raise TargetError(f"{shell.name}: {_error_of(errors)}")
-        with tempfile.TemporaryDirectory() as own:
-            fetched = Path(own, "results.json")
+            raise TargetError(f"{shell.name}: {_error_message(errors)}")
+        with tempfile.TemporaryDirectory() as local_folder:
+            fetched = Path(local_folder, "results.json")
             shell.get(results, fetched)
             return read_results(fetched, kit.digest)
     finally:
@@ -84,7 +89,7 @@ def measure_remotely(
 
 
 def _check_python(shell: Shell, python: str) -> None:
-    code, _, errors = shell.run(f"{shlex.quote(python)} -c {shlex.quote(_NEEDED)}")
+    code, _, errors = shell.run(f"{shlex.quote(python)} -c {shlex.quote(_IMPORTS)}")
     if code != 0 and "Error" in errors:
         raise TargetError(
             f"{shell.name}: {errors.strip().splitlines()[-1]}; install what a kit needs there: {python} -m pip install "
@@ -98,14 +103,16 @@ def _check_python(shell: Shell, python: str) -> None:
 
 def _copy(kit: Kit, shell: Shell, folder: str, python: str, progress: Progress) -> None:
     quoted = shlex.quote(folder)
-    code, found, errors = shell.run(f"mkdir -p {quoted} && {shlex.quote(python)} -c {shlex.quote(_HASHES)} {quoted}")
+    code, output, errors = shell.run(
+        f"mkdir -p {quoted} && {shlex.quote(python)} -c {shlex.quote(_HASH_SCRIPT)} {quoted}"
+    )
     if code != 0:
-        raise TargetError(f"{shell.name}: {folder} cannot be made there: {_error_of(errors)}")
-    there = json.loads(found)
-    wanted = {name: facts["sha256"] for name, facts in kit.facts["files"].items()} | {KIT: kit.digest}
-    missing = [name for name, digest in wanted.items() if there.get(name) != digest]
+        raise TargetError(f"{shell.name}: {folder} cannot be created there: {_error_message(errors)}")
+    remote_hashes = json.loads(output)
+    hashes = {name: facts["sha256"] for name, facts in kit.facts["files"].items()} | {KIT: kit.digest}
+    missing = [name for name, digest in hashes.items() if remote_hashes.get(name) != digest]
     folders = sorted({str(PurePosixPath(folder, name).parent) for name in missing})
-    stale = [name for name in there if name not in wanted]
+    stale = [name for name in remote_hashes if name not in hashes]
     line = " && ".join(
         [
             *(f"mkdir -p {shlex.quote(parent)}" for parent in folders),
@@ -121,11 +128,12 @@ def _copy(kit: Kit, shell: Shell, folder: str, python: str, progress: Progress) 
 
 
 def _remove(shell: Shell, folder: str) -> None:
-    with suppress(TargetError):  # nothing can be tidied over a lost connection, and that has been said already
+    with suppress(TargetError):  # a lost connection allows no cleanup, and has been reported already
         shell.run(f"rm -rf {shlex.quote(folder)}")
 
 
-def _error_of(errors: str) -> str:
+def _error_message(errors: str) -> str:
+    """Return the last error that the runner reports on stderr, or else the last line."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return said[-1] if said else lines[-1] if lines else "it ended without a word"
+    messages = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return messages[-1] if messages else lines[-1] if lines else "it failed without a message"

@@ -1,4 +1,4 @@
-"""Other machines as a shell that runs a line and moves a file: over ssh as OpenSSH has it, or over adb."""
+"""Shells of other machines, over OpenSSH or adb, that run commands and copy files."""
 
 import os
 import shlex
@@ -12,14 +12,14 @@ from typing import IO
 from urllib.parse import urlsplit
 
 from converters.errors import InputError
-from prehab_export.measurement.targets.watched import Watch, finish
+from prehab_export.measurement.targets.process_output import Watch, collect_output
 from prehab_export.system import TargetError, environment, find_program
 
-# What ssh returns for its own failures, whatever the command returned.
+# The exit code of ssh for its own failures.
 _SSH_FAILED = 255
 
 _SSH_OPTIONS = (
-    "BatchMode=yes",  # a question that nobody sees is a hang
+    "BatchMode=yes",  # a prompt would wait forever, because nobody sees it
     "ConnectTimeout=15",
     "ServerAliveInterval=10",
     "ServerAliveCountMax=3",
@@ -28,11 +28,14 @@ _SSH_OPTIONS = (
 
 @dataclass(frozen=True)
 class Shell:
-    """A machine that can be told things.
+    """A shell of another machine.
 
-    prefix: what stands before a shell line. lost: the exit code that means that the connection failed, not the line.
-    push, pull: ``(source, destination)`` → the command that copies a local file there, and one from there; None to send
-    files through the shell itself. home: the folder to keep kits in.
+    name: name of the machine, for messages.
+    prefix: local command that runs a shell line on the machine.
+    home: folder on the machine for kits.
+    lost: exit code that means that the connection failed; None if no code does.
+    push: ``(source, destination)`` → local command that copies a file to the machine; None to use the shell.
+    pull: ``(source, destination)`` → local command that copies a file from the machine; None as for push.
     """
 
     name: str
@@ -43,16 +46,20 @@ class Shell:
     pull: Callable[[str, str], list[str]] | None = None
 
     def run(self, line: str, watch: Watch | None = None) -> tuple[int, str, str]:
-        """Run a shell line there, its stdin held open until it ends; returns exit code, stdout and stderr.
+        """Run a shell line on the machine and return its exit code, stdout and stderr.
+
+        The stdin of the line stays open until it ends.
 
         Args:
-            watch: called with each line of stderr as it comes; what it raises ends the command and is raised here.
+            watch: called with each line of stderr when it arrives. An exception from it ends the command and is raised
+                again.
 
         Raises:
-            TargetError: the connection could not be made, or was lost.
+            TargetError: the connection failed or was lost.
         """
         process = subprocess.Popen(
-            # The shell there stays, so that a signal which ends the command comes back as a code of its own.
+            # Without the explicit exit, the remote shell replaces itself by the command, and a signal that kills the
+            # command does not become an exit code.
             [*self.prefix, f"{line}; exit $?"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -62,58 +69,65 @@ class Shell:
             errors="replace",
             env=environment(),
         )
-        output, errors = finish(process, watch)  # a runner there ends when its stdin closes, which this end's is then
-        return self._judged(process.returncode, output, errors)
+        # If this raises, it closes stdin, and the runner on the machine ends with its stdin.
+        output, errors = collect_output(process, watch)
+        return self._check_connection(process.returncode, output, errors)
 
     def put(self, source: Path, destination: str) -> None:
-        """Copy a file there; it appears under its name when it is complete.
+        """Copy a local file to the machine. It has its final name only once it is complete.
 
         Raises:
-            TargetError: it could not be written, or the connection was lost.
+            TargetError: the file could not be written, or the connection was lost.
         """
-        part, place = shlex.quote(f"{destination}.part"), shlex.quote(destination)
+        part, final = shlex.quote(f"{destination}.part"), shlex.quote(destination)
         if self.push is not None:
-            done = _done(self.push(str(source), f"{destination}.part"))
+            result = _run_locally(self.push(str(source), f"{destination}.part"))
         else:
             with source.open("rb") as file:
-                line = [*self.prefix, f"cat > {part}"]
-                done = _done(line, stdin=file)
-        self._expect(self._judged(done.returncode, "", done.stderr), f"{source.name} could not be copied")
-        self._expect(self.run(f"mv {part} {place}"), f"{source.name} could not be copied")
+                result = _run_locally([*self.prefix, f"cat > {part}"], stdin=file)
+        failure = f"{source.name} could not be copied"
+        self._check_success(self._check_connection(result.returncode, "", result.stderr), failure)
+        self._check_success(self.run(f"mv {part} {final}"), failure)
 
     def get(self, source: str, destination: Path) -> None:
-        """Raises:
-        TargetError: it is not there, or the connection was lost.
+        """Copy a text file from the machine.
+
+        Raises:
+            TargetError: the file does not exist, or the connection was lost.
         """
+        failure = f"{source} could not be fetched"
         if self.pull is not None:
-            done = _done(self.pull(source, str(destination)))
-            self._expect(self._judged(done.returncode, "", done.stderr), f"{source} could not be fetched")
+            result = _run_locally(self.pull(source, str(destination)))
+            self._check_success(self._check_connection(result.returncode, "", result.stderr), failure)
             return
         code, output, errors = self.run(f"cat {shlex.quote(source)}")
-        self._expect((code, output, errors), f"{source} could not be fetched")
+        self._check_success((code, output, errors), failure)
         destination.write_text(output, encoding="utf-8")
 
-    def _judged(self, code: int, output: str, errors: str) -> tuple[int, str, str]:
+    def _check_connection(self, code: int, output: str, errors: str) -> tuple[int, str, str]:
+        """Return the arguments, or raise a `TargetError` if they mean that the connection failed."""
         unplugged = self.push is not None and code != 0 and any(text in errors.lower() for text in _UNPLUGGED)
         if code == self.lost or unplugged:
-            raise TargetError(f"{self.name}: {_reason(errors)}")
+            raise TargetError(f"{self.name}: {_connection_error(errors)}")
         return code, output, errors
 
-    def _expect(self, answer: tuple[int, str, str], what: str) -> None:
-        code, _, errors = answer
+    def _check_success(self, result: tuple[int, str, str], failure: str) -> None:
+        code, _, errors = result
         if code != 0:
-            raise TargetError(f"{self.name}: {what}: {_last_line(errors) or f'exit code {code}'}")
+            raise TargetError(f"{self.name}: {failure}: {_last_line(errors) or f'exit code {code}'}")
 
 
-def _done(command: Sequence[str], stdin: IO[bytes] | int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
-    """A command of this machine that has ended, with what it said."""
+def _run_locally(
+    command: Sequence[str], stdin: IO[bytes] | int = subprocess.DEVNULL
+) -> subprocess.CompletedProcess[str]:
+    """Run a command on this machine and capture its output."""
     return subprocess.run(
         command, stdin=stdin, capture_output=True, encoding="utf-8", errors="replace", env=environment()
     )
 
 
-# What ssh says → what to tell the user to do about it.
-_REASONS = (
+# Part of an error of ssh → explanation and advice for the user.
+_ADVICE = (
     ("could not resolve", "the host is unknown; check the name, or ~/.ssh/config"),
     ("connection refused", "nothing listens there; check the port, and that sshd runs"),
     ("timed out", "the host does not answer; check the address and the network"),
@@ -125,12 +139,13 @@ _REASONS = (
 )
 
 
-# What adb says of a device that is gone.
+# Parts of adb's errors for a device that is no longer connected.
 _UNPLUGGED = ("device offline", "device not found", "no devices", "device still connecting")
 
 
-def _reason(errors: str) -> str:
-    for text, advice in _REASONS:
+def _connection_error(errors: str) -> str:
+    """Return the line of ssh's errors that explains why the connection failed, with advice."""
+    for text, advice in _ADVICE:
         if (line := next((line for line in errors.splitlines() if text in line.lower()), None)) is not None:
             return f"{line.strip()}: {advice}"
     return "the connection was lost"
@@ -142,56 +157,60 @@ def _last_line(text: str) -> str:
 
 @contextmanager
 def ssh(url: str, options: Sequence[str] = ()) -> Iterator[Shell]:
-    """``ssh://user@host:port``, with keys and settings as OpenSSH has them; one connection serves everything.
+    """Open a shell over ssh, with the keys and settings of OpenSSH. All commands share one connection.
 
     Args:
+        url: address ``ssh://user@host:port``; user and port are optional.
         options: further ``-o`` options.
 
     Raises:
-        InputError: not such an address, or there is no ssh here.
+        InputError: the address is malformed, or this machine has no ssh.
     """
     parts = urlsplit(url)
     try:
         port = parts.port
     except ValueError as error:
         raise InputError(f"{url}: {error}") from error
-    # As written: names in ~/.ssh/config have capitals, which ``hostname`` has not.
-    user, _, place = parts.netloc.rpartition("@")
-    name = place.removesuffix(f":{port}") if port else place
-    wrong = parts.scheme != "ssh" or not name or parts.path not in ("", "/") or parts.password
-    if wrong or name.startswith("-") or user.startswith("-"):  # ssh would take a dash for an option
-        raise InputError(f"{url} is no address such as ssh://user@host or ssh://host:2222")
+    # ``parts.hostname`` is in lower case, but names in ~/.ssh/config may have capitals.
+    user, _, address = parts.netloc.rpartition("@")
+    name = address.removesuffix(f":{port}") if port else address
+    malformed = parts.scheme != "ssh" or not name or parts.path not in ("", "/") or parts.password
+    if malformed or name.startswith("-") or user.startswith("-"):  # ssh would take a dash for an option
+        raise InputError(f"{url} is not an address such as ssh://user@host or ssh://host:2222")
     program = find_program("ssh")
     if program is None:
         raise InputError("there is no ssh here; install OpenSSH's client")
     host = f"{user}@{name}" if user else name
     with tempfile.TemporaryDirectory(prefix="px-") as folder:
-        shared = ["ControlMaster=auto", f"ControlPath={folder}/s", "ControlPersist=30"]
-        own = [*(shared if os.name == "posix" else []), *_SSH_OPTIONS, *options]  # Windows' ssh has no such socket
-        base = [program, *(["-p", str(port)] if port else []), *(part for option in own for part in ("-o", option))]
+        sharing = ["ControlMaster=auto", f"ControlPath={folder}/s", "ControlPersist=30"]
+        settings = [*(sharing if os.name == "posix" else []), *_SSH_OPTIONS, *options]  # not supported on Windows
+        base = [program, *(["-p", str(port)] if port else []), *(part for value in settings for part in ("-o", value))]
         try:
             yield Shell(host, (*base, "--", host), ".cache/prehab-export/kits", lost=_SSH_FAILED)
         finally:
             if os.name == "posix":
-                _done([*base, "-O", "exit", "--", host])
+                _run_locally([*base, "-O", "exit", "--", host])
 
 
 @contextmanager
 def adb(serial: str | None) -> Iterator[Shell]:
-    """A device that adb knows; the only one when no serial number is given.
+    """Open a shell on an Android device over adb.
+
+    Args:
+        serial: serial number of the device; the only connected device when None.
 
     Raises:
-        InputError: there is no adb here.
-        TargetError: no such device is connected and allowed.
+        InputError: this machine has no adb.
+        TargetError: the device is not connected, or does not allow debugging.
     """
     program = find_program("adb")
     if program is None:
         raise InputError("there is no adb here; install Android's platform tools and allow USB debugging")
     base = [program, *([] if serial is None else ["-s", serial])]
-    state = _done([*base, "get-state"])
+    state = _run_locally([*base, "get-state"])
     if state.returncode != 0 or state.stdout.strip() != "device":
-        said = _last_line(state.stderr) or state.stdout.strip()
-        raise TargetError(f"adb reaches no device: {said}; connect it and allow debugging")
+        reason = _last_line(state.stderr) or state.stdout.strip()
+        raise TargetError(f"adb reaches no device: {reason}; connect it and allow debugging")
     yield Shell(
         serial or "the device",
         (*base, "shell"),

@@ -1,4 +1,4 @@
-"""onnxruntime-web on this machine: a folder that was given, or one that npm has put into the cache once."""
+"""onnxruntime-web on this machine: a folder of the user's, or the cached package from npm."""
 
 import hmac
 import shutil
@@ -12,42 +12,48 @@ from converters.publishing import published_folder
 from prehab_export.system import cache_folder, environment, find_program, sha512_integrity
 
 WEB_VERSION = "1.30.0"
-# Of the package as the registry has it (npm view onnxruntime-web@VERSION dist.integrity).
+# The digest of the package in the registry (npm view onnxruntime-web@VERSION dist.integrity).
 WEB_SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 WEB_ENTRY = "ort.all.min.mjs"
 
 
-def find_web(given: Path | None) -> Path:
-    """The ``dist`` folder of onnxruntime-web: the given one, or one that npm puts into the cache once.
+def find_web(folder: Path | None) -> Path:
+    """Return the ``dist`` folder of onnxruntime-web.
+
+    Args:
+        folder: the user's ``dist`` folder. When None, the cached folder is used, which npm fills on first use.
 
     Raises:
-        InputError: it is not there, and npm is not there to get it, or gets something else.
+        InputError: the user's folder is not a ``dist`` folder, npm is missing or fails, or its package is not the
+            expected one.
     """
-    if given is not None:
-        if not (given / WEB_ENTRY).is_file():
-            raise InputError(f"{given} holds no {WEB_ENTRY}; give the dist folder of onnxruntime-web")
-        return given
-    place = cache_folder() / f"onnxruntime-web-{WEB_VERSION}"
-    if (place / WEB_ENTRY).is_file():
-        return place
+    if folder is not None:
+        if not (folder / WEB_ENTRY).is_file():
+            raise InputError(f"{folder} holds no {WEB_ENTRY}; give the dist folder of onnxruntime-web")
+        return folder
+    cached = cache_folder() / f"onnxruntime-web-{WEB_VERSION}"
+    if (cached / WEB_ENTRY).is_file():
+        return cached
     npm = find_program("npm")
     if npm is None:
         raise InputError(
-            "onnxruntime-web is not here, and there is no npm to get it; install npm, or give its dist folder with "
-            "--ort-web"
+            "onnxruntime-web is not here, and there is no npm to get it; install npm, or give the dist folder of "
+            "onnxruntime-web with --ort-web"
         )
-    with published_folder(place, replace=True) as dist, tempfile.TemporaryDirectory(dir=dist.parent) as scratch:
-        archive = _packed(npm, Path(scratch))
+    with published_folder(cached, replace=True) as dist, tempfile.TemporaryDirectory(dir=dist.parent) as scratch:
+        archive = _download(npm, Path(scratch))
         check_integrity(archive, WEB_SHA512)
         _unpack(archive, dist)
-    return place
+    return cached
 
 
-def _packed(npm: str, folder: Path) -> Path:
-    """The package as the registry has it, unopened: npm runs none of its scripts, and reads no settings but the
-    user's own."""
+def _download(npm: str, folder: Path) -> Path:
+    """Download the package with npm, and return the archive.
+
+    npm does not run the package's scripts. It runs in ``folder``, where it finds no settings but the user's own.
+    """
     package = f"onnxruntime-web@{WEB_VERSION}"
-    done = subprocess.run(
+    process = subprocess.run(
         [npm, "pack", package, "--ignore-scripts", "--pack-destination", str(folder)],
         cwd=folder,
         env=environment(),
@@ -57,34 +63,39 @@ def _packed(npm: str, folder: Path) -> Path:
         errors="replace",
     )
     archives = list(folder.glob("*.tgz"))
-    if done.returncode != 0 or len(archives) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+    if process.returncode != 0 or len(archives) != 1:
+        lines = [line for line in process.stderr.splitlines() if line.strip()]
         raise InputError(
-            f"npm could not get {package}: {lines[0] if lines else 'no reason given'}; give its dist folder with "
+            f"npm could not download {package}: {lines[0] if lines else 'no reason given'}; give its dist folder with "
             "--ort-web"
         )
     return archives[0]
 
 
 def check_integrity(archive: Path, expected: str) -> None:
-    """Raises:
-    InputError: the archive is not the one whose SHA-512 (base64, as npm writes it) this program was made with.
+    """Check the digest of an archive.
+
+    Args:
+        expected: SHA-512 digest in base64, as npm writes it.
+
+    Raises:
+        InputError: the digest differs.
     """
-    found = sha512_integrity(archive)
-    if not hmac.compare_digest(found, expected):
+    actual = sha512_integrity(archive)
+    if not hmac.compare_digest(actual, expected):
         raise InputError(
-            f"onnxruntime-web {WEB_VERSION} came as something else than what this program was made with (sha512 "
-            f"{found[:12]}…, not {expected[:12]}…): nothing of it was used; look at npm's registry setting, or give a "
-            "dist folder that you trust with --ort-web"
+            f"the downloaded onnxruntime-web {WEB_VERSION} is not the expected package (sha512 {actual[:12]}…, not "
+            f"{expected[:12]}…), and was not used; check npm's registry setting, or give a dist folder that you trust "
+            "with --ort-web"
         )
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """The files of the package's ``dist``, which has no folders in it."""
+    """Extract the files of the package's ``dist`` folder, which has no subfolders."""
     with tarfile.open(archive) as members:
         for member in members:
-            where, _, name = member.name.rpartition("/")
-            content = members.extractfile(member) if where == "package/dist" else None
+            parent, _, name = member.name.rpartition("/")
+            content = members.extractfile(member) if parent == "package/dist" else None
             if content is not None:
                 with content, (folder / name).open("wb") as file:
                     shutil.copyfileobj(content, file)

@@ -1,18 +1,21 @@
-"""A child process to its end, with what it says on the way."""
+"""Output of a child process, read until the process ends."""
 
 import subprocess
 from collections.abc import Callable
 from threading import Thread
 
+# Receives each line of a child's stderr.
 Watch = Callable[[str], None]
 
 
-def finish(process: "subprocess.Popen[str]", watch: Watch | None = None) -> tuple[str, str]:
-    """stdout and stderr of a child, both pipes of text, once it has ended; a stdin that is a pipe stays open until
-    then. By whatever way this is left, the child is gone.
+def collect_output(process: "subprocess.Popen[str]", watch: Watch | None = None) -> tuple[str, str]:
+    """Wait for a child process and return its stdout and stderr, which must be text pipes.
+
+    A stdin pipe stays open until the process ends. If this function raises, the process is killed.
 
     Args:
-        watch: called with each line of stderr as it comes; what it raises ends the child and is raised here.
+        watch: called with each line of stderr when it arrives. An exception from it kills the process and is raised
+            again.
     """
     errors: list[str] = []
     failures: list[Exception] = []
@@ -26,7 +29,7 @@ def finish(process: "subprocess.Popen[str]", watch: Watch | None = None) -> tupl
                     watch(text.rstrip("\n"))
                 except Exception as error:
                     failures.append(error)
-                    process.kill()  # else both ends would wait for each other
+                    process.kill()  # otherwise both sides would wait for each other
 
     reader = Thread(target=read_errors, daemon=True)
     reader.start()
