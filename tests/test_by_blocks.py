@@ -4,12 +4,14 @@ import pytest
 import torch
 from test_drift import FAMILIES, STRONG, along, prepared
 
+from converters.errors import InputError
 from prehab_export.compression import block_walk, calibration, chain
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import Gather, calibrate
+from prehab_export.compression.moment_files import load_statistics
 from prehab_export.compression.spool import Spool
 from prehab_export.compression.truncation import truncate
-from prehab_export.inputs import load_model
+from prehab_export.inputs.models import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.compression.calibration.CalibrationWarning")
 
@@ -123,3 +125,25 @@ def test_weights_in_single_precision_are_read_as_ever(tmp_path):
     assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
     with torch.no_grad():
         assert torch.equal(task.logits(loaded, batches[0]), task.logits(model, batches[0]))
+
+
+def test_moments_written_block_by_block_are_those_in_memory(tmp_path):
+    model, task, batches, layers, statistics, plan = prepared("llama")
+    written = calibrate(model, task, batches, layers, gather=Gather(save_to=tmp_path / "moments")).statistics
+    assert len(list((tmp_path / "moments").glob("*.safetensors"))) == len(model.model.layers)
+    for found in (written, load_statistics(tmp_path / "moments")):
+        assert_same_moments(found, statistics)
+        for name, pair in truncate(Calibrated(model, task, found), STRONG).factors.items():
+            assert torch.equal(pair.up, plan.factors[name].up)
+
+
+def test_moments_that_are_damaged_or_not_complete_are_refused(tmp_path):
+    model, task, batches, layers, *_ = prepared("bert")
+    calibrate(model, task, batches, layers, gather=Gather(save_to=tmp_path / "moments"))
+    part = next((tmp_path / "moments").glob("*.safetensors"))
+    part.write_bytes(part.read_bytes()[:-8])
+    with pytest.raises(InputError, match=r"safetensors is missing or damaged .*; calibrate again"):
+        load_statistics(tmp_path / "moments")
+    (tmp_path / "moments" / "index.json").unlink()
+    with pytest.raises(InputError, match="holds no calibration statistics"):
+        load_statistics(tmp_path / "moments")

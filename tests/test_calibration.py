@@ -14,7 +14,7 @@ from prehab_export.compression.calibration import CalibrationWarning, Gather, ca
 from prehab_export.compression.doubts_of_moments import few_tokens
 from prehab_export.compression.input_groups import shared_inputs
 from prehab_export.compression.metric import gradient_metric
-from prehab_export.compression.moments import load_statistics, save_statistics
+from prehab_export.compression.moment_files import load_statistics, save_statistics
 from prehab_export.compression.truncation import truncate
 from prehab_export.config.truncate import TruncateConfig
 from prehab_export.inputs.tasks import TASKS
@@ -201,8 +201,8 @@ def test_labels_drawn_from_the_model_need_none_and_repeat():
 def test_statistics_round_trip(tmp_path):
     model = bert()
     statistics = calibrate(model, TASKS["text-classification"], batches(), select_layers(model)).statistics
-    save_statistics(statistics, tmp_path / "s.safetensors")
-    loaded = load_statistics(tmp_path / "s.safetensors")
+    save_statistics(statistics, tmp_path / "moments")
+    loaded = load_statistics(tmp_path / "moments")
     assert loaded.groups == statistics.groups
     assert loaded.units == statistics.units == 5
     for group, moment in statistics.inputs.items():
@@ -342,10 +342,10 @@ def test_moments_without_their_sampling_are_shrunk_as_configured_and_no_further(
     model, task = bert(), TASKS["text-classification"]
     layers, config = select_layers(model), TruncateConfig(ratio=0.6, gradient_shrinkage=floor)
     plain = calibrate(model, task, batches(), layers, gather=Gather(sampling=False)).statistics
-    save_statistics(plain, tmp_path / "s.safetensors")
+    save_statistics(plain, tmp_path / "moments")
     exact = {name: Sampling(5, 0.0, 1.0) for name in layers}
     expected = truncate(Calibrated(model, task, replace(plain, gradient_sampling=exact)), config)
-    for statistics in (plain, load_statistics(tmp_path / "s.safetensors")):
+    for statistics in (plain, load_statistics(tmp_path / "moments")):
         found = truncate(Calibrated(model, task, statistics), config)
         assert found.ranks == expected.ranks
         for name, pair in found.factors.items():

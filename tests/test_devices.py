@@ -24,7 +24,7 @@ from prehab_export.compression.calibration import Gather, calibrate
 from prehab_export.compression.closed_form import Samplesets, compress
 from prehab_export.compression.drift import truncate_along
 from prehab_export.compression.factored import Factored
-from prehab_export.compression.moments import load_statistics, save_statistics
+from prehab_export.compression.moment_files import load_statistics, save_statistics
 from prehab_export.compression.prehabilitation import prehab
 from prehab_export.compression.refinement import block_refiner, refine
 from prehab_export.compression.rehabilitation import rehab
@@ -255,7 +255,7 @@ def test_everything_up_to_the_artifact_stays_on_the_device_in_float32(family, pr
     task, model, samples, _ = prepared(family)
     task, model = task.at(precision), model.to(device)
     layers, sets = select_layers(model), Samplesets(samples, samples, 8)
-    path = tmp_path / "s.safetensors"
+    path = tmp_path / "moments"
     save_statistics(calibrate(model, task, samples.batches(8), layers).statistics, path)
     statistics = load_statistics(path, device)
     refinement = RefineConfig(RefineSchedule(steps=2, batch_size=8), block_steps=2, hidden_share=0.3)

@@ -18,11 +18,11 @@ from prehab_export.compression.grid_refit import GridFit as GridFit
 from prehab_export.compression.grid_refit import refit_to_grid as refit_to_grid
 from prehab_export.compression.input_groups import shared_inputs as shared_inputs
 from prehab_export.compression.metric import layer_metric as layer_metric
+from prehab_export.compression.moment_files import load_statistics as load_statistics
+from prehab_export.compression.moment_files import save_statistics as save_statistics
 from prehab_export.compression.moments import InputMoment as InputMoment
 from prehab_export.compression.moments import Statistics as Statistics
-from prehab_export.compression.moments import load_statistics as load_statistics
 from prehab_export.compression.moments import moments_size as moments_size
-from prehab_export.compression.moments import save_statistics as save_statistics
 from prehab_export.compression.objective_choice import KindTrial as KindTrial
 from prehab_export.compression.planning import RankPlan as RankPlan
 from prehab_export.compression.planning import plan_ranks as plan_ranks

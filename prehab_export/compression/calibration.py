@@ -31,6 +31,7 @@ from prehab_export.compression.chain import Chain
 from prehab_export.compression.doubts_of_moments import doubts
 from prehab_export.compression.input_groups import exclusion, trace_inputs
 from prehab_export.compression.micro_batches import micro_batches
+from prehab_export.compression.moment_files import MomentWriter
 from prehab_export.compression.moments import Statistics
 from prehab_export.compression.spool import Spool
 from prehab_export.compression.tally import Tally, gradient_hook
@@ -58,6 +59,8 @@ class Gather:
     sampling: also estimate the sampling error of the moments, which shrinkage and the small-sample warning need.
     keep_on: device for the moments; by default the model's device.
     scratch: folder for temporary files, which hold what does not fit in memory; by default the system's.
+    save_to: new folder to write the moments to, part by part; the result then reads them from there. By default they
+        stay in memory.
 
     Raises (when created):
         InputError: ``labels`` has another value.
@@ -68,6 +71,7 @@ class Gather:
     sampling: bool = True
     keep_on: torch.device | None = None
     scratch: Path | None = None
+    save_to: Path | None = None
 
     def __post_init__(self) -> None:
         if self.labels not in FISHER_LABELS:
@@ -105,6 +109,7 @@ def calibrate(
         raise InputError("the calibration sample is empty; give a split with rows in it")
     groups, orders = trace_inputs(model, task, parts[0], layers)
     generator = torch.Generator().manual_seed(seed)
+    writer = None if gather.save_to is None else MomentWriter(gather.save_to)
 
     def labels_of(unit_logits: Tensor, batch: Batch) -> Tensor:
         return task.unit_labels(batch) if gather.labels == "data" else _sample_labels(unit_logits, generator)
@@ -117,23 +122,28 @@ def calibrate(
             sums = partial(ClusterSums if gather.sampling else PlainSums, gather.keep_on)
             return Tally({name: groups[name] for name in names}, {name: orders[name] for name in names}, sums, scale)
 
+        def settle(part: Statistics) -> Statistics:
+            part.check_finite()
+            return part if writer is None or not part.groups else writer.add(part)
+
         labels = labels_of if gather.gradients else None
         if (chain := _chain(model, task, parts[0], layers)) is not None:
             work = BlockCalibration(chain, parts, layers, tally_of, labels, Spool(folder=gather.scratch))
             with torch.no_grad(), progress("calibrate", work.steps) as advance:
-                statistics = Statistics.joined(work.parts(advance), layers)
+                statistics = Statistics.joined(map(settle, work.parts(advance)), layers)
         else:
             tally = tally_of(layers)
             with progress("calibrate", len(parts)) as advance:
                 for batch in parts:
                     tally.watch(model, task, batch, layers, labels)
                     advance()
-            statistics = tally.result()
+            statistics = settle(tally.result())
     silent = [name for name in layers if name not in statistics.gradients]
     if gather.gradients and silent:
         raise InputError(f"the loss does not depend on {exclusion(silent, groups)}")
     statistics = replace(statistics, labels=gather.labels)
-    statistics.check_finite()
+    if writer is not None:
+        writer.finish(list(layers), gather.labels)
     for message in doubts(statistics):
         warnings.warn(message, CalibrationWarning, stacklevel=2)
     return Calibrated(model, task, statistics)

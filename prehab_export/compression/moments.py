@@ -1,13 +1,10 @@
-"""Holds the input and gradient moments of a model's layers, and saves them as safetensors."""
+"""Holds the input and gradient moments of a model's layers."""
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from converters.errors import InputError
@@ -23,6 +20,30 @@ def centred(second_moment: Tensor, mean: Tensor) -> Tensor:
     covariance = second - torch.outer(mean, mean)
     varies = covariance.diagonal() > CONSTANT * second.diagonal()
     return covariance * varies * varies[:, None]
+
+
+Value = TypeVar("Value")
+
+
+class Lookup(Mapping[str, Value], Generic[Value]):
+    """A mapping whose values are fetched on every access and not kept; they may be larger than memory together."""
+
+    def __init__(self, names: Iterable[str], fetch: Callable[[str], Value]) -> None:
+        self._names, self._fetch = dict.fromkeys(names), fetch
+
+    def __getitem__(self, name: str) -> Value:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._fetch(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -61,9 +82,9 @@ class Statistics:
     labels: where the labels for the gradients came from, ``data`` or ``model`` (see `calibrate`).
     """
 
-    inputs: dict[str, InputMoment]
+    inputs: Mapping[str, InputMoment]
     groups: dict[str, str]
-    gradients: dict[str, Tensor] = field(default_factory=dict)
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
     units: int = 0
     gradient_sampling: dict[str, Sampling] = field(default_factory=dict)
     labels: str = "data"
@@ -80,17 +101,19 @@ class Statistics:
     @classmethod
     def joined(cls, parts: Iterable["Statistics"], layers: Iterable[str]) -> "Statistics":
         """Return the moments of several parts of a model as one, in the order of these layers."""
-        held = list(parts)
-        groups = {name: group for part in held for name, group in part.groups.items()}
-        inputs = {group: moment for part in held for group, moment in part.inputs.items()}
-        gradients = {name: gradient for part in held for name, gradient in part.gradients.items()}
-        sampling = {name: values for part in held for name, values in part.gradient_sampling.items()}
-        names = list(layers)
+        names, groups, inputs = list(layers), dict[str, str](), dict[str, Statistics]()
+        gradients, sampling, units = dict[str, Statistics](), dict[str, Sampling](), 0
+        for part in parts:
+            groups |= part.groups
+            inputs |= dict.fromkeys(part.inputs, part)
+            gradients |= dict.fromkeys(part.gradients, part)
+            sampling |= part.gradient_sampling
+            units = max(units, part.units)
         return cls(
-            {group: inputs[group] for group in dict.fromkeys(groups[name] for name in names)},
+            Lookup(dict.fromkeys(groups[name] for name in names), lambda group: inputs[group].inputs[group]),
             {name: groups[name] for name in names},
-            {name: gradients[name] for name in names if name in gradients},
-            max(part.units for part in held),
+            Lookup((name for name in names if name in gradients), lambda name: gradients[name].gradients[name]),
+            units,
             {name: sampling[name] for name in names if name in sampling},
         )
 
@@ -129,52 +152,6 @@ def _blend_inputs(old: InputMoment, fresh: InputMoment, share: float) -> InputMo
 _ADVICE = "check the data and the model before compressing; float16 overflows where bfloat16 and float32 do not"
 
 
-def save_statistics(statistics: Statistics, path: Path) -> None:
-    """Write the moments as one safetensors file, with counts and groups in its metadata."""
-    tensors = {f"gradient/{name}": tensor for name, tensor in statistics.gradients.items()}
-    for name, moment in statistics.inputs.items():
-        tensors[f"input/{name}"] = moment.second_moment
-        tensors[f"mean/{name}"] = moment.mean
-    facts = {
-        "groups": statistics.groups,
-        "tokens": {name: moment.tokens for name, moment in statistics.inputs.items()},
-        "units": statistics.units,
-        "labels": statistics.labels,
-        "input_sampling": {name: asdict(moment.sampling) for name, moment in statistics.inputs.items()},
-        "gradient_sampling": {name: asdict(sampling) for name, sampling in statistics.gradient_sampling.items()},
-    }
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path, metadata={"statistics": json.dumps(facts)})
-
-
 def moments_size(shapes: Iterable[tuple[int, int]], gradients: bool) -> int:
     """Return the largest number of bytes that the moments of layers of these shapes (m×n) can take."""
     return sum(4 * (n * n + (m * m if gradients else 0)) for m, n in shapes)
-
-
-def load_statistics(path: Path, device: torch.device | str = "cpu") -> Statistics:
-    """Read what `save_statistics` wrote, onto this device.
-
-    Raises:
-        InputError: the file does not hold calibration statistics, or an earlier version wrote it.
-    """
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        if "statistics" not in (file.metadata() or {}):
-            raise InputError(f"{path} holds no calibration statistics; give a statistics.safetensors of a run")
-        facts = json.loads(file.metadata()["statistics"])
-        if "labels" not in facts:
-            raise InputError(f"{path} was written by an earlier version; calibrate again")
-        names = list(file.keys())
-        inputs = {
-            name: InputMoment(
-                file.get_tensor(f"input/{name}"),
-                file.get_tensor(f"mean/{name}"),
-                tokens,
-                Sampling(**facts["input_sampling"][name]),
-            )
-            for name, tokens in facts["tokens"].items()
-        }
-        gradients = {
-            key.removeprefix("gradient/"): file.get_tensor(key) for key in names if key.startswith("gradient/")
-        }
-    sampling = {name: Sampling(**values) for name, values in facts["gradient_sampling"].items()}
-    return Statistics(inputs, facts["groups"], gradients, facts["units"], sampling, facts["labels"])
