@@ -726,7 +726,7 @@ def test_results_that_someone_has_deleted_are_not_selected(finished, tmp_path):
     shutil.copytree(finished, output)
     shutil.rmtree(stage_folder(output, "artifact"))
     assert not has_stage(output, "artifact")
-    Workspace.existing(output).save_selection()
+    Workspace.open_existing(output).save_selection()
     assert not (output / "artifact").exists()
 
 
@@ -734,8 +734,8 @@ def test_what_another_process_selected_counts_once_the_folder_is_ours(finished, 
     """Clean must not take away what a run has made between its start and its lock."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    before = Workspace.existing(output)
-    other = Workspace.existing(output)
+    before = Workspace.open_existing(output)
+    other = Workspace.open_existing(output)
     other.current.pop("report")
     other.save_selection()
     with before.locked():

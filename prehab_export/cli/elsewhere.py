@@ -98,8 +98,8 @@ result_options = titled(
 def taken_in(given: dict[str, Any]) -> bool:
     """Read back what kits have measured elsewhere; the report is then written as always."""
     if given["target_results"] and not given["dry_run"]:
-        from prehab_export.pipeline import read_back
+        from prehab_export.pipeline import import_results
 
         config, output = requested(given)
-        read_back(config, output, given["target_results"])
+        import_results(config, output, given["target_results"])
     return False

@@ -149,7 +149,7 @@ def _leave_out(facts: dict[str, Any], name: str, reason: str) -> None:
 
 def _statistics_of(artifact: Path) -> Path | None:
     """The moments that the artifact was made from, where it lies in its run's folder."""
-    if (run := Workspace.existing(artifact.resolve().parent)) is None:
+    if (run := Workspace.open_existing(artifact.resolve().parent)) is None:
         return None
     candidates = [run.folder(stage) / STATISTICS for stage in ("prehab", "calibrate") if run.has(stage)]
     return next((path for path in candidates if path.is_file()), None)

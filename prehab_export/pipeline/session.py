@@ -128,7 +128,7 @@ class Session:
             "seed": self.config.seed,
             "batch_size": self.config.data.batch_size,
         }
-        if self.workspace.is_written:
+        if self.workspace.writable:
             self.digests.save()
         return source
 
@@ -185,7 +185,7 @@ class Session:
     def layers(self, model: nn.Module) -> dict[str, DenseLinear]:
         return select_layers(model, self.config.calibrate.include, self.config.calibrate.exclude)
 
-    def load_given(self) -> PreTrainedModel:
+    def load_source_model(self) -> PreTrainedModel:
         return load_model(self.config.model, self.task, **self._origin)
 
     def load_dense(self) -> PreTrainedModel:
@@ -195,7 +195,7 @@ class Session:
         again of the device's. Truncation with drift correction needs two such models there, beside the moments.
         """
         if self.config.adapter is None:
-            return self._placed(self.load_given())
+            return self._placed(self.load_source_model())
         return self._load_stage("merge")
 
     def _load_stage(self, stage: str) -> PreTrainedModel:
@@ -207,7 +207,7 @@ class Session:
 
     def load_prepared(self) -> tuple[PreTrainedModel, Statistics]:
         """The dense model to truncate and its moments: after prehab where that ran and was kept."""
-        model = self._load_stage("prehab") if self._prehab_was_kept else self.load_dense()
+        model = self._load_stage("prehab") if self._uses_prehab else self.load_dense()
         return model, self.load_prepared_statistics()
 
     def load_teacher(self) -> tuple[str, PreTrainedModel]:
@@ -215,17 +215,17 @@ class Session:
         and has the lower held-out loss. What prehab has learned is then not unlearned after truncation; what it has
         cost is."""
         models = {"dense": self.load_dense()}
-        if self._prehab_was_kept:
+        if self._uses_prehab:
             models["prehab"] = self._load_stage("prehab")
         name = min(models, key=lambda name: self.held_out_loss(models[name])) if len(models) > 1 else "dense"
         return name, models[name].requires_grad_(False)
 
     def load_prepared_statistics(self) -> Statistics:
         """The moments of the model that is truncated."""
-        return self.load_statistics("prehab" if self._prehab_was_kept else "calibrate")
+        return self.load_statistics("prehab" if self._uses_prehab else "calibrate")
 
     @property
-    def _prehab_was_kept(self) -> bool:
+    def _uses_prehab(self) -> bool:
         wanted = self.config.prehab.train.steps > 0
         return wanted and self.workspace.read_json("prehab", "prehab.json")["kept"]
 

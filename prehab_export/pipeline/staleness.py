@@ -9,7 +9,7 @@ from typing import Any
 
 from converters.errors import InputError
 from prehab_export.config import Difference, RunConfig, differences, from_dict, plain_options, value_at, with_value
-from prehab_export.pipeline.stages.dependencies import DEPENDENCIES, Dependencies, wanted_parents
+from prehab_export.pipeline.stages.dependencies import DEPENDENCIES, Dependencies, enabled_parents
 from prehab_export.pipeline.workspace import READ_FILES, SOURCE, Workspace
 from prehab_export.system import FileDigest, read_json
 
@@ -157,14 +157,14 @@ class Staleness:
         before, workspace = manifest.get("parents"), self.workspace
         if before is None or stage not in DEPENDENCIES:
             return []
-        there = [name for name in wanted_parents(DEPENDENCIES[stage], self.config) if workspace.has(name)]
+        there = [name for name in enabled_parents(DEPENDENCIES[stage], self.config) if workspace.has(name)]
         return [name for name in there if before.get(name) != workspace.identity(name, workspace.current[name])]
 
 
-def worded(one: Difference) -> str:
+def describe_difference(one: Difference) -> str:
     """An option that differs, as a person reads it.
 
-    >>> worded(Difference("truncate.ratio", 0.6, 0.8))
+    >>> describe_difference(Difference("truncate.ratio", 0.6, 0.8))
     'truncate.ratio 0.6 → 0.8'
     """
     return f"{one.path} {_short(one.before)} → {_short(one.after)}"
@@ -181,7 +181,7 @@ def _is_of(source: Origin, one: Difference) -> bool:
 
 
 def _asked(stage: Dependencies, config: RunConfig) -> Any:
-    return stage.options(config) if stage.wanted(config) else None
+    return stage.options(config) if stage.is_enabled(config) else None
 
 
 def _ancestors(stage: str) -> list[str]:

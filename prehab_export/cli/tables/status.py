@@ -3,7 +3,7 @@
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prehab_export.pipeline import RunStatus, worded
+from prehab_export.pipeline import RunStatus, describe_difference
 from prehab_export.system import result_console
 
 STYLES = {"current": "green", "stale": "yellow", "missing": "red", "not wanted": "dim"}
@@ -21,7 +21,7 @@ def print_status(found: RunStatus) -> None:
         made = "" if row.made is None else row.made[:16].replace("T", " ")
         took = "" if row.seconds is None else f"{row.seconds:,.0f} s"
         size = f"{row.bytes / 1e6:,.1f}" if row.made is not None else ""
-        why = "; ".join([*map(worded, row.reasons.options), *row.reasons.others])
+        why = "; ".join([*map(describe_difference, row.reasons.options), *row.reasons.others])
         table.add_row(row.stage, row.state, made, took, size, why, style=STYLES[row.state])
     console.print(table)
     for name, target in found.targets.items():

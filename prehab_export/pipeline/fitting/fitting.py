@@ -19,7 +19,7 @@ from prehab_export.pipeline.fitting.request import FitRequest
 from prehab_export.pipeline.fitting.search import FLOAT32, Candidate, Search, chosen, corrected, distinct, finalists
 from prehab_export.pipeline.fitting.surveying import Survey, survey_target
 from prehab_export.pipeline.fitting.target import check_target
-from prehab_export.pipeline.running import bring_up, opened_beside
+from prehab_export.pipeline.running import side_session, update_stages
 from prehab_export.pipeline.session import Session
 from prehab_export.system import BudgetError, bar
 
@@ -40,10 +40,10 @@ def fit(config: RunConfig, output: Path, request: FitRequest) -> Path:
     given, cut = config, replace(config.truncate, budget=PARAMETERS, objective="fisher", allocation="loss")
     config = replace(config, truncate=cut)
     check_target(request.target, request.threads)
-    with opened_beside(config, output, given, ["baseline"]) as session:
+    with side_session(config, output, given, ["baseline"]) as session:
         session.workspace.hide("fit")  # of another budget perhaps: it must not stand there as this one's
         names = ["merge"] if config.adapter is not None else []
-        bring_up(session, [*names, "calibrate", "baseline"])
+        update_stages(session, [*names, "calibrate", "baseline"])
         models = FitModels(session)
         told = survey_target(models, request)
         candidates, finals = _contest(models, request, told.search)

@@ -17,7 +17,7 @@ from prehab_export.pipeline.fitting.request import FitRequest
 from prehab_export.pipeline.fitting.search import FLOAT32, Knowledge, Line, Search, Setup
 from prehab_export.pipeline.fitting.survey import Anchor, LayerGraph, understood, write_layer_graphs
 from prehab_export.pipeline.fitting.target import measure_layers, measure_models, visit_facts
-from prehab_export.pipeline.latency_budget import layer_shapes, tokens_at_a_time
+from prehab_export.pipeline.latency_budget import layer_shapes, tokens_per_request
 from prehab_export.system import bar, say, write_json
 
 # Shares of the selected parameters that the anchors lack.
@@ -42,7 +42,7 @@ def survey_target(models: FitModels, request: FitRequest) -> Survey:
     Raises:
         InputError: memory is limited, and the target does not tell how much a model takes.
     """
-    plans, tokens = _anchor_plans(models), tokens_at_a_time(models.session)
+    plans, tokens = _anchor_plans(models), tokens_per_request(models.session)
     anchors = [_anchor(models, plan, mode) for plan, mode in plans]
     options = {
         **visit_facts(request.target, bench_config(models.session)),

@@ -24,7 +24,7 @@ from prehab_export.system import bar, say, warn, write_json
 
 
 def merge_adapter(session: Session, folder: Path) -> None:
-    model = session.load_given()
+    model = session.load_source_model()
     tied = ties_embeddings(model.config)
     merge_dense_adapter(model, Path(str(session.config.adapter)))
     if tied and not ties_embeddings(model.config):
@@ -35,7 +35,7 @@ def merge_adapter(session: Session, folder: Path) -> None:
 def calibrate_dense(session: Session, folder: Path) -> None:
     model = session.load_dense()
     check_runs(model, session.task, session.calibration)
-    statistics = gather(session, model)
+    statistics = gather_statistics(session, model)
     save_statistics(statistics, folder / STATISTICS)
     warned = doubts(statistics)
     for warning in warned:
@@ -52,7 +52,7 @@ def calibrate_dense(session: Session, folder: Path) -> None:
     write_json(folder / "calibrate.json", facts)
 
 
-def gather(session: Session, model: PreTrainedModel) -> Statistics:
+def gather_statistics(session: Session, model: PreTrainedModel) -> Statistics:
     """The moments that the run's options ask for."""
     options = session.config
     layers = session.layers(model)

@@ -18,7 +18,7 @@ class Dependencies:
     name: str
     options: Callable[[RunConfig], Mapping[str, Any]]
     parents: tuple[str, ...] = ()
-    wanted: Callable[[RunConfig], bool] = lambda _config: True
+    is_enabled: Callable[[RunConfig], bool] = lambda _config: True
 
 
 def _calibration_options(config: RunConfig) -> dict[str, Any]:
@@ -58,7 +58,7 @@ _QUOTED = ("calibrate", "prehab", "truncate", "refine", "rehab", "export", "base
 DEPENDENCIES = {
     stage.name: stage
     for stage in (
-        Dependencies("merge", lambda c: {}, wanted=lambda c: c.adapter is not None),
+        Dependencies("merge", lambda c: {}, is_enabled=lambda c: c.adapter is not None),
         Dependencies("calibrate", _calibration_options, ("merge",)),
         Dependencies("times", _times_options, ("calibrate",), lambda c: c.truncate.latency is not None),
         Dependencies(
@@ -105,6 +105,6 @@ DEPENDENCIES = {
 }
 
 
-def wanted_parents(stage: Dependencies, config: RunConfig) -> list[str]:
+def enabled_parents(stage: Dependencies, config: RunConfig) -> list[str]:
     """The stages that this one reads, of those that these options ask for."""
-    return [name for name in stage.parents if DEPENDENCIES[name].wanted(config)]
+    return [name for name in stage.parents if DEPENDENCIES[name].is_enabled(config)]

@@ -55,7 +55,7 @@ def quantize(session: Session, folder: Path) -> None:
     write_json(folder / "quantize.json", {"graphs": rows})
 
 
-def graphs_of(session: Session) -> dict[str, Path]:
+def run_graphs(session: Session) -> dict[str, Path]:
     """Name → graph, of all that a finished run has to measure; the dense float32 one comes first."""
     root = session.workspace
     return {
@@ -66,9 +66,9 @@ def graphs_of(session: Session) -> dict[str, Path]:
 
 
 def graph_hashes(session: Session) -> dict[str, str]:
-    """Name → hash of what a graph of `graphs_of` is made of: its file, and that of its weights if it has one."""
+    """Name → hash of what a graph of `run_graphs` is made of: its file, and that of its weights if it has one."""
     workspace, hashes = session.workspace, {}
-    for name, graph in graphs_of(session).items():
+    for name, graph in run_graphs(session).items():
         stage = graph.relative_to(workspace.root / "stages").parts[0]
         manifest = workspace.manifest(stage, workspace.current[stage])
         assert manifest is not None

@@ -29,7 +29,7 @@ class Stage(Dependencies):
     """What a stage does, and what it reads besides its options and the stages before it."""
 
     work: Callable[[Session, Path], None] = field(kw_only=True)
-    outside: Callable[[Session], Mapping[str, Any]] = field(kw_only=True)
+    external_inputs: Callable[[Session], Mapping[str, Any]] = field(kw_only=True)
 
 
 def _judging(session: Session) -> dict[str, Any]:
@@ -59,9 +59,9 @@ WORK: dict[str, Callable[[Session, Path], None]] = {
     "report": lambda session, folder: write_report(session, folder, target_results(session)),
 }
 
-OUTSIDE = {"baseline": _judging, "verify": _judging, "quantize": _judging, "report": _measured_elsewhere}
+EXTERNAL_INPUTS = {"baseline": _judging, "verify": _judging, "quantize": _judging, "report": _measured_elsewhere}
 
 STAGES = {
-    name: Stage(**vars(own), work=WORK[name], outside=OUTSIDE.get(name, lambda _session: {}))
+    name: Stage(**vars(own), work=WORK[name], external_inputs=EXTERNAL_INPUTS.get(name, lambda _session: {}))
     for name, own in DEPENDENCIES.items()
 }

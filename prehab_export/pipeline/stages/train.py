@@ -13,7 +13,7 @@ from converters.folder import save_folder
 from prehab_export.compression import Calibrated, Factored, find_strength, prehab, refine, rehab, save_statistics
 from prehab_export.config import AUTO, USUAL_STRENGTH, PrehabConfig
 from prehab_export.pipeline.session import STATISTICS, Session
-from prehab_export.pipeline.stages.calibrate import gather
+from prehab_export.pipeline.stages.calibrate import gather_statistics
 from prehab_export.pipeline.stages.compress import compressed_loss, save_factored
 from prehab_export.system import bar, named, say, write_json
 
@@ -55,7 +55,7 @@ def _prehabbed(
     history = prehab(
         calibrated, session.training, options, config.cut, evaluate=evaluate, seed=config.seed, progress=progress
     )
-    return history, calibrated.with_statistics(gather(session, cast(PreTrainedModel, calibrated.model)))
+    return history, calibrated.with_statistics(gather_statistics(session, cast(PreTrainedModel, calibrated.model)))
 
 
 def _with_found_strength(session: Session, calibrated: Calibrated) -> tuple[PrehabConfig, list[dict[str, float]]]:
