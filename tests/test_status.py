@@ -125,7 +125,7 @@ def test_a_report_of_other_measurements_is_stale(place):
     workspace = Workspace.open_existing(place / "run")
     workspace.select("export", None)
     workspace.save_selection()
-    assert reasons(place / "run", "export") == ["something else that it was made from is another now"]
+    assert reasons(place / "run", "export") == ["something else that it was made from has changed"]
 
 
 def test_work_that_came_out_otherwise_is_named(place):
@@ -135,7 +135,7 @@ def test_work_that_came_out_otherwise_is_named(place):
     manifest["files"]["truncate.json"]["sha256"] = "0" * 64
     workspace._write_manifest("truncate", key, manifest)
     assert states(place / "run")["truncate"] == "current"
-    assert reasons(place / "run", "export") == ["truncate was made anew, with another outcome"]
+    assert reasons(place / "run", "export") == ["truncate ran again with a different result"]
 
 
 def test_a_changed_model_is_named_by_file(place):
@@ -153,7 +153,7 @@ def test_a_changed_model_is_named_by_file(place):
 def test_a_file_too_large_to_look_into_is_only_noted(place, monkeypatch):
     from prehab_export.pipeline import staleness
 
-    monkeypatch.setattr(staleness, "HASHED", 10)
+    monkeypatch.setattr(staleness, "HASH_LIMIT", 10)
     weights = place / "model" / "model.safetensors"
     os.utime(weights, ns=(0, 0))
     found = status(place / "run")

@@ -1,4 +1,4 @@
-"""The stage that measures a run's graphs here."""
+"""The stage that measures a run's graphs on this machine, and the results of other targets."""
 
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from prehab_export.system import bar, write_json
 
 
 def bench_graphs(session: Session, folder: Path) -> None:
+    """Measure the run's graphs and write ``bench.json``."""
     vocabulary = vocabulary_size(session.model_config)
     write_json(folder / "bench.json", bench(run_graphs(session), bench_config(session), vocabulary, bar))
 
 
 def target_results(session: Session) -> dict[str, Any]:
-    """What was measured elsewhere of these very graphs."""
+    """Return target name → results, for the run's current graphs."""
     return matching_target_results(session.workspace.root, graph_hashes(session))
