@@ -24,7 +24,7 @@ from prehab_export.pipeline.workload import Layer, Workload, count_workload
 from prehab_export.pipeline.workspace import Workspace
 from prehab_export.system import check_disk_space, free_space, machine_facts
 
-UP_TO_DATE, TO_DO, IF_CHANGED, UNWANTED = "up to date", "to do", "if changed", "not wanted"
+UP_TO_DATE, TO_DO, IF_CHANGED, DISABLED = "up to date", "to do", "if changed", "not wanted"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _forecast(session: Session, names: list[str], valid: Collection[str], disk_b
     stages = []
     for name in names:
         if not STAGES[name].is_enabled(config):
-            stages.append(StageForecast(name, UNWANTED))
+            stages.append(StageForecast(name, DISABLED))
         elif session.workspace.has(name):
             stages.append(StageForecast(name, UP_TO_DATE))
         else:

@@ -34,7 +34,7 @@ from prehab_export.system import bar, say, warn, write_json
 
 
 def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
-    """Bring the run up to date as far as its graphs, and measure them on the target.
+    """Bring the run up to date through the stages before ``bench``, and measure its graphs on the target.
 
     Returns:
         The file of results, or the kit's folder for a ``kit:`` target.
@@ -64,10 +64,10 @@ def bench_on_target(config: RunConfig, output: Path, target: Target) -> Path:
             if target.by_hand:
                 return _serve_by_hand(session, kit, target)
             results = _measure(kit, target, _thread_counts(session))
-        return keep_results(session, results, _file_name(target.name))
+        return store_results(session, results, _file_name(target.name))
 
 
-def keep_results(session: Session, results: Json, name: str) -> Path:
+def store_results(session: Session, results: Json, name: str) -> Path:
     """Store a target's results in the run's folder, and update the run's report if there is one.
 
     Returns:
@@ -77,9 +77,8 @@ def keep_results(session: Session, results: Json, name: str) -> Path:
     folder.mkdir(exist_ok=True)
     file = folder / f"{name}.json"
     write_json(file, results)
-    if session.workspace.has("artifact") and name not in matching_target_results(
-        session.workspace.root, graph_hashes(session)
-    ):
+    root = session.workspace.root
+    if session.workspace.has("artifact") and name not in matching_target_results(root, graph_hashes(session)):
         warn(f"{name} was measured with a kit of other options; the report shows it only under those options")
     if session.workspace.has("report"):
         update_through(session, "report")
@@ -90,6 +89,8 @@ def import_results(config: RunConfig, output: Path, results: Sequence[Path]) -> 
     """Store results that were measured by hand with a kit of this run.
 
     Args:
+        config: the run's options.
+        output: the run's folder.
         results: files of results.
 
     Raises:
@@ -98,7 +99,7 @@ def import_results(config: RunConfig, output: Path, results: Sequence[Path]) -> 
     results_by_path = {path: read_results(path) for path in results}
     with run_session(config, output) as session:
         for path, values in results_by_path.items():
-            keep_results(session, values, _file_name(path.stem))
+            store_results(session, values, _file_name(path.stem))
 
 
 def _make_kit(session: Session, folder: Path, target: Target) -> Kit:
@@ -111,7 +112,7 @@ def _serve_by_hand(session: Session, kit: Kit, target: Target) -> Path:
     """Serve the kit to browsers and store all results that they send; return the file of results."""
 
     def on_results(results: Json) -> None:
-        say(f"results arrived; they are in {keep_results(session, results, 'browser-by-hand')}")
+        say(f"results arrived; they are in {store_results(session, results, 'browser-by-hand')}")
 
     def on_start(addresses: list[str]) -> None:
         say(f"open {' or '.join(addresses)} in a browser and press Start; Ctrl-C stops the server")

@@ -100,12 +100,12 @@ def _try_refit(
         before = held_out(graph, f"held-out loss, {mode}").loss
         after = held_out(candidate, f"held-out loss, {mode} refitted").loss
         refitted = graph_metrics(session, candidate, f"compressed {mode} refitted")
-        if kept := after < before:
+        if is_kept := after < before:
             move_together(folder, data_file(graph), graph)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     facts = {
-        "kept": kept,
+        "kept": is_kept,
         "layers": sum(len(fit.layers) for fit in fits),
         "objective_plain": sum(fit.plain for fit in fits),
         "objective_refitted": sum(fit.refitted for fit in fits),
@@ -114,7 +114,7 @@ def _try_refit(
         "plain": asdict(plain),
         "refitted": asdict(refitted),
     }
-    return refitted if kept else plain, facts
+    return refitted if is_kept else plain, facts
 
 
 def _refit_weights(session: Session, source: Path, target: Path, mode: str) -> list[GridFit]:

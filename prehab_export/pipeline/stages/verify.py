@@ -73,7 +73,7 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
     """Run `verify` in a new interpreter, so that it cannot use anything but the files on disk; write ``verify.json``.
 
     Raises:
-        InputError, ParityError: the process reported such an error.
+        InputError, ParityError: `verify` raised this error in the other process.
         StorageError: the disk of the run or of temporary files is full or fails.
         RuntimeError: the process ended in any other way.
     """
