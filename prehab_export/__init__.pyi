@@ -85,7 +85,6 @@ from prehab_export.linalg import Sampling as Sampling
 from prehab_export.measurement import bench as bench
 from prehab_export.pipeline import FitRequest as FitRequest
 from prehab_export.pipeline import Forecast as Forecast
-from prehab_export.pipeline import KeptResults as KeptResults
 from prehab_export.pipeline import LayerForecast as LayerForecast
 from prehab_export.pipeline import Leftover as Leftover
 from prehab_export.pipeline import RunStatus as RunStatus
@@ -93,6 +92,7 @@ from prehab_export.pipeline import SizeForecast as SizeForecast
 from prehab_export.pipeline import StageForecast as StageForecast
 from prehab_export.pipeline import StageStatus as StageStatus
 from prehab_export.pipeline import StaleReasons as StaleReasons
+from prehab_export.pipeline import UnusedResults as UnusedResults
 from prehab_export.pipeline import Workspace as Workspace
 from prehab_export.pipeline import fit as fit
 from prehab_export.pipeline import forecast as forecast

@@ -236,7 +236,7 @@ def first_stage(path: str) -> str | None:
     changed = from_dict(RunConfig, with_value(asdict(base), path, value))
     assert changed != base, path
     for stage in DEPENDENCIES.values():
-        before, after = (stage.options(config) if stage.wanted(config) else None for config in (base, changed))
+        before, after = (stage.options(config) if stage.is_enabled(config) else None for config in (base, changed))
         if before != after:
             return stage.name
     return None

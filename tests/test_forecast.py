@@ -16,12 +16,12 @@ from prehab_export.config.run import RunConfig
 from prehab_export.config.training import PrehabConfig, RefineConfig, RefineSchedule, RehabConfig, TrainConfig
 from prehab_export.config.truncate import TruncateConfig
 from prehab_export.pipeline.effort import Counts, Effort, Work
-from prehab_export.pipeline.graph_sizes import Numbers
+from prehab_export.pipeline.graph_sizes import ParameterCounts
 from prehab_export.pipeline.memory import Memory
-from prehab_export.pipeline.pace import Pace, measured_pace
+from prehab_export.pipeline.pace import Pace, measure_pace
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.dependencies import DEPENDENCIES
-from prehab_export.pipeline.workload import Layer, Workload, _counted, workload
+from prehab_export.pipeline.workload import Layer, Workload, _count_operations, count_workload
 from prehab_export.pipeline.workspace import Workspace
 
 
@@ -78,7 +78,7 @@ def test_it_agrees_with_the_run(bert_folder, reviews, tmp_path, capsys):
     done = facts_of(capsys, "run", tmp_path / "run", "--allocation", "loss")
     assert states(done)["truncate"] == "to do"
     done = facts_of(capsys, "run", tmp_path / "run", "--allocation", "uniform")
-    assert done["ranks_from"] == "the truncation that is there"
+    assert done["ranks_from"] == "the existing truncation"
     assert done["selected"]["after"] == cut["selected_parameters_after"]
     assert [stage for stage, state in states(done).items() if state == "to do"] == ["artifact", "bench", "report"]
 
@@ -165,11 +165,11 @@ def test_it_tells_nothing_of_other_places(vit_folder, tmp_path, capsys):
 
 def session_of(model, task, data, **options):
     config = RunConfig(str(model), task, DataConfig(str(data), **options), calibrate=CalibrateConfig(samples=16))
-    return Session(config, Workspace.looked_at(model.parent / "nowhere"))
+    return Session(config, Workspace.open_read_only(model.parent / "nowhere"))
 
 
 def test_the_workload_is_counted_on_the_model_itself(llama_folder, prose):
-    load = workload(session_of(llama_folder, "text-generation", prose, sequence_length=16))
+    load = count_workload(session_of(llama_folder, "text-generation", prose, sequence_length=16))
     assert {layer.rows for layer in load.layers} == {16.0}
     assert len(load.inputs) == 2 * 4  # q, k and v share one, gate and up another
     assert load.blocks == 2
@@ -182,7 +182,7 @@ def test_a_model_that_does_not_run_without_weights_is_counted_by_its_parameters(
     config = BartConfig(d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=64, eos_token_id=3, pad_token_id=0)
     with torch.device("meta"):
         model = BartForSequenceClassification(config)
-    assert _counted(model, {}, {"input_ids": torch.zeros(2, 4, dtype=torch.long)}) is None
+    assert _count_operations(model, {}, {"input_ids": torch.zeros(2, 4, dtype=torch.long)}) is None
 
 
 LOAD = Workload(1e9, 1e6, 1e3, 10**7, tuple(Layer(f"m.{at}.q", 384, 384, 50.0, at) for at in range(6)))
@@ -207,7 +207,7 @@ def everything(steps: int = 64, **changes) -> RunConfig:
 
 
 def seconds(config: RunConfig, stage: str, kept: float = 0.4) -> float:
-    return Effort(config, LOAD, COUNTS, kept).of(stage).at(Pace(1e11, 5e10, 1.0))
+    return Effort(config, LOAD, COUNTS, kept).stage_work(stage).at(Pace(1e11, 5e10, 1.0))
 
 
 def test_every_stage_has_an_effort_and_more_work_takes_longer():
@@ -215,7 +215,7 @@ def test_every_stage_has_an_effort_and_more_work_takes_longer():
     for stage in DEPENDENCIES:
         assert 0 < seconds(short, stage) < 3600
         if stage != "bench":
-            assert Memory(short, LOAD, 0.4).of(stage) >= 0
+            assert Memory(short, LOAD, 0.4).stage_bytes(stage) >= 0
     for stage in ("prehab", "refine", "rehab"):
         assert seconds(long, stage) > 1.5 * seconds(short, stage) - 10
     assert seconds(replace(short, prehab=replace(short.prehab, strength="auto")), "prehab") > seconds(short, "prehab")
@@ -227,7 +227,7 @@ def test_every_stage_has_an_effort_and_more_work_takes_longer():
 def test_work_adds_up():
     assert Work(1, 2, 3) + Work(1, 1, 1).times(2) == Work(3, 4, 5)
     assert Work(2e9, 1e9, 1.0).at(Pace(1e9, 1e9, 2.0)) == pytest.approx(5.0)
-    pace = measured_pace(torch.device("cpu"))
+    pace = measure_pace(torch.device("cpu"))
     assert min(pace.float32, pace.float64, pace.slowness) > 0
 
 
@@ -235,8 +235,8 @@ def test_a_table_that_is_the_head_too_is_counted_once():
     from small_models import build
 
     model = build("llama-tied")
-    numbers = Numbers.of(model)
-    assert numbers.matrices + numbers.tables + numbers.rest == sum(weight.numel() for weight in model.parameters())
+    numbers = ParameterCounts.of(model)
+    assert numbers.matrices + numbers.tables + numbers.others == sum(weight.numel() for weight in model.parameters())
     assert numbers.tables == 50 * 32
     assert numbers.bytes("float32") == 4 * sum(weight.numel() for weight in model.parameters())
     assert numbers.bytes("int4") < numbers.bytes("int8") < numbers.bytes("float16") < numbers.bytes("float32")

@@ -28,7 +28,7 @@ from prehab_export.measurement.targets.local import matrix, measure_locally
 from prehab_export.measurement.targets.results import read_results
 from prehab_export.pipeline.fitting.target import check_target
 from prehab_export.pipeline.target_bench import bench_on_target
-from prehab_export.pipeline.target_results import kept_results
+from prehab_export.pipeline.target_results import load_target_results
 from prehab_export.system.errors import ParityError, TargetError
 
 QUICK = BenchConfig(threads=1, sequence_lengths=(6,), warmup=0, rounds=2, min_seconds=0.0, new_tokens=4)
@@ -249,7 +249,7 @@ def test_what_is_no_results_file(tmp_path, text):
     (tmp_path / "targets").mkdir()
     (tmp_path / "targets" / "phone.json").write_text(text)
     with pytest.raises(InputError, match=r"phone\.json"):
-        kept_results(tmp_path)
+        load_target_results(tmp_path)
 
 
 def test_results_of_another_kit_are_refused(kits, own_kit):

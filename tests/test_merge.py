@@ -107,7 +107,7 @@ def test_the_other_graphs_are_made_again(bert, tmp_path, capsys):
     graph.with_name(FILE_NAMES["int8-static"]).write_bytes(b"made with data")
     graph.with_name("someone_elses.onnx").write_bytes(b"")
     facts = merge_lora(artifact, adapter, tmp_path / "merged", threads=1)
-    left_out = {FILE_NAMES["int8-static"]: "data", "someone_elses.onnx": "cannot tell"}
+    left_out = {FILE_NAMES["int8-static"]: "data", "someone_elses.onnx": "does not know"}
     merged = tmp_path / "merged/onnx"
     had = {file.name for file in graph.parent.iterdir()}
     assert {file.name for file in merged.iterdir()} == had - left_out.keys()

@@ -99,5 +99,5 @@ def test_an_ort_file_that_answers_otherwise_is_not_published(vit_folder, tmp_pat
     monkeypatch.setattr(ort_files, "TOLERANCE", -1.0)
     output = tmp_path / "run"
     assert invoke("export", *vit_options(vit_folder), "-o", output, "--ort") == 3
-    assert "model.ort is off by" in capsys.readouterr().err
+    assert "model.ort differs by" in capsys.readouterr().err
     assert not has_stage(output, "ort")

@@ -237,7 +237,7 @@ def test_a_cache_of_latents(llama_folder, prose, tmp_path, capsys):
     assert report["export"]["cache_bytes_per_token"] < report["baseline"]["cache_bytes_per_token"]
     assert "cache, kB per token" in (tmp_path / "run/report/report.md").read_text()
     assert not (tmp_path / "run/artifact/genai_config.json").exists()
-    assert "onnxruntime-genai knows no such cache" in captured.err
+    assert "onnxruntime-genai does not support this kind of cache" in captured.err
     task = ["--task", "text-classification", "-o", tmp_path / "other"]
     assert invoke("run", llama_folder, *task, "--kv-cache", "latent", "--data", prose) == 2
     assert "has no cache" in capsys.readouterr().err
@@ -571,7 +571,7 @@ def test_what_follows_work_that_came_out_otherwise_is_done_again(vit_folder, tmp
     output = tmp_path / "run"
     options = [*vit_options(vit_folder), "-o", output]
     assert invoke("verify", *options) == 0
-    artifact, original = hashes(output / "artifact"), stages._compressed
+    artifact, original = hashes(output / "artifact"), stages._compress_model
 
     def otherwise(session, calibrated):
         result = original(session, calibrated)
@@ -579,10 +579,10 @@ def test_what_follows_work_that_came_out_otherwise_is_done_again(vit_folder, tmp
             pair.up.mul_(0.5)
         return result
 
-    monkeypatch.setattr(stages, "_compressed", otherwise)
+    monkeypatch.setattr(stages, "_compress_model", otherwise)
     assert invoke("truncate", *options, "--force") == 0
     assert not (output / "artifact").exists()
-    monkeypatch.setattr(stages, "_compressed", original)
+    monkeypatch.setattr(stages, "_compress_model", original)
     assert invoke("verify", *options) == 0
     assert hashes(output / "artifact")["model.safetensors"] != artifact["model.safetensors"]
     cut, exported = (from_pretrained(stage_folder(output, stage) / "model") for stage in ("truncate", "export"))
@@ -599,7 +599,7 @@ def test_work_done_again_that_is_killed_makes_no_leftovers_of_what_was_there(fin
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "gather", killed)
+    monkeypatch.setattr(stages, "gather_statistics", killed)
     assert invoke("calibrate", output, "--force") == 130
     assert (output / "artifact").is_dir()
     assert invoke("clean", output) == 0
@@ -616,7 +616,7 @@ def test_what_is_refuted_when_done_again_does_not_come_back(finished, tmp_path, 
     def refuted(*_):
         raise ParityError("the artifact answers otherwise")
 
-    monkeypatch.setattr(pipeline, "_do", refuted)
+    monkeypatch.setattr(pipeline, "_run_stage", refuted)
     assert invoke("verify", output, "--force") == 3
     assert not (output / "artifact").exists()
     assert invoke("report", output) == 3  # verified again, not taken as verified before
@@ -726,7 +726,7 @@ def test_results_that_someone_has_deleted_are_not_selected(finished, tmp_path):
     shutil.copytree(finished, output)
     shutil.rmtree(stage_folder(output, "artifact"))
     assert not has_stage(output, "artifact")
-    Workspace.existing(output).save_selection()
+    Workspace.open_existing(output).save_selection()
     assert not (output / "artifact").exists()
 
 
@@ -734,8 +734,8 @@ def test_what_another_process_selected_counts_once_the_folder_is_ours(finished, 
     """Clean must not take away what a run has made between its start and its lock."""
     output = tmp_path / "run"
     shutil.copytree(finished, output)
-    before = Workspace.existing(output)
-    other = Workspace.existing(output)
+    before = Workspace.open_existing(output)
+    other = Workspace.open_existing(output)
     other.current.pop("report")
     other.save_selection()
     with before.locked():

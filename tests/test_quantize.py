@@ -326,7 +326,7 @@ def test_a_run_with_quantised_graphs(vit_folder, tmp_path, capsys):
 
 
 def test_a_text_run_with_blocks(bert_folder, reviews, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantization, "SAMPLE", 8)
+    monkeypatch.setattr(quantization, "ACTIVATION_SAMPLES", 8)
     output = tmp_path / "run"
     options = ["--task", "text-classification", "--data", reviews, "--calibration-samples", "16", "--threads", "1"]
     assert (

@@ -13,8 +13,8 @@ from test_pipeline import QUICK, TEXT, hashes, invoke, vit_options
 from prehab_export import status
 from prehab_export.config.options import from_dict, read_options
 from prehab_export.config.run import RunConfig
-from prehab_export.pipeline.running import opened
-from prehab_export.pipeline.staleness import worded
+from prehab_export.pipeline.running import run_session
+from prehab_export.pipeline.staleness import describe_difference
 from prehab_export.pipeline.workspace import Workspace
 
 
@@ -46,7 +46,7 @@ def states(output: Path) -> dict[str, str]:
 
 def reasons(output: Path, stage: str) -> list[str]:
     (row,) = (row for row in status(output).stages if row.stage == stage)
-    return [*map(worded, row.reasons.options), *row.reasons.others]
+    return [*map(describe_difference, row.reasons.options), *row.reasons.others]
 
 
 def edit(output: Path, before: str, after: str) -> None:
@@ -122,20 +122,20 @@ def test_a_result_of_options_that_come_back_is_found_again(place):
 
 def test_a_report_of_other_measurements_is_stale(place):
     """What only the last command could see."""
-    workspace = Workspace.existing(place / "run")
+    workspace = Workspace.open_existing(place / "run")
     workspace.select("export", None)
     workspace.save_selection()
-    assert reasons(place / "run", "export") == ["something else that it was made from is another now"]
+    assert reasons(place / "run", "export") == ["something else that it was made from has changed"]
 
 
 def test_work_that_came_out_otherwise_is_named(place):
-    workspace = Workspace.existing(place / "run")
+    workspace = Workspace.open_existing(place / "run")
     key = workspace.current["truncate"]
     manifest = workspace.manifest("truncate", key)
     manifest["files"]["truncate.json"]["sha256"] = "0" * 64
     workspace._write_manifest("truncate", key, manifest)
     assert states(place / "run")["truncate"] == "current"
-    assert reasons(place / "run", "export") == ["truncate was made anew, with another outcome"]
+    assert reasons(place / "run", "export") == ["truncate ran again with a different result"]
 
 
 def test_a_changed_model_is_named_by_file(place):
@@ -153,7 +153,7 @@ def test_a_changed_model_is_named_by_file(place):
 def test_a_file_too_large_to_look_into_is_only_noted(place, monkeypatch):
     from prehab_export.pipeline import staleness
 
-    monkeypatch.setattr(staleness, "HASHED", 10)
+    monkeypatch.setattr(staleness, "HASH_LIMIT", 10)
     weights = place / "model" / "model.safetensors"
     os.utime(weights, ns=(0, 0))
     found = status(place / "run")
@@ -189,7 +189,7 @@ def test_changed_data_is_named(bert_folder, reviews, tmp_path):
 
 
 def test_results_of_another_version_and_damaged_ones_are_named(place):
-    workspace = Workspace.existing(place / "run")
+    workspace = Workspace.open_existing(place / "run")
     key = workspace.current["truncate"]
     manifest = workspace.manifest("truncate", key)
     manifest["versions"]["prehab-export"] = "0.0.9"
@@ -222,7 +222,7 @@ def test_it_agrees_with_what_a_run_would_do(place):
         edit(place / "run", before, after)
         told = {stage for stage, state in states(place / "run").items() if state == "current"}
         config = from_dict(RunConfig, read_options(place / "run" / "run.yaml"))
-        with opened(config, place / "run") as session:
+        with run_session(config, place / "run") as session:
             assert set(session.workspace.current) == told
 
 
@@ -235,7 +235,7 @@ def test_sweeps_targets_and_unfinished_work_are_told(place, capsys):
     found = status(place / "run")
     assert found.sweep == {"method": ["fisher"], "ratio": [0.5]}
     assert found.targets["board"]["cpu"] == "a board"
-    assert found.notes == ("stages/truncate/0123.partial is unfinished: a command is at work here, or was killed",)
+    assert found.notes == ("stages/truncate/0123.partial is unfinished: a command is running here, or was killed",)
     assert [kept.stage for kept in found.kept] == ["sweep"]
     capsys.readouterr()
     assert invoke("status", place / "run") == 0

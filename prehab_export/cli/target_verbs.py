@@ -110,8 +110,8 @@ result_options = titled_option(
 def read_target_results(parameters: dict[str, Any]) -> bool:
     """Copy the results of kits into the run's folder. Return False, because the report still has to be written."""
     if parameters["target_results"] and not parameters["dry_run"]:
-        from prehab_export.pipeline import read_back
+        from prehab_export.pipeline import import_results
 
         config, output = parse_request(parameters)
-        read_back(config, output, parameters["target_results"])
+        import_results(config, output, parameters["target_results"])
     return False

@@ -1,4 +1,4 @@
-"""Everything about a run that can be refused or foretold before slow work."""
+"""Checks of a run's input, and the estimate of its disk use, before slow work begins."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +17,15 @@ from prehab_export.system import say, warn
 
 
 def check(session: Session) -> None:
-    """Everything that can be refused before slow work is refused here.
+    """Refuse bad input before slow work begins.
 
     Raises:
-        InputError: see the table of bad input in the README.
+        InputError: the input is bad in one of the ways that the README lists.
     """
     choose_device(session.config.device, session.config.precision)
     check_provider(session.config.bench.provider)
     model = session.empty_model
-    session.layers(model)  # patterns that match nothing are refused
+    session.layers(model)  # raises for patterns that match nothing
     _check_share(session.coverage, session.config)
     if session.config.adapter is not None:
         check_fit(model, Path(session.config.adapter))
@@ -37,7 +37,7 @@ def check(session: Session) -> None:
         )
     if len(session.training) < 2:
         raise InputError(
-            f"the training split has {len(session.data.train)} samples, too few to calibrate on and to decide by; "
+            f"the training split has {len(session.data.train)} samples, too few to calibrate and to hold some out; "
             "give more data"
         )
     bench_config(session)
@@ -46,29 +46,29 @@ def check(session: Session) -> None:
         say(f"weights are {' and '.join(session.weights.dtypes)}; the artifact's will be {session.artifact_dtype}")
 
 
-def _check_share(found: Coverage, config: RunConfig) -> None:
-    """Say which share of the model's parameters is to be compressed, and warn where it is small.
+def _check_share(selection: Coverage, config: RunConfig) -> None:
+    """Report the share of the model's parameters that the selected layers hold, with a warning if it is small.
 
     Raises:
-        InputError: hardly any, and nobody named these layers.
+        InputError: the share is negligible and the user named no layers.
     """
-    if found.share < LEAST_SHARE and not config.calibrate.include:
+    if selection.share < LEAST_SHARE and not config.calibrate.include:
         raise InputError(
-            f"only {found.sentence()}, so that the model would stay about as large as it is. "
-            f"The rest: {found.where_the_rest_lies()}. Name layers with --include to compress those all the same"
+            f"only {selection.sentence()}, so the model would stay about as large as it is. "
+            f"The rest: {selection.where_the_rest_lies()}. Name layers with --include to compress them anyway"
             + (", or loosen --exclude" if config.calibrate.exclude else "")
         )
-    if found.warning is not None:
-        warn(found.warning)
+    if selection.warning is not None:
+        warn(selection.warning)
     else:
-        say(found.sentence())
+        say(selection.sentence())
 
 
 def bench_config(session: Session) -> BenchConfig:
-    """What to measure, at lengths that the model's positions allow: the default is shortened to fit.
+    """Return the run's bench options. The default sequence length is shortened to fit the model's positions.
 
     Raises:
-        InputError: a given length is longer than the model takes.
+        InputError: a requested length exceeds the model's positions.
     """
     config = session.config.bench
     if session.config.task == "image-classification":
@@ -77,32 +77,36 @@ def bench_config(session: Session) -> BenchConfig:
         config = replace(config, end_tokens=special_tokens(session.model_config))
     trust = session.config.trust_remote_code
     limit = longest_input(session.model_config, session.task, trust_remote_code=trust)
-    generated = config.new_tokens if session.config.task == "text-generation" else 0
+    new_tokens = config.new_tokens if session.config.task == "text-generation" else 0
     longest = max(config.sequence_lengths)
-    if limit is None or longest + generated <= limit:
+    if limit is None or longest + new_tokens <= limit:
         return config
-    if config.sequence_lengths != BenchConfig().sequence_lengths or limit <= 2 * generated:
+    if config.sequence_lengths != BenchConfig().sequence_lengths or limit <= 2 * new_tokens:
         raise InputError(
             f"--bench-length {longest}"
-            + (f" and --new-tokens {generated} together are" if generated else " is")
-            + f" more than the model's {limit} positions; give smaller ones"
+            + (f" and --new-tokens {new_tokens} together are" if new_tokens else " is")
+            + f" more than the model's {limit} positions; give "
+            + ("smaller values" if new_tokens else "a smaller one")
         )
-    return replace(config, sequence_lengths=(limit - generated,))
+    return replace(config, sequence_lengths=(limit - new_tokens,))
 
 
 def disk_estimate(session: Session) -> int:
-    """Bytes on disk for moments, intermediate models and both ONNX graphs, in float32, and the artifact's weights; a
-    little too much."""
+    """Return the bytes that the run's results take on disk, rounded up.
+
+    They cover moments, intermediate models and both ONNX graphs in float32, and the artifact's weights.
+    """
     config, model = session.config, session.empty_model
     count = sum(parameter.numel() for parameter in model.parameters())
     shapes = [dense_weight(layer).shape for layer in session.layers(model).values()]
     moments = 4 * sum(n * n + (m * m if config.needs_gradients else 0) for m, n in shapes)
-    weights, written = 4 * count, DTYPES[session.artifact_dtype].itemsize * count
-    prehabbed = weights + moments if config.prehab.train.steps else 0
-    merged = weights if config.adapter else 0
-    refitted = 2 * weights if config.quantize and config.quantize_refit else 0  # in float32 and quantised, for a while
-    # Weights beside a graph are never links: those of the artifact twice more, those of the dense graph once.
+    weights, artifact = 4 * count, DTYPES[session.artifact_dtype].itemsize * count
+    prehab = weights + moments if config.prehab.train.steps else 0
+    merge = weights if config.adapter else 0
+    # The refitted graph exists for a while in float32 and quantised.
+    refit = 2 * weights if config.quantize and config.quantize_refit else 0
+    # External weights of a graph are copied, not linked: the artifact's twice, the dense graph's once.
     copies = (3 + len(config.quantize)) * weights if weights >= EXTERNAL_DATA_THRESHOLD else 0
-    # Factored model after truncation and rehab, the artifact's graph, the dense graph, and the graph being replaced;
-    # the artifact, and the one being replaced.
-    return moments + prehabbed + merged + refitted + (5 + len(config.quantize)) * weights + 2 * written + copies
+    # Five float32 models: factored after truncation and after rehab, the artifact's graph, the dense graph, and the
+    # graph being replaced. Two artifacts: the new one and the one being replaced.
+    return moments + prehab + merge + refit + (5 + len(config.quantize)) * weights + 2 * artifact + copies

@@ -1,4 +1,4 @@
-"""``clean``: take away what no current option of a run needs."""
+"""``clean``: remove the results that a run's current options do not need."""
 
 from pathlib import Path
 
@@ -7,13 +7,19 @@ from prehab_export.pipeline.workspace import Leftover, Workspace
 
 
 def clean_run(output: Path, *, dry_run: bool = False) -> list[Leftover]:
-    """Remove results of earlier options, and what fits and sweeps keep to go on with; returns what was removed, or
-    would be.
+    """Remove results of earlier options and the intermediate results of fits and sweeps.
+
+    Args:
+        output: the run's folder.
+        dry_run: remove nothing.
+
+    Returns:
+        The results that were removed, or would be in a dry run.
 
     Raises:
-        InputError: not the folder of a run, or another process is working in it.
+        InputError: the folder is not a run's, or another process is working in it.
     """
-    workspace = Workspace.existing(output)
+    workspace = Workspace.open_existing(output)
     if workspace is None:
         raise InputError(f"{output} is not the folder of a run")
     with workspace.locked():
@@ -21,5 +27,5 @@ def clean_run(output: Path, *, dry_run: bool = False) -> list[Leftover]:
         if not dry_run:
             for leftover in leftovers:
                 workspace.remove(leftover)
-            workspace.forget_missing()
+            workspace.prune()
     return leftovers

@@ -1,4 +1,4 @@
-"""The demo: a small ViT trained on scikit-learn's digits, then the whole run on it. Nothing is downloaded."""
+"""The demo: train a small ViT on scikit-learn's digits and run the whole pipeline on it. Nothing is downloaded."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,17 @@ VIT: dict[str, Any] = {
 
 
 def run_demo(output: Path, threads: int | None = None) -> Workspace:
-    """Train, compress by 60%, export, verify, measure; all in ``output``. A second call goes on where one stopped."""
+    """Train the demo model, compress its layers by 60%, export, verify and measure it, all in ``output``.
+
+    A second call continues an interrupted demo.
+
+    Args:
+        output: a new or empty folder, or the folder of an earlier demo.
+        threads: CPU threads; None for the default of `BenchConfig`.
+
+    Raises:
+        InputError: ``output`` holds something other than a run.
+    """
     bench = BenchConfig() if threads is None else BenchConfig(threads=threads)
     config = RunConfig(
         model="",
@@ -71,6 +81,6 @@ def _train_vit(folder: Path) -> None:
     model = ViTForImageClassification(ViTConfig(**VIT))
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     data = load_data(DIGITS, task, processor, model.config, seed=0)
-    _, training = held_out_split(data.train, seed=0)  # what the run puts aside is put aside here too
+    _, training = held_out_split(data.train, seed=0)  # never train on samples that the run holds out
     train(Trainable(model, list(model.parameters())), training, TRAINING, labelled_loss(task), progress=bar)
     save_folder(model, folder, processor)

@@ -1,4 +1,4 @@
-"""``--dry-run``: what a command would do, before it does it. Input is refused as it would be; nothing is written."""
+"""``--dry-run``: report what a command would do. Bad input is refused as usual, and nothing is written."""
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
@@ -13,24 +13,27 @@ from prehab_export.compression import ranks_by
 from prehab_export.config import RunConfig
 from prehab_export.pipeline.checks import check, disk_estimate
 from prehab_export.pipeline.effort import Counts, Effort
-from prehab_export.pipeline.graph_sizes import Numbers
+from prehab_export.pipeline.graph_sizes import ParameterCounts
 from prehab_export.pipeline.memory import ASSUMPTION, Memory
-from prehab_export.pipeline.pace import measured_pace
+from prehab_export.pipeline.pace import measure_pace
 from prehab_export.pipeline.preflight import check_export
-from prehab_export.pipeline.running import EXPORTING, select_valid, through
+from prehab_export.pipeline.running import EXPORT_STAGES, select_valid, stages_through
 from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.stages.table import STAGES
-from prehab_export.pipeline.workload import Layer, Workload, workload
+from prehab_export.pipeline.workload import Layer, Workload, count_workload
 from prehab_export.pipeline.workspace import Workspace
 from prehab_export.system import check_disk_space, free_space, machine_facts
 
-UP_TO_DATE, TO_DO, IF_CHANGED, UNWANTED = "up to date", "to do", "if changed", "not wanted"
+UP_TO_DATE, TO_DO, IF_CHANGED, DISABLED = "up to date", "to do", "if changed", "not wanted"
 
 
 @dataclass(frozen=True)
 class LayerForecast:
-    """Layers of one kind and shape (out×in). ranks: the lowest and the highest; None where they stay dense, or are not
-    known."""
+    """Layers of one kind and shape (out×in).
+
+    layers: the number of layers.
+    ranks: the lowest and the highest rank; None if the layers stay dense or the ranks are unknown.
+    """
 
     kind: str
     shape: tuple[int, int]
@@ -40,8 +43,12 @@ class LayerForecast:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """state: ``up to date``, ``to do``, ``if changed`` (to do only if what is done again before it comes out otherwise)
-    or ``not wanted``. seconds and memory_bytes: of what is or may be to do, estimates."""
+    """One stage.
+
+    state: ``up to date``, ``to do``, ``if changed`` (to do only if an earlier stage gives a different result) or
+        ``not wanted``.
+    seconds, memory_bytes: estimates for stages that are to do, or may be.
+    """
 
     stage: str
     state: str
@@ -51,7 +58,7 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class SizeForecast:
-    """Bytes before and after; ``after`` is None where ranks are not known."""
+    """A size before and after compression, in bytes or parameters; ``after`` is None if the ranks are unknown."""
 
     name: str
     before: int
@@ -62,9 +69,16 @@ class SizeForecast:
 class Forecast:
     """What a command would do.
 
-    coverage: what the selected layers hold of the model. layers: their ranks, which ``ranks_from`` says the origin of.
-    selected, total: parameters before and after. sizes: of weight files and graphs. stages: in their order. disk_bytes:
-    that it needs beside what is there; memory_bytes: that it holds at most. notes: what else should be known.
+    coverage: the share of the model that the selected layers hold.
+    layers: the selected layers and their ranks.
+    ranks_from: the source of the ranks, in words.
+    selected, total: parameters of the selected layers and of the whole model.
+    sizes: bytes of weight files and graphs.
+    stages: in execution order.
+    disk_bytes, disk_free_bytes: disk space that the command needs in addition to existing results, and free space.
+    memory_bytes, memory_free_bytes: the peak memory of this process, and the memory available to it.
+    pace: the measured speed of this machine (`Pace`).
+    notes: further remarks for the user.
     """
 
     coverage: Coverage
@@ -83,153 +97,163 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Of what is to do for certain."""
+        """The estimated time of all stages that are certain to run."""
         return sum(stage.seconds or 0.0 for stage in self.stages if stage.state == TO_DO)
 
     def facts(self) -> dict[str, Any]:
-        """As JSON types."""
-        own = asdict(self)
-        return own | {"coverage": self.coverage.facts(), "seconds": self.seconds, "memory_assumes": ASSUMPTION}
+        """Return the forecast as JSON types."""
+        return asdict(self) | {"coverage": self.coverage.facts(), "seconds": self.seconds, "memory_assumes": ASSUMPTION}
 
 
 def forecast(config: RunConfig, output: Path, *, until: str = "report", redo: Collection[str] = ()) -> Forecast:
-    """What bringing the run's folder up to date through stage ``until`` would do and take; the folder is only read, and
-    need not be there.
+    """Estimate what `run` would do and cost. The folder is only read and need not exist.
 
     Args:
-        redo: stages to do again although they are up to date.
+        output: the run's folder.
+        until: the last stage of the run.
+        redo: stages to repeat even if they are up to date.
 
     Raises:
-        InputError: what `run` would refuse.
+        InputError: `run` would refuse the input.
+        StorageError: the disk has too little space.
     """
     prepare_process(config)
-    session = Session(config, Workspace.looked_at(output))
+    session = Session(config, Workspace.open_read_only(output))
     check(session)
     valid: set[str] = set()
     if session.workspace.has_results:
         select_valid(session)
         valid = set(session.workspace.current) - set(redo)
         select_valid(session, redo)
-    stages = through(until)
-    if any(stage in EXPORTING and not session.workspace.has(stage) for stage in stages):
+    stages = stages_through(until)
+    if any(stage in EXPORT_STAGES and not session.workspace.has(stage) for stage in stages):
         check_export(session)
-    there = sum(session.workspace.size(stage, key) for stage, key in session.workspace.current.items())
-    needed = max(0, disk_estimate(session) - there)
-    check_disk_space(output, needed)
-    return _forecast(session, stages, valid, needed)
+    existing_bytes = sum(session.workspace.size(stage, key) for stage, key in session.workspace.current.items())
+    disk_bytes = max(0, disk_estimate(session) - existing_bytes)
+    check_disk_space(output, disk_bytes)
+    return _forecast(session, stages, valid, disk_bytes)
 
 
-def _forecast(session: Session, names: list[str], valid: Collection[str], disk: int) -> Forecast:
-    load, config = workload(session), session.config
+def _forecast(session: Session, names: list[str], valid: Collection[str], disk_bytes: int) -> Forecast:
+    workload, config = count_workload(session), session.config
     counts = Counts(len(session.calibration), len(session.held_out), len(session.data.evaluation))
-    planned = _planned(session, load)
-    after = None if planned.ranks is None else planned.parameters
-    kept = config.cut.keep if after is None else after / load.selected
-    effort, memory = Effort(config, load, counts, kept), Memory(config, load, kept)
-    pace = measured_pace(session.device)
-    own = psutil.Process().memory_info().rss
+    plan = _plan_ranks(session, workload)
+    after = None if plan.ranks is None else plan.parameters
+    kept_share = config.cut.keep if after is None else after / workload.selected
+    effort, memory = Effort(config, workload, counts, kept_share), Memory(config, workload, kept_share)
+    pace = measure_pace(session.device)
+    resident = psutil.Process().memory_info().rss
     stages = []
     for name in names:
-        if not STAGES[name].wanted(config):
-            stages.append(StageForecast(name, UNWANTED))
+        if not STAGES[name].is_enabled(config):
+            stages.append(StageForecast(name, DISABLED))
         elif session.workspace.has(name):
             stages.append(StageForecast(name, UP_TO_DATE))
         else:
-            held = round(own + memory.of(name))
+            peak = round(resident + memory.stage_bytes(name))
             state = IF_CHANGED if name in valid else TO_DO
-            stages.append(StageForecast(name, state, effort.of(name).at(pace), held))
-    total = None if after is None else load.parameters - load.selected + after
+            stages.append(StageForecast(name, state, effort.stage_work(name).at(pace), peak))
+    total = None if after is None else workload.parameters - workload.selected + after
     return Forecast(
         session.coverage,
-        tuple(_by_kind(load, planned.ranks)),
-        planned.origin,
-        SizeForecast("selected layers", load.selected, after),
-        SizeForecast("whole model", load.parameters, total),
+        tuple(_group_layers(workload, plan.ranks)),
+        plan.origin,
+        SizeForecast("selected layers", workload.selected, after),
+        SizeForecast("whole model", workload.parameters, total),
         tuple(_sizes(session, total)),
         tuple(stages),
-        disk,
+        disk_bytes,
         free_space(session.workspace.root),
-        max(own, *(stage.memory_bytes or 0 for stage in stages)),
-        own + _free_memory(),
+        max(resident, *(stage.memory_bytes or 0 for stage in stages)),
+        resident + _free_memory(),
         asdict(pace),
-        tuple(_notes(session, planned, names)),
+        tuple(_notes(session, plan, names)),
     )
 
 
 @dataclass(frozen=True)
-class _Planned:
-    """Rank by layer, None for dense; no ranks at all where they cannot be foretold. parameters: of all layers."""
+class _RankPlan:
+    """The expected ranks.
+
+    ranks: layer name → rank, None for a dense layer; None altogether if the ranks cannot be predicted.
+    parameters: the parameters of all selected layers at these ranks.
+    origin: the source of the ranks, in words.
+    """
 
     ranks: dict[str, int | None] | None
     parameters: int
     origin: str
 
 
-def _planned(session: Session, load: Workload) -> _Planned:
-    """The ranks of the cut that is there, if it is one of these options, or those of an equal share everywhere."""
+def _plan_ranks(session: Session, workload: Workload) -> _RankPlan:
+    """Return the ranks of the current truncation if there is one, and otherwise those of a uniform allocation."""
     cut, workspace = session.config.cut, session.workspace
     if workspace.has("truncate"):
         rows = workspace.read_json("truncate", "truncate.json")["layers"]
         parameters = sum(row["parameters_after"] for row in rows)
-        return _Planned({row["name"]: row["rank"] for row in rows}, parameters, "the truncation that is there")
+        return _RankPlan({row["name"]: row["rank"] for row in rows}, parameters, "the existing truncation")
     if cut.latency is not None:
-        return _Planned(None, load.selected, "measured times, which are not known yet")
-    shapes = {layer.name: (layer.m, layer.n) for layer in load.layers}
+        return _RankPlan(None, workload.selected, "measured times, which are not known yet")
+    shapes = {layer.name: (layer.m, layer.n) for layer in workload.layers}
     ranks = dict(ranks_by(shapes, ({}, {}), replace(cut, allocation="uniform")).ranks)
-    parameters = sum(_parameters(layer, ranks[layer.name]) for layer in load.layers)
-    return _Planned(ranks, parameters, "an equal share for every layer")
+    parameters = sum(_parameters(layer, ranks[layer.name]) for layer in workload.layers)
+    return _RankPlan(ranks, parameters, "an equal share for every layer")
 
 
 def _parameters(layer: Layer, rank: int | None) -> int:
     return layer.m * layer.n if rank is None else rank * (layer.m + layer.n)
 
 
-def _by_kind(load: Workload, ranks: dict[str, int | None] | None) -> list[LayerForecast]:
+def _group_layers(workload: Workload, ranks: dict[str, int | None] | None) -> list[LayerForecast]:
+    """Return a forecast for each kind and shape of layer."""
     kinds: dict[tuple[str, tuple[int, int]], list[int | None]] = {}
-    for layer in load.layers:
+    for layer in workload.layers:
         rank = None if ranks is None else ranks[layer.name]
         kinds.setdefault((layer.kind, (layer.m, layer.n)), []).append(rank)
-    found = []
-    for (kind, shape), own in kinds.items():
-        cut = [rank for rank in own if rank is not None]
-        found.append(LayerForecast(kind, shape, len(own), (min(cut), max(cut)) if cut else None))
-    return found
+    forecasts = []
+    for (kind, shape), kind_ranks in kinds.items():
+        low_ranks = [rank for rank in kind_ranks if rank is not None]
+        bounds = (min(low_ranks), max(low_ranks)) if low_ranks else None
+        forecasts.append(LayerForecast(kind, shape, len(kind_ranks), bounds))
+    return forecasts
 
 
 def _sizes(session: Session, total: int | None) -> list[SizeForecast]:
-    """Of the weight files, and of each graph of the run."""
-    load = Numbers.of(session.empty_model)
-    count = load.matrices + load.tables + load.rest
+    """Return the sizes of the weight files and of each graph of the run.
+
+    Args:
+        total: the model's parameters after compression; None if they are unknown.
+    """
+    counts = ParameterCounts.of(session.empty_model)
+    count = counts.matrices + counts.tables + counts.others
     removed = None if total is None else count - total
     width = DTYPES[session.artifact_dtype].itemsize
-    found = [
+    sizes = [
         SizeForecast(f"weight files, {session.artifact_dtype}", width * count, None if total is None else width * total)
     ]
     for mode in ("float32", *dict.fromkeys(session.config.quantize)):
-        after = None if removed is None else load.bytes(mode, removed)
-        found.append(SizeForecast(f"ONNX graph, {mode}", load.bytes(mode), after))
-    return found
+        after = None if removed is None else counts.bytes(mode, removed)
+        sizes.append(SizeForecast(f"ONNX graph, {mode}", counts.bytes(mode), after))
+    return sizes
 
 
 def _free_memory() -> int:
-    """What this process may still take: of the machine, or of its control group."""
+    """Return the bytes that this process can still allocate, limited by the machine or by its control group."""
     limit = machine_facts()["memory_limit_mb"]
     free = psutil.virtual_memory().available
     return free if limit is None else min(free, int(limit * 1e6) - psutil.Process().memory_info().rss)
 
 
-def _notes(session: Session, planned: _Planned, names: list[str]) -> list[str]:
+def _notes(session: Session, plan: _RankPlan, names: list[str]) -> list[str]:
     config = session.config
     notes = []
-    if planned.ranks is not None and not session.workspace.has("truncate"):
+    if plan.ranks is not None and not session.workspace.has("truncate"):
         if config.cut.allocation == "loss":
             notes.append("ranks will move between layers by predicted loss, within the same number of parameters")
-    elif planned.ranks is None:
-        notes.append("a budget of latency needs measured times: ranks and sizes are known once `truncate` is done")
+    elif plan.ranks is None:
+        notes.append("a latency budget needs measured times: ranks and sizes are known once `truncate` is done")
     if session.device.type != "cpu":
-        notes.append(
-            "times count products at the device's measured pace, and memory is counted as if it were the CPU's"
-        )
+        notes.append("times use the device's measured pace, but memory is estimated as on the CPU")
     if "bench" in names and config.min_speedup is not None:
-        notes.append("whether --min-speedup is kept is known once all is measured")
+        notes.append("--min-speedup is checked only after the graphs are measured")
     return notes

@@ -1,4 +1,4 @@
-"""How many bytes a model's graph will have, in float32 and in each kind of quantisation."""
+"""Estimates of the size of a model's graph, in float32 and in each quantisation mode."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from torch import nn
 
 from converters.onnx.modes import MODES
 
-# Mode → bytes of a number in a product's matrix, and of one in an embedding table: scales of blocks of 32 are in them.
+# Mode → bytes per number in a weight matrix and in an embedding table, including the scales of blocks of 32.
 WIDTHS: Mapping[str, tuple[float, float]] = {
     "float32": (4.0, 4.0),
     "float16": (2.0, 2.0),
@@ -21,15 +21,16 @@ assert set(WIDTHS) == {"float32", *MODES}
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """The numbers of a model: in matrices of products, in embedding tables, and the rest (biases, norms, kernels)."""
+class ParameterCounts:
+    """A model's parameters: in weight matrices, in embedding tables, and in all others (biases, norms, kernels)."""
 
     matrices: int
     tables: int
-    rest: int
+    others: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Numbers":
+    def of(cls, model: nn.Module) -> "ParameterCounts":
+        """Count the parameters of a model; a shared parameter counts once, as a table if it is one."""
         parameters = {id(weight): weight for weight in model.parameters()}
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         sizes = [0, 0, 0]
@@ -38,7 +39,13 @@ class Numbers:
         return cls(*sizes)
 
     def bytes(self, mode: str, removed: int = 0) -> int:
-        """Of the graph's weights, without so many numbers of the matrices."""
-        matrices, tables = WIDTHS[mode]
-        rest = 2.0 if mode == "float16" else 4.0
-        return round(matrices * (self.matrices - removed) + tables * self.tables + rest * self.rest)
+        """Return the bytes of a graph's weights.
+
+        Args:
+            mode: ``float32`` or a quantisation mode.
+            removed: parameters that compression removes from the matrices.
+        """
+        matrix_width, table_width = WIDTHS[mode]
+        other_width = 2.0 if mode == "float16" else 4.0
+        matrices, tables = matrix_width * (self.matrices - removed), table_width * self.tables
+        return round(matrices + tables + other_width * self.others)

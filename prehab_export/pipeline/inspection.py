@@ -1,4 +1,4 @@
-"""A look at a model or an artifact: its layers, what they share, how compressible they are, what would be done."""
+"""Inspection of a model or an artifact: its layers, the inputs that they share, and how compressible they are."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from prehab_export.inputs import Batch, Task, load_config, load_model, task_of
 from prehab_export.linalg import break_even
 from prehab_export.pipeline.session import quiet_libraries
 
+# The share of ‖W‖_F² that ``rank_of_99_percent`` singular values hold.
 ENERGY = 0.99
 
 
@@ -30,17 +31,24 @@ def inspect_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Facts of a dense model, a compressed folder, or the folder of a run (its artifact).
+    """Describe a dense model, a compressed folder, or the artifact in a run's folder.
+
+    Args:
+        path: a folder or a model name of the Hugging Face hub.
+        include: patterns of layers to select.
+        exclude: patterns of layers to leave out.
+        revision: the revision of a model on the hub.
+        trust_remote_code: run code that comes with the model.
 
     Returns:
-        ``model`` with totals; ``selected_share`` of all parameters, ``rest`` (the largest groups of the others) and
-        ``warning`` where that share is small (`converters.coverage`); and ``layers``: name, shape, rank (two-factor
-        layers), ``down_of`` (the layer whose ``down`` it holds, and which counts it), parameters, whether it is
-        selected; of those that are, the input group, the stable rank ‖W‖_F²/‖W‖₂², and how many singular values hold
-        99% of ‖W‖_F².
+        ``model`` with totals; ``selected_share`` of all parameters, ``rest`` (the largest groups of unselected
+        parameters) and ``warning`` if the share is small (`converters.coverage`); and ``layers``. Each layer has its
+        name, shape, parameters, whether it is selected and, if it is factored, its rank and ``down_of`` (the layer
+        that owns its shared ``down``, and counts it). A selected layer also has its input group, its stable rank
+        ‖W‖_F²/‖W‖₂², and the number of singular values that hold 99% of ‖W‖_F².
 
     Raises:
-        InputError: no such model, or a pattern that matches nothing.
+        InputError: there is no such model, or a pattern matches nothing.
     """
     quiet_libraries()
     folder = Path(path) / "artifact" if (Path(path) / "artifact").is_dir() else Path(path)
@@ -60,14 +68,14 @@ def inspect_model(
     for name, module in model.named_modules():
         if isinstance(module, DenseLinear) and name not in factor_names:
             layers.append(_dense_facts(name, dense_weight(module), name in targets, groups.get(name)))
-    covered = coverage(model, targets or factored)
+    selection = coverage(model, targets or factored)
     return {
         "model": Path(path).name if Path(path).exists() else path,
         "architecture": type(model).__name__,
         "task": task.name,
-        "parameters": covered.total,
-        **{key: value for key, value in covered.facts().items() if key != "total_parameters"},
-        "warning": covered.warning,
+        "parameters": selection.total,
+        **{key: value for key, value in selection.facts().items() if key != "total_parameters"},
+        "warning": selection.warning,
         "layers_factored": len(ranks),
         "input_groups": len(set(groups.values())),
         "layers": layers,
@@ -76,7 +84,7 @@ def inspect_model(
 
 def _example(model: PreTrainedModel, task: Task) -> Batch:
     if task.name == "image-classification":
-        # Models whose config names no size take any.
+        # A model whose config has no image size accepts any.
         return image_inputs(model, image_size(model.config) or USUAL_IMAGE_SIZE).tensors
     return text_inputs(model, None).tensors
 
@@ -84,7 +92,7 @@ def _example(model: PreTrainedModel, task: Task) -> Batch:
 def _low_rank_facts(name: str, layer: LowRankLinear, group: str, down_of: str | None) -> dict[str, Any]:
     m, n, r = layer.out_features, layer.in_features, layer.rank
     parameters = r * (m if down_of else m + n)
-    # The product's singular values, from the small triangles of its two factors.
+    # The product of the factors' triangular parts has the same singular values as the product of the factors.
     left = torch.linalg.qr(layer.up.weight.detach().double()).R
     right = torch.linalg.qr(layer.down.weight.detach().double().T).R
     return {
@@ -108,9 +116,9 @@ def _dense_facts(name: str, weight: torch.Tensor, selected: bool, group: str | N
 
 def _spectrum_facts(matrix: torch.Tensor, group: str) -> dict[str, Any]:
     energy = torch.linalg.svdvals(matrix).square()
-    within = energy.cumsum(0) / energy.sum().clamp_min(1e-300)
+    cumulative = energy.cumsum(0) / energy.sum().clamp_min(1e-300)
     return {
         "input_group": group,
         "stable_rank": float(energy.sum() / energy[0].clamp_min(1e-300)),
-        "rank_of_99_percent": int((within < ENERGY).sum()) + 1,
+        "rank_of_99_percent": int((cumulative < ENERGY).sum()) + 1,
     }

@@ -1,4 +1,4 @@
-"""What a budget of latency adds to a run: the times of its layers' shapes, and what ranks cost by them."""
+"""Latency budgets: measured times of the layers' shapes, and the latency that ranks lead to."""
 
 from itertools import combinations
 from pathlib import Path
@@ -13,35 +13,35 @@ from prehab_export.system import bar, write_json
 
 
 def time_ranks(session: Session, folder: Path) -> None:
-    """Measure what the run's layers take, dense and at any rank, in requests as the bench makes them."""
+    """Measure the run's layers, dense and over all ranks, at the batch size of the bench; write ``times.json``."""
     shapes = layer_shapes(session)
-    setting = Setting(session.threads, tokens_at_a_time(session))
+    setting = Setting(session.threads, tokens_per_request(session))
     times = measure_rank_times(shapes, setting, cache=rank_times_folder(), progress=bar)
     write_json(folder / TIMES, times.to_json())
 
 
 def predicted_latency(session: Session, truncation: Truncation) -> float | None:
-    """The share of their dense time that the layers will take, by the measured times; None without any."""
+    """Return the layers' predicted time as a share of their dense time; None for a run without a latency budget."""
     if session.config.cut.latency is None:
         return None
     cost = session.cost
-    before = sum(cost(layer.out_features, layer.in_features, None) for layer in truncation.layers)
-    return sum(cost(m, n, rank) for m, n, rank in truncation.units()) / before
+    dense_time = sum(cost(layer.out_features, layer.in_features, None) for layer in truncation.layers)
+    return sum(cost(m, n, rank) for m, n, rank in truncation.units()) / dense_time
 
 
 def layer_shapes(session: Session) -> list[Shape]:
-    """(m, n) of every layer, and of every stack of layers with one input that may come to share a ``down``."""
+    """Return (m, n) of every layer, and of every stack of layers with a common input that may share a ``down``."""
     layers = session.layers(session.empty_model)
     groups: dict[tuple[str, bool], list[DenseLinear]] = {}
     for name, group in session.workspace.read_json("calibrate", "calibrate.json")["groups"].items():
         groups.setdefault((group, layers[name].bias is None), []).append(layers[name])
-    # Under ``auto`` a part of a group may have another metric, and share among itself.
-    by_kind = session.config.cut.objective == AUTO
+    # Under ``auto``, layers of a group may differ in metric, so that only a subset of them shares a ``down``.
+    allows_subsets = session.config.cut.objective == AUTO
     stacks = [
         stack
         for members in groups.values()
         for size in range(2, len(members) + 1)
-        if by_kind or size == len(members)
+        if allows_subsets or size == len(members)
         for stack in combinations(members, size)
     ]
     singles = [(layer,) for layer in layers.values()]
@@ -51,8 +51,8 @@ def layer_shapes(session: Session) -> list[Shape]:
     ]
 
 
-def tokens_at_a_time(session: Session) -> int:
-    """Rows that a layer sees in a request as the bench makes it; of a decoder those of one new token."""
+def tokens_per_request(session: Session) -> int:
+    """Return the rows that a layer processes in a request of the bench; for a decoder, in generating a token."""
     bench = bench_config(session)
     if session.config.task == "text-generation":
         return bench.batch_sizes[0]

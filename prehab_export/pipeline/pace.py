@@ -1,48 +1,53 @@
-"""How fast this machine is, right now: measured in a fraction of a second."""
+"""A quick measurement of this machine's current speed."""
 
 import time
 from dataclasses import dataclass
 
 import torch
 
-# Of the products that are timed, and of each of the two timings.
+# Shape of the timed products (ROWS×WIDTH by WIDTH×WIDTH), and the duration of each timing.
 ROWS, WIDTH, SECONDS = 1024, 512, 0.1
-# Turns of an empty loop a second on the machine on which the fixed times were taken (two cores of an AMD EPYC).
+# Iterations of an empty loop per second on the machine where the fixed times were measured (two cores of an AMD EPYC).
 REFERENCE_LOOPS = 1.0e8
 
 
 @dataclass(frozen=True)
 class Pace:
-    """float32, float64: operations a second in products of matrices, on the device and on the CPU. slowness: how much
-    longer all else takes than on the machine on which fixed times were taken."""
+    """The speed of a machine.
+
+    float32, float64: operations per second of matrix products on the device.
+    slowness: the time of everything else over its time on the machine of `REFERENCE_LOOPS`.
+    """
 
     float32: float
     float64: float
     slowness: float
 
 
-def measured_pace(device: torch.device) -> Pace:
-    return Pace(_products(torch.float32, device), _products(torch.float64, device), REFERENCE_LOOPS / _loops())
+def measure_pace(device: torch.device) -> Pace:
+    """Measure the pace of this machine with matrix products on the device and a Python loop, in about 0.3 seconds."""
+    float32, float64 = (_product_rate(dtype, device) for dtype in (torch.float32, torch.float64))
+    return Pace(float32, float64, REFERENCE_LOOPS / _loop_rate())
 
 
-def _products(dtype: torch.dtype, device: torch.device) -> float:
+def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
     a, b = (torch.ones(*shape, dtype=dtype, device=device) for shape in ((ROWS, WIDTH), (WIDTH, WIDTH)))
-    _finish(a @ b)
-    started, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - started) < SECONDS:
-        _finish(a @ b)
+    _wait_for(a @ b)
+    start, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < SECONDS:
+        _wait_for(a @ b)
         count += 1
-    return 2 * ROWS * WIDTH * WIDTH * count / passed
+    return 2 * ROWS * WIDTH * WIDTH * count / elapsed
 
 
-def _finish(result: torch.Tensor) -> None:
-    result[0, 0].item()  # a GPU is waited for
+def _wait_for(result: torch.Tensor) -> None:
+    result[0, 0].item()  # copying a number from a GPU waits for the product
 
 
-def _loops() -> float:
-    started, count = time.perf_counter(), 0
-    while (passed := time.perf_counter() - started) < SECONDS / 2:
+def _loop_rate() -> float:
+    start, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < SECONDS / 2:
         for _ in range(10_000):
             pass
         count += 10_000
-    return count / passed
+    return count / elapsed

@@ -1,4 +1,4 @@
-"""A run from start to end: check, then one stage after another, skipping what is already there and still valid."""
+"""Running a pipeline: check the input, then run each stage in order, except those with a valid result."""
 
 import json
 import time
@@ -14,13 +14,13 @@ from prehab_export.config import RunConfig, plain_options, to_yaml
 from prehab_export.pipeline.checks import check, disk_estimate
 from prehab_export.pipeline.preflight import check_export
 from prehab_export.pipeline.session import Session, prepare_process
-from prehab_export.pipeline.stages.dependencies import wanted_parents
+from prehab_export.pipeline.stages.dependencies import enabled_parents
 from prehab_export.pipeline.stages.table import STAGES, Stage
 from prehab_export.pipeline.workspace import SOURCE, Workspace, stage_key, summaries
 from prehab_export.system import ParityError, check_disk_space, say
 
-# Stages that write an ONNX graph of a model whose like has not been exported before.
-EXPORTING = ("export", "baseline")
+# Stages that export the model to ONNX for the first time, so that a test export precedes them.
+EXPORT_STAGES = ("export", "baseline")
 
 
 def run(
@@ -32,41 +32,41 @@ def run(
 ) -> Workspace:
     """Bring the run's folder up to date with ``config``, through stage ``until``.
 
-    Stages whose options, inputs and earlier stages are unchanged are skipped, and so are those that were made under
-    these options before others were tried; a run that was killed goes on after the last finished stage and ends in the
-    same artifact.
+    A stage is skipped if a result exists for its current options, inputs and parents, even if other options were in
+    use in between. A run that was killed continues after the last finished stage and produces the same artifact.
 
     Args:
-        output: the run's folder; new, empty, or of an earlier run.
-        redo: stages to do again although they are up to date.
+        output: the run's folder: new, empty, or from an earlier run.
+        until: the last stage to run.
+        redo: stages to repeat even if they are up to date.
 
     Raises:
-        InputError: bad input, found before anything slow.
+        InputError: the input is bad; this is found before any slow work.
         ParityError: the exported artifact does not compute what the model computes; nothing is published.
         StorageError: the disk is full.
     """
-    with opened(config, output, through(until), redo) as session:
-        bring_up_to_date(session, until, redo)
+    with run_session(config, output, stages_through(until), redo) as session:
+        update_through(session, until, redo)
     return session.workspace
 
 
 @contextmanager
-def opened(
+def run_session(
     config: RunConfig, output: Path, stages: Sequence[str] = (), redo: Collection[str] = ()
 ) -> Iterator[Session]:
-    """A checked session whose folder nobody else works in; what no longer answers to the options is out of sight.
+    """Open a checked session with the run's folder locked, and hide results that do not match the options.
 
     Args:
-        stages: what is to be brought up to date in it; where the model is exported on the way, that is tried first.
-        redo: stages that will be done again, so that what depends on them does not count as valid.
+        stages: the stages to bring up to date; if one of them exports the model, a test export runs first.
+        redo: stages to repeat, which invalidates the stages that depend on them.
 
     Raises:
-        InputError: bad input, found before anything slow.
+        InputError: the input is bad; this is found before any slow work.
     """
-    with _checked(config, output, stages, redo) as session:
+    with _checked_session(config, output, stages, redo) as session:
         session.workspace.save_options(to_yaml(config))
         _save_source(session)
-        # What is to be done again stays as it is until that has been done: a kill before must not make leftovers of it.
+        # A result to be replaced stays selected on disk until then, so that after a kill it is no leftover.
         select_valid(session)
         session.workspace.save_selection()
         select_valid(session, redo)
@@ -74,116 +74,130 @@ def opened(
 
 
 @contextmanager
-def opened_beside(config: RunConfig, output: Path, given: RunConfig, stages: Sequence[str] = ()) -> Iterator[Session]:
-    """`opened`, for work that lies beside a run and uses its stages: the run's own options, the results that answer
-    to them and what is shown stay as they are.
+def side_session(
+    config: RunConfig, output: Path, run_config: RunConfig, stages: Sequence[str] = ()
+) -> Iterator[Session]:
+    """Open a session like `run_session` for work beside a run, such as a sweep, that uses the run's stages.
+
+    The run's saved options, current results and shown folders do not change.
 
     Args:
-        config: the options of this work.
-        given: what the user asked for; becomes the run's options where the folder has none.
-        stages: as of `opened`.
+        config: the options of the work.
+        run_config: the options of the run, which are saved if the folder has none.
+        stages: as for `run_session`.
 
     Raises:
-        InputError: bad input, found before anything slow.
+        InputError: the input is bad; this is found before any slow work.
     """
-    with _checked(config, output, stages) as session:
+    with _checked_session(config, output, stages) as session:
         if session.workspace.has_options:
-            session.workspace.keeps_selection = False
+            session.workspace.saves_selection = False
         else:
-            session.workspace.save_options(to_yaml(given))
+            session.workspace.save_options(to_yaml(run_config))
             _save_source(session)
         yield session
 
 
 @contextmanager
-def _checked(config: RunConfig, output: Path, stages: Sequence[str], redo: Collection[str] = ()) -> Iterator[Session]:
+def _checked_session(
+    config: RunConfig, output: Path, stages: Sequence[str], redo: Collection[str] = ()
+) -> Iterator[Session]:
     prepare_process(config)
     workspace = Workspace.open(output)
     with workspace.locked():
         session = Session(config, workspace)
         check(session)
         select_valid(session, redo)
-        if any(stage in EXPORTING and not session.workspace.has(stage) for stage in stages):
+        if any(stage in EXPORT_STAGES and not session.workspace.has(stage) for stage in stages):
             check_export(session)
-        there = sum(workspace.size(stage, key) for stage, key in workspace.current.items())
-        check_disk_space(output, disk_estimate(session) - there)
+        existing_bytes = sum(workspace.size(stage, key) for stage, key in workspace.current.items())
+        check_disk_space(output, disk_estimate(session) - existing_bytes)
         yield session
 
 
 def select_valid(session: Session, redo: Collection[str] = ()) -> None:
-    """Make current, of every stage, the result that answers to the session's options: none where there is none, where
-    it is to be done again, or where that holds for a stage that it reads."""
+    """Select, for every stage, the result that matches the session's options.
+
+    A stage has no current result if no result matches, if the stage is in ``redo``, or if a parent has none.
+    """
     for stage in STAGES.values():
-        key = None if stage.name in redo else _key(session, stage)
-        found = None if key is None else session.workspace.find(stage.name, key)
-        session.workspace.select(stage.name, key if found is not None else None)
+        key = None if stage.name in redo else _current_key(session, stage)
+        folder = None if key is None else session.workspace.find(stage.name, key)
+        session.workspace.select(stage.name, key if folder is not None else None)
 
 
-def through(until: str) -> list[str]:
-    """The stages up to this one, in their order."""
+def stages_through(until: str) -> list[str]:
+    """Return the names of the stages up to and including this one, in execution order."""
     order = list(STAGES)
     return order[: order.index(until) + 1]
 
 
-def bring_up_to_date(session: Session, until: str, redo: Collection[str] = ()) -> None:
-    """Do the stages through ``until`` that are not there yet, or were made under other options."""
-    bring_up(session, through(until), redo)
+def update_through(session: Session, until: str, redo: Collection[str] = ()) -> None:
+    """Run the stages through ``until`` that have no valid result, and those in ``redo``."""
+    update_stages(session, stages_through(until), redo)
 
 
-def bring_up(session: Session, names: Sequence[str], redo: Collection[str] = ()) -> None:
-    """`bring_up_to_date` of these stages alone, which come after those that they read."""
-    workspace, left = session.workspace, set(redo)
+def update_stages(session: Session, names: Sequence[str], redo: Collection[str] = ()) -> None:
+    """Run those of the named stages that have no valid result, and those in ``redo``.
+
+    Args:
+        names: stages in execution order; each stage's parents are among them or have current results.
+    """
+    workspace, remaining = session.workspace, set(redo)
     for stage in (STAGES[name] for name in names):
-        key = _key(session, stage)
+        key = _current_key(session, stage)
         if key is None:
             continue
-        if stage.name not in left and workspace.find(stage.name, key) is not None:
+        if stage.name not in remaining and workspace.find(stage.name, key) is not None:
             say(f"{stage.name}: up to date", style="dim")
             workspace.select(stage.name, key)
             continue
         try:
-            _do(session, stage, key)
-        except ParityError:  # what was found here before does not hold either, nor what rests on it
+            _run_stage(session, stage, key)
+        except ParityError:  # an earlier result under this key is now in doubt too
             workspace.discard(stage.name, key)
             workspace.save_selection()
             raise
-        left.discard(stage.name)
-        # What was done again may have come out the same, and what stands after it is then valid as it is.
-        select_valid(session, left)
+        remaining.discard(stage.name)
+        # If the repeated stage gave the same result as before, the results of later stages are still valid.
+        select_valid(session, remaining)
         workspace.save_selection()
 
 
-def _do(session: Session, stage: Stage, key: str) -> None:
-    started = time.monotonic()
+def _run_stage(session: Session, stage: Stage, key: str) -> None:
+    start = time.monotonic()
     say(stage.name, style="bold")
     torch.manual_seed(session.config.seed)
     options, origin = stage.options(session.config), _origin(session, stage)
     with session.workspace.publish(stage.name, key, options, origin) as folder:
         stage.work(session, folder)
-    say(f"  done in {time.monotonic() - started:.1f} s")
+    say(f"  done in {time.monotonic() - start:.1f} s")
 
 
-def _key(session: Session, stage: Stage) -> str | None:
-    """A stage's key: its options, what the run starts from, and the current results of the stages that it reads; None
-    where it is not wanted, or one of these has no result yet."""
-    if not stage.wanted(session.config):
+def _current_key(session: Session, stage: Stage) -> str | None:
+    """Return a stage's key, made from its options, the run's inputs and the current results of its parents.
+
+    Returns:
+        The key; None if the options disable the stage, or a parent has no current result.
+    """
+    if not stage.is_enabled(session.config):
         return None
-    parents = wanted_parents(stage, session.config)
+    parents = enabled_parents(stage, session.config)
     if not all(session.workspace.has(parent) for parent in parents):
         return None
-    read = {**session.source, **stage.options(session.config), **stage.outside(session)}
-    return stage_key(stage.name, read, [session.identity(parent) for parent in parents])
+    facts = {**session.source, **stage.options(session.config), **stage.external_inputs(session)}
+    return stage_key(stage.name, facts, [session.identity(parent) for parent in parents])
 
 
 def _origin(session: Session, stage: Stage) -> dict[str, Any]:
-    """What a result is made from, for its manifest: whoever asks later why it no longer counts is answered from it."""
-    parents = {parent: session.identity(parent) for parent in wanted_parents(stage, session.config)}
-    read = {**session.source, **stage.outside(session)}
-    return {"config": plain_options(session.config), "read": summaries(read), "parents": parents}
+    """Return everything that a result depends on, for its manifest; `staleness` explains stale results from it."""
+    parents = {parent: session.identity(parent) for parent in enabled_parents(stage, session.config)}
+    inputs = {**session.source, **stage.external_inputs(session)}
+    return {"config": plain_options(session.config), "read": summaries(inputs), "parents": parents}
 
 
 def _save_source(session: Session) -> None:
-    """Remember what the run starts from, for those who ask without reading it again."""
-    read = {**session.source, "evaluation": session.data.evaluation_fingerprint}
-    told = {"config": plain_options(session.config), "read": summaries(read)}
-    publish_text(session.workspace.root / SOURCE, json.dumps(told, indent=1) + "\n")
+    """Record the content of the run's inputs, so that `status` need not read them."""
+    inputs = {**session.source, "evaluation": session.data.evaluation_fingerprint}
+    facts = {"config": plain_options(session.config), "read": summaries(inputs)}
+    publish_text(session.workspace.root / SOURCE, json.dumps(facts, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What the stages of one run share: the checked request, the data, and where each stage finds the model so far."""
+"""The session of a run, which gives its stages the options, the data and the models of earlier stages."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,17 +42,20 @@ from prehab_export.measurement import RankTimes
 from prehab_export.pipeline.workspace import READ_FILES, Workspace
 from prehab_export.system import DigestCache, bar, named
 
-# Training text or images put aside, to decide what is kept; never trained on and never reported on.
+# The most training samples to hold out for decisions between candidates. They are never trained or reported on.
 HELD_OUT = 512
-# Moments, in the folders of the stages that gather them.
+# The file of moments in the results of the stages that gather them.
 STATISTICS = "statistics.safetensors"
-# What ranks take on this machine, in the folder of the stage that measures it.
+# The file of measured rank times in the result of the stage ``times``.
 TIMES = "times.json"
 
 
 @dataclass(frozen=True)
 class Session:
-    """One run at work. Everything here is read from disk on first use, so that a resumed run sees the same."""
+    """The state of one run in this process.
+
+    Everything is read from disk on first use, so that a resumed run sees the same as an uninterrupted one.
+    """
 
     config: RunConfig
     workspace: Workspace
@@ -63,34 +66,34 @@ class Session:
 
     @property
     def task(self) -> Task:
-        """At the run's precision."""
+        """The run's task, at the run's precision."""
         return TASKS[self.config.task].at(self.config.precision)
 
     @cached_property
     def device(self) -> torch.device:
-        """Where models and moments are loaded to.
+        """The device that models and moments are loaded to.
 
         Raises:
-            InputError: there is no such device here, or it cannot compute in the run's precision.
+            InputError: this machine has no such device, or the device does not support the run's precision.
         """
         return choose_device(self.config.device, self.config.precision)
 
     @cached_property
     def on_cpu(self) -> "Session":
-        """The same run on the CPU in float32: whatever is published is made, checked and measured there."""
+        """The same run on the CPU in float32, where everything published is made, checked and measured."""
         if (self.device.type, self.config.precision) == ("cpu", "float32"):
             return self
-        twin = replace(self, config=replace(self.config, device="cpu", precision="float32"))
-        twin.__dict__["data"] = self.data  # the same on every device, and slow to read
-        return twin
+        session = replace(self, config=replace(self.config, device="cpu", precision="float32"))
+        session.__dict__["data"] = self.data  # share the data, which is slow to read and does not depend on the device
+        return session
 
     @property
-    def _origin(self) -> dict[str, Any]:
+    def _loading_options(self) -> dict[str, Any]:
         return {"revision": self.config.revision, "trust_remote_code": self.config.trust_remote_code}
 
     @cached_property
     def model_config(self) -> Any:
-        config = load_config(self.config.model, **self._origin)
+        config = load_config(self.config.model, **self._loading_options)
         check_task(config, self.task)
         return config
 
@@ -99,8 +102,8 @@ class Session:
         return self.fresh_processor()
 
     def fresh_processor(self) -> Any:
-        """As stored, to be saved again: a tokenizer that has been used remembers how, and would be saved with that."""
-        return load_processor(self.config.model, self.task, **self._origin)
+        """Load the processor again, to save it. A used tokenizer would save its truncation and padding state."""
+        return load_processor(self.config.model, self.task, **self._loading_options)
 
     @cached_property
     def data(self) -> TaskData:
@@ -116,147 +119,158 @@ class Session:
 
     @cached_property
     def source(self) -> dict[str, Any]:
-        """What the run starts from, by content: model, adapter, training data, task and seed; whose code."""
+        """Fingerprints of the run's inputs: model, adapter, training data, task, seed, batch size and own code."""
         adapter = self.config.adapter
         source = {
             "model": fingerprint(self.config.model, revision=self.config.revision, sha256_of=self.digests.sha256_of),
             "adapter": None if adapter is None else self._folder_hash(Path(adapter)),
-            # Of a model that transformers knows and that brings its own code too, this decides which of the two runs.
+            # If both transformers and the model's folder have code for the model, this decides which one runs.
             "own_code": self.config.trust_remote_code,
             "data": self.data.fingerprint,
             "task": self.config.task,
             "seed": self.config.seed,
             "batch_size": self.config.data.batch_size,
         }
-        if self.workspace.is_written:
+        if self.workspace.writable:
             self.digests.save()
         return source
 
     @cached_property
     def digests(self) -> DigestCache:
-        """Hashes of the files that the run reads, remembered from one command to the next."""
+        """Hashes of the files that the run reads, cached from one command to the next."""
         return DigestCache(self.workspace.root / READ_FILES)
 
     def _folder_hash(self, folder: Path) -> dict[str, str]:
         return {path.name: self.digests.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
     def identity(self, stage: str) -> str:
-        """What was asked of a stage and what it made, for the keys of what reads its current result."""
+        """Return the identity of a stage's current result, for the keys of the stages that read it."""
         return self.workspace.identity(stage, self.workspace.current[stage])
 
     @cached_property
-    def _parts(self) -> tuple[Samples, Samples]:
+    def _train_split(self) -> tuple[Samples, Samples]:
         return held_out_split(self.data.train, self.config.seed)
 
     @property
     def held_out(self) -> Samples:
-        return self._parts[0]
+        """Training samples held out for decisions between candidates."""
+        return self._train_split[0]
 
     @property
     def training(self) -> Samples:
-        return self._parts[1]
+        """The training samples that are not held out."""
+        return self._train_split[1]
 
     @property
     def calibration(self) -> Samples:
-        wanted = min(self.config.calibrate.samples, len(self.training))
-        return self.training.subset(wanted, self.config.seed)
+        """A random subset of the training samples to gather moments on."""
+        count = min(self.config.calibrate.samples, len(self.training))
+        return self.training.subset(count, self.config.seed)
 
     @cached_property
     def weights(self) -> WeightFiles:
-        """The files that the given model is loaded from."""
-        named = getattr(self.model_config, "transformers_weights", None)
-        return weight_files(self.config.model, revision=self.config.revision, named=named)
+        """The weight files of the source model."""
+        file_name = getattr(self.model_config, "transformers_weights", None)
+        return weight_files(self.config.model, revision=self.config.revision, named=file_name)
 
     @property
     def artifact_dtype(self) -> str:
-        """What the artifact's weights are rounded to."""
+        """The name of the artifact's dtype; the weights are rounded to it."""
         return self.weights.kept_dtype if self.config.dtype == AUTO else self.config.dtype
 
     @cached_property
     def coverage(self) -> Coverage:
-        """What the selected layers hold of the dense model."""
+        """The share of the dense model's parameters that the selected layers hold."""
         return coverage(self.empty_model, self.layers(self.empty_model))
 
     @cached_property
     def empty_model(self) -> PreTrainedModel:
-        """The dense model without weights."""
+        """The dense model without weights, on the meta device."""
         return empty_model(self.model_config, self.task, trust_remote_code=self.config.trust_remote_code)
 
     def layers(self, model: nn.Module) -> dict[str, DenseLinear]:
+        """Return name → layer, for the layers of a model that the run compresses."""
         return select_layers(model, self.config.calibrate.include, self.config.calibrate.exclude)
 
-    def load_given(self) -> PreTrainedModel:
-        return load_model(self.config.model, self.task, **self._origin)
+    def load_source_model(self) -> PreTrainedModel:
+        """Load the model named in the options, without its adapter, in float32 on the CPU."""
+        return load_model(self.config.model, self.task, **self._loading_options)
 
     def load_dense(self) -> PreTrainedModel:
-        """The dense model that everything is compared with: the given one, with its adapter merged.
+        """Load the dense model that the compressed one is compared with: the source model with its adapter merged.
 
-        It is read in float32 on the CPU and then moved: 4 bytes a weight of the machine's memory (28 GB for 7B), and
-        again of the device's. Truncation with drift correction needs two such models there, beside the moments.
+        The model is read in float32 on the CPU and then moved to the device. It takes 4 bytes per weight (28 GB for 7B)
+        in both memories. Truncation with drift correction needs two such models on the device besides the moments.
         """
         if self.config.adapter is None:
-            return self._placed(self.load_given())
+            return self._to_device(self.load_source_model())
         return self._load_stage("merge")
 
     def _load_stage(self, stage: str) -> PreTrainedModel:
         folder = self.workspace.folder(stage) / "model"
-        return self._placed(load_model(str(folder), self.task, trust_remote_code=self.config.trust_remote_code))
+        return self._to_device(load_model(str(folder), self.task, trust_remote_code=self.config.trust_remote_code))
 
-    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+    def _to_device(self, model: PreTrainedModel) -> PreTrainedModel:
         return model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
 
     def load_prepared(self) -> tuple[PreTrainedModel, Statistics]:
-        """The dense model to truncate and its moments: after prehab where that ran and was kept."""
-        model = self._load_stage("prehab") if self._prehab_was_kept else self.load_dense()
+        """Load the dense model to truncate and its moments, from prehab if its result was kept."""
+        model = self._load_stage("prehab") if self._uses_prehab else self.load_dense()
         return model, self.load_prepared_statistics()
 
     def load_teacher(self) -> tuple[str, PreTrainedModel]:
-        """What the compressed model is to follow, frozen, and its name: ``dense``, or ``prehab`` where that was kept
-        and has the lower held-out loss. What prehab has learned is then not unlearned after truncation; what it has
-        cost is."""
+        """Load the frozen teacher for distillation: the dense model or, if its held-out loss is lower, prehab's.
+
+        Following the better of the two keeps what prehab gained and makes up for what it lost.
+
+        Returns:
+            The teacher's name, ``dense`` or ``prehab``, and the model.
+        """
         models = {"dense": self.load_dense()}
-        if self._prehab_was_kept:
+        if self._uses_prehab:
             models["prehab"] = self._load_stage("prehab")
         name = min(models, key=lambda name: self.held_out_loss(models[name])) if len(models) > 1 else "dense"
         return name, models[name].requires_grad_(False)
 
     def load_prepared_statistics(self) -> Statistics:
-        """The moments of the model that is truncated."""
-        return self.load_statistics("prehab" if self._prehab_was_kept else "calibrate")
+        """Load the moments of the model that is truncated."""
+        return self.load_statistics("prehab" if self._uses_prehab else "calibrate")
 
     @property
-    def _prehab_was_kept(self) -> bool:
-        wanted = self.config.prehab.train.steps > 0
-        return wanted and self.workspace.read_json("prehab", "prehab.json")["kept"]
+    def _uses_prehab(self) -> bool:
+        """Whether prehab ran and its result was kept."""
+        is_enabled = self.config.prehab.train.steps > 0
+        return is_enabled and self.workspace.read_json("prehab", "prehab.json")["kept"]
 
     def calibrated(self, model: nn.Module, statistics: Statistics) -> Calibrated:
-        """A dense model of the run with moments of it, and what the run's budget is counted in."""
+        """Combine a dense model with its moments and the run's cost function."""
         return Calibrated(model, self.task, statistics, self.cost)
 
     @cached_property
     def cost(self) -> Cost:
-        """What the budget of ranks is counted in: parameters, or measured seconds."""
+        """The cost function of the rank budget, in parameters or in measured seconds."""
         if self.config.cut.latency is None:
             return parameters
         return RankTimes.from_json(self.workspace.read_json("times", TIMES)).cost
 
     def load_statistics(self, stage: str) -> Statistics:
-        """The moments that a stage gathered."""
+        """Load the moments that a stage gathered."""
         path = self.workspace.folder(stage) / STATISTICS
         return load_statistics(path, room_for(path.stat().st_size, self.device))
 
     def factored_folder(self) -> Path:
-        """The compressed model as the last of truncation, refinement and rehab left it."""
+        """Return the folder of the compressed model after the last of truncation, refinement and rehab."""
         steps = {"rehab": self.config.rehab.train.steps, "refine": self.config.refine.schedule.steps}
         stage = next((name for name, count in steps.items() if count), "truncate")
         return self.workspace.folder(stage) / "model"
 
     def load_factored(self, stage: str) -> PreTrainedModel:
+        """Load the compressed model that a stage wrote."""
         folder = self.workspace.folder(stage) / "model"
-        return self._placed(from_pretrained(folder, trust_remote_code=self.config.trust_remote_code))
+        return self._to_device(from_pretrained(folder, trust_remote_code=self.config.trust_remote_code))
 
     def metrics(self, model: nn.Module, samples: Samples, description: str) -> Metrics:
-        """Of the model where it lies, in the run's precision."""
+        """Evaluate a model on its current device, in the run's precision."""
         batches = samples.batches(self.config.data.batch_size)
         return evaluate(torch_predictor(model, self.task), self.task, batches, progress=named(bar, description))
 
@@ -265,18 +279,18 @@ class Session:
 
 
 def held_out_split(train: Samples, seed: int) -> tuple[Samples, Samples]:
-    """Samples to decide by (at most ``HELD_OUT``, or a fifth), and the rest, to calibrate and train on."""
+    """Split the training data into held-out samples (a fifth, at most ``HELD_OUT``) and samples to train on."""
     return train.split(min(HELD_OUT, max(1, len(train) // 5)), seed)
 
 
 def prepare_process(config: RunConfig) -> None:
-    """Threads and determinism, for every process that works on a run."""
+    """Set threads and determinism, and silence libraries; every process that works on a run calls this."""
     torch.set_num_threads(config.bench.threads)
     prepare_determinism()
     quiet_libraries()
 
 
 def quiet_libraries() -> None:
-    """What transformers has to say is for those who call it; this tool speaks for itself."""
+    """Silence the log messages and progress bars of transformers, which are meant for its direct users."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

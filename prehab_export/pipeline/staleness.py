@@ -1,4 +1,4 @@
-"""Why a result of a run no longer answers to the run's options: told from manifests alone, without model or data."""
+"""Explanations of why a result no longer matches the run's options, from manifests alone, without model or data."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 from converters.errors import InputError
 from prehab_export.config import Difference, RunConfig, differences, from_dict, plain_options, value_at, with_value
-from prehab_export.pipeline.stages.dependencies import DEPENDENCIES, Dependencies, wanted_parents
+from prehab_export.pipeline.stages.dependencies import DEPENDENCIES, Dependencies, enabled_parents
 from prehab_export.pipeline.workspace import READ_FILES, SOURCE, Workspace
 from prehab_export.system import FileDigest, read_json
 
@@ -18,32 +18,36 @@ Manifest = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Origin:
-    """Something that results are made from by its content: the options that decide it, what it is called, and the
-    option that says where its files lie."""
+    """An input of the run that results depend on by content.
+
+    options: the options that determine the input.
+    description: what messages call it.
+    path_option: the option that holds the path of its files.
+    """
 
     options: tuple[str, ...]
-    words: str
-    place: str | None = None
+    description: str
+    path_option: str | None = None
 
 
-# By its name in manifests.
+# The inputs, by their names in manifests.
 SOURCES = {
     "model": Origin(("model", "revision"), "the model", "model"),
     "adapter": Origin(("adapter",), "the adapter", "adapter"),
-    "own_code": Origin(("trust_remote_code",), "whose code the model runs"),
+    "own_code": Origin(("trust_remote_code",), "the origin of the model's code"),
     "data": Origin(("data",), "the data", "data.data"),
     "task": Origin(("task",), "the task"),
     "seed": Origin(("seed",), "the seed"),
     "batch_size": Origin(("data.batch_size",), "the batch size"),
-    "evaluation": Origin(("data",), "the data to report on", "data.data"),
+    "evaluation": Origin(("data",), "the evaluation data", "data.data"),
 }
-# Files are hashed to see whether a new time means new content, but for more bytes than these: that would take long.
-HASHED = 256_000_000
+# The most bytes to hash in files with a new modification time, so that `status` stays quick.
+HASH_LIMIT = 256_000_000
 
 
 @dataclass(frozen=True)
 class StaleReasons:
-    """What a result was made by that is another now: options, and the rest in words."""
+    """Why a result is stale: the options that differ, and other reasons in words."""
 
     options: tuple[Difference, ...] = ()
     others: tuple[str, ...] = ()
@@ -54,9 +58,9 @@ class StaleReasons:
 
 @dataclass(frozen=True)
 class Staleness:
-    """What no longer holds of results, against these options and what is known of the model and the data.
+    """Comparison of results with the run's options and with its inputs as of the last command.
 
-    recorded: stage → key of what the last command left as current.
+    recorded: stage → key of the result that the last command left as current.
     """
 
     workspace: Workspace
@@ -68,83 +72,96 @@ class Staleness:
         return plain_options(self.config)
 
     @cached_property
-    def _known(self) -> Mapping[str, Any]:
-        """What the run started from when its last command began: ``config`` and, by content, ``read``."""
+    def _last_source(self) -> Mapping[str, Any]:
+        """The options (``config``) and input fingerprints (``read``) at the start of the last command."""
         return read_json(self.workspace.root / SOURCE) or {"config": {}, "read": {}}
 
     @cached_property
     def files(self) -> dict[Path, str]:
-        """File of the model or the data → what became of it since the last command: ``gone``, ``changed`` or, where
-        its content would take long to read, ``touched``. Those that are as they were are left out."""
+        """File of an input → its change since the last command: ``gone``, ``changed`` or ``touched``.
+
+        A touched file has a new modification time and is too large to hash. Unchanged files are left out.
+        """
         rows = read_json(self.workspace.root / READ_FILES) or {}
         digests = {Path(name): FileDigest(*row) for name, row in rows.items()}
-        return {path: found for path, found in _changes(digests) if found is not None}
+        return {path: change for path, change in _file_changes(digests) if change is not None}
 
     def reasons(self, stage: str, key: str) -> StaleReasons:
-        """Why what the stage has made under this key is not what the options ask for; nothing where it is, as far as
-        that can be told."""
+        """Return why a stage's result under a key does not match the options; empty if no reason is known."""
         manifest: Manifest = self.workspace.manifest(stage, key) or {"files": {}}
         made_by = (manifest.get("versions") or {}).get("prehab-export", version("prehab-export"))
         others = [] if made_by == version("prehab-export") else [f"made by version {made_by}"]
-        if (name := self._damaged(stage, key, manifest)) is not None:
+        if (name := self._damaged_file(stage, key, manifest)) is not None:
             others.append(f"{name} is gone or damaged")
         options = self.differing_options(stage, manifest)
-        for name, was in (manifest.get("read") or {}).items():
+        for name, value in (manifest.get("read") or {}).items():
             if name in SOURCES:
-                found, words = self._source(SOURCES[name], name, was, manifest["config"])
-                options += [one for one in found if one not in options]
-                others += [words] if words is not None and words not in others else []
+                source_options, reason = self._compare_source(SOURCES[name], name, value, manifest["config"])
+                options += [difference for difference in source_options if difference not in options]
+                others += [reason] if reason is not None and reason not in others else []
         if not (options or others):
-            others += [f"{parent} was made anew, with another outcome" for parent in self._made_anew(stage, manifest)]
-        if not (options or others) and self._was_passed_over(stage, key):
-            others.append("something else that it was made from is another now")
+            changed_parents = self._changed_parents(stage, manifest)
+            others += [f"{parent} ran again with a different result" for parent in changed_parents]
+        if not (options or others) and self._was_rejected(stage, key):
+            others.append("something else that it was made from has changed")
         return StaleReasons(tuple(options), tuple(others))
 
     def differing_options(self, stage: str, manifest: Manifest) -> list[Difference]:
-        """The options of the work that are not as they were, of those that the stage or one that it reads depends
-        on."""
+        """Return the options that have changed since the result was made and that the stage or an ancestor uses."""
         stages = [DEPENDENCIES[name] for name in (stage, *_ancestors(stage)) if name in DEPENDENCIES]
-        return [one for one in self._differences(manifest.get("config")) if self._matters(one, stages)]
+        changes = self._differences(manifest.get("config"))
+        return [difference for difference in changes if self._matters(difference, stages)]
 
     def _differences(self, before: Mapping[str, Any] | None) -> list[Difference]:
         return [] if not before else differences(before, self._options)
 
-    def _matters(self, one: Difference, stages: Iterable[Dependencies]) -> bool:
-        if any(_is_of(source, one) for source in SOURCES.values()):
-            return False  # its content decides
+    def _matters(self, difference: Difference, stages: Iterable[Dependencies]) -> bool:
+        """Whether restoring the earlier value would change the options of any of the stages."""
+        if any(_decides(source, difference) for source in SOURCES.values()):
+            return False  # inputs are compared by content instead
         try:
-            other = from_dict(RunConfig, with_value(self._options, one.path, one.before))
-        except InputError:  # the two do not go together, or this version has no such option
+            other = from_dict(RunConfig, with_value(self._options, difference.path, difference.before))
+        except InputError:  # the value conflicts with the other options, or this version has no such option
             return True
-        return any(_asked(stage, other) != _asked(stage, self.config) for stage in stages)
+        return any(_effective_options(stage, other) != _effective_options(stage, self.config) for stage in stages)
 
-    def _source(
-        self, source: Origin, name: str, was: Any, before: Mapping[str, Any]
+    def _compare_source(
+        self, source: Origin, name: str, value: Any, config: Mapping[str, Any]
     ) -> tuple[list[Difference], str | None]:
-        """What a result was made from that is another now: by its options, or in words where these are the same."""
-        options = [one for one in self._differences(before) if _is_of(source, one)]
-        is_known = name in self._known["read"] and not any(
-            _is_of(source, one) for one in self._differences(self._known["config"])
+        """Compare an input with what a result was made from.
+
+        Args:
+            name: the input's name in manifests.
+            value: the input's fingerprint in the result's manifest.
+            config: the options in the result's manifest.
+
+        Returns:
+            The options that changed the input, and a reason in words if it changed under the same options.
+        """
+        options = [difference for difference in self._differences(config) if _decides(source, difference)]
+        # The last command's fingerprint is valid only if the options that determine the input have not changed since.
+        is_known = name in self._last_source["read"] and not any(
+            _decides(source, difference) for difference in self._differences(self._last_source["config"])
         )
-        changed = was != self._known["read"][name] if is_known else bool(options)
+        changed = value != self._last_source["read"][name] if is_known else bool(options)
         if changed:
-            return options, None if options else f"{source.words} changed"
+            return options, None if options else f"{source.description} changed"
         files = [path.name for path in self._changed_files(source)]
-        return [], f"{source.words} changed: {', '.join(files)}" if files else None
+        return [], f"{source.description} changed: {', '.join(files)}" if files else None
 
     def _changed_files(self, source: Origin) -> list[Path]:
-        place = None if source.place is None else value_at(self._options, source.place)
-        if place is None or not Path(place).exists():
+        path = None if source.path_option is None else value_at(self._options, source.path_option)
+        if path is None or not Path(path).exists():
             return []
-        root = Path(place).resolve()
-        return [path for path, found in self.files.items() if found == "changed" and path.is_relative_to(root)]
+        root = Path(path).resolve()
+        return [file for file, change in self.files.items() if change == "changed" and file.is_relative_to(root)]
 
-    def _was_passed_over(self, stage: str, key: str) -> bool:
-        """Whether the last command, under these very options, did not take this result for valid."""
-        before = self._known["config"]
-        return bool(before) and not self._differences(before) and self.recorded.get(stage) != key
+    def _was_rejected(self, stage: str, key: str) -> bool:
+        """Whether the last command had the same options and yet did not accept this result."""
+        config = self._last_source["config"]
+        return bool(config) and not self._differences(config) and self.recorded.get(stage) != key
 
-    def _damaged(self, stage: str, key: str, manifest: Manifest) -> str | None:
+    def _damaged_file(self, stage: str, key: str, manifest: Manifest) -> str | None:
         folder = self.workspace.result(stage, key)
         for name, facts in manifest["files"].items():
             path = folder / name
@@ -152,47 +169,52 @@ class Staleness:
                 return name
         return None
 
-    def _made_anew(self, stage: str, manifest: Manifest) -> list[str]:
-        """Stages whose current result is another than the one that this result was made from."""
-        before, workspace = manifest.get("parents"), self.workspace
-        if before is None or stage not in DEPENDENCIES:
+    def _changed_parents(self, stage: str, manifest: Manifest) -> list[str]:
+        """Return the parents whose current result differs from the one that this result was made from."""
+        identities, workspace = manifest.get("parents"), self.workspace
+        if identities is None or stage not in DEPENDENCIES:
             return []
-        there = [name for name in wanted_parents(DEPENDENCIES[stage], self.config) if workspace.has(name)]
-        return [name for name in there if before.get(name) != workspace.identity(name, workspace.current[name])]
+        parents = [name for name in enabled_parents(DEPENDENCIES[stage], self.config) if workspace.has(name)]
+        return [name for name in parents if identities.get(name) != workspace.identity(name, workspace.current[name])]
 
 
-def worded(one: Difference) -> str:
-    """An option that differs, as a person reads it.
+def describe_difference(difference: Difference) -> str:
+    """Return an option's old and new values as text for people.
 
-    >>> worded(Difference("truncate.ratio", 0.6, 0.8))
+    >>> describe_difference(Difference("truncate.ratio", 0.6, 0.8))
     'truncate.ratio 0.6 → 0.8'
     """
-    return f"{one.path} {_short(one.before)} → {_short(one.after)}"
+    return f"{difference.path} {_format_value(difference.before)} → {_format_value(difference.after)}"
 
 
-def _short(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(str, value)) or "none"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _is_of(source: Origin, one: Difference) -> bool:
-    return any(one.path == option or one.path.startswith(f"{option}.") for option in source.options)
+def _decides(source: Origin, difference: Difference) -> bool:
+    """Whether a differing option is one of those that determine an input."""
+    path = difference.path
+    return any(path == option or path.startswith(f"{option}.") for option in source.options)
 
 
-def _asked(stage: Dependencies, config: RunConfig) -> Any:
-    return stage.options(config) if stage.wanted(config) else None
+def _effective_options(stage: Dependencies, config: RunConfig) -> Any:
+    """Return the options of a stage; None if the stage is disabled."""
+    return stage.options(config) if stage.is_enabled(config) else None
 
 
 def _ancestors(stage: str) -> list[str]:
-    found: list[str] = []
+    """Return the stages that a stage reads, directly or indirectly."""
+    ancestors: list[str] = []
     for parent in DEPENDENCIES[stage].parents if stage in DEPENDENCIES else ():
-        found += [name for name in (parent, *_ancestors(parent)) if name not in found]
-    return found
+        ancestors += [name for name in (parent, *_ancestors(parent)) if name not in ancestors]
+    return ancestors
 
 
-def _changes(digests: Mapping[Path, FileDigest]) -> Iterable[tuple[Path, str | None]]:
-    read = 0
+def _file_changes(digests: Mapping[Path, FileDigest]) -> Iterable[tuple[Path, str | None]]:
+    """Yield each file with its change (see `Staleness.files`), or None if it is unchanged."""
+    hashed_bytes = 0
     for path, digest in digests.items():
         if not path.is_file():
             yield path, "gone"
@@ -200,7 +222,7 @@ def _changes(digests: Mapping[Path, FileDigest]) -> Iterable[tuple[Path, str | N
             yield path, "changed"
         elif path.stat().st_mtime_ns == digest.mtime_ns:
             yield path, None
-        elif (read := read + digest.size) > HASHED:
+        elif (hashed_bytes := hashed_bytes + digest.size) > HASH_LIMIT:
             yield path, "touched"
         else:
             yield path, None if digest.still_holds(path) else "changed"

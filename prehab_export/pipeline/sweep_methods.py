@@ -1,4 +1,7 @@
-"""The methods that a sweep can compare, by name. Light: the command line lists them without loading torch."""
+"""The methods that a sweep can compare, by name.
+
+This module does not import torch, so that the command line can list the methods quickly.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +10,10 @@ from prehab_export.config import PARAMETERS, TruncateConfig
 
 @dataclass(frozen=True)
 class Method:
-    """A choice of truncation. ``refined``: followed by end-to-end refinement of the factors."""
+    """A choice of truncation options.
+
+    refined: whether end-to-end refinement of the factors follows.
+    """
 
     name: str
     objective: str
@@ -16,7 +22,7 @@ class Method:
     refined: bool = False
 
     def at(self, ratio: float, base: TruncateConfig) -> TruncateConfig:
-        """``base`` with this method's choices."""
+        """Return ``base`` with this method's options and this ratio."""
         return replace(
             base,
             ratio=ratio,

@@ -1,6 +1,6 @@
-"""Several methods at several ratios, from one calibration and one decomposition a layer and objective.
+"""Comparison of several methods at several ratios, from one calibration and one decomposition per layer and objective.
 
-Every row is published by itself, so that a sweep that was killed, or is asked for more, computes only what is missing.
+Every row is published separately, so that a sweep that was killed or extended computes only the missing rows.
 """
 
 import json
@@ -27,7 +27,7 @@ from prehab_export.compression import (
 )
 from prehab_export.config import RunConfig
 from prehab_export.pipeline.report.plots import plot_sweep
-from prehab_export.pipeline.running import bring_up_to_date, opened_beside
+from prehab_export.pipeline.running import side_session, update_through
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.sweep_methods import METHODS, Method
 from prehab_export.pipeline.workspace import stage_key
@@ -37,49 +37,53 @@ Row = dict[str, Any]
 
 
 def sweep(config: RunConfig, output: Path, methods: Sequence[str], ratios: Sequence[float]) -> Path:
-    """Measure every method at every ratio on the evaluation split; returns the folder with table and plot.
+    """Measure every method at every ratio on the evaluation split.
 
     Args:
-        config: the run whose model, data, calibration and refinement are used; its own ratio and objective are not.
-        methods: names out of ``sweep_methods.METHODS``.
+        config: the options of the run. A sweep uses its model, data, calibration and refinement, but not its ratio and
+            objective.
+        output: the run's folder.
+        methods: names in ``sweep_methods.METHODS``.
+        ratios: shares of the selected parameters to remove.
+
+    Returns:
+        The folder with the table and the plot.
 
     Raises:
-        InputError: bad input, found before anything slow.
+        InputError: the input is bad; this is found before any slow work.
     """
-    chosen = [METHODS[name] for name in dict.fromkeys(methods)]
+    selected = [METHODS[name] for name in dict.fromkeys(methods)]
     ratios = sorted(set(ratios))
-    if any(method.refined for method in chosen) and not config.refine.schedule.steps:
-        raise InputError("the method 'refined' needs --refine-steps above 0, or leave it out")
-    given = config
-    cuts = [method.at(ratio, config.cut) for method in chosen for ratio in ratios]
-    # Moments for the most demanding method serve them all.
-    config = replace(config, truncate=max(cuts, key=lambda cut: cut.needs_gradients))
-    with opened_beside(config, output, given) as session:
-        bring_up_to_date(session, "calibrate")
-        rows = _Rows(session).all(chosen, ratios)
+    if any(method.refined for method in selected) and not config.refine.schedule.steps:
+        raise InputError("the method 'refined' needs --refine-steps above 0; raise it or leave the method out")
+    cuts = [method.at(ratio, config.cut) for method in selected for ratio in ratios]
+    # The moments of the most demanding method serve all methods.
+    sweep_config = replace(config, truncate=max(cuts, key=lambda cut: cut.needs_gradients))
+    with side_session(sweep_config, output, config) as session:
+        update_through(session, "calibrate")
+        dense, *rows = _Rows(session).all(selected, ratios)
         with session.workspace.show("sweep") as folder:
-            dense, rest = rows[0], rows[1:]
-            write_json(folder / "sweep.json", {"dense": dense, "rows": rest, "coverage": session.coverage.facts()})
-            (folder / "sweep.md").write_text(_markdown(dense, rest), encoding="utf-8")
-            plot_sweep(dense, rest, folder / "sweep.png")
+            write_json(folder / "sweep.json", {"dense": dense, "rows": rows, "coverage": session.coverage.facts()})
+            (folder / "sweep.md").write_text(_markdown(dense, rows), encoding="utf-8")
+            plot_sweep(dense, rows, folder / "sweep.png")
     return session.workspace.root / "sweep"
 
 
 class _Rows:
-    """Rows of one sweep, each read where it is there and computed where it is not."""
+    """The rows of one sweep, read from the workspace if they exist there and computed otherwise."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.parent = session.identity("calibrate")
         self.model: PreTrainedModel | None = None
-        self.decomposed: Decompositions | None = None
+        self.decompositions: Decompositions | None = None
 
     def all(self, methods: Sequence[Method], ratios: Sequence[float]) -> list[Row]:
-        """The dense model's row, then one a method and ratio."""
+        """Return the dense model's row, then a row for every method and ratio."""
         evaluation = {"evaluation": self.session.data.evaluation_fingerprint}
         rows = [self._row("sweep-dense", evaluation, lambda: {"method": "dense", "ratio": 0.0} | self._dense())]
         for objective in dict.fromkeys(method.objective for method in methods):
-            self.decomposed = None  # of one objective at a time: they are as large as the model
+            self.decompositions = None  # drop those of the last objective: they are as large as the model
             for method in (m for m in methods if m.objective == objective):
                 for ratio in ratios:
                     options = evaluation | self._options(method, ratio)
@@ -87,12 +91,12 @@ class _Rows:
                     rows.append(self._row(name, options, partial(self._measure, method, ratio)))
         return rows
 
-    def _row(self, name: str, options: dict[str, Any], compute: Callable[[], Row]) -> Row:
+    def _row(self, name: str, options: dict[str, Any], compute_row: Callable[[], Row]) -> Row:
         workspace = self.session.workspace
         key = stage_key(name, options, [self.parent])
         if workspace.find(name, key) is None:
             with workspace.publish(name, key, options) as folder:
-                write_json(folder / "row.json", compute())
+                write_json(folder / "row.json", compute_row())
         row = json.loads((workspace.result(name, key) / "row.json").read_text(encoding="utf-8"))
         say(f"  {name.removeprefix('sweep-')}: {row['metric']} {row['value']:.4f}")
         return row
@@ -114,18 +118,20 @@ class _Rows:
         session, calibrated = self.session, self._calibrated()
         config = session.config
         cut = method.at(ratio, config.cut)
-        if self.decomposed is None:
-            described = named(bar, f"decompose for {method.objective}")
-            self.decomposed = decompose_layers(calibrated, cut, progress=described)
-        started = time.monotonic()
+        if self.decompositions is None:
+            progress = named(bar, f"decompose for {method.objective}")
+            self.decompositions = decompose_layers(calibrated, cut, progress=progress)
+        start = time.monotonic()
         samples = Samplesets(session.calibration, session.held_out, config.data.batch_size)
-        tunes = method.refined and config.refine.block_steps > 0
+        refines_blocks = method.refined and config.refine.block_steps > 0
         result = compress(
             calibrated,
             samples,
             cut,
-            decomposed=self.decomposed,
-            after_block=block_refiner(config.refine, calibrated.statistics, seed=config.seed) if tunes else None,
+            decomposed=self.decompositions,
+            after_block=(
+                block_refiner(config.refine, calibrated.statistics, seed=config.seed) if refines_blocks else None
+            ),
             progress=bar,
         )
         for warning in result.warnings:
@@ -134,7 +140,7 @@ class _Rows:
         if method.refined:
             factored = Factored.of(candidate, session.task, calibrated.statistics)
             refine(factored, session.training, config.refine, teacher=calibrated.model, seed=config.seed, progress=bar)
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - start
         metrics = asdict(session.metrics(candidate, session.data.evaluation, f"{method.name} {ratio:g}"))
         facts = {key: value for key, value in result.truncation.summary().items() if key != "layers"}
         return {"method": method.name, "ratio": ratio, **metrics, "seconds": seconds, **facts}
@@ -144,6 +150,7 @@ class _Rows:
 
 
 def sweep_cells(dense: Row, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return the heading and the body of a sweep's table: a row per method, a column per ratio."""
     ratios = sorted({row["ratio"] for row in rows})
     heading = [f"{dense['metric']}, dense {dense['value']:.4f}", *(f"{ratio:.0%} removed" for ratio in ratios)]
     body = []
@@ -155,5 +162,5 @@ def sweep_cells(dense: Row, rows: list[Row]) -> tuple[list[str], list[list[str]]
 
 def _markdown(dense: Row, rows: list[Row]) -> str:
     heading, body = sweep_cells(dense, rows)
-    lines = [heading, ["---"] * len(heading), *body]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    table = [heading, ["---"] * len(heading), *body]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in table)

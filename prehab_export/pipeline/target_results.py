@@ -1,41 +1,51 @@
-"""What was measured of a run at targets: kept in the run's folder, told from results of other options."""
+"""Results that targets have measured for a run, and which of them belong to the run's current graphs."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from prehab_export.measurement import Json, read_results
-from prehab_export.pipeline.workspace import KITS_MADE
+from prehab_export.pipeline.workspace import KIT_GRAPHS
 from prehab_export.system import write_json
 
-# Where a run keeps what was measured elsewhere.
+# The subfolder of a run with the results of targets.
 FOLDER = "targets"
 
 
-def remember_kit(root: Path, digest: str, graphs: Mapping[str, str]) -> None:
-    """Note by a kit's digest which graphs are in it (name → hash), so that its results can be told from those of other
-    options."""
-    made = _kits_made(root) | {digest: dict(graphs)}
-    write_json(root / KITS_MADE, made)
+def record_kit(root: Path, digest: str, graphs: Mapping[str, str]) -> None:
+    """Record which graphs a kit holds, so that its results can be matched with them later.
+
+    Args:
+        root: the run's folder.
+        digest: the kit's digest.
+        graphs: graph name → hash.
+    """
+    kits = _load_kit_graphs(root) | {digest: dict(graphs)}
+    write_json(root / KIT_GRAPHS, kits)
 
 
-def results_of(root: Path, graphs: Mapping[str, str]) -> dict[str, Json]:
-    """`kept_results`, but for those of kits that are known to hold other graphs than these (name → hash)."""
-    made = _kits_made(root)
+def matching_target_results(root: Path, graphs: Mapping[str, str]) -> dict[str, Json]:
+    """Return target name → results, without the results of kits known to hold other graphs.
+
+    Args:
+        root: the run's folder.
+        graphs: name → hash of the run's current graphs.
+    """
+    kits = _load_kit_graphs(root)
     return {
         name: results
-        for name, results in kept_results(root).items()
-        if made.get(results["kit"], {}).items() <= graphs.items()
+        for name, results in load_target_results(root).items()
+        if kits.get(results["kit"], {}).items() <= graphs.items()
     }
 
 
-def _kits_made(root: Path) -> dict[str, dict[str, str]]:
-    try:
-        return json.loads((root / KITS_MADE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or what a machine that lost its power left
-        return {}
-
-
-def kept_results(root: Path) -> dict[str, Json]:
-    """Name → results of every target that the run in ``root`` was measured at."""
+def load_target_results(root: Path) -> dict[str, Json]:
+    """Return target name → results, for every target that the run in ``root`` was measured on."""
     return {path.stem: read_results(path) for path in sorted((root / FOLDER).glob("*.json"))}
+
+
+def _load_kit_graphs(root: Path) -> dict[str, dict[str, str]]:
+    try:
+        return json.loads((root / KIT_GRAPHS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no kit was made yet, or a power loss truncated the file
+        return {}

@@ -1,13 +1,13 @@
-"""A run's folder: what each stage made, why it is still valid, and how it gets there whole or not at all.
+"""The folder of a run: stage results, their manifests, and atomic publishing.
 
-The result of a stage is a folder under the stage's *key*, ``stages/<stage>/<key>/``. The key is a hash over the
-stage's options and over what the stages before it made, by content: an option that comes back finds its result again,
-and a stage that is done again and makes the same leaves everything after it valid. The result's manifest lies apart,
-in ``manifests/<stage>/<key>.json``, and is written last. A killed run leaves at most a ``.partial`` folder, which the
-next run clears away.
+The result of a stage is a folder named by the stage's *key*, ``stages/<stage>/<key>/``. The key hashes the stage's
+options and the contents of its parents' results. Restoring an earlier option therefore finds the earlier result, and a
+stage that runs again with the same output keeps all later results valid. The result's manifest,
+``manifests/<stage>/<key>.json``, is written last. A killed run leaves at most a ``.partial`` folder, which the next run
+removes.
 
-``manifests/current.json`` says which result of each stage answers to the run's options. Of the stages that people look
-into (`SHOWN`) the current one is also shown beside ``run.yaml``, as hard links.
+``manifests/current.json`` records which result of each stage matches the run's options. The current results of the
+stages in `SHOWN`, which people look into, also appear beside ``run.yaml`` as hard links.
 """
 
 import json
@@ -40,26 +40,27 @@ from prehab_export.system import (
 )
 
 OPTIONS_FILE = "run.yaml"
-# What makes a folder ours: only then is anything in it replaced or removed.
+# Marks a folder as a run's. Nothing is replaced or removed in a folder without it.
 MARKER = "manifests/.prehab-export"
 CURRENT = "manifests/current.json"
-# Hashes of the files that a run reads from elsewhere, what it starts from by content as of the last command, and hashes
-# of the graphs in the kits that it has made.
+# Hashes of the external files that a run reads.
 READ_FILES = "manifests/digests.json"
+# Content of the run's inputs (model, data and so on) at the last command.
 SOURCE = "manifests/source.json"
-KITS_MADE = "manifests/kits.json"
-# Records that are no stage's.
-RECORDS = frozenset({CURRENT, READ_FILES, SOURCE, KITS_MADE})
-# Stages whose current result also stands in the run's folder, under the stage's name.
+# Hashes of the graphs in every kit that the run has made.
+KIT_GRAPHS = "manifests/kits.json"
+# Records that belong to the whole run rather than to a stage.
+RECORDS = frozenset({CURRENT, READ_FILES, SOURCE, KIT_GRAPHS})
+# Stages whose current result also appears in the run's folder, under the stage's name.
 SHOWN = frozenset({"artifact", "baseline", "report"})
-# Kits on their way to where they are measured.
+# Temporary kits that are being measured on a target.
 KITS = ".kit-*"
-# What a killed process may leave.
+# Patterns of what a killed process may leave behind.
 UNFINISHED = (
-    *(f"{place}*{PARTIAL}" for place in ("", "stages/*/", "manifests/", "manifests/*/", "targets/")),
+    *(f"{parent}*{PARTIAL}" for parent in ("", "stages/*/", "manifests/", "manifests/*/", "targets/")),
     KITS,
 )
-# Digits of a key in the name of a folder.
+# Digits of the key in a result's folder name.
 KEY_DIGITS = 16
 RECORDED_VERSIONS = (
     "prehab-export",
@@ -74,7 +75,10 @@ RECORDED_VERSIONS = (
 
 
 def stage_key(stage: str, options: Mapping[str, Any], parents: Sequence[str] = ()) -> str:
-    """What a stage's output depends on, as one hash; ``parents`` are the identities of the results that it reads.
+    """Return a hash of everything that a stage's output depends on.
+
+    Args:
+        parents: identities of the results that the stage reads (`Workspace.identity`).
 
     >>> stage_key("truncate", {"ratio": 0.6}) == stage_key("truncate", {"ratio": 0.60})
     True
@@ -86,7 +90,7 @@ def stage_key(stage: str, options: Mapping[str, Any], parents: Sequence[str] = (
 
 
 def summaries(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What was read, to be told from what is read another time: a hash stands for what is long.
+    """Return the values with every long one replaced by its hash, so that two readings can be compared.
 
     >>> summaries({"seed": 0, "files": {"a": "1" * 99}})["files"].startswith("sha256:")
     True
@@ -101,8 +105,11 @@ def summaries(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A result that no current option needs, and the bytes that are free without it and the others; ``key`` is the
-    name of its folder."""
+    """A result that the current options do not need.
+
+    key: the name of the result's folder.
+    bytes: the disk space that removing this leftover frees when all leftovers are removed together.
+    """
 
     stage: str
     key: str
@@ -113,22 +120,22 @@ class Leftover:
 class Workspace:
     """The folder of one run.
 
-    current: stage → key of the result that answers to the options in use. `select` sets it.
-    keeps_selection: whether that is kept for the next command, and shown.
-    is_written: whether anything is written to it at all; where not, what is found out is forgotten.
+    current: stage → key of the result that matches the options in use; set by `select`.
+    saves_selection: whether `save_selection` records ``current`` for the next command and shows its results.
+    writable: whether anything is written to the folder at all.
     """
 
     root: Path
     current: dict[str, str] = field(default_factory=dict)
-    keeps_selection: bool = True
-    is_written: bool = True
+    saves_selection: bool = True
+    writable: bool = True
 
     @classmethod
     def open(cls, root: Path) -> "Workspace":
         """Create or reopen a run's folder.
 
         Raises:
-            InputError: the folder exists and holds something that is not a run of ours, or is a file.
+            InputError: the path is a file, or a folder that holds something other than a run.
             StorageError: the disk is full.
         """
         cls._check(root)
@@ -149,20 +156,20 @@ class Workspace:
             raise InputError(f"{root} holds something else; give an empty or new folder, or one of an earlier run")
 
     @classmethod
-    def looked_at(cls, root: Path) -> "Workspace":
-        """A run's folder, or the place for a new one, that nothing is written to.
+    def open_read_only(cls, root: Path) -> "Workspace":
+        """Open a run's folder, or the path of a new one, without ever writing to it.
 
         Raises:
-            InputError: as of `open`.
+            InputError: as for `open`.
         """
         cls._check(root)
-        workspace = cls(root, is_written=False)
+        workspace = cls(root, writable=False)
         workspace._read_selection()
         return workspace
 
     @classmethod
-    def existing(cls, root: Path) -> "Workspace | None":
-        """A run's folder, to read in; None where there is none."""
+    def open_existing(cls, root: Path) -> "Workspace | None":
+        """Return the workspace of a run's folder, or None if the folder is not a run's."""
         return cls._reopened(root) if (root / MARKER).is_file() else None
 
     @classmethod
@@ -172,16 +179,16 @@ class Workspace:
         return workspace
 
     def _read_selection(self) -> None:
-        kept = read_json(self.root / CURRENT) or {}
+        selection = read_json(self.root / CURRENT) or {}
         self.current = {
             stage: key
-            for stage, key in kept.items()
+            for stage, key in selection.items()
             if self._manifest_path(stage, key).is_file() and self.result(stage, key).is_dir()
         }
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process, clear away what a killed one left, and see what the last one selected.
+        """Lock the folder for this process, remove what a killed process left, and reload the saved selection.
 
         Raises:
             InputError: another process is working in the folder.
@@ -189,19 +196,19 @@ class Workspace:
         try:
             with FileLock(self.root / "manifests" / ".lock", blocking=False):
                 for pattern in UNFINISHED:
-                    for stale in self.root.glob(pattern):
-                        remove(stale)
+                    for path in self.root.glob(pattern):
+                        remove(path)
                 self._read_selection()
                 yield
         except Timeout as error:
-            raise InputError(f"another run is working in {self.root}; wait for it or take another folder") from error
+            raise InputError(f"another run is using {self.root}; wait for it or use another folder") from error
 
-    # Results, by key.
+    # Results by key.
 
     def find(self, stage: str, key: str) -> Path | None:
-        """The folder of what the stage made under this key; None where that is not there, or not as it was written.
+        """Return the folder of a stage's result under a key, or None if it is missing or altered.
 
-        Files are told by size and time of modification, and read again only where the time is another.
+        Files are compared by size and modification time, and hashed only if the time differs.
         """
         manifest = self.manifest(stage, key)
         if manifest is None or manifest["key"] != key:
@@ -210,22 +217,23 @@ class Workspace:
         files = {name: FileDigest(**facts) for name, facts in manifest["files"].items()}
         if not all(digest.still_holds(folder / name) for name, digest in files.items()):
             return None
-        told = {name: asdict(digest) for name, digest in files.items()}
-        if told != manifest["files"] and self.is_written:  # a copied folder has other times
-            self._write_manifest(stage, key, manifest | {"files": told})
+        facts = {name: asdict(digest) for name, digest in files.items()}
+        if facts != manifest["files"] and self.writable:  # copying a folder changes its files' times
+            self._write_manifest(stage, key, manifest | {"files": facts})
         return folder
 
     @contextmanager
     def publish(
         self, stage: str, key: str, options: Mapping[str, Any], origin: Mapping[str, Any] | None = None
     ) -> Iterator[Path]:
-        """A fresh folder to write into; it becomes the result under this key only if the block succeeds.
+        """Give an empty folder to write into, which becomes the result under this key only if the block succeeds.
 
         Args:
-            origin: what else the key was made of, for the manifest.
+            options: the stage's options, for the manifest.
+            origin: everything else that the key depends on, for the manifest.
 
         Raises:
-            StorageError: the disk is full, or not to be written to.
+            StorageError: the disk is full or cannot be written to.
         """
         folder, started = self.result(stage, key), time.monotonic()
         with replacing(folder) as partial:
@@ -236,7 +244,7 @@ class Workspace:
                 for path in sorted(partial.rglob("*"))
                 if path.is_file()
             }
-            # The manifest of what is replaced goes first: a kill in between then leaves nothing that counts.
+            # Remove the old result's manifest first, so that a kill before the swap leaves no half-valid result.
             self._manifest_path(stage, key).unlink(missing_ok=True)
         manifest = {
             "stage": stage,
@@ -251,11 +259,11 @@ class Workspace:
         self._write_manifest(stage, key, manifest)
 
     def result(self, stage: str, key: str) -> Path:
-        """Where the result under this key lies, or would lie."""
+        """Return the folder of the result under this key, whether or not it exists."""
         return self.root / "stages" / stage / key[:KEY_DIGITS]
 
     def identity(self, stage: str, key: str) -> str:
-        """What was asked of a stage and what it made, as one string for the keys of the stages that read it."""
+        """Return a string that identifies a result by its key and content, for the keys of the stages that read it."""
         manifest = self.manifest(stage, key)
         assert manifest is not None, f"{stage} has no result under {key}"
         content = [[name, facts["sha256"]] for name, facts in sorted(manifest["files"].items())]
@@ -265,45 +273,46 @@ class Workspace:
         return read_json(self._manifest_path(stage, key))
 
     def keys(self, stage: str) -> list[str]:
-        """The keys under which the stage has made something."""
+        """Return the keys of all results of a stage."""
         manifests = (read_json(path) for path in sorted(self.root.glob(f"manifests/{stage}/*.json")))
         return [manifest["key"] for manifest in manifests if manifest is not None]
 
     def size(self, stage: str, key: str) -> int:
-        """Bytes of a result."""
+        """Return the size of a result in bytes."""
         manifest = self.manifest(stage, key)
         return 0 if manifest is None else sum(facts["size"] for facts in manifest["files"].values())
 
-    # Results that answer to the options in use.
+    # Current results: the ones that match the options in use.
 
     def has(self, stage: str) -> bool:
+        """Whether the stage has a current result."""
         return stage in self.current
 
     def folder(self, stage: str) -> Path:
-        """Where the current result of a stage lies."""
+        """Return the folder of a stage's current result."""
         return self.result(stage, self.current[stage])
 
     def read_json(self, stage: str, name: str) -> Any:
         return json.loads((self.folder(stage) / name).read_text(encoding="utf-8"))
 
     def select(self, stage: str, key: str | None) -> None:
-        """Take the result under this key as the current one; None: there is none."""
+        """Make the result under this key the stage's current one; None leaves the stage without a current result."""
         if key is None:
             self.current.pop(stage, None)
         else:
             self.current[stage] = key
 
     def discard(self, stage: str, key: str) -> None:
-        """Let the result under this key count no more; its files stay until they are replaced or cleaned."""
+        """Invalidate the result under this key; its files stay until they are replaced or cleaned."""
         self._manifest_path(stage, key).unlink(missing_ok=True)
         self.select(stage, None)
 
     def save_selection(self) -> None:
-        """Keep what is current for the next command, and show the results that people look into.
+        """Record the current results for the next command, and show those of the stages in `SHOWN`.
 
-        A result that is no longer current must not stand there looking finished: it is taken from sight first.
+        A result that is no longer current is hidden first, so that it never looks like the finished one.
         """
-        if not self.keeps_selection:
+        if not self.saves_selection:
             return
         outdated = [stage for stage in sorted(SHOWN) if not self._is_shown(stage)]
         for stage in outdated:
@@ -315,51 +324,53 @@ class Workspace:
                     shutil.copytree(self.folder(stage), partial, copy_function=link, dirs_exist_ok=True)
 
     def hide(self, name: str) -> None:
-        """Take a folder that is shown from sight; the result itself stays."""
+        """Remove a shown folder; the result itself stays."""
         if (self.root / name).is_dir():
             shutil.rmtree(self.root / name)
 
     @contextmanager
     def show(self, name: str) -> Iterator[Path]:
-        """A fresh folder to write into, which takes the place of ``OUT/name`` if the block succeeds: for what is no
-        stage's result (the tables of a sweep).
+        """Give an empty folder to write into, which replaces ``OUT/name`` if the block succeeds.
+
+        This is for output that is not a stage's result, such as the tables of a sweep.
 
         Raises:
-            StorageError: the disk is full, or not to be written to.
+            StorageError: the disk is full or cannot be written to.
         """
         with replacing(self.root / name) as partial:
             yield partial
 
     def leftovers(self) -> list[Leftover]:
-        """Results that are not current, and whatever else lies among results and no manifest speaks for: what an
-        earlier version left, say.
+        """Return the results that are not current, and anything else among the results that has no manifest.
+
+        The latter may come from an earlier version of this package.
 
         Raises:
-            InputError: the saved options cannot be read, so that nobody knows what they need.
+            InputError: the saved options cannot be read, so it is unknown what they need.
         """
-        kept = {self.result(stage, key) for stage, key in self.current.items()}
-        places = [place for place in sorted(self.root.glob("stages/*/*")) if place not in kept]
-        starts = self._starting_points()
-        places = [place for place in places if not any(start.is_relative_to(place.resolve()) for start in starts)]
-        files = {place: [path.stat() for path in (place, *place.rglob("*")) if path.is_file()] for place in places}
-        names = Counter((facts.st_dev, facts.st_ino) for own in files.values() for facts in own)
-        found: list[Leftover] = []
+        current = {self.result(stage, key) for stage, key in self.current.items()}
+        folders = [folder for folder in sorted(self.root.glob("stages/*/*")) if folder not in current]
+        inputs = self._input_paths()
+        folders = [folder for folder in folders if not any(path.is_relative_to(folder.resolve()) for path in inputs)]
+        stats = {folder: [path.stat() for path in (folder, *folder.rglob("*")) if path.is_file()] for folder in folders}
+        links = Counter((file.st_dev, file.st_ino) for files in stats.values() for file in files)
+        leftovers: list[Leftover] = []
         counted: set[tuple[int, int]] = set()
-        for place, own in files.items():
-            # A file that something else names too, the artifact say, does not go; the others are counted once.
-            gone = {(f.st_dev, f.st_ino): f.st_size for f in own if f.st_nlink <= names[f.st_dev, f.st_ino]}
-            size = sum(size for file, size in gone.items() if file not in counted)
-            counted |= gone.keys()
-            found.append(Leftover(place.parent.name, place.name, size))
-        return found
+        for folder, files in stats.items():
+            # A file with a hard link elsewhere, such as in the artifact, frees nothing. Others count once.
+            freed = {(f.st_dev, f.st_ino): f.st_size for f in files if f.st_nlink <= links[f.st_dev, f.st_ino]}
+            size = sum(size for file, size in freed.items() if file not in counted)
+            counted |= freed.keys()
+            leftovers.append(Leftover(folder.parent.name, folder.name, size))
+        return leftovers
 
     def remove(self, leftover: Leftover) -> None:
-        """Take a result away for good; its manifest goes first."""
+        """Delete a result, its manifest first."""
         self._manifest_path(leftover.stage, leftover.key).unlink(missing_ok=True)
         remove(self.root / "stages" / leftover.stage / leftover.key)
 
-    def forget_missing(self) -> None:
-        """Remove manifests of what is not there, those of another layout included, and folders that are empty."""
+    def prune(self) -> None:
+        """Remove manifests without a result, records of an older layout, and empty folders."""
         for path in self.root.glob("manifests/*/*.json"):
             if not (self.root / "stages" / path.parent.name / path.stem).is_dir():
                 path.unlink()
@@ -370,8 +381,8 @@ class Workspace:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def _starting_points(self) -> list[Path]:
-        """What the saved options start from; it may lie among the results, as the demo's model does."""
+    def _input_paths(self) -> list[Path]:
+        """Return the model, adapter and data in the saved options. The demo's model lies among the results."""
         if not self.has_options:
             return []
         path = self.root / OPTIONS_FILE
@@ -379,7 +390,7 @@ class Workspace:
             options = yaml.safe_load(path.read_text(encoding="utf-8"))
             names = (options["model"], options.get("adapter"), options["data"]["data"])
         except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{path} holds no options that can be read; give them anew with `run MODEL`") from error
+            raise InputError(f"{path} holds no readable options; give them again with `run MODEL`") from error
         return [Path(name).resolve() for name in names if name is not None]
 
     def save_options(self, text: str) -> None:
@@ -387,7 +398,7 @@ class Workspace:
 
     @property
     def has_results(self) -> bool:
-        """Whether any stage has made anything, under whatever options."""
+        """Whether any stage has a result, under any options."""
         return any(self.root.glob("manifests/*/*.json"))
 
     @property
@@ -395,12 +406,12 @@ class Workspace:
         return (self.root / OPTIONS_FILE).is_file()
 
     def _is_shown(self, stage: str) -> bool:
-        place = self.root / stage
+        shown = self.root / stage
         if stage not in self.current:
-            return not place.exists()
+            return not shown.exists()
         manifest, folder = self.manifest(stage, self.current[stage]), self.folder(stage)
         assert manifest is not None
-        return all(same_content(place / name, folder / name) for name in manifest["files"])
+        return all(same_content(shown / name, folder / name) for name in manifest["files"])
 
     def _manifest_path(self, stage: str, key: str) -> Path:
         return self.root / "manifests" / stage / f"{key[:KEY_DIGITS]}.json"

@@ -3,7 +3,7 @@
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from prehab_export.pipeline import RunStatus, worded
+from prehab_export.pipeline import RunStatus, describe_difference
 from prehab_export.system import result_console
 
 STYLES = {"current": "green", "stale": "yellow", "missing": "red", "not wanted": "dim"}
@@ -22,7 +22,7 @@ def print_status(status: RunStatus) -> None:
         created = "" if row.made is None else row.made[:16].replace("T", " ")
         duration = "" if row.seconds is None else f"{row.seconds:,.0f} s"
         size = f"{row.bytes / 1e6:,.1f}" if row.made is not None else ""
-        reasons = "; ".join([*map(worded, row.reasons.options), *row.reasons.others])
+        reasons = "; ".join([*map(describe_difference, row.reasons.options), *row.reasons.others])
         table.add_row(row.stage, row.state, created, duration, size, reasons, style=STYLES[row.state])
     console.print(table)
     for name, target in status.targets.items():

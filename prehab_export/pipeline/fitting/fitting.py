@@ -27,7 +27,7 @@ from prehab_export.pipeline.fitting.search import (
 )
 from prehab_export.pipeline.fitting.surveying import Survey, survey_target
 from prehab_export.pipeline.fitting.target import check_target
-from prehab_export.pipeline.running import bring_up, opened_beside
+from prehab_export.pipeline.running import side_session, update_stages
 from prehab_export.pipeline.session import Session
 from prehab_export.system import BudgetError, bar
 
@@ -53,10 +53,10 @@ def fit(config: RunConfig, output: Path, request: FitRequest) -> Path:
         config, truncate=replace(config.truncate, budget=PARAMETERS, objective="fisher", allocation="loss")
     )
     check_target(request.target, request.threads)
-    with opened_beside(config, output, original_config, ["baseline"]) as session:
+    with side_session(config, output, original_config, ["baseline"]) as session:
         session.workspace.hide("fit")  # it may hold the result of another budget
         merge = ["merge"] if config.adapter is not None else []
-        bring_up(session, [*merge, "calibrate", "baseline"])
+        update_stages(session, [*merge, "calibrate", "baseline"])
         models = FitModels(session)
         survey = survey_target(models, request)
         candidates, finals = _measure_candidates(models, request, survey.search)

@@ -17,7 +17,7 @@ from prehab_export.pipeline.fitting.request import FitRequest
 from prehab_export.pipeline.fitting.search import FLOAT32, CostModel, Line, Search, Setup
 from prehab_export.pipeline.fitting.survey import Anchor, LayerGraph, fit_cost_models, write_layer_graphs
 from prehab_export.pipeline.fitting.target import measure_layers, measure_models, visit_facts
-from prehab_export.pipeline.latency_budget import layer_shapes, tokens_at_a_time
+from prehab_export.pipeline.latency_budget import layer_shapes, tokens_per_request
 from prehab_export.system import bar, say, write_json
 
 # Removed shares of the selected parameters in the factored anchors.
@@ -48,7 +48,7 @@ def survey_target(models: FitModels, request: FitRequest) -> Survey:
     Raises:
         InputError: the budget limits memory, but the target does not report the memory of a model.
     """
-    plans, tokens = _anchor_plans(models), tokens_at_a_time(models.session)
+    plans, tokens = _anchor_plans(models), tokens_per_request(models.session)
     anchors = [_make_anchor(models, plan, mode) for plan, mode in plans]
     options = {
         **visit_facts(request.target, bench_config(models.session)),

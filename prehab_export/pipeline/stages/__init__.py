@@ -1,1 +1,1 @@
-"""The stages of a run, a module for each part of the way, and the table that says in which order they stand."""
+"""The stages of a run, the options and results that each depends on, and the table that lists them in order."""

@@ -1,4 +1,4 @@
-"""The stages before anything is compressed: an adapter merged, moments gathered."""
+"""The stages before compression: merging an adapter and gathering moments."""
 
 import warnings
 from pathlib import Path
@@ -24,22 +24,24 @@ from prehab_export.system import bar, say, warn, write_json
 
 
 def merge_adapter(session: Session, folder: Path) -> None:
-    model = session.load_given()
+    """Merge the run's adapter into the source model and write it to ``model/``."""
+    model = session.load_source_model()
     tied = ties_embeddings(model.config)
     merge_dense_adapter(model, Path(str(session.config.adapter)))
     if tied and not ties_embeddings(model.config):
-        say("  the adapter tells embedding and head apart: they are no longer tied, and both are stored")
+        say("  the adapter changes embedding and head differently: they are no longer tied, and both are stored")
     save_folder(model, folder / "model", session.fresh_processor())
 
 
 def calibrate_dense(session: Session, folder: Path) -> None:
+    """Gather the dense model's moments on the calibration samples; write them and ``calibrate.json``."""
     model = session.load_dense()
     check_runs(model, session.task, session.calibration)
-    statistics = gather(session, model)
+    statistics = gather_statistics(session, model)
     save_statistics(statistics, folder / STATISTICS)
-    warned = doubts(statistics)
-    for warning in warned:
-        warn(warning)
+    warning_messages = doubts(statistics)
+    for message in warning_messages:
+        warn(message)
     facts = {
         "samples": len(session.calibration),
         "tokens": {group: moment.tokens for group, moment in statistics.inputs.items()},
@@ -47,23 +49,23 @@ def calibrate_dense(session: Session, folder: Path) -> None:
         "input_groups": len(statistics.inputs),
         "groups": statistics.groups,
         "gradient_units": statistics.units,
-        "warnings": warned,
+        "warnings": warning_messages,
     }
     write_json(folder / "calibrate.json", facts)
 
 
-def gather(session: Session, model: PreTrainedModel) -> Statistics:
-    """The moments that the run's options ask for."""
+def gather_statistics(session: Session, model: PreTrainedModel) -> Statistics:
+    """Gather a model's moments on the calibration samples, with output gradients if the options need them."""
     options = session.config
     layers = session.layers(model)
     shapes = ((w.shape[0], w.shape[1]) for w in map(dense_weight, layers.values()))
-    wanted = Gather(
+    gather = Gather(
         gradients=options.needs_gradients,
         labels=options.calibrate.labels,
         keep_on=room_for(moments_size(shapes, options.needs_gradients), device_of(model)),
     )
     batches = session.calibration.batches(options.data.batch_size)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationWarning)  # said once, by the stage
-        found = calibrate(model, session.task, batches, layers, gather=wanted, seed=options.seed, progress=bar)
-    return found.statistics
+        warnings.simplefilter("ignore", CalibrationWarning)  # `calibrate_dense` reports it once
+        calibration = calibrate(model, session.task, batches, layers, gather=gather, seed=options.seed, progress=bar)
+    return calibration.statistics

@@ -1,5 +1,7 @@
-"""What each stage of a run depends on, in their order: the options that its output is made by, the stages that it
-reads, and when it is wanted at all. Light: nothing here loads torch."""
+"""The dependencies of every stage, in execution order: options, parents, and the condition that enables it.
+
+This module does not import torch, so that the command line and `status` start quickly.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -10,24 +12,28 @@ from prehab_export.config import RunConfig, public_names
 
 @dataclass(frozen=True)
 class Dependencies:
-    """Which options a stage's output depends on, which stages it reads, and when it is wanted.
+    """The dependencies of a stage.
 
-    The stage's key is made from this. With something missing here, a changed option would leave an old result standing.
+    The stage's key is made from them. If an option is missing here, changing it does not invalidate old results.
+
+    options: a function from a run's options to those that the stage's output depends on.
+    parents: the stages whose results the stage reads.
+    is_enabled: whether a run's options enable the stage.
     """
 
     name: str
     options: Callable[[RunConfig], Mapping[str, Any]]
     parents: tuple[str, ...] = ()
-    wanted: Callable[[RunConfig], bool] = lambda _config: True
+    is_enabled: Callable[[RunConfig], bool] = lambda _config: True
 
 
 def _calibration_options(config: RunConfig) -> dict[str, Any]:
-    # Of the precision depends all that follows; the device changes no more than the rounding.
+    # Every later stage depends on the precision. The device affects only the rounding, so it is not part of the key.
     return asdict(config.calibrate) | {"gradients": config.needs_gradients, "precision": config.precision}
 
 
 def _truncation_options(config: RunConfig) -> dict[str, Any]:
-    """Truncation as it is carried out: block-wise refinement is part of it, where there is any."""
+    """Return the options of truncation, including block-wise refinement, which is part of it."""
     blocks = config.refine.block_schedule
     return asdict(config.cut) | {"block_refinement": asdict(blocks) if blocks.steps else None}
 
@@ -37,7 +43,7 @@ def _refinement_options(config: RunConfig) -> dict[str, Any]:
 
 
 def _times_options(config: RunConfig) -> dict[str, Any]:
-    # Everything measured depends on the machine too, but a run that goes on elsewhere keeps what it was planned by.
+    # Measurements also depend on the machine, but a run that continues on another machine keeps its ranks.
     return {
         "threads": config.bench.threads,
         "batch": config.bench.batch_sizes[0],
@@ -47,18 +53,29 @@ def _times_options(config: RunConfig) -> dict[str, Any]:
 
 
 def _card_options(config: RunConfig) -> dict[str, Any]:
-    """What the model card quotes that is in no other stage's key: names, which a moved folder changes."""
+    """Return the names in the model card. No other stage depends on them, and moving a folder changes them."""
     public = public_names(config)
     return {"model": public.model, "data": public.data.data}
 
 
-# Stages whose figures the model card and the report quote.
-_QUOTED = ("calibrate", "prehab", "truncate", "refine", "rehab", "export", "baseline", "verify", "quantize", "ort")
+# Stages whose figures appear in the model card and the report.
+_QUOTED = (
+    "calibrate",
+    "prehab",
+    "truncate",
+    "refine",
+    "rehab",
+    "export",
+    "baseline",
+    "verify",
+    "quantize",
+    "ort",
+)
 
 DEPENDENCIES = {
     stage.name: stage
     for stage in (
-        Dependencies("merge", lambda c: {}, wanted=lambda c: c.adapter is not None),
+        Dependencies("merge", lambda c: {}, is_enabled=lambda c: c.adapter is not None),
         Dependencies("calibrate", _calibration_options, ("merge",)),
         Dependencies("times", _times_options, ("calibrate",), lambda c: c.truncate.latency is not None),
         Dependencies(
@@ -105,6 +122,6 @@ DEPENDENCIES = {
 }
 
 
-def wanted_parents(stage: Dependencies, config: RunConfig) -> list[str]:
-    """The stages that this one reads, of those that these options ask for."""
-    return [name for name in stage.parents if DEPENDENCIES[name].wanted(config)]
+def enabled_parents(stage: Dependencies, config: RunConfig) -> list[str]:
+    """Return the parents of a stage that the options enable."""
+    return [name for name in stage.parents if DEPENDENCIES[name].is_enabled(config)]

@@ -1,4 +1,4 @@
-"""Writing the deployable folder and its dense twin, each with the answers that verification will hold it to."""
+"""The export of the artifact and of the dense model, each with reference answers for verification."""
 
 import json
 from collections.abc import Sequence
@@ -29,66 +29,65 @@ from prehab_export.inputs import WeightFiles, weight_files
 from prehab_export.pipeline.session import Session
 from prehab_export.system import warn, write_json
 
-# Digests of every tensor of a factored model as it was in memory, beside the folder it was written to.
+# The file of digests of a factored model's tensors in memory, beside the model's folder.
 DIGESTS = "digests.json"
 
 
 def export_artifact(session: Session, folder: Path) -> None:
-    """``model/`` (Hugging Face folder with ``onnx/model.onnx`` inside) and the reference of the model in memory.
+    """Write ``model/`` (a Hugging Face folder that contains ``onnx/model.onnx``) and the model's reference answers.
 
     Raises:
-        ParityError: the model on disk is not the one that truncation or training held.
+        ParityError: the model on disk differs from the one that truncation or training had in memory.
     """
     model = from_pretrained(session.factored_folder(), trust_remote_code=session.config.trust_remote_code)
-    held = json.loads((session.factored_folder().parent / DIGESTS).read_text(encoding="utf-8"))
-    check_tensor_digests(held, tensor_digests(model))
+    digests = json.loads((session.factored_folder().parent / DIGESTS).read_text(encoding="utf-8"))
+    check_tensor_digests(digests, tensor_digests(model))
     export_model(session, model, folder)
 
 
 def export_model(session: Session, model: PreTrainedModel, folder: Path) -> None:
-    """`export_artifact` of a model at hand, in float32; its weights are rounded to the artifact's dtype, in place.
+    """Export a float32 model like `export_artifact`, and round its weights to the artifact's dtype in place.
 
-    All that comes after is of the rounded weights, so that the folder, its graph and graphs made from that compute the
-    same.
+    The graph is exported from the rounded weights, so that the folder and all graphs compute the same.
     """
     dtype = DTYPES[session.artifact_dtype]
     cast_weights(model, dtype)
     digests = tensor_digests(model)
     save_folder(model, folder / "model", session.fresh_processor())
     cast_weights(model, torch.float32)
-    written = weight_files(str(folder / "model"))
-    facts = {"dtype": session.artifact_dtype, "weight_bytes": written.bytes}
+    files = weight_files(str(folder / "model"))
+    facts = {"dtype": session.artifact_dtype, "weight_bytes": files.bytes}
     graph = Path("onnx", "model.onnx")
-    reference = replace(_reference(session, model), digests=digests)
+    reference = replace(_make_reference(session, model), digests=digests)
     save_reference(reference, folder)
     export = _export_graph(session, model, folder / "model" / graph, reference, session.config.kv_cache)
-    _write_facts(folder, export, facts, [*_saves_nothing(written, export.bytes, session.weights), *export.warnings])
+    _write_facts(folder, export, facts, [*_size_warnings(files, export.bytes, session.weights), *export.warnings])
     if session.task.name == "text-generation" and not write_genai_config(model, folder / "model", graph, export.inputs):
-        warn("no genai_config.json, since onnxruntime-genai knows no such cache")
+        warn("no genai_config.json is written, because onnxruntime-genai does not support this kind of cache")
 
 
-def _saves_nothing(written: WeightFiles, graph_bytes: int, source: WeightFiles) -> list[str]:
-    """Warnings where what was written is no smaller than what it was made from."""
-    of_source = f"the source's weights ({source.bytes / 1e6:.1f} MB of {source.dtype})"
+def _size_warnings(compressed: WeightFiles, graph_bytes: int, source: WeightFiles) -> list[str]:
+    """Return warnings if the compressed weights or the graph are no smaller than the source's weights."""
+    source_size = f"the source's weights ({source.bytes / 1e6:.1f} MB of {source.dtype})"
     warnings = []
-    if written.bytes >= source.bytes:
-        wider = NUMBER_FORMATS[written.dtype].bytes > NUMBER_FORMATS[source.dtype].bytes
-        advice = "--dtype auto keeps the source's number format" if wider else "remove more, with a higher --ratio"
-        of_written = f"the compressed weights ({written.bytes / 1e6:.1f} MB of {written.dtype})"
-        warnings.append(f"{of_written} are not smaller than {of_source}; {advice}")
+    if compressed.bytes >= source.bytes:
+        is_wider = NUMBER_FORMATS[compressed.dtype].bytes > NUMBER_FORMATS[source.dtype].bytes
+        advice = "--dtype auto keeps the source's number format" if is_wider else "remove more, with a higher --ratio"
+        compressed_size = f"the compressed weights ({compressed.bytes / 1e6:.1f} MB of {compressed.dtype})"
+        warnings.append(f"{compressed_size} are not smaller than {source_size}; {advice}")
     if graph_bytes >= source.bytes:
         warnings.append(
-            f"the graph ({graph_bytes / 1e6:.1f} MB of float32) is not smaller than {of_source}; "
+            f"the graph ({graph_bytes / 1e6:.1f} MB of float32) is not smaller than {source_size}; "
             "--quantize float16, int8 or int4 makes smaller ones"
         )
     return warnings
 
 
 def export_baseline(session: Session, folder: Path) -> None:
-    """``onnx/model.onnx`` of the dense model, made in just the same way, and the dense model's metric."""
+    """Write ``onnx/model.onnx`` of the dense model, exported in the same way, and the dense model's metric."""
     model = session.load_dense()
     facts = {"dtype": session.weights.dtype, "weight_bytes": session.weights.bytes}
-    reference = _reference(session, model)
+    reference = _make_reference(session, model)
     save_reference(reference, folder)
     export = _export_graph(session, model, folder / "onnx" / "model.onnx", reference)
     _write_facts(folder, export, facts, export.warnings)
@@ -96,8 +95,8 @@ def export_baseline(session: Session, folder: Path) -> None:
     write_json(folder / "metrics.json", asdict(metrics))
 
 
-def _reference(session: Session, model: PreTrainedModel) -> Reference:
-    """What the model in memory answers, for all that is written to be held to."""
+def _make_reference(session: Session, model: PreTrainedModel) -> Reference:
+    """Return the answers of the model in memory, which the written model and graph must reproduce."""
     return reference_of(model, session.task, reference_batches(model, session.task, session.data.evaluation))
 
 
@@ -112,8 +111,8 @@ def _export_graph(
 
 
 def _write_facts(folder: Path, export: OnnxExport, facts: dict[str, Any], warnings: Sequence[str]) -> None:
-    """``export.json``; what is to be warned of is said too."""
+    """Write ``export.json`` and show its warnings to the user."""
     for warning in warnings:
         warn(warning)
-    told = asdict(export) | facts | {"warnings": list(warnings)}
-    write_json(folder / "export.json", {key: value for key, value in told.items() if key != "path"})
+    facts = asdict(export) | facts | {"warnings": list(warnings)}
+    write_json(folder / "export.json", {key: value for key, value in facts.items() if key != "path"})

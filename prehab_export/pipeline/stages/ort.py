@@ -1,4 +1,4 @@
-"""``--ort``: the compressed graphs of a run in ONNX Runtime's own format, checked against what they were made from."""
+"""``--ort``: the compressed graphs of a run in ONNX Runtime's own format, checked against the ONNX graphs."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,31 +12,35 @@ from prehab_export.system import ParityError, say, warn, write_json
 
 
 def write_ort_files(session: Session, folder: Path) -> None:
-    """``onnx/<name>.ort`` and its configuration for every compressed graph, and the verdict for phones.
+    """Write ``onnx/<name>.ort`` and its configuration for every compressed graph, and the verdict for phones.
+
+    A quantised graph that the format cannot hold is left out with a warning.
 
     Raises:
-        InputError: the format cannot hold the float32 graph; a quantised one that it cannot hold is left out.
-        ParityError: an .ort file does not answer as the graph it was made from.
+        InputError: the format cannot hold the float32 graph.
+        ParityError: the outputs of an .ort file differ from those of its ONNX graph.
     """
-    plain = session.workspace.folder("export") / "model" / "onnx" / "model.onnx"
+    float32 = session.workspace.folder("export") / "model" / "onnx" / "model.onnx"
     quantised = {name: graph for name, graph in quantized_graphs(session).items() if name.startswith("compressed")}
     rows, left_out = [], []
-    for name, graph in {"compressed": plain, **quantised}.items():
+    for name, graph in {"compressed": float32, **quantised}.items():
         say(f"  {name}")
         try:
             files = write_ort(graph, folder / "onnx")
-        except InputError as reason:
-            if graph == plain:
+        except InputError as error:
+            if graph == float32:
                 raise
-            warn(str(reason))
-            left_out.append({"graph": name, "reason": str(reason)})
+            warn(str(error))
+            left_out.append({"graph": name, "reason": str(error)})
             continue
         samples = session.data.evaluation.subset(min(SAMPLES, len(session.data.evaluation)), 0)
-        apart = largest_difference(graph, files.model, samples.batches(4), session.threads)
-        if apart > TOLERANCE:
-            raise ParityError(f"{files.model.name} is off by {apart:.1e} from {graph.name}, {TOLERANCE:.0e} is allowed")
+        difference = largest_difference(graph, files.model, samples.batches(4), session.threads)
+        if difference > TOLERANCE:
+            raise ParityError(
+                f"{files.model.name} differs by {difference:.1e} from {graph.name}; {TOLERANCE:.0e} is allowed"
+            )
         rows.append(
-            {"graph": name, "file": files.model.name, "bytes": files.model.stat().st_size, "max_relative": apart}
+            {"graph": name, "file": files.model.name, "bytes": files.model.stat().st_size, "max_relative": difference}
         )
-    facts = {"files": rows, "left_out": left_out, "mobile": asdict(mobile_verdict(plain))}
+    facts = {"files": rows, "left_out": left_out, "mobile": asdict(mobile_verdict(float32))}
     write_json(folder / "ort.json", facts)

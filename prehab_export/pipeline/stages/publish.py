@@ -1,4 +1,4 @@
-"""The stage that publishes what was verified."""
+"""The stage that publishes the verified model."""
 
 import shutil
 from pathlib import Path
@@ -9,7 +9,10 @@ from prehab_export.system import link
 
 
 def publish_artifact(session: Session, folder: Path) -> None:
-    """What was verified, file by file, with a model card. Hard links where the file system has them: no second copy."""
+    """Assemble the artifact from the verified files, and add a model card.
+
+    Files are hard links where the file system supports them, so that they take no extra space.
+    """
     shutil.copytree(session.workspace.folder("export") / "model", folder, copy_function=link, dirs_exist_ok=True)
     if session.config.quantize:
         quantised = session.workspace.folder("quantize") / "compressed"

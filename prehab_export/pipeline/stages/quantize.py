@@ -1,4 +1,4 @@
-"""The quantised graphs of a run: compressed and dense alike, each measured by the task's own metric."""
+"""The quantised graphs of a run, compressed and dense, each evaluated with the task's metric."""
 
 import shutil
 from collections.abc import Iterator
@@ -26,14 +26,14 @@ from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.verify import graph_metrics
 from prehab_export.system import bar, named, say, write_json
 
-# Ranges of activations need far fewer samples than moments.
-SAMPLE = 128
+# Activation ranges need far fewer samples than moments do.
+ACTIVATION_SAMPLES = 128
 
 
 def quantize(session: Session, folder: Path) -> None:
-    """``dense/`` and ``compressed/``, one graph a mode in each, and what each costs.
+    """Write ``dense/`` and ``compressed/``, with a graph per mode in each, and their metrics in ``quantize.json``.
 
-    The compressed model's factors are fitted to the grid of each mode (``grid``), where that helps on held-out samples.
+    The compressed model's factors are refitted to each mode's grid if that lowers the held-out loss.
     """
     sources = {
         "dense": session.workspace.folder("baseline") / "onnx" / "model.onnx",
@@ -47,28 +47,28 @@ def quantize(session: Session, folder: Path) -> None:
             graph = quantize_graph(source, folder / side / FILE_NAMES[mode], mode, sample)
             metrics, refit = graph_metrics(session, graph, f"{side} {mode}"), None
             if side == "compressed" and session.config.quantize_refit and mode in GRIDS:
-                metrics, refit = _with_refit(session, source, graph, mode, metrics)
+                metrics, refit = _try_refit(session, source, graph, mode, metrics)
             facts = {"model": side, "mode": mode, "bytes": read_graph(graph).file_bytes, **asdict(metrics)}
-            counted = count_quantized(source, graph)
-            tell_quantized(f"{side} {mode}", counted)
-            rows.append(facts | {"refit": refit, "weights_quantised": counted.share, "coverage": asdict(counted)})
+            counts = count_quantized(source, graph)
+            tell_quantized(f"{side} {mode}", counts)
+            rows.append(facts | {"refit": refit, "weights_quantised": counts.share, "coverage": asdict(counts)})
     write_json(folder / "quantize.json", {"graphs": rows})
 
 
-def graphs_of(session: Session) -> dict[str, Path]:
-    """Name → graph, of all that a finished run has to measure; the dense float32 one comes first."""
-    root = session.workspace
+def run_graphs(session: Session) -> dict[str, Path]:
+    """Return name → graph, for all graphs of a finished run; the dense float32 graph comes first."""
+    workspace = session.workspace
     return {
-        "dense": root.folder("baseline") / "onnx" / "model.onnx",
-        "compressed": root.folder("artifact") / "onnx" / "model.onnx",
+        "dense": workspace.folder("baseline") / "onnx" / "model.onnx",
+        "compressed": workspace.folder("artifact") / "onnx" / "model.onnx",
         **quantized_graphs(session),
     }
 
 
 def graph_hashes(session: Session) -> dict[str, str]:
-    """Name → hash of what a graph of `graphs_of` is made of: its file, and that of its weights if it has one."""
+    """Return name → hash, for the graphs of `run_graphs`; external weights are part of the hash."""
     workspace, hashes = session.workspace, {}
-    for name, graph in graphs_of(session).items():
+    for name, graph in run_graphs(session).items():
         stage = graph.relative_to(workspace.root / "stages").parts[0]
         manifest = workspace.manifest(stage, workspace.current[stage])
         assert manifest is not None
@@ -78,29 +78,34 @@ def graph_hashes(session: Session) -> dict[str, str]:
     return hashes
 
 
-def _with_refit(
+def _try_refit(
     session: Session, source: Path, graph: Path, mode: str, plain: Metrics
 ) -> tuple[Metrics, dict[str, Any]]:
-    """Quantise again, the factors fitted to the grid; that takes the place of ``graph`` if held-out samples say so.
+    """Quantise with factors refitted to the grid, and replace ``graph`` if that lowers the held-out loss.
+
+    Args:
+        source: the float32 graph.
+        graph: the graph quantised without a refit.
+        plain: the metrics of ``graph``.
 
     Returns:
-        The metrics of the graph that stands there now, and what the two cost.
+        The metrics of the graph that is kept, and a comparison of the two graphs.
     """
     held_out = partial(graph_metrics, session, samples=session.held_out)
     folder = graph.with_name(f"{graph.name}.refitted")
     try:
-        fits = _refitted(session, source, folder / "float32.onnx", mode)
+        fits = _refit_weights(session, source, folder / "float32.onnx", mode)
         sample = partial(activation_sample, session, source)
         candidate = quantize_graph(folder / "float32.onnx", folder / graph.name, mode, sample)
         before = held_out(graph, f"held-out loss, {mode}").loss
         after = held_out(candidate, f"held-out loss, {mode} refitted").loss
         refitted = graph_metrics(session, candidate, f"compressed {mode} refitted")
-        if kept := after < before:
+        if is_kept := after < before:
             move_together(folder, data_file(graph), graph)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     facts = {
-        "kept": kept,
+        "kept": is_kept,
         "layers": sum(len(fit.layers) for fit in fits),
         "objective_plain": sum(fit.plain for fit in fits),
         "objective_refitted": sum(fit.refitted for fit in fits),
@@ -109,11 +114,11 @@ def _with_refit(
         "plain": asdict(plain),
         "refitted": asdict(refitted),
     }
-    return refitted if kept else plain, facts
+    return refitted if is_kept else plain, facts
 
 
-def _refitted(session: Session, source: Path, target: Path, mode: str) -> list[GridFit]:
-    """The graph in float32, its factors on the mode's grid."""
+def _refit_weights(session: Session, source: Path, target: Path, mode: str) -> list[GridFit]:
+    """Write the float32 graph with factors refitted to the mode's grid; return the fits."""
     folder = session.workspace.folder("export") / "model"
     model = from_pretrained(folder, dtype=torch.float32, trust_remote_code=session.config.trust_remote_code)
     fits = refit_to_grid(
@@ -129,7 +134,7 @@ def _refitted(session: Session, source: Path, target: Path, mode: str) -> list[G
 
 
 def quantized_graphs(session: Session) -> dict[str, Path]:
-    """Name (``dense int8``) → graph, of all that the run has."""
+    """Return name (``dense int8``) → graph, for all quantised graphs of the run."""
     return {
         f"{side} {mode}": session.workspace.folder("quantize") / side / FILE_NAMES[mode]
         for mode in session.config.quantize
@@ -138,7 +143,7 @@ def quantized_graphs(session: Session) -> dict[str, Path]:
 
 
 def activation_sample(session: Session, graph: Path) -> Iterator[Feeds]:
-    """What to run a graph on, to find the ranges of its activations."""
+    """Yield batches of inputs to find the ranges of a graph's activations on."""
     inputs: list[Any] = open_session(graph, session.threads).get_inputs()
-    samples = session.calibration.subset(min(SAMPLE, len(session.calibration)), session.config.seed)
+    samples = session.calibration.subset(min(ACTIVATION_SAMPLES, len(session.calibration)), session.config.seed)
     return (feeds_of(inputs, batch) for batch in samples.batches(session.config.data.batch_size))

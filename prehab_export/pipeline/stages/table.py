@@ -1,7 +1,7 @@
-"""The stages of a run: folder in, folder out. Each reads what earlier ones published and writes its own.
+"""The table of stages. Every stage reads the results of its parents and writes its own result to a folder.
 
-The work itself is done by ordinary functions on ordinary objects (``calibrate``, ``prehab``, ``truncate`` …); what
-stands here only fetches their input and puts their output away. What each depends on stands in `dependencies`.
+The work is done by functions on objects in memory (``calibrate``, ``prehab``, ``truncate`` …). The functions in this
+package only load their input and save their output. `dependencies` lists what each stage depends on.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,18 +26,22 @@ from prehab_export.pipeline.stages.verify import verify_in_fresh_process
 
 @dataclass(frozen=True)
 class Stage(Dependencies):
-    """What a stage does, and what it reads besides its options and the stages before it."""
+    """A stage: its dependencies, its work, and the inputs that it reads besides its options and parents.
+
+    work: writes the stage's result into a folder.
+    external_inputs: returns name → fingerprint of the additional inputs, which become part of the stage's key.
+    """
 
     work: Callable[[Session, Path], None] = field(kw_only=True)
-    outside: Callable[[Session], Mapping[str, Any]] = field(kw_only=True)
+    external_inputs: Callable[[Session], Mapping[str, Any]] = field(kw_only=True)
 
 
-def _judging(session: Session) -> dict[str, Any]:
-    """What the task's metric is taken over. The few samples that a graph is checked on may be any."""
+def _evaluation_data(session: Session) -> dict[str, Any]:
+    """Fingerprint the data that the task's metric is computed on. Parity checks may use any samples."""
     return {"evaluation": session.data.evaluation_fingerprint}
 
 
-def _measured_elsewhere(session: Session) -> dict[str, Any]:
+def _target_measurements(session: Session) -> dict[str, Any]:
     return {"targets": target_results(session)}
 
 
@@ -59,9 +63,14 @@ WORK: dict[str, Callable[[Session, Path], None]] = {
     "report": lambda session, folder: write_report(session, folder, target_results(session)),
 }
 
-OUTSIDE = {"baseline": _judging, "verify": _judging, "quantize": _judging, "report": _measured_elsewhere}
+EXTERNAL_INPUTS: dict[str, Callable[[Session], Mapping[str, Any]]] = {
+    "baseline": _evaluation_data,
+    "verify": _evaluation_data,
+    "quantize": _evaluation_data,
+    "report": _target_measurements,
+}
 
 STAGES = {
-    name: Stage(**vars(own), work=WORK[name], outside=OUTSIDE.get(name, lambda _session: {}))
-    for name, own in DEPENDENCIES.items()
+    name: Stage(**vars(dependencies), work=WORK[name], external_inputs=EXTERNAL_INPUTS.get(name, lambda _session: {}))
+    for name, dependencies in DEPENDENCIES.items()
 }

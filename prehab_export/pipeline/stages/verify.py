@@ -1,4 +1,4 @@
-"""Verification: reopen what was written, in a fresh process, and hold it to what the model in memory answered."""
+"""Verification: reload the written model and graphs in a fresh process, and compare them with the model in memory."""
 
 import json
 import subprocess
@@ -32,24 +32,24 @@ def verify(session: Session) -> dict[str, Any]:
     """Check the exported folder and the dense graph.
 
     Returns:
-        Every check with its figures, and the task metric of all that was written.
+        The figures of every check, and the task metric of the models in PyTorch and of the graphs.
 
     Raises:
-        ParityError: a reloaded tensor or answer differs, or a graph is off by more than the tolerance.
+        ParityError: a reloaded tensor or answer differs, or a graph's outputs differ by more than the tolerance.
     """
     export, baseline = session.workspace.folder("export"), session.workspace.folder("baseline")
-    exported, dense = export / "model" / "onnx" / "model.onnx", baseline / "onnx" / "model.onnx"
+    compressed, dense = export / "model" / "onnx" / "model.onnx", baseline / "onnx" / "model.onnx"
     model, reload = reloaded(export, session.task, trust_remote_code=session.config.trust_remote_code)
     compressed_pytorch = session.metrics(model, session.data.evaluation, "compressed model, PyTorch")
     return {
         "tolerance": TOLERANCE,
-        "compressed": {"reload": reload, "onnx": _check_graph(session, export, exported, "compressed")},
+        "compressed": {"reload": reload, "onnx": _check_graph(session, export, compressed, "compressed")},
         "dense": {"onnx": _check_graph(session, baseline, dense, "dense")},
         "metrics": {
             "dense_pytorch": json.loads((baseline / "metrics.json").read_text(encoding="utf-8")),
             "dense_onnx": asdict(graph_metrics(session, dense, "dense model, ONNX Runtime")),
             "compressed_pytorch": asdict(compressed_pytorch),
-            "compressed_onnx": asdict(graph_metrics(session, exported, "compressed model, ONNX Runtime")),
+            "compressed_onnx": asdict(graph_metrics(session, compressed, "compressed model, ONNX Runtime")),
         },
     }
 
@@ -62,7 +62,7 @@ def _check_graph(session: Session, folder: Path, graph: Path, name: str) -> dict
 
 
 def graph_metrics(session: Session, graph: Path, description: str, samples: Samples | None = None) -> Metrics:
-    """The task metric of a graph on ONNX Runtime, over the evaluation split or these samples."""
+    """Evaluate a graph in ONNX Runtime on samples, by default the evaluation split."""
     runtime = open_session(graph, threads=session.threads)
     samples = session.data.evaluation if samples is None else samples
     batches = samples.batches(session.config.data.batch_size)
@@ -70,11 +70,12 @@ def graph_metrics(session: Session, graph: Path, description: str, samples: Samp
 
 
 def verify_in_fresh_process(session: Session, folder: Path) -> None:
-    """Run ``verify`` in a new interpreter, so that nothing in memory can stand in for what is on disk.
+    """Run `verify` in a new interpreter, so that it cannot use anything but the files on disk; write ``verify.json``.
 
     Raises:
-        ParityError: what the other process found.
-        StorageError: it had no room, in this folder or for temporary files.
+        InputError, ParityError: `verify` raised this error in the other process.
+        StorageError: the disk of the run or of temporary files is full or fails.
+        RuntimeError: the process ended in any other way.
     """
     workspace = session.workspace
     request = {"config": asdict(session.config), "output": str(workspace.root), "current": workspace.current}
@@ -93,7 +94,7 @@ def verify_in_fresh_process(session: Session, folder: Path) -> None:
     if "input_error" in answer:
         raise InputError(answer["input_error"])
     if process.returncode == StorageError.exit_code:
-        raise StorageError("the disk is full or fails where the artifact is verified; see above. Free some space there")
+        raise StorageError("the disk is full or failed during verification; free some space on the disk named above")
     if process.returncode or "metrics" not in answer:
         raise RuntimeError(f"the verification process ended with status {process.returncode}; its output is above")
 
@@ -105,14 +106,14 @@ def _main(answer_path: Path) -> None:
     try:
         try:
             answer = verify(session)
-        except (ParityError, FloatingPointError) as error:  # a written model that overflows is not what was in memory
+        except (ParityError, FloatingPointError) as error:  # the model in memory did not overflow
             answer = {"parity_error": str(error)}
         except InputError as error:
             if is_full(error):
                 raise
             answer = {"input_error": str(error)}
         write_json(answer_path, answer)
-    except Exception as error:  # the answer itself may find no room, so that the code must tell
+    except Exception as error:  # a full disk may prevent writing the answer, so the exit code reports it
         if (reason := out_of_space(error)) is None:
             raise
         print(f"verification: {reason}", file=sys.stderr)
