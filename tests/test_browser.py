@@ -254,11 +254,11 @@ def test_by_hand_the_whole_address_is_said(kits, web, tmp_path, monkeypatch, cap
     session = SimpleNamespace(workspace=SimpleNamespace(root=tmp_path))
     target = measuring.Target("browser", web=web, by_hand=True, host=host)
     with pytest.raises(InputError, match="nobody measured"):
-        measuring._by_hand(session, kits("vit"), target)
+        measuring._serve_by_hand(session, kits("vit"), target)
     told = capsys.readouterr().err
     assert seen
     assert all(address in told for address in seen)
-    assert ("can take the models" in told) == warned
+    assert ("can download the models" in told) == warned
 
 
 @pytest.mark.parametrize("user", [0, 1000])

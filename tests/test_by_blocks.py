@@ -5,7 +5,7 @@ import torch
 from test_drift import FAMILIES, STRONG, along, prepared
 
 from converters.errors import InputError
-from prehab_export.compression import block_walk, calibration, chain
+from prehab_export.compression import calibration, chain, drift
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import Gather, calibrate
 from prehab_export.compression.moment_files import load_statistics
@@ -47,7 +47,7 @@ def test_moments_by_blocks_are_those_of_whole_passes(family, gradients, monkeypa
 def test_nothing_changes_when_states_lie_in_files(family, monkeypatch):
     model, task, batches, layers, statistics, plan = prepared(family)
     in_memory = along(model, task, batches, layers, statistics, plan)
-    for module in (calibration, block_walk):
+    for module in (calibration, drift):
         monkeypatch.setattr(module, "Spool", lambda folder=None: Spool(0, folder))
     assert_same_moments(calibrate(model, task, batches, layers).statistics, statistics)
     in_files = along(model, task, batches, layers, statistics, plan)

@@ -332,9 +332,8 @@ def test_a_run_in_bfloat16_ends_in_an_exact_float32_artifact(vit_folder, tmp_pat
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     metrics = json.loads((stage_folder(output, "verify") / "verify.json").read_text())["metrics"]
     # Both from float32 logits: under autocast they would differ by about 1e-2.
-    assert metrics["compressed_pytorch"]["loss"] == pytest.approx(metrics["compressed_onnx"]["loss"], rel=1e-5)
-    assert metrics["dense_pytorch"]["loss"] == pytest.approx(metrics["dense_onnx"]["loss"], rel=1e-5)
-    statistics = load_statistics(stage_folder(output, "calibrate") / "statistics.safetensors")
+    assert metrics.keys() == {"dense_onnx", "compressed_onnx"}
+    statistics = load_statistics(stage_folder(output, "calibrate") / "statistics")
     assert all(gradient.dtype == torch.float32 for gradient in statistics.gradients.values())
 
 

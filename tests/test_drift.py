@@ -23,6 +23,7 @@ from prehab_export.compression.drift import RIDGE, _Fitter, _gather, truncate_al
 from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.planning import RankPlan, plan_ranks
 from prehab_export.compression.recording import observe_layers
+from prehab_export.compression.spool import Spool
 from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config.truncate import TruncateConfig
@@ -92,7 +93,7 @@ def test_the_walk_meets_the_model_itself(family):
     for handle in handles:
         handle.remove()
     with torch.no_grad():
-        walk = BlockWalk(Chain.of(model, task, batches[0], layers), frozen_copy(model), batches)
+        walk = BlockWalk(Chain.of(model, task, batches[0], layers), frozen_copy(model), batches, Spool())
         for block in blocks:
             assert sorted(walk.order[block.name]) == sorted(block.layers)
             walk.run_dense(block, [[name] for name in block.layers])
@@ -113,7 +114,7 @@ def test_the_residual_stream_is_found_without_names(family):
     model, task, batches, layers, *_ = prepared(family)
     blocks = find_blocks(model, layers)
     with torch.no_grad():
-        walk = BlockWalk(Chain.of(model, task, batches[0], layers), frozen_copy(model), batches)
+        walk = BlockWalk(Chain.of(model, task, batches[0], layers), frozen_copy(model), batches, Spool())
         block, writers = blocks[0], []
         walk.run_dense(block, [[name] for name in walk.order[block.name]])
         for name in walk.order[block.name]:

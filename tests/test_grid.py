@@ -38,7 +38,7 @@ from prehab_export.linalg.quantization_grid import (
     spread,
 )
 from prehab_export.linalg.shrinkage import Sampling
-from prehab_export.pipeline.stages import quantize as quantization
+from prehab_export.pipeline.session import Session
 
 GRID_NAMES = sorted(GRIDS)
 
@@ -266,7 +266,7 @@ def test_weights_are_replaced_whole_or_not_at_all(tmp_path):
 
 @pytest.mark.parametrize("gain", [-1.0, 1.0])
 def test_a_run_keeps_the_refit_only_where_held_out_samples_gain(vit_folder, tmp_path, monkeypatch, capsys, gain):
-    output, measured = tmp_path / "run", quantization.graph_metrics
+    output, measured = tmp_path / "run", Session.graph_metrics
 
     def metrics(session, graph, description, samples=None):
         found = measured(session, graph, description, samples)
@@ -275,7 +275,7 @@ def test_a_run_keeps_the_refit_only_where_held_out_samples_gain(vit_folder, tmp_
         loss = 2.0 - gain if "refitted" in graph.parent.name else 2.0
         return Metrics(found.metric, found.value, loss, found.units, found.samples)
 
-    monkeypatch.setattr(quantization, "graph_metrics", metrics)
+    monkeypatch.setattr(Session, "graph_metrics", metrics)
     options = [*vit_options(vit_folder), "-o", output, "--rank-multiple", "2", "--quantize", "int4"]
     assert invoke("quantize", *options) == 0
     stage = stage_folder(output, "quantize")

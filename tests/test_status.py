@@ -196,8 +196,8 @@ def test_results_of_another_version_and_damaged_ones_are_named(place):
     workspace._write_manifest("truncate", key, manifest)
     assert reasons(place / "run", "truncate") == ["made by version 0.0.9"]
     assert reasons(place / "run", "export") == ["truncate is stale"]
-    (workspace.folder("calibrate") / "statistics.safetensors").unlink()
-    assert reasons(place / "run", "calibrate") == ["statistics.safetensors is gone or damaged"]
+    (workspace.folder("calibrate") / "statistics" / "index.json").unlink()
+    assert reasons(place / "run", "calibrate") == ["statistics/index.json is gone or damaged"]
 
 
 def test_manifests_that_say_little_are_read_all_the_same(place):

@@ -68,7 +68,7 @@ def test_the_sweep_agrees_with_a_run(config, swept, tmp_path):
     )
     alone = replace(config, truncate=TruncateConfig(ratio=0.8), refine=RefineConfig())
     workspace = run(alone, tmp_path / "run", until="artifact")
-    metrics = workspace.read_json("verify", "verify.json")["metrics"]["compressed_pytorch"]
+    metrics = workspace.read_json("verify", "verify.json")["metrics"]["compressed_onnx"]
     assert metrics["loss"] == pytest.approx(row["loss"], rel=1e-5)
 
 

@@ -254,9 +254,9 @@ def options(words: tuple[str, ...], as_json: bool) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the merged artifact.")
 @click.option(
     "--statistics",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Calibration statistics; located automatically if ARTIFACT is in its run's folder.",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Calibration statistics of a run; located automatically if ARTIFACT is in its run's folder.",
 )
 @click.option("--threads", type=int, default=None, metavar="N", help="Number of threads of ONNX Runtime.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")

@@ -36,6 +36,7 @@ from prehab_export.compression.strength_search import find_strength as find_stre
 from prehab_export.compression.training import Trainable as Trainable
 from prehab_export.compression.training import frozen_copy as frozen_copy
 from prehab_export.compression.training import labelled_loss as labelled_loss
+from prehab_export.compression.training import sharing_copy as sharing_copy
 from prehab_export.compression.training import train as train
 from prehab_export.compression.truncation import LayerResult as LayerResult
 from prehab_export.compression.truncation import Refit as Refit

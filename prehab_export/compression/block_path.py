@@ -9,7 +9,8 @@ The model calls a block once, but here it may run many times. Its arguments are 
 - Anything else computed from an earlier block's output cannot be reproduced outside the model (see ``chain``).
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ from prehab_export.compression.recording import hidden_of, numbers_in_order, obs
 from prehab_export.compression.spool import Spool, Spooled
 from prehab_export.inputs import Batch, Task
 
+# What tracks the rows of a batch, if anything → a context.
+Watching = Callable[[TokenRows | None], AbstractContextManager[object]]
+
+
+def _unwatched(_rows: TokenRows | None) -> AbstractContextManager[object]:
+    return nullcontext()
+
 
 class BlockPath:
     """The progress of one model through its blocks. All lists have one entry per batch.
@@ -33,16 +41,18 @@ class BlockPath:
     numbers: token numbers of the hidden states; None if unknown.
     calls: block → the arguments of its call.
     carried: tensors from earlier blocks' outputs that later blocks need.
+    tracks_rows: whether to track the tokens of rows, which costs some time in every operation.
     """
 
-    def __init__(self, model: nn.Module, task: Task, spool: Spool) -> None:
-        self.model, self.task, self.spool = model, task, spool
+    def __init__(self, model: nn.Module, task: Task, spool: Spool, *, tracks_rows: bool = True) -> None:
+        self.model, self.task, self.spool, self.tracks_rows = model, task, spool, tracks_rows
         self.states: list[Spooled] = []
         self.shapes: list[tuple[int, int]] = []
         self.masked: list[bool] = []
         self.numbers: list[Tensor | None] = []
         self.calls: list[dict[str, Call]] = []
         self.carried: list[dict[Link, Tensor]] = []
+        self._needed: set[Link] = set()
 
     def enter(self, batch: Batch, hidden: Tensor, calls: dict[str, Call], numbers: Tensor | None) -> None:
         """Add a batch, with its hidden states before the first block and the calls of all blocks."""
@@ -53,6 +63,7 @@ class BlockPath:
         self.numbers.append(numbers)
         self.calls.append(calls)
         self.carried.append({})
+        self._needed |= {link for call in calls.values() for link in call.links}
 
     def inputs(self, block: str, number: int) -> tuple[nn.Module, Tensor, Call]:
         """Return the block, and copies of its hidden states and call, so that running it leaves no trace."""
@@ -77,14 +88,20 @@ class BlockPath:
             rows.mark(hidden)
         return rows
 
-    def advance(
-        self, block: str, number: int, needed: Iterable[Link], groups: Sequence[Sequence[str]] = ()
-    ) -> list[list[LayerRun]]:
-        """Run the block, as it is now, on the states of one batch, and keep the outputs that later blocks need.
+    def advance(self, block: str, number: int, watching: Watching = _unwatched) -> None:
+        """Run the block, as it is now, on the states of one batch.
 
-        Returns:
-            Records of these groups of layers, as from `observe_layers`.
+        Args:
+            watching: context to run it in, given what tracks the rows.
         """
+        module, before = self.model.get_submodule(block), self.states[number].load()
+        rows = self.token_rows(number, before) if self.tracks_rows else None
+        with self.task.running(module), watching(rows), rows or nullcontext():
+            output = self.calls[number][block].run(module, before, self.carried[number])
+        self._keep(number, block, output, rows)
+
+    def advance_recorded(self, block: str, number: int, groups: Sequence[Sequence[str]]) -> list[list[LayerRun]]:
+        """Run the block as `advance` does, and return records of these groups of layers (see `observe_layers`)."""
         module, before, outputs = self.model.get_submodule(block), self.states[number].load(), list[Any]()
         rows = self.token_rows(number, before)
 
@@ -93,11 +110,15 @@ class BlockPath:
 
         with self.task.running(module):
             records = observe_layers([self.layers(group) for group in groups], rows, run)
-        hidden = hidden_of(outputs[0])
-        self.states[number], self.numbers[number] = self.spool.keep(hidden), rows.numbers(hidden)
-        leaves = tree_leaves(outputs[0])
-        self.carried[number] |= {link: leaves[link.index] for link in needed if link.block == block}
+        self._keep(number, block, outputs[0], rows)
         return records
+
+    def _keep(self, number: int, block: str, output: Any, rows: TokenRows | None) -> None:
+        """Keep the hidden states in a block's output, and what later blocks need of it."""
+        hidden, leaves = hidden_of(output), tree_leaves(output)
+        self.states[number] = self.spool.keep(hidden)
+        self.numbers[number] = None if rows is None else rows.numbers(hidden)
+        self.carried[number] |= {link: leaves[link.index] for link in self._needed if link.block == block}
 
     def observe(self, block: str, number: int, names: Sequence[str], writers: Collection[str] | None) -> list[LayerRun]:
         """Record layers of the block, which read the same input, without changing any state.
@@ -113,16 +134,20 @@ class BlockPath:
             )
         return runs
 
-    def backward(self, block: str, number: int, gradient: Tensor) -> Tensor:
+    def backward(self, block: str, number: int, gradient: Tensor, watching: Watching) -> Tensor:
         """Run the block under autograd, and return the gradient of its hidden states from that of its output.
 
         The block must not be called with anything that depends on other blocks.
+
+        Args:
+            watching: context to run it in, forward and backward, given what tracks the rows.
         """
         module, leaf = self.model.get_submodule(block), self.states[number].load().detach().requires_grad_()
-        rows = self.token_rows(number, leaf)
-        with torch.enable_grad(), self.task.running(module), rows:
-            output = hidden_of(self.calls[number][block].run(module, leaf.clone(), {}))
-        output.backward(gradient.to(output.dtype))
+        rows = self.token_rows(number, leaf) if self.tracks_rows else None
+        with watching(rows):
+            with torch.enable_grad(), self.task.running(module), rows or nullcontext():
+                output = hidden_of(self.calls[number][block].run(module, leaf.clone(), {}))
+            output.backward(gradient.to(output.dtype))
         return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
     def layers(self, names: Iterable[str]) -> dict[str, nn.Module]:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from prehab_export.compression.block_path import BlockPath
 from prehab_export.compression.blocks import Block, LayerRun
 from prehab_export.compression.chain import Chain
-from prehab_export.compression.micro_batches import micro_batches
 from prehab_export.compression.recording import record_pass
 from prehab_export.compression.spool import Spool, Spooled, SpooledRun
-from prehab_export.inputs import Batch, device_of, moved
+from prehab_export.inputs import Batch, device_of, micro_batches, moved
 
 
 class BlockWalk:
@@ -31,8 +30,7 @@ class BlockWalk:
         spool: holds the states.
     """
 
-    def __init__(self, chain: Chain, student: nn.Module, batches: Iterable[Batch], spool: Spool | None = None) -> None:
-        spool = spool or Spool()
+    def __init__(self, chain: Chain, student: nn.Module, batches: Iterable[Batch], spool: Spool) -> None:
         self.student, self.task = student, chain.task
         self.masks: list[Tensor | None] = []
         self._chain, self._spool = chain, spool
@@ -42,7 +40,6 @@ class BlockWalk:
         device = device_of(chain.model)
         for batch in micro_batches(moved(batch, device) for batch in batches):
             self._enter(batch)
-        self._needed = {link for calls in self._dense.calls for call in calls.values() for link in call.links}
 
     @property
     def order(self) -> dict[str, list[str]]:
@@ -68,7 +65,7 @@ class BlockWalk:
         """Run the dense block on every batch, and record these groups of its layers; each group reads one input."""
         self._records = {group[0]: [] for group in groups}
         for number in range(len(self.masks)):
-            records = self._dense.advance(block.name, number, self._needed, groups)
+            records = self._dense.advance_recorded(block.name, number, groups)
             for group, runs in zip(groups, records, strict=True):
                 kept = _without_unneeded_input(group, runs)
                 self._records[group[0]].append([SpooledRun(run, self._spool) for run in kept])
@@ -96,7 +93,7 @@ class BlockWalk:
         """Leave the current block: advance the student's states through its block as it is now."""
         self._records = {}
         for number in range(len(self.masks)):
-            self._student.advance(block.name, number, self._needed)
+            self._student.advance(block.name, number)
 
 
 def _without_unneeded_input(group: Sequence[str], runs: list[LayerRun]) -> list[LayerRun]:

@@ -30,13 +30,12 @@ from prehab_export.compression.calibration_by_blocks import BlockCalibration
 from prehab_export.compression.chain import Chain
 from prehab_export.compression.doubts_of_moments import doubts
 from prehab_export.compression.input_groups import exclusion, trace_inputs
-from prehab_export.compression.micro_batches import micro_batches
 from prehab_export.compression.moment_files import MomentWriter
 from prehab_export.compression.moments import Statistics
 from prehab_export.compression.spool import Spool
 from prehab_export.compression.tally import Tally, gradient_hook
 from prehab_export.config import FISHER_LABELS
-from prehab_export.inputs import Batch, Task, device_of, moved
+from prehab_export.inputs import Batch, Task, device_of, micro_batches, moved
 from prehab_export.linalg import ClusterSums, PlainSums
 from prehab_export.system import Progress, silent
 
@@ -58,7 +57,7 @@ class Gather:
         model's own output (true Fisher; needs no labels).
     sampling: also estimate the sampling error of the moments, which shrinkage and the small-sample warning need.
     keep_on: device for the moments; by default the model's device.
-    scratch: folder for temporary files, which hold what does not fit in memory; by default the system's.
+    scratch: folder for temporary files, which hold states that do not fit in memory; by default the system's.
     save_to: new folder to write the moments to, part by part; the result then reads them from there. By default they
         stay in memory.
 
@@ -122,8 +121,13 @@ def calibrate(
             sums = partial(ClusterSums if gather.sampling else PlainSums, gather.keep_on)
             return Tally({name: groups[name] for name in names}, {name: orders[name] for name in names}, sums, scale)
 
+        faults: list[tuple[int, InputError]] = []
+
         def settle(part: Statistics) -> Statistics:
-            part.check_finite()
+            try:
+                part.check_finite()
+            except InputError as fault:
+                faults.append((min(map(list(layers).index, part.groups)), fault))
             return part if writer is None or not part.groups else writer.add(part)
 
         labels = labels_of if gather.gradients else None
@@ -138,6 +142,8 @@ def calibrate(
                     tally.watch(model, task, batch, layers, labels)
                     advance()
             statistics = settle(tally.result())
+    if faults:  # of the first layer: NaN and Inf spread to those behind it
+        raise min(faults, key=lambda fault: fault[0])[1]
     silent = [name for name in layers if name not in statistics.gradients]
     if gather.gradients and silent:
         raise InputError(f"the loss does not depend on {exclusion(silent, groups)}")

@@ -7,13 +7,13 @@ the loop over batches inside.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from prehab_export.compression.block_path import BlockPath
+from prehab_export.compression.block_path import BlockPath, Watching
 from prehab_export.compression.chain import Chain
 from prehab_export.compression.moments import Statistics
 from prehab_export.compression.spool import Spool, Spooled
@@ -45,7 +45,8 @@ class BlockCalibration:
 
     def parts(self, advance: Advance) -> Iterator[Statistics]:
         """Yield the moments of the layers of each block, and of those behind the last block."""
-        path = BlockPath(self.chain.model, self.chain.task, self.spool)
+        tracks_rows = self.tally_of(list(self.layers)).tracks_rows
+        path = BlockPath(self.chain.model, self.chain.task, self.spool, tracks_rows=tracks_rows)
         for batch in self.batches:
             recording = self.chain.record(batch)
             path.enter(batch, recording.entered[0], recording.calls, recording.numbers)
@@ -58,14 +59,13 @@ class BlockCalibration:
         for block in self.chain.blocks:
             tally = self.tally_of(block.layers)
             for number, batch in enumerate(self.batches):
-                with self._watched(tally, number, batch, path):
-                    path.advance(block.name, number, ())
+                path.advance(block.name, number, self._watching(tally, batch))
                 advance()
             yield tally.result()
         behind = self._behind()
         for number, batch in enumerate(self.batches):
             if behind.groups:
-                with self._watched(behind, number, batch):
+                with self._watching(behind, batch)(None):
                     self.chain.logits(batch, path.states[number].load())
             behind.units += len(self.chain.task.unit_labels(batch))
             advance()
@@ -76,19 +76,19 @@ class BlockCalibration:
         for block in self.chain.blocks:
             entered[block.name] = list(path.states)
             for number in range(len(self.batches)):
-                path.advance(block.name, number, ())
+                path.advance(block.name, number)
                 advance()
         behind, gradients = self._behind(), []
         for number, batch in enumerate(self.batches):
-            gradients.append(self.spool.keep(self._loss_gradient(behind, number, batch, path.states[number].load())))
+            gradients.append(self.spool.keep(self._loss_gradient(behind, batch, path.states[number].load())))
             advance()
         yield behind.result()
         for block in reversed(self.chain.blocks):
             tally, path.states = self.tally_of(block.layers), entered.pop(block.name)
             tally.units = behind.units
             for number, batch in enumerate(self.batches):
-                with self._watched(tally, number, batch, path):
-                    gradient = path.backward(block.name, number, gradients[number].load())
+                gradient = gradients[number].load()
+                gradient = path.backward(block.name, number, gradient, self._watching(tally, batch))
                 gradients[number] = self.spool.keep(gradient)
                 advance()
             yield tally.result()
@@ -98,15 +98,12 @@ class BlockCalibration:
         in_blocks = {name for block in self.chain.blocks for name in block.layers}
         return self.tally_of([name for name in self.layers if name not in in_blocks])
 
-    def _watched(
-        self, tally: Tally, number: int, batch: Batch, path: BlockPath | None = None
-    ) -> AbstractContextManager[None]:
-        """Let the tally watch its layers; along a path they get the token numbers of the states there."""
-        rows = path.token_rows(number, path.states[number].load()) if path is not None and tally.tracks_rows else None
-        watched = {name: self.layers[name] for name in tally.groups}
-        return tally.watching(self.chain.task, batch, watched, self.labels_of is not None, rows)
+    def _watching(self, tally: Tally, batch: Batch) -> Watching:
+        """Let the tally watch its layers on this batch."""
+        layers = {name: self.layers[name] for name in tally.groups}
+        return partial(tally.watching, self.chain.task, batch, layers, self.labels_of is not None)
 
-    def _loss_gradient(self, tally: Tally, number: int, batch: Batch, final: Tensor) -> Tensor:
+    def _loss_gradient(self, tally: Tally, batch: Batch, final: Tensor) -> Tensor:
         """Return the gradient of the summed loss at the hidden states after the last block, scaled by the tally.
 
         The logits are computed in pieces, since those of a whole batch may be larger than all else together.
@@ -117,7 +114,7 @@ class BlockCalibration:
         pieces = self.chain.pieces(batch, *final.shape[:2]) if not tally.groups else [(slice(None), batch)]
         for positions, part in pieces:
             leaf = final[:, positions].detach().clone().requires_grad_()
-            with torch.enable_grad(), self._watched(tally, number, part):
+            with torch.enable_grad(), self._watching(tally, part)(None):
                 unit_logits = task.unit_logits(self.chain.logits(part, leaf), part)
                 loss = nn.functional.cross_entropy(
                     unit_logits.float(), self.labels_of(unit_logits, part), reduction="sum"

@@ -188,7 +188,7 @@ def _check_repeatable(recording: Recording, model: nn.Module, task: Task) -> Non
         for _ in range(2):
             if not _same(path.output(name, 0), expected):
                 raise NotAChain(f"{name} on its own does not give the output that it gives inside the model")
-        path.advance(name, 0, ())
+        path.advance(name, 0)
 
 
 def _same(actual: Tensor, expected: Tensor) -> bool:

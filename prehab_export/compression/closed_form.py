@@ -7,6 +7,7 @@ form (``truncation``), and fit the factors again at the same ranks to the inputs
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from prehab_export.compression.block_walk import BlockWalk
@@ -28,11 +29,13 @@ class Samplesets:
 
     calibration: the samples that the moments were gathered from.
     held_out: samples that calibration did not see; they decide between alternatives.
+    scratch: folder for temporary files, which hold states that do not fit in memory; by default the system's.
     """
 
     calibration: Samples
     held_out: Samples
     batch_size: int = 32
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def compress(
             truncation,
             gradient_shrinkage=config.gradient_shrinkage,
             after_block=after_block,
+            scratch=samples.scratch,
             progress=progress,
         )
     except NotAChain as reason:

@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import inf, isfinite
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ from prehab_export.compression.chain import Chain
 from prehab_export.compression.metric import gradient_metric, input_metric
 from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.moments import centred
+from prehab_export.compression.spool import Spool
 from prehab_export.compression.training import divergence, sharing_copy
 from prehab_export.compression.truncation import Refit, Truncation, computed_dtype, stored_factors
 from prehab_export.inputs import Batch, Task, device_of, moved
@@ -135,6 +137,7 @@ def truncate_along(
     *,
     gradient_shrinkage: float,
     after_block: Callable[[BlockWalk, Block], None] | None = None,
+    scratch: Path | None = None,
     progress: Progress = silent,
 ) -> Truncation:
     """Repeat the truncation ``plan``, with each layer fitted to the inputs that the compressed model gives it.
@@ -145,6 +148,7 @@ def truncate_along(
         plan: ranks and objectives of every layer.
         gradient_shrinkage: as in ``TruncateConfig``.
         after_block: called when a block of the student has its factors, before the walk continues.
+        scratch: folder for temporary files, which hold states that do not fit in memory; by default the system's.
 
     Returns:
         The truncation; its notes say which layers keep the plan's factors, and why.
@@ -155,7 +159,7 @@ def truncate_along(
     sample, fitter = list(batches), _Fitter(calibrated, plan, gradient_shrinkage)
     with frozen(calibrated.model), progress("truncate", len(calibrated.layers)) as advance:
         try:
-            return _fit_blocks(fitter, sample, after_block, advance)
+            return _fit_blocks(fitter, sample, after_block, Spool(folder=scratch), advance)
         except NotAChain as reason:
             return _fit_by_whole_passes(fitter, sample, reason, after_block is not None, advance)
 
@@ -164,6 +168,7 @@ def _fit_blocks(
     fitter: "_Fitter",
     batches: Sequence[Batch],
     after_block: Callable[[BlockWalk, Block], None] | None,
+    spool: Spool,
     advance: Advance,
 ) -> Truncation:
     """Fit layers one block at a time.
@@ -176,7 +181,7 @@ def _fit_blocks(
     in_blocks = {name for block in chain.blocks for name in block.layers}
     student = sharing_copy(model)
     factorize(student, {name: pair for name, pair in plan.factors.items() if name not in in_blocks})
-    walk = BlockWalk(chain, student, batches)
+    walk = BlockWalk(chain, student, batches, spool)
     results = {result.name: result for result in plan.layers}
     refits: dict[str, Refit] = {}
     unfitted: list[str] = []

@@ -43,7 +43,8 @@ class Tally:
         # the sampling error is that of the centred moment.
         self.shift: dict[str, Tensor] = {}
         self.total: dict[str, Tensor] = {}
-        self.inputs = {group: sums() for group in groups.values()}
+        # A group whose first layer is elsewhere is gathered there.
+        self.inputs = {name: sums() for name, group in groups.items() if name == group}
         self.gradients: dict[str, Sums] = {}
 
     def watch(

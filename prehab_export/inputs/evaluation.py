@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from converters.errors import InputError
 from converters.number_formats import ARRAY_FORMATS
+from prehab_export.inputs.batch_splitting import micro_batches
 from prehab_export.inputs.devices import device_of, moved
 from prehab_export.inputs.tasks import Batch, Task, sample_count
 from prehab_export.system import Progress, silent
@@ -19,6 +20,8 @@ if TYPE_CHECKING:  # evaluating a torch model must not import onnxruntime
     from onnxruntime import InferenceSession
 
 Predict = Callable[[Batch], Tensor]
+# Positions whose logits are computed together: 128 MB of them for 32k words.
+_POSITIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -50,29 +53,31 @@ def evaluate(
 
     Raises:
         InputError: the batches contain no unit of loss.
-        FloatingPointError: a loss is NaN or Inf; the message names the batch and the sample in it.
+        FloatingPointError: a loss is NaN or Inf; the message gives the sample's number.
     """
     loss, correct, units, samples = 0.0, 0, 0, 0
     steps = len(batches) if isinstance(batches, Sized) else 0
     with progress("evaluate", steps) as advance:
-        for number, batch in enumerate(batches):
-            logits = predict(batch)
-            batch = moved(batch, logits.device)
-            for row in range(sample_count(batch)):
-                # Row by row, so that the logits of a large vocabulary, the biggest tensor here, are never copied whole.
-                sample = {name: value[row : row + 1] for name, value in batch.items()}
-                losses = task.losses(logits[row : row + 1], sample)
-                if not losses.isfinite().all():
-                    raise FloatingPointError(
-                        f"the loss is NaN or Inf on sample {row} of batch {number}; "
-                        "the model overflows or holds broken weights"
-                    )
-                loss += losses.sum(dtype=torch.float64).item()
-                units += len(losses)
-                if task.metric == "accuracy":
-                    predictions = task.unit_logits(logits[row : row + 1], sample).argmax(-1)
-                    correct += int((predictions == task.unit_labels(sample)).sum())
-            samples += sample_count(batch)
+        for batch in batches:
+            # The logits of a large vocabulary are the largest tensor here: they are computed for a few windows at a
+            # time, and never copied whole.
+            for part in micro_batches([batch], _POSITIONS) if task.metric == "perplexity" else [batch]:
+                logits = predict(part)
+                part = moved(part, logits.device)
+                for row in range(sample_count(part)):
+                    sample = {name: value[row : row + 1] for name, value in part.items()}
+                    losses = task.losses(logits[row : row + 1], sample)
+                    if not losses.isfinite().all():
+                        raise FloatingPointError(
+                            f"the loss is NaN or Inf on sample {samples + row}; "
+                            "the model overflows or holds broken weights"
+                        )
+                    loss += losses.sum(dtype=torch.float64).item()
+                    units += len(losses)
+                    if task.metric == "accuracy":
+                        predictions = task.unit_logits(logits[row : row + 1], sample).argmax(-1)
+                        correct += int((predictions == task.unit_labels(sample)).sum())
+                samples += sample_count(part)
             advance()
     if not units:
         raise InputError("nothing to evaluate: the data has no sample with a label, or no window of two tokens")

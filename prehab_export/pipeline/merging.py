@@ -163,11 +163,11 @@ def _report_omission(facts: dict[str, Any], name: str, reason: str) -> None:
 
 
 def _find_statistics(artifact: Path) -> Path | None:
-    """Return the file of moments that the artifact was made from; None if it is not in its run's folder."""
+    """Return the folder of moments that the artifact was made from; None if it is not in its run's folder."""
     if (run := Workspace.open_existing(artifact.resolve().parent)) is None:
         return None
     candidates = [run.folder(stage) / STATISTICS for stage in ("prehab", "calibrate") if run.has(stage)]
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if path.is_dir()), None)
 
 
 def _layer_metrics(model: PreTrainedModel, statistics: Statistics) -> Any:

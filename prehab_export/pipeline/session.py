@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from converters.coverage import Coverage, coverage
 from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear
+from converters.onnx.runtime import open_session
 from converters.selection import select_layers
 from prehab_export.compression import Calibrated, Statistics, load_statistics
 from prehab_export.config import AUTO, RunConfig
@@ -32,6 +33,7 @@ from prehab_export.inputs import (
     load_data,
     load_model,
     load_processor,
+    onnx_predictor,
     prepare_determinism,
     room_for,
     torch_predictor,
@@ -45,7 +47,7 @@ from prehab_export.system import DigestCache, bar, named
 # The most training samples to hold out for decisions between candidates. They are never trained or reported on.
 HELD_OUT = 512
 # The file of moments in the results of the stages that gather them.
-STATISTICS = "statistics.safetensors"
+STATISTICS = "statistics"
 # The file of measured rank times in the result of the stage ``times``.
 TIMES = "times.json"
 
@@ -192,30 +194,34 @@ class Session:
         """Return name → layer, for the layers of a model that the run compresses."""
         return select_layers(model, self.config.calibrate.include, self.config.calibrate.exclude)
 
-    def load_source_model(self) -> PreTrainedModel:
-        """Load the model named in the options, without its adapter, in float32 on the CPU."""
-        return load_model(self.config.model, self.task, **self._loading_options)
+    def load_source_model(self, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+        """Load the model named in the options, without its adapter, on the CPU; ``dtype`` as in `load_model`."""
+        return load_model(self.config.model, self.task, dtype=dtype, **self._loading_options)
 
-    def load_dense(self) -> PreTrainedModel:
+    def load_dense(self, *, as_stored: bool = False) -> PreTrainedModel:
         """Load the dense model that the compressed one is compared with: the source model with its adapter merged.
 
         The model is read in float32 on the CPU and then moved to the device. It takes 4 bytes per weight (28 GB for 7B)
-        in both memories. Truncation with drift correction needs two such models on the device besides the moments.
-        """
-        if self.config.adapter is None:
-            return self._to_device(self.load_source_model())
-        return self._load_stage("merge")
+        in both memories.
 
-    def _load_stage(self, stage: str) -> PreTrainedModel:
-        folder = self.workspace.folder(stage) / "model"
-        return self._to_device(load_model(str(folder), self.task, trust_remote_code=self.config.trust_remote_code))
+        Args:
+            as_stored: hold weights in half precision as they are stored, for all work but training and export.
+        """
+        dtype = None if as_stored else torch.float32
+        if self.config.adapter is None:
+            return self._to_device(self.load_source_model(dtype))
+        return self._load_stage("merge", dtype)
+
+    def _load_stage(self, stage: str, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+        folder, trust = self.workspace.folder(stage) / "model", self.config.trust_remote_code
+        return self._to_device(load_model(str(folder), self.task, dtype=dtype, trust_remote_code=trust))
 
     def _to_device(self, model: PreTrainedModel) -> PreTrainedModel:
         return model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature
 
     def load_prepared(self) -> tuple[PreTrainedModel, Statistics]:
-        """Load the dense model to truncate and its moments, from prehab if its result was kept."""
-        model = self._load_stage("prehab") if self._uses_prehab else self.load_dense()
+        """Load the dense model to truncate, as it is stored, and its moments; from prehab if its result was kept."""
+        model = self._load_stage("prehab", None) if self._uses_prehab else self.load_dense(as_stored=True)
         return model, self.load_prepared_statistics()
 
     def load_teacher(self) -> tuple[str, PreTrainedModel]:
@@ -256,7 +262,8 @@ class Session:
     def load_statistics(self, stage: str) -> Statistics:
         """Load the moments that a stage gathered."""
         path = self.workspace.folder(stage) / STATISTICS
-        return load_statistics(path, room_for(path.stat().st_size, self.device))
+        size = sum(file.stat().st_size for file in path.iterdir())
+        return load_statistics(path, room_for(size, self.device))
 
     def factored_folder(self) -> Path:
         """Return the folder of the compressed model after the last of truncation, refinement and rehab."""
@@ -268,6 +275,12 @@ class Session:
         """Load the compressed model that a stage wrote."""
         folder = self.workspace.folder(stage) / "model"
         return self._to_device(from_pretrained(folder, trust_remote_code=self.config.trust_remote_code))
+
+    def graph_metrics(self, graph: Path, description: str, samples: Samples | None = None) -> Metrics:
+        """Evaluate a graph on ONNX Runtime, on the evaluation split or on these samples."""
+        runtime = open_session(graph, threads=self.threads)
+        batches = (self.data.evaluation if samples is None else samples).batches(self.config.data.batch_size)
+        return evaluate(onnx_predictor(runtime, self.task), self.task, batches, progress=named(bar, description))
 
     def metrics(self, model: nn.Module, samples: Samples, description: str) -> Metrics:
         """Evaluate a model on its current device, in the run's precision."""

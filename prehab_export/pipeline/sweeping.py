@@ -22,8 +22,8 @@ from prehab_export.compression import (
     block_refiner,
     compress,
     decompose_layers,
-    frozen_copy,
     refine,
+    sharing_copy,
 )
 from prehab_export.config import RunConfig
 from prehab_export.pipeline.report.plots import plot_sweep
@@ -122,7 +122,7 @@ class _Rows:
             progress = named(bar, f"decompose for {method.objective}")
             self.decompositions = decompose_layers(calibrated, cut, progress=progress)
         start = time.monotonic()
-        samples = Samplesets(session.calibration, session.held_out, config.data.batch_size)
+        samples = Samplesets(session.calibration, session.held_out, config.data.batch_size, session.workspace.root)
         refines_blocks = method.refined and config.refine.block_steps > 0
         result = compress(
             calibrated,
@@ -136,7 +136,7 @@ class _Rows:
         )
         for warning in result.warnings:
             warn(warning)
-        candidate = result.truncation.apply(frozen_copy(calibrated.model))
+        candidate = result.truncation.apply(sharing_copy(calibrated.model))
         if method.refined:
             factored = Factored.of(candidate, session.task, calibrated.statistics)
             refine(factored, session.training, config.refine, teacher=calibrated.model, seed=config.seed, progress=bar)

@@ -32,9 +32,8 @@ def _comparison(result: dict[str, Any]) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in ("", "dense", "compressed"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for kind, label in (("pytorch", "PyTorch"), ("onnx", "ONNX Runtime")):
-        values = [f"{metrics[f'{side}_{kind}']['value']:.4f}" for side in ("dense", "compressed")]
-        table.add_row(f"{result['metric']['name']}, {label}", *values)
+    values = [f"{metrics[f'{side}_onnx']['value']:.4f}" for side in ("dense", "compressed")]
+    table.add_row(result["metric"]["name"], *values)
     for key, label in (("selected", "parameters, selected layers"), ("total", "parameters, whole model")):
         counts = [f"{truncation[f'{key}_parameters_{side}']:,}" for side in ("before", "after")]
         table.add_row(label, *counts)

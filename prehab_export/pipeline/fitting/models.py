@@ -34,7 +34,6 @@ from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.export import export_model
 from prehab_export.pipeline.stages.quantize import activation_sample
 from prehab_export.pipeline.stages.table import STAGES
-from prehab_export.pipeline.stages.verify import graph_metrics
 from prehab_export.system import bar, link, say, sha256_of_text, warn, write_json
 
 Row = dict[str, Any]
@@ -113,7 +112,7 @@ class FitModels:
     def _make_model(self, plan: RankPlan, folder: Path) -> None:
         session, config = self.session, self.session.config
         say(f"make a model with {len(plan_facts(plan)['ranks'])} factored layers", style="bold")
-        samples = Samplesets(session.calibration, session.held_out, config.data.batch_size)
+        samples = Samplesets(session.calibration, session.held_out, config.data.batch_size, session.workspace.root)
         result = compress(self.calibrated, samples, config.cut, decomposed=self.decompositions, plan=plan, progress=bar)
         for warning in result.warnings:
             warn(warning)
@@ -167,9 +166,7 @@ class FitModels:
         session = self.session.on_cpu
         samples = session.data.evaluation if split == "evaluation" else session.held_out
         description = f"{slug_of(plan)} {mode}, {split}"
-        write_json(
-            folder / "metrics.json", asdict(graph_metrics(session, self.graph(plan, mode), description, samples))
-        )
+        write_json(folder / "metrics.json", asdict(session.graph_metrics(self.graph(plan, mode), description, samples)))
 
     def drop(self, plan: RankPlan, mode: str) -> float:
         """Return the drop of the metric against the dense float32 graph, on the evaluation split (see `drop_of`)."""

@@ -9,15 +9,7 @@ from converters.adapters import merge_dense_adapter
 from converters.folder import save_folder
 from converters.lowrank import dense_weight
 from converters.model_config import ties_embeddings
-from prehab_export.compression import (
-    CalibrationWarning,
-    Gather,
-    Statistics,
-    calibrate,
-    doubts,
-    moments_size,
-    save_statistics,
-)
+from prehab_export.compression import CalibrationWarning, Gather, Statistics, calibrate, doubts, moments_size
 from prehab_export.inputs import check_runs, device_of, room_for
 from prehab_export.pipeline.session import STATISTICS, Session
 from prehab_export.system import bar, say, warn, write_json
@@ -35,10 +27,9 @@ def merge_adapter(session: Session, folder: Path) -> None:
 
 def calibrate_dense(session: Session, folder: Path) -> None:
     """Gather the dense model's moments on the calibration samples; write them and ``calibrate.json``."""
-    model = session.load_dense()
+    model = session.load_dense(as_stored=True)
     check_runs(model, session.task, session.calibration)
-    statistics = gather_statistics(session, model)
-    save_statistics(statistics, folder / STATISTICS)
+    statistics = gather_statistics(session, model, save_to=folder / STATISTICS)
     warning_messages = doubts(statistics)
     for message in warning_messages:
         warn(message)
@@ -54,8 +45,12 @@ def calibrate_dense(session: Session, folder: Path) -> None:
     write_json(folder / "calibrate.json", facts)
 
 
-def gather_statistics(session: Session, model: PreTrainedModel) -> Statistics:
-    """Gather a model's moments on the calibration samples, with output gradients if the options need them."""
+def gather_statistics(session: Session, model: PreTrainedModel, save_to: Path | None = None) -> Statistics:
+    """Gather a model's moments on the calibration samples, with output gradients if the options need them.
+
+    Args:
+        save_to: new folder for the moments; by default they stay in memory.
+    """
     options = session.config
     layers = session.layers(model)
     shapes = ((w.shape[0], w.shape[1]) for w in map(dense_weight, layers.values()))
@@ -63,6 +58,8 @@ def gather_statistics(session: Session, model: PreTrainedModel) -> Statistics:
         gradients=options.needs_gradients,
         labels=options.calibrate.labels,
         keep_on=room_for(moments_size(shapes, options.needs_gradients), device_of(model)),
+        scratch=session.workspace.root,
+        save_to=save_to,
     )
     batches = session.calibration.batches(options.data.batch_size)
     with warnings.catch_warnings():

@@ -13,7 +13,7 @@ from prehab_export.compression import (
     Truncation,
     block_refiner,
     compress,
-    frozen_copy,
+    sharing_copy,
 )
 from prehab_export.deployment import tensor_digests
 from prehab_export.pipeline.latency_budget import predicted_latency
@@ -25,12 +25,12 @@ from prehab_export.system import bar, say, warn, write_json
 def compressed_loss(session: Session, calibrated: Calibrated) -> float:
     """Return the held-out loss that the model has after compression; the model itself does not change."""
     truncation = _compress_model(session, calibrated).truncation
-    return session.held_out_loss(truncation.apply(frozen_copy(calibrated.model)))
+    return session.held_out_loss(truncation.apply(sharing_copy(calibrated.model)))
 
 
 def _compress_model(session: Session, calibrated: Calibrated) -> Compression:
     config = session.config
-    samples = Samplesets(session.calibration, session.held_out, config.data.batch_size)
+    samples = Samplesets(session.calibration, session.held_out, config.data.batch_size, session.workspace.root)
     refines_blocks = config.refine.block_steps > 0
     return compress(
         calibrated,
@@ -51,7 +51,7 @@ def truncate_prepared(session: Session, folder: Path) -> None:
         warn(warning)
     latency = predicted_latency(session, compression.truncation)
     _report_removal(session, compression.truncation, latency)
-    compression.truncation.apply(model)
+    compression.truncation.apply(model).float()
     facts = compression.summary() | {
         "total_parameters_before": selection.total,
         "total_parameters_after": sum(parameter.numel() for parameter in model.parameters()),

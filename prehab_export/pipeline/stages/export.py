@@ -84,14 +84,14 @@ def _size_warnings(compressed: WeightFiles, graph_bytes: int, source: WeightFile
 
 
 def export_baseline(session: Session, folder: Path) -> None:
-    """Write ``onnx/model.onnx`` of the dense model, exported in the same way, and the dense model's metric."""
+    """Write ``onnx/model.onnx`` of the dense model, exported in the same way, and its metric."""
     model = session.load_dense()
     facts = {"dtype": session.weights.dtype, "weight_bytes": session.weights.bytes}
     reference = _make_reference(session, model)
     save_reference(reference, folder)
     export = _export_graph(session, model, folder / "onnx" / "model.onnx", reference)
     _write_facts(folder, export, facts, export.warnings)
-    metrics = session.metrics(model, session.data.evaluation, "dense model, PyTorch")
+    metrics = session.graph_metrics(folder / "onnx" / "model.onnx", "dense model, ONNX Runtime")
     write_json(folder / "metrics.json", asdict(metrics))
 
 

@@ -23,7 +23,6 @@ from prehab_export.deployment import tell_quantized
 from prehab_export.inputs import Metrics, feeds_of
 from prehab_export.linalg import GRIDS
 from prehab_export.pipeline.session import Session
-from prehab_export.pipeline.stages.verify import graph_metrics
 from prehab_export.system import bar, named, say, write_json
 
 # Activation ranges need far fewer samples than moments do.
@@ -45,7 +44,7 @@ def quantize(session: Session, folder: Path) -> None:
             say(f"  {side} {mode}")
             sample = partial(activation_sample, session, source)
             graph = quantize_graph(source, folder / side / FILE_NAMES[mode], mode, sample)
-            metrics, refit = graph_metrics(session, graph, f"{side} {mode}"), None
+            metrics, refit = session.graph_metrics(graph, f"{side} {mode}"), None
             if side == "compressed" and session.config.quantize_refit and mode in GRIDS:
                 metrics, refit = _try_refit(session, source, graph, mode, metrics)
             facts = {"model": side, "mode": mode, "bytes": read_graph(graph).file_bytes, **asdict(metrics)}
@@ -91,7 +90,7 @@ def _try_refit(
     Returns:
         The metrics of the graph that is kept, and a comparison of the two graphs.
     """
-    held_out = partial(graph_metrics, session, samples=session.held_out)
+    held_out = partial(session.graph_metrics, samples=session.held_out)
     folder = graph.with_name(f"{graph.name}.refitted")
     try:
         fits = _refit_weights(session, source, folder / "float32.onnx", mode)
@@ -99,7 +98,7 @@ def _try_refit(
         candidate = quantize_graph(folder / "float32.onnx", folder / graph.name, mode, sample)
         before = held_out(graph, f"held-out loss, {mode}").loss
         after = held_out(candidate, f"held-out loss, {mode} refitted").loss
-        refitted = graph_metrics(session, candidate, f"compressed {mode} refitted")
+        refitted = session.graph_metrics(candidate, f"compressed {mode} refitted")
         if is_kept := after < before:
             move_together(folder, data_file(graph), graph)
     finally:

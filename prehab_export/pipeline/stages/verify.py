@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from converters.errors import InputError
-from converters.onnx.runtime import open_session
 from prehab_export.config import RunConfig, from_dict
 from prehab_export.deployment import TOLERANCE, check_graph, load_reference, reloaded
-from prehab_export.inputs import Metrics, Samples, evaluate, onnx_predictor
 from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.workspace import Workspace
 from prehab_export.system import (
     ParityError,
     StorageError,
-    bar,
     die_with_parent,
     environment,
     is_full,
-    named,
     out_of_space,
     python_module,
     write_json,
@@ -32,24 +28,21 @@ def verify(session: Session) -> dict[str, Any]:
     """Check the exported folder and the dense graph.
 
     Returns:
-        The figures of every check, and the task metric of the models in PyTorch and of the graphs.
+        The figures of every check, and the task metric of both graphs.
 
     Raises:
         ParityError: a reloaded tensor or answer differs, or a graph's outputs differ by more than the tolerance.
     """
     export, baseline = session.workspace.folder("export"), session.workspace.folder("baseline")
     compressed, dense = export / "model" / "onnx" / "model.onnx", baseline / "onnx" / "model.onnx"
-    model, reload = reloaded(export, session.task, trust_remote_code=session.config.trust_remote_code)
-    compressed_pytorch = session.metrics(model, session.data.evaluation, "compressed model, PyTorch")
+    _model, reload = reloaded(export, session.task, trust_remote_code=session.config.trust_remote_code)
     return {
         "tolerance": TOLERANCE,
         "compressed": {"reload": reload, "onnx": _check_graph(session, export, compressed, "compressed")},
         "dense": {"onnx": _check_graph(session, baseline, dense, "dense")},
         "metrics": {
-            "dense_pytorch": json.loads((baseline / "metrics.json").read_text(encoding="utf-8")),
-            "dense_onnx": asdict(graph_metrics(session, dense, "dense model, ONNX Runtime")),
-            "compressed_pytorch": asdict(compressed_pytorch),
-            "compressed_onnx": asdict(graph_metrics(session, compressed, "compressed model, ONNX Runtime")),
+            "dense_onnx": json.loads((baseline / "metrics.json").read_text(encoding="utf-8")),
+            "compressed_onnx": asdict(session.graph_metrics(compressed, "compressed model, ONNX Runtime")),
         },
     }
 
@@ -59,14 +52,6 @@ def _check_graph(session: Session, folder: Path, graph: Path, name: str) -> dict
         return check_graph(load_reference(folder), session.task, graph, session.threads)
     except ParityError as error:
         raise ParityError(f"the {name} model: {error}") from error
-
-
-def graph_metrics(session: Session, graph: Path, description: str, samples: Samples | None = None) -> Metrics:
-    """Evaluate a graph in ONNX Runtime on samples, by default the evaluation split."""
-    runtime = open_session(graph, threads=session.threads)
-    samples = session.data.evaluation if samples is None else samples
-    batches = samples.batches(session.config.data.batch_size)
-    return evaluate(onnx_predictor(runtime, session.task), session.task, batches, progress=named(bar, description))
 
 
 def verify_in_fresh_process(session: Session, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from prehab_export.inputs import Batch, sample_count
+from prehab_export.inputs.tasks import Batch, sample_count
 
 # Positions in a part: enough for matrix products to run at full speed. More only takes more memory.
 POSITIONS = 2048
@@ -10,11 +10,11 @@ POSITIONS = 2048
 _PATCH = 16
 
 
-def micro_batches(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Split every batch into parts of whole samples, with at most `POSITIONS` positions unless one sample has more."""
+def micro_batches(batches: Iterable[Batch], limit: int = POSITIONS) -> Iterator[Batch]:
+    """Split every batch into parts of whole samples, with at most ``limit`` positions unless one sample has more."""
     for batch in batches:
         samples = sample_count(batch)
-        size = max(1, POSITIONS // positions(batch))
+        size = max(1, limit // positions(batch))
         for start in range(0, samples, size):
             yield {name: value[start : start + size] for name, value in batch.items()}
 
