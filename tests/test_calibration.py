@@ -15,10 +15,12 @@ from prehab_export.compression.doubts_of_moments import few_tokens
 from prehab_export.compression.input_groups import shared_inputs
 from prehab_export.compression.metric import gradient_metric
 from prehab_export.compression.moment_files import load_statistics, save_statistics
+from prehab_export.compression.moments import InputMoment, Statistics
+from prehab_export.compression.sample_size import needed_samples
 from prehab_export.compression.truncation import truncate
 from prehab_export.config.truncate import TruncateConfig
 from prehab_export.inputs.tasks import TASKS
-from prehab_export.linalg.shrinkage import Sampling, shrunk
+from prehab_export.linalg.shrinkage import ClusterSums, Sampling, shrunk
 
 
 def bert(**changes):
@@ -367,3 +369,17 @@ def test_bad_input():
     model.bert.encoder.layer[1].attention.self.query.weight.data[0, 0] = float("nan")
     with pytest.raises(InputError, match=r"encoder\.layer\.1.*NaN"):
         calibrate(model, task, batches(), layers)
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_the_samples_needed_follow_from_what_a_token_is_worth(copies):
+    """Tokens that are drawn independently are worth one each, and those that are repeated are worth none."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 8, 16, generator=generator).repeat_interleave(copies, dim=1)
+    sums = ClusterSums()
+    sums.add(rows, torch.ones(400, 8 * copies, dtype=torch.bool), torch.full((400,), 8 * copies))
+    second = sums.outer / sums.rows
+    moment = InputMoment(second, torch.zeros(16), sums.rows, sums.sampling())
+    wide = InputMoment(torch.eye(64), torch.zeros(64), 10, Sampling(10, float("nan"), float("nan")))
+    statistics = Statistics({"a": moment, "unknown": wide}, {"a": "a", "unknown": "unknown"})
+    assert needed_samples(statistics) == pytest.approx(16 / 8, abs=1)

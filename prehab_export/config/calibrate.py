@@ -11,7 +11,9 @@ FISHER_LABELS = ("data", "model")
 class CalibrateConfig:
     """How to calibrate, and which layers to compress.
 
-    samples: number of samples to collect moments from.
+    samples: largest number of samples to collect moments from.
+    enough: use fewer samples if a pilot shows that every layer's input is worth as many independent tokens as it has
+        features.
     labels: labels that gradients are computed with: ``data`` (those of the data set) or ``model`` (sampled from the
         model's output).
     include: shell-style pattern of layers to compress instead of the default, such as '*.mlp.*'.
@@ -19,6 +21,7 @@ class CalibrateConfig:
     """
 
     samples: int = 512
+    enough: bool = True
     labels: str = "data"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

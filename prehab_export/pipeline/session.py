@@ -169,6 +169,11 @@ class Session:
         count = min(self.config.calibrate.samples, len(self.training))
         return self.training.subset(count, self.config.seed)
 
+    @property
+    def calibrated_samples(self) -> Samples:
+        """The samples that the moments of the calibrate stage were gathered from, a part of ``calibration``."""
+        return self.calibration.first(self.workspace.read_json("calibrate", "calibrate.json")["samples"])
+
     @cached_property
     def weights(self) -> WeightFiles:
         """The weight files of the source model."""

@@ -122,7 +122,9 @@ class _Rows:
             progress = named(bar, f"decompose for {method.objective}")
             self.decompositions = decompose_layers(calibrated, cut, progress=progress)
         start = time.monotonic()
-        samples = Samplesets(session.calibration, session.held_out, config.data.batch_size, session.workspace.root)
+        samples = Samplesets(
+            session.calibrated_samples, session.held_out, config.data.batch_size, session.workspace.root
+        )
         refines_blocks = method.refined and config.refine.block_steps > 0
         result = compress(
             calibrated,

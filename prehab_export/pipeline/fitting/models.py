@@ -112,7 +112,9 @@ class FitModels:
     def _make_model(self, plan: RankPlan, folder: Path) -> None:
         session, config = self.session, self.session.config
         say(f"make a model with {len(plan_facts(plan)['ranks'])} factored layers", style="bold")
-        samples = Samplesets(session.calibration, session.held_out, config.data.batch_size, session.workspace.root)
+        samples = Samplesets(
+            session.calibrated_samples, session.held_out, config.data.batch_size, session.workspace.root
+        )
         result = compress(self.calibrated, samples, config.cut, decomposed=self.decompositions, plan=plan, progress=bar)
         for warning in result.warnings:
             warn(warning)

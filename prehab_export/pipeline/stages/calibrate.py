@@ -1,6 +1,7 @@
 """The stages before compression: merging an adapter and gathering moments."""
 
 import warnings
+from math import ceil
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -9,10 +10,21 @@ from converters.adapters import merge_dense_adapter
 from converters.folder import save_folder
 from converters.lowrank import dense_weight
 from converters.model_config import ties_embeddings
-from prehab_export.compression import CalibrationWarning, Gather, Statistics, calibrate, doubts, moments_size
-from prehab_export.inputs import check_runs, device_of, room_for
+from prehab_export.compression import (
+    CalibrationWarning,
+    Gather,
+    Statistics,
+    calibrate,
+    doubts,
+    moments_size,
+    needed_samples,
+)
+from prehab_export.inputs import Samples, check_runs, device_of, room_for
 from prehab_export.pipeline.session import STATISTICS, Session
-from prehab_export.system import bar, say, warn, write_json
+from prehab_export.system import bar, named, say, warn, write_json
+
+# Samples of the pilot, and how many more are used than it says are needed: it is small, so that it may be wrong.
+PILOT, MARGIN = 16, 1.25
 
 
 def merge_adapter(session: Session, folder: Path) -> None:
@@ -29,12 +41,13 @@ def calibrate_dense(session: Session, folder: Path) -> None:
     """Gather the dense model's moments on the calibration samples; write them and ``calibrate.json``."""
     model = session.load_dense(as_stored=True)
     check_runs(model, session.task, session.calibration)
-    statistics = gather_statistics(session, model, save_to=folder / STATISTICS)
+    samples = _enough_samples(session, model)
+    statistics = gather_statistics(session, model, samples, save_to=folder / STATISTICS)
     warning_messages = doubts(statistics)
     for message in warning_messages:
         warn(message)
     facts = {
-        "samples": len(session.calibration),
+        "samples": len(samples),
         "tokens": {group: moment.tokens for group, moment in statistics.inputs.items()},
         "layers": len(statistics.groups),
         "input_groups": len(statistics.inputs),
@@ -45,8 +58,29 @@ def calibrate_dense(session: Session, folder: Path) -> None:
     write_json(folder / "calibrate.json", facts)
 
 
-def gather_statistics(session: Session, model: PreTrainedModel, save_to: Path | None = None) -> Statistics:
-    """Gather a model's moments on the calibration samples, with output gradients if the options need them.
+def _enough_samples(session: Session, model: PreTrainedModel) -> Samples:
+    """Return as many of the calibration samples as the layers need, judged by a pilot without gradients."""
+    samples = session.calibration
+    if not session.config.calibrate.enough or len(samples) <= 2 * PILOT:
+        return samples
+    batches = samples.first(PILOT).batches(session.config.data.batch_size)
+    gather = Gather(gradients=False, scratch=session.workspace.root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        pilot = calibrate(
+            model, session.task, batches, session.layers(model), gather=gather, progress=named(bar, "pilot")
+        )
+    count = max(PILOT, ceil(MARGIN * needed_samples(pilot.statistics)))
+    if count >= len(samples):
+        return samples
+    say(f"  {count} of {len(samples)} calibration samples are enough: no layer needs more independent tokens")
+    return samples.first(count)
+
+
+def gather_statistics(
+    session: Session, model: PreTrainedModel, samples: Samples, save_to: Path | None = None
+) -> Statistics:
+    """Gather a model's moments on these samples, with output gradients if the options need them.
 
     Args:
         save_to: new folder for the moments; by default they stay in memory.
@@ -61,7 +95,7 @@ def gather_statistics(session: Session, model: PreTrainedModel, save_to: Path | 
         scratch=session.workspace.root,
         save_to=save_to,
     )
-    batches = session.calibration.batches(options.data.batch_size)
+    batches = samples.batches(options.data.batch_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # `calibrate_dense` reports it once
         calibration = calibrate(model, session.task, batches, layers, gather=gather, seed=options.seed, progress=bar)

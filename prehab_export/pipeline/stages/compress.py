@@ -30,7 +30,7 @@ def compressed_loss(session: Session, calibrated: Calibrated) -> float:
 
 def _compress_model(session: Session, calibrated: Calibrated) -> Compression:
     config = session.config
-    samples = Samplesets(session.calibration, session.held_out, config.data.batch_size, session.workspace.root)
+    samples = Samplesets(session.calibrated_samples, session.held_out, config.data.batch_size, session.workspace.root)
     refines_blocks = config.refine.block_steps > 0
     return compress(
         calibrated,

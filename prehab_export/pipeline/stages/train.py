@@ -67,7 +67,8 @@ def _run_prehab(
     history = prehab(
         calibrated, session.training, options, config.cut, evaluate=evaluate, seed=config.seed, progress=progress
     )
-    return history, calibrated.with_statistics(gather_statistics(session, cast(PreTrainedModel, calibrated.model)))
+    model = cast(PreTrainedModel, calibrated.model)
+    return history, calibrated.with_statistics(gather_statistics(session, model, session.calibrated_samples))
 
 
 def _find_strength(session: Session, calibrated: Calibrated) -> tuple[PrehabConfig, list[dict[str, float]]]:
