@@ -6,10 +6,14 @@ from test_drift import FAMILIES, STRONG, along, prepared
 
 from converters.errors import InputError
 from prehab_export.compression import calibration, chain, drift
+from prehab_export.compression.block_walk import BlockWalk
+from prehab_export.compression.blocks import find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import Gather, calibrate
+from prehab_export.compression.chain import Chain
 from prehab_export.compression.moment_files import load_statistics
 from prehab_export.compression.spool import Spool
+from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.inputs.models import load_model
 
@@ -147,3 +151,33 @@ def test_moments_that_are_damaged_or_not_complete_are_refused(tmp_path):
     (tmp_path / "moments" / "index.json").unlink()
     with pytest.raises(InputError, match="holds no calibration statistics"):
         load_statistics(tmp_path / "moments")
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_modules_with_final_weights_run_once_more_and_give_the_same_from_then_on(family):
+    model, task, batches, layers, *_ = prepared(family)
+    with torch.no_grad():
+        walk = BlockWalk(Chain.of(model, task, batches[0], layers), frozen_copy(model), batches, Spool())
+        block = find_blocks(model, layers)[0]
+        order = walk.order[block.name]
+        attention = [name for name in order if "attn" in name or "attention" in name]
+        behind, last = order[len(attention)], order[-1]
+        runs = []
+        walk.student.get_submodule(attention[-1]).register_forward_hook(lambda *_: runs.append(1))
+        walk.run_dense(block, [[name] for name in order])
+
+        def inputs(name):
+            return [student.input for _dense, (student,), *_ in walk.observe(block, [name])]
+
+        before = [inputs(behind), inputs(last)]
+        assert len(runs) == 2 * len(batches)
+        walk.finish(block, attention)
+        after = [inputs(behind), inputs(last)]
+        assert len(runs) == 3 * len(batches)
+        walk.advance(block)
+        assert len(runs) == 3 * len(batches)
+        expected = [walk.dense_states[number].load() for number in range(len(batches))]
+    for found, known in zip(after, before, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(found, known, strict=True))
+    for number, state in enumerate(expected):
+        torch.testing.assert_close(walk._student.states[number].load(), state)

@@ -192,6 +192,20 @@ def test_a_damaged_stage_is_done_again(vit_folder, tmp_path):
     assert hashes(stage) == whole
 
 
+def test_calibration_takes_no_more_samples_than_it_needs(vit_folder, tmp_path, capsys):
+    output = tmp_path / "run"
+
+    def samples():
+        return json.loads((stage_folder(output, "calibrate") / "calibrate.json").read_text())["samples"]
+
+    assert invoke("truncate", *vit_options(vit_folder), "--calibration-samples", "200", "-o", output) == 0
+    needed = samples()
+    assert 16 <= needed < 200
+    assert f"{needed} of 200 calibration samples are enough" in capsys.readouterr().err
+    assert invoke("calibrate", output, "--set", "calibrate.enough=false") == 0
+    assert samples() == 200
+
+
 def test_text_classification(bert_folder, reviews, tmp_path, capsys):
     arguments = ["run", bert_folder, "--task", "text-classification", "--data", reviews, "-o", tmp_path / "run"]
     assert invoke(*arguments, *QUICK, *TEXT, "--ratio", "0.5", "--json") == 0

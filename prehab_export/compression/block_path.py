@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from prehab_export.compression.block_calls import Call, Link
 from prehab_export.compression.blocks import LayerRun
 from prehab_export.compression.dataflow import TokenRows
+from prehab_export.compression.finished_modules import FinishedModules
 from prehab_export.compression.recording import hidden_of, numbers_in_order, observe_layers
 from prehab_export.compression.spool import Spool, Spooled
 from prehab_export.inputs import Batch, Task
@@ -41,6 +42,7 @@ class BlockPath:
     numbers: token numbers of the hidden states; None if unknown.
     calls: block → the arguments of its call.
     carried: tensors from earlier blocks' outputs that later blocks need.
+    finished: modules of the current block that are not run again.
     tracks_rows: whether to track the tokens of rows, which costs some time in every operation.
     """
 
@@ -52,6 +54,7 @@ class BlockPath:
         self.numbers: list[Tensor | None] = []
         self.calls: list[dict[str, Call]] = []
         self.carried: list[dict[Link, Tensor]] = []
+        self.finished = FinishedModules(model, spool)
         self._needed: set[Link] = set()
 
     def enter(self, batch: Batch, hidden: Tensor, calls: dict[str, Call], numbers: Tensor | None) -> None:
@@ -96,7 +99,8 @@ class BlockPath:
         """
         module, before = self.model.get_submodule(block), self.states[number].load()
         rows = self.token_rows(number, before) if self.tracks_rows else None
-        with self.task.running(module), watching(rows), rows or nullcontext():
+        standing_in = nullcontext() if rows is None else self.finished.standing_in(number, rows)
+        with self.task.running(module), watching(rows), standing_in, rows or nullcontext():
             output = self.calls[number][block].run(module, before, self.carried[number])
         self._keep(number, block, output, rows)
 
@@ -128,7 +132,7 @@ class BlockPath:
         """
         module, hidden, call = self.inputs(block, number)
         rows = self.token_rows(number, hidden)
-        with self.task.running(module):
+        with self.task.running(module), self.finished.standing_in(number, rows):
             (runs,) = observe_layers(
                 [self.layers(names)], rows, lambda: call.run(module, hidden, self.carried[number]), writers=writers
             )

@@ -5,7 +5,7 @@ which block, what a block is called with on the calibration sample, and what flo
 are run on their own, so a walk over the whole model costs a few forward passes, however deep the model is.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,15 +85,29 @@ class BlockWalk:
             student = self._student.observe(block.name, number, names, writers)
             yield dense, student, mask, self._student.states[number].shape[:-1].numel()
 
+    def finish(self, block: Block, layers: Collection[str]) -> None:
+        """Take note that these layers of the student's current block have their final weights."""
+        runs = [self._records[group][0] for group in self._records]
+        # A module that runs several times, or changes what it is given, is run every time.
+        if all(len(records) == 1 for records in runs) and not self._student.calls[0][block.name].mutable:
+            self._student.finished.update(block.name, block.layers, layers)
+
     def output(self, block: Block, number: int) -> Tensor:
         """Return the output of the student's block on the student's states of one batch."""
         return self._student.output(block.name, number)
 
-    def advance(self, block: Block) -> None:
-        """Leave the current block: advance the student's states through its block as it is now."""
+    def advance(self, block: Block, *, changed: bool = False) -> None:
+        """Leave the current block: advance the student's states through its block as it is now.
+
+        Args:
+            changed: whether finished layers have changed after all.
+        """
         self._records = {}
+        if changed:
+            self._student.finished.clear()
         for number in range(len(self.masks)):
             self._student.advance(block.name, number)
+        self._student.finished.clear()
 
 
 def _without_unneeded_input(group: Sequence[str], runs: list[LayerRun]) -> list[LayerRun]:

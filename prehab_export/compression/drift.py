@@ -204,10 +204,11 @@ def _fit_blocks(
             part.apply(student)
             refits |= part.refits
             results |= {result.name: result for result in part.layers}
+            walk.finish(block, done)
             advance(len(members))
         if after_block is not None:
             after_block(walk, block)
-        walk.advance(block)
+        walk.advance(block, changed=after_block is not None)
     notes = [
         *_note("which may see other tokens in the compressed model", unfitted),
         *_note("outside the repeated blocks", [name for name in layers if name not in in_blocks]),

@@ -206,15 +206,20 @@ def _measure(
     """Measure the objective for the factors as stored, after balancing and the cast to the storage dtype."""
     weight = dense_weight(layer).detach().double()
     m, n = weight.shape
-    delta = torch.zeros_like(weight) if pair is None else weight - pair.up.double() @ pair.down.double()
+    delta = None if pair is None else weight - pair.up.double() @ pair.down.double()
+    objective = 0.0 if delta is None else objective_value(delta, *metric.sides)
+    if delta is None:
+        loss = None if metric.gradient_moment is None else 0.0
+    else:  # the objective of fisher is twice the predicted loss
+        loss = 0.5 * objective if metric.objective == "fisher" else metric.loss_of(delta)
     return LayerResult(
         name=name,
         out_features=m,
         in_features=n,
         rank=None if pair is None else pair.rank,
         metric=metric.objective,
-        objective=objective_value(delta, *metric.sides),
-        predicted_loss=metric.loss_of(delta),
+        objective=objective,
+        predicted_loss=loss,
         parameters_before=m * n,
         parameters_after=m * n if pair is None else pair.rank * (m + n if counts_down else m),
     )
