@@ -93,7 +93,9 @@ class Effort:
             "refine": self._refine,
             "rehab": self._rehab,
             "export": lambda: self._model().times(2) + self._export(),
-            "baseline": lambda: self._model().times(2) + self._export() + self._evaluate(self.counts.evaluation, 1.0),
+            "baseline": lambda: (
+                self._model().times(2) + self._export() + self._evaluate(self.counts.evaluation, FUSED_SHARE)
+            ),
             "verify": self._verify,
             "quantize": self._quantize,
             "ort": lambda: Work(seconds=2.0 * (1 + len(self.config.quantize))),
@@ -126,7 +128,8 @@ class Effort:
         gradients = self.config.needs_gradients
         inputs = sum(2 * group[0].n ** 2 * group[0].rows for group in self.workload.inputs.values())
         outputs = sum(2 * layer.m**2 * layer.rows for layer in self.workload.layers) if gradients else 0.0
-        passes = self._passes(samples, 2.0 if gradients else 1.0, self.config.data.batch_size)
+        # Forward; with gradients, every block once more and backward.
+        passes = self._passes(samples, 3.0 if gradients else 1.0, self.config.data.batch_size)
         return passes + Work(float32=samples * (inputs + outputs))
 
     def _decompositions(self, jointly: bool) -> Work:
@@ -150,8 +153,8 @@ class Effort:
             work += work + self._evaluate(self.counts.held_out, 1.0).times(kinds)
         if not cut.drift_correction or cut.objective == "weight":
             return work
-        inputs = len(workload.inputs) / workload.blocks
-        passes = self._evaluate(self.counts.calibration, 1 + self._compressed_cost).times(0.6 * inputs + 1)
+        # The dense blocks run once, the compressed ones for each input of their layers, mostly in part.
+        passes = self._evaluate(self.counts.calibration, 1 + 2 * self._compressed_cost)
         moments = sum(4 * group[0].n ** 2 * group[0].rows for group in workload.inputs.values())
         fits = sum(layer.n**3 + 4 * layer.m * layer.n**2 for layer in workload.layers)
         work += passes + Work(float32=self.counts.calibration * moments, float64=fits) + self._decompositions(False)
@@ -207,10 +210,9 @@ class Effort:
         return Work(seconds=EXPORT + EXPORT_BLOCK * self.workload.blocks)
 
     def _verify(self) -> Work:
-        """Return the work of evaluating the compressed model in PyTorch and both graphs, in a separate process."""
-        graphs = self._evaluate(self.counts.evaluation, 1 + self._compressed_cost).times(FUSED_SHARE)
-        model = self._evaluate(self.counts.evaluation, self._compressed_cost)
-        return Work(seconds=PROCESS) + self._model().times(3) + model + graphs
+        """Return the work of checking both graphs and of evaluating the compressed one, in a separate process."""
+        graph = self._evaluate(self.counts.evaluation, self._compressed_cost).times(FUSED_SHARE)
+        return Work(seconds=PROCESS) + self._model().times(3) + graph
 
     def _quantize(self) -> Work:
         work = Work()

@@ -7,9 +7,13 @@ from prehab_export.pipeline.workload import Workload
 
 # The assumptions of the estimate, which the forecast quotes.
 ASSUMPTION = (
-    "models and moments in float32, the activations of a batch, and float64 work on the largest layer; libraries and "
+    "models in float32, the moments and activations of one block, and float64 work on the largest layer; libraries and "
     "data as they are in memory now"
 )
+# Bytes of hidden states that are kept in memory; further ones are in files.
+SPOOL = 2**30
+# Positions of which a block's activations are in memory at once.
+POSITIONS = 2048
 # The share of all activations that is in memory at once, including those kept for the backward pass.
 LIVE_SHARE = 0.35
 # Copies of a batch's output during the forward and backward passes of its loss.
@@ -52,6 +56,16 @@ class Memory:
         """Float64 matrices while the largest layer is decomposed."""
         return max((8.0 * 4 * max(layer.m, layer.n) ** 2 for layer in self.workload.layers), default=0.0)
 
+    @property
+    def _blockwise(self) -> float:
+        """What calibration and truncation hold of the block that they work on, and of the hidden states of all."""
+        blocks, rows = self.workload.blocks, max((layer.rows for layer in self.workload.layers), default=1.0)
+        samples = min(self.config.data.batch_size, max(1.0, POSITIONS / rows))
+        activations = 4.0 * samples * (self.workload.activations / blocks + LOSS_COPIES * self.workload.outputs)
+        width = max((layer.n for layer in self.workload.layers), default=0)
+        states = 4.0 * self.config.calibrate.samples * rows * width * blocks
+        return self._moments / blocks + activations + min(states, SPOOL) + self._layer
+
     def _activations(self, samples: int) -> float:
         return 4.0 * samples * (LIVE_SHARE * self.workload.activations + LOSS_COPIES * self.workload.outputs)
 
@@ -61,12 +75,9 @@ class Memory:
 
     @property
     def _compression(self) -> float:
-        """The student, the decompositions and the samples' hidden states; not the dense model and its moments."""
+        """The decompositions, the factors and the block in work; not the dense model."""
         low = sum(min(layer.m, layer.n) * (layer.m + layer.n) / 2 for layer in self.workload.layers)
-        width = max((layer.n for layer in self.workload.layers), default=0)
-        rows = max((layer.rows for layer in self.workload.layers), default=0.0)
-        states = 8.0 * self.config.calibrate.samples * rows * width / 2
-        return self._model + 4.0 * low + states + self._layer + self._activations(self.config.data.batch_size) / 4
+        return 4.0 * low + self._compressed_model + self._blockwise
 
     def stage_bytes(self, stage: str) -> float:
         """Return the peak bytes of one stage."""
@@ -91,8 +102,8 @@ class Memory:
             return max(peak, dense + moments + self._compression) if stage == "prehab" else peak
         return {
             "merge": 2 * dense,
-            "calibrate": dense + moments + self._layer + self._activations(batch),
-            "truncate": dense + moments + self._compression,
+            "calibrate": dense + self._blockwise,
+            "truncate": dense + self._compression,
             "export": EXPORT_COPIES * small,
             "baseline": max(EXPORT_COPIES * dense, dense + evaluation),
             "verify": 3 * dense + evaluation,
