@@ -209,6 +209,10 @@ class Effort:
     def _export(self) -> Work:
         return Work(seconds=EXPORT + EXPORT_BLOCK * self.workload.blocks)
 
+    def _baseline(self) -> Work:
+        evaluation = self._evaluate(self.counts.evaluation, FUSED_SHARE)
+        return self._model().times(2) + self._export() + evaluation
+
     def _verify(self) -> Work:
         """Return the work of checking both graphs and of evaluating the compressed one, in a separate process."""
         graph = self._evaluate(self.counts.evaluation, self._compressed_cost).times(FUSED_SHARE)
