@@ -6,12 +6,13 @@ BIN := .venv/bin
 demo: .venv/.installed  ## train a small ViT on digits, compress, export, verify, measure
 	$(BIN)/prehab-export demo -o demo-run
 
-# Every test runs on one thread, and the files' fixtures are models: as many files at a time as there are cores.
+# Every test runs on one thread. Each worker begins with a part of the files in a row, whose fixtures are models, and
+# takes over tests from another when it has none left.
 test: .venv/.installed  ## lint, types and the test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 slow: .venv/.installed  ## the long tests
 	$(BIN)/pytest -m slow

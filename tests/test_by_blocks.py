@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_drift import FAMILIES, STRONG, along, prepared
+from test_block_walk import Appends, ByName, InPlace, Shares, TwoStreams, calibrated
+from test_drift import CLASSIFY, FAMILIES, STRONG, along, prepared
 
 from converters.errors import InputError
 from prehab_export.compression import calibration, chain, drift
@@ -181,3 +182,11 @@ def test_modules_with_final_weights_run_once_more_and_give_the_same_from_then_on
         assert all(torch.equal(*pair) for pair in zip(found, known, strict=True))
     for number, state in enumerate(expected):
         torch.testing.assert_close(walk._student.states[number].load(), state)
+
+
+@pytest.mark.parametrize("kind", [Appends, ByName, InPlace, Shares, TwoStreams])
+def test_blocks_of_every_kind_give_the_moments_of_whole_passes(kind, monkeypatch):
+    """Those that share something, through which gradients flow too, are run as a whole to begin with."""
+    model, batches, layers, found = calibrated(kind)
+    monkeypatch.setattr(calibration, "_chain", lambda *_: None)
+    assert_same_moments(found, calibrate(model, CLASSIFY, batches, layers).statistics)

@@ -97,7 +97,7 @@ class BlockPath:
         Args:
             watching: context to run it in, given what tracks the rows.
         """
-        module, before = self.model.get_submodule(block), self.states[number].load()
+        module, before = self.model.get_submodule(block), self.states[number].load().clone()
         rows = self.token_rows(number, before) if self.tracks_rows else None
         standing_in = nullcontext() if rows is None else self.finished.standing_in(number, rows)
         with self.task.running(module), watching(rows), standing_in, rows or nullcontext():
@@ -106,7 +106,8 @@ class BlockPath:
 
     def advance_recorded(self, block: str, number: int, groups: Sequence[Sequence[str]]) -> list[list[LayerRun]]:
         """Run the block as `advance` does, and return records of these groups of layers (see `observe_layers`)."""
-        module, before, outputs = self.model.get_submodule(block), self.states[number].load(), list[Any]()
+        module, before = self.model.get_submodule(block), self.states[number].load().clone()
+        outputs: list[Any] = []
         rows = self.token_rows(number, before)
 
         def run() -> None:

@@ -12,7 +12,7 @@ The model may run in half precision; its activations and gradients are converted
 """
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, log2
@@ -33,7 +33,7 @@ from prehab_export.compression.input_groups import exclusion, trace_inputs
 from prehab_export.compression.moment_files import MomentWriter
 from prehab_export.compression.moments import Statistics
 from prehab_export.compression.spool import Spool
-from prehab_export.compression.tally import Tally, gradient_hook
+from prehab_export.compression.tally import LabelsOf, Tally, gradient_hook
 from prehab_export.config import FISHER_LABELS
 from prehab_export.inputs import Batch, Task, device_of, micro_batches, moved
 from prehab_export.linalg import ClusterSums, PlainSums
@@ -108,7 +108,6 @@ def calibrate(
         raise InputError("the calibration sample is empty; give a split with rows in it")
     groups, orders = trace_inputs(model, task, parts[0], layers)
     generator = torch.Generator().manual_seed(seed)
-    writer = None if gather.save_to is None else MomentWriter(gather.save_to)
 
     def labels_of(unit_logits: Tensor, batch: Batch) -> Tensor:
         return task.unit_labels(batch) if gather.labels == "data" else _sample_labels(unit_logits, generator)
@@ -121,38 +120,61 @@ def calibrate(
             sums = partial(ClusterSums if gather.sampling else PlainSums, gather.keep_on)
             return Tally({name: groups[name] for name in names}, {name: orders[name] for name in names}, sums, scale)
 
-        faults: list[tuple[int, InputError]] = []
-
-        def settle(part: Statistics) -> Statistics:
-            try:
-                part.check_finite()
-            except InputError as fault:
-                faults.append((min(map(list(layers).index, part.groups)), fault))
-            return part if writer is None or not part.groups else writer.add(part)
-
         labels = labels_of if gather.gradients else None
-        if (chain := _chain(model, task, parts[0], layers)) is not None:
-            work = BlockCalibration(chain, parts, layers, tally_of, labels, Spool(folder=gather.scratch))
-            with torch.no_grad(), progress("calibrate", work.steps) as advance:
-                statistics = Statistics.joined(map(settle, work.parts(advance)), layers)
+        chain = _chain(model, task, parts[0], layers)
+        if chain is None:
+            moments = _whole_passes(model, task, parts, layers, tally_of(layers), labels, progress)
         else:
-            tally = tally_of(layers)
-            with progress("calibrate", len(parts)) as advance:
-                for batch in parts:
-                    tally.watch(model, task, batch, layers, labels)
-                    advance()
-            statistics = settle(tally.result())
-    if faults:  # of the first layer: NaN and Inf spread to those behind it
-        raise min(faults, key=lambda fault: fault[0])[1]
+            work = BlockCalibration(chain, parts, layers, tally_of, labels, Spool(folder=gather.scratch))
+            moments = work.parts(progress)
+        statistics = _collected(moments, list(layers), gather)
     silent = [name for name in layers if name not in statistics.gradients]
     if gather.gradients and silent:
         raise InputError(f"the loss does not depend on {exclusion(silent, groups)}")
-    statistics = replace(statistics, labels=gather.labels)
-    if writer is not None:
-        writer.finish(list(layers), gather.labels)
     for message in doubts(statistics):
         warnings.warn(message, CalibrationWarning, stacklevel=2)
     return Calibrated(model, task, statistics)
+
+
+def _whole_passes(
+    model: nn.Module,
+    task: Task,
+    batches: Sequence[Batch],
+    layers: Mapping[str, nn.Module],
+    tally: Tally,
+    labels_of: LabelsOf | None,
+    progress: Progress,
+) -> Iterator[Statistics]:
+    """Run the whole model forward and backward on each batch, and yield the moments of all layers."""
+    with progress("calibrate", len(batches)) as advance:
+        for batch in batches:
+            tally.watch(model, task, batch, layers, labels_of)
+            advance()
+    yield tally.result()
+
+
+def _collected(parts: Iterable[Statistics], layers: Sequence[str], gather: Gather) -> Statistics:
+    """Check the moments of the parts of a model, write them if requested, and return them as one.
+
+    Raises:
+        InputError: a moment holds NaN or Inf. The message names the first such layer, since they spread from there.
+    """
+    writer = None if gather.save_to is None else MomentWriter(gather.save_to)
+    faults: list[tuple[int, InputError]] = []
+    held: list[Statistics] = []
+    for part in parts:
+        if not part.groups:
+            continue
+        try:
+            part.check_finite()
+        except InputError as fault:
+            faults.append((min(map(layers.index, part.groups)), fault))
+        held.append(part if writer is None else writer.add(part))
+    if faults:
+        raise min(faults, key=lambda fault: fault[0])[1]
+    if writer is not None:
+        writer.finish(layers, gather.labels)
+    return replace(Statistics.joined(held, layers), labels=gather.labels)
 
 
 def _loss_scale(model: nn.Module, task: Task, batch: Batch, layers: Mapping[str, nn.Module]) -> float:

@@ -19,7 +19,7 @@ from prehab_export.compression.moments import Statistics
 from prehab_export.compression.spool import Spool, Spooled
 from prehab_export.compression.tally import LabelsOf, Tally
 from prehab_export.inputs import Batch
-from prehab_export.system import Advance
+from prehab_export.system import Advance, Progress
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,17 @@ class BlockCalibration:
     labels_of: LabelsOf | None
     spool: Spool
 
-    @property
-    def steps(self) -> int:
-        """Number of steps that `parts` reports."""
-        return len(self.batches) * (1 + len(self.chain.blocks) * (1 if self.labels_of is None else 2))
-
-    def parts(self, advance: Advance) -> Iterator[Statistics]:
+    def parts(self, progress: Progress) -> Iterator[Statistics]:
         """Yield the moments of the layers of each block, and of those behind the last block."""
         tracks_rows = self.tally_of(list(self.layers)).tracks_rows
         path = BlockPath(self.chain.model, self.chain.task, self.spool, tracks_rows=tracks_rows)
-        for batch in self.batches:
-            recording = self.chain.record(batch)
-            path.enter(batch, recording.entered[0], recording.calls, recording.numbers)
-        if self.labels_of is None:
-            yield from self._forward_parts(path, advance)
-        else:
-            yield from self._backward_parts(path, advance)
+        passes = 1 if self.labels_of is None else 2
+        steps = len(self.batches) * (1 + passes * len(self.chain.blocks))
+        with torch.no_grad(), progress("calibrate", steps) as advance:
+            for batch in self.batches:
+                recording = self.chain.record(batch)
+                path.enter(batch, recording.entered[0], recording.calls, recording.numbers)
+            yield from self._forward_parts(path, advance) if passes == 1 else self._backward_parts(path, advance)
 
     def _forward_parts(self, path: BlockPath, advance: Advance) -> Iterator[Statistics]:
         for block in self.chain.blocks:
