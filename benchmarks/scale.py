@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 import click
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from converters.lowrank import Factors, dense_weight, factorize
 from converters.selection import select_layers
@@ -48,7 +48,7 @@ from prehab_export.linalg.allocation import uniform_rank
 from prehab_export.system import machine_facts
 
 TASK = TASKS["text-generation"]
-WAYS = ("dense", "ours", "svd-llm")
+WAYS = ("dense", "svd-llm", "ours")
 
 
 @click.command(help=__doc__)
@@ -69,18 +69,17 @@ def main(model: str, ways: tuple[str, ...], out: Path, one: bool, **options: Any
         print(json.dumps(_row(model, ways[0], options)))
         return
     arguments = [argument for argument in sys.argv[1:] if argument not in WAYS and argument != "--way"]
-    rows = []
-    for way in ways:
-        command = [sys.executable, __file__, *arguments, "--way", way, "--one"]
-        rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+    out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "command": shlex.join(["python", "benchmarks/scale.py", *sys.argv[1:]]),
         "machine": machine_facts(),
         "options": {"model": model, **options},
-        "rows": rows,
+        "rows": [],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for way in ways:
+        command = [sys.executable, __file__, *arguments, "--way", way, "--one"]
+        result["rows"].append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _row(model: str, way: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -130,12 +129,15 @@ def _svd_llm(name: str, samples: Samples, options: dict[str, Any], row: dict[str
     }
     start = time.perf_counter()
     row["windows"] = len(samples)
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _module, args, layer=layer: sums[layer].add_(args[0].flatten(0, -2).T @ args[0].flatten(0, -2))
-        )
-        for layer, module in layers.items()
-    ]
+
+    def summing(layer: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].flatten(0, -2)
+            sums[layer] += rows.T @ rows
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(summing(layer)) for layer, module in layers.items()]
     for batch in micro_batches(samples.batches(32)):
         TASK.logits(model, batch)
     for handle in handles:

@@ -2,7 +2,6 @@
 
 import tempfile
 import weakref
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,19 +9,31 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from converters.owned_folders import OwnedFolder
 from prehab_export.compression.blocks import LayerRun
 
 # Bytes of tensors in memory. More of them would take the place of the blocks and moments that are worked on.
 LIMIT = 2**30
+PREFIX = ".prehab-export-spool-"
 _ENTRY = "tensor"
+
+
+class _Files:
+    """A temporary folder that is removed with this object or, after a kill, by the next process."""
+
+    def __init__(self, parent: Path) -> None:
+        folder = OwnedFolder.make(parent, PREFIX)
+        self.path = folder.path
+        weakref.finalize(self, folder.remove)
 
 
 class Spooled:
     """A tensor in a spool. Its memory or its file is freed together with this object."""
 
-    def __init__(self, tensor: Tensor, path: Path | None) -> None:
-        self.shape, self._device, self._path = tensor.shape, tensor.device, path
+    def __init__(self, tensor: Tensor, path: Path | None = None, files: _Files | None = None) -> None:
+        self.shape, self._device = tensor.shape, tensor.device
         self._tensor = tensor if path is None else None
+        self._path, self._files = path, files  # the folder lives as long as a file in it is needed
 
     def load(self) -> Tensor:
         """Return the tensor, which must not be changed in place. From a file it is mapped, not read."""
@@ -37,31 +48,27 @@ class Spool:
 
     limit: bytes in memory.
     folder: where to create the folder of the files; by default the system's temporary folder.
-
-    The files are gone when the spool and what it holds are, at the latest when the process ends.
     """
 
     def __init__(self, limit: int = LIMIT, folder: Path | None = None) -> None:
-        self.limit, self.folder = limit, folder
+        self.limit, self.folder = limit, folder or Path(tempfile.gettempdir())
         self._used = self._count = 0
-        self._files: tempfile.TemporaryDirectory[str] | None = None
+        self._files: _Files | None = None
 
     def keep(self, tensor: Tensor) -> Spooled:
         """Take a tensor, which must not be changed in place afterwards."""
         size = tensor.untyped_storage().nbytes()
         if self._used + size <= self.limit:
             self._used += size
-            spooled = Spooled(tensor, None)
+            spooled = Spooled(tensor)
             weakref.finalize(spooled, self._release, size)
             return spooled
-        if self._files is None:
-            self._files = tempfile.TemporaryDirectory(prefix="prehab-export-spool-", dir=self.folder)
+        self._files = self._files or _Files(self.folder)
         self._count += 1
-        path = Path(self._files.name) / f"{self._count}.safetensors"
+        path = self._files.path / f"{self._count}.safetensors"
         save_file({_ENTRY: tensor.detach().contiguous()}, path)
-        spooled = Spooled(tensor, path)
-        # The folder lives as long as a file in it is needed.
-        weakref.finalize(spooled, _remove, path, self._files)
+        spooled = Spooled(tensor, path, self._files)
+        weakref.finalize(spooled, path.unlink, missing_ok=True)
         return spooled
 
     def _release(self, size: int) -> None:
@@ -85,8 +92,3 @@ class SpooledRun:
             residuals={name: spooled.load() for name, spooled in self._residuals.items()},
             outputs={name: spooled.load() for name, spooled in self._outputs.items()},
         )
-
-
-def _remove(path: Path, _folder: object) -> None:
-    with suppress(OSError):  # the folder may have been removed at the end of the process
-        path.unlink()
