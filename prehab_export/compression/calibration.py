@@ -157,21 +157,24 @@ def _collected(parts: Iterable[Statistics], layers: Sequence[str], gather: Gathe
     """Check the moments of the parts of a model, write them if requested, and return them as one.
 
     Raises:
-        InputError: a moment holds NaN or Inf. The message names the first such layer, since they spread from there.
+        InputError: a moment holds NaN or Inf. The message names the first input of which that is true, or else the
+            last gradient, since they spread forward and backward.
     """
     writer = None if gather.save_to is None else MomentWriter(gather.save_to)
-    faults: list[tuple[int, InputError]] = []
+    overflows: dict[str, list[str]] = {"input": [], "output gradient": []}
     held: list[Statistics] = []
     for part in parts:
-        if not part.groups:
-            continue
-        try:
-            part.check_finite()
-        except InputError as fault:
-            faults.append((min(map(layers.index, part.groups)), fault))
-        held.append(part if writer is None else writer.add(part))
-    if faults:
-        raise min(faults, key=lambda fault: fault[0])[1]
+        for kind, layer in part.overflows():
+            overflows[kind].append(layer)
+        held.append(writer.add(part) if writer is not None and part.groups else part)
+    order = {layer: number for number, layer in enumerate(layers)}
+    for kind, choose in (("input", min), ("output gradient", max)):
+        if overflows[kind]:
+            raise InputError(
+                f"the {kind} of {choose(overflows[kind], key=lambda layer: order[layer])} holds NaN or Inf on the "
+                "calibration data; check the data and the model before compressing; float16 overflows where bfloat16 "
+                "and float32 do not"
+            )
     if writer is not None:
         writer.finish(layers, gather.labels)
     return replace(Statistics.joined(held, layers), labels=gather.labels)

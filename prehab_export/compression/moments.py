@@ -7,7 +7,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from converters.errors import InputError
 from prehab_export.linalg import Sampling
 
 # A variance below this share of the mean square is the rounding, of either sign, of a constant in float32.
@@ -126,18 +125,16 @@ class Statistics:
         gradients = {name: old.lerp(fresh.gradients[name], share) for name, old in self.gradients.items()}
         return replace(self, inputs=inputs, gradients=gradients)
 
-    def check_finite(self) -> None:
-        """Check that all moments are finite.
-
-        Raises:
-            InputError: a moment holds NaN or Inf; the message names the layer.
-        """
-        for group, moment in self.inputs.items():
-            if not (moment.second_moment.isfinite().all() and moment.mean.isfinite().all()):
-                raise InputError(f"the input of {group} holds NaN or Inf on the calibration data; {_ADVICE}")
-        for layer, gradient in self.gradients.items():
-            if not gradient.isfinite().all():
-                raise InputError(f"the output gradient of {layer} holds NaN or Inf on the calibration data; {_ADVICE}")
+    def overflows(self) -> list[tuple[str, str]]:
+        """Return what holds NaN or Inf, as pairs (``input`` or ``output gradient``, layer); inputs come first."""
+        inputs = [
+            ("input", group)
+            for group, moment in self.inputs.items()
+            if not (moment.second_moment.isfinite().all() and moment.mean.isfinite().all())
+        ]
+        return inputs + [
+            ("output gradient", name) for name, gradient in self.gradients.items() if not gradient.isfinite().all()
+        ]
 
 
 def _blend_inputs(old: InputMoment, fresh: InputMoment, share: float) -> InputMoment:
@@ -147,9 +144,6 @@ def _blend_inputs(old: InputMoment, fresh: InputMoment, share: float) -> InputMo
         old.tokens,
         old.sampling,
     )
-
-
-_ADVICE = "check the data and the model before compressing; float16 overflows where bfloat16 and float32 do not"
 
 
 def moments_size(shapes: Iterable[tuple[int, int]], gradients: bool) -> int:
