@@ -198,11 +198,12 @@ def test_calibration_takes_no_more_samples_than_it_needs(vit_folder, tmp_path, c
     def samples():
         return json.loads((stage_folder(output, "calibrate") / "calibrate.json").read_text())["samples"]
 
-    assert invoke("truncate", *vit_options(vit_folder), "--calibration-samples", "200", "-o", output) == 0
+    few = ["--calibration-samples", "200", "--set", "calibrate.enough=true"]
+    assert invoke("truncate", *vit_options(vit_folder), *few, "-o", output) == 0
     needed = samples()
     assert 16 <= needed < 200
     assert f"{needed} of 200 calibration samples are enough" in capsys.readouterr().err
-    assert invoke("calibrate", output, "--set", "calibrate.enough=false") == 0
+    assert invoke("calibrate", output, "--unset", "calibrate.enough") == 0
     assert samples() == 200
 
 

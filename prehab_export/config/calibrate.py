@@ -12,8 +12,8 @@ class CalibrateConfig:
     """How to calibrate, and which layers to compress.
 
     samples: largest number of samples to collect moments from.
-    enough: use fewer samples if a pilot shows that every layer's input is worth as many independent tokens as it has
-        features.
+    enough: use fewer samples if a pilot shows that fewer give every layer as many independent tokens as it has inputs;
+        faster, and less accurate than all of them.
     labels: labels that gradients are computed with: ``data`` (those of the data set) or ``model`` (sampled from the
         model's output).
     include: shell-style pattern of layers to compress instead of the default, such as '*.mlp.*'.
@@ -21,7 +21,7 @@ class CalibrateConfig:
     """
 
     samples: int = 512
-    enough: bool = True
+    enough: bool = False
     labels: str = "data"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
