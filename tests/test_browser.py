@@ -327,7 +327,9 @@ def test_the_package_is_what_was_pinned(package, tmp_path, monkeypatch):
 
 
 @needs_browser
-@pytest.mark.parametrize("family", list(TASKS))
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family == "vit" else pytest.mark.slow) for family in TASKS]
+)
 def test_a_kit_in_chromium(kits, family):
     """Answers equal to the recorded ones: external data, int8 and greedy decoding included."""
     kit, record = kits(family), ProgressRecord()

@@ -339,7 +339,7 @@ def test_the_list_of_options_is_whole(capsys):
 
 
 # Options of other programs, which are named in this one's code.
-FOREIGN = {"--no-memory"}
+FOREIGN = {"--no-memory", "--no-deps", "--dest"}
 
 
 def test_every_flag_that_is_named_anywhere_is_there():

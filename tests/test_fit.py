@@ -426,6 +426,7 @@ def recommended(result):
     return row
 
 
+@pytest.mark.slow
 def test_three_budgets_three_models_one_survey_and_an_impossible_one(config, root, device):
     result = result_of(fit(config, root, FitRequest(Budget(p95_ms=1000.0))))
     assert result["verdict"].startswith("The dense model is within the budget")

@@ -87,7 +87,7 @@ def test_a_grid_is_the_quantisers(mode, inputs, tmp_path):
 
 
 @pytest.mark.parametrize("mode", GRID_NAMES)
-@pytest.mark.parametrize("family", ["vit", "bert", "mistral"])
+@pytest.mark.parametrize("family", ["vit", "bert", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_factors_on_a_grid_come_through_the_quantiser_as_they_are(family, mode, tmp_path):
     """Every factor is a fixed point of its grid, nothing else has changed, and a graph with its weights replaced is the
     graph that an export of the refitted model gives."""

@@ -78,7 +78,9 @@ def test_a_kit_takes_nothing_from_the_graph_that_it_was_made_of(tmp_path):
     assert not any(path.is_symlink() for path in kit.folder.rglob("*"))
 
 
-@pytest.mark.parametrize("family", list(TASKS))
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=pytest.mark.slow if family == "llama" else []) for family in TASKS]
+)
 def test_a_kit_is_run_where_nothing_else_is(kits, family, tmp_path):
     """In another folder, without this package on the path."""
     shutil.copytree(kits(family).folder, tmp_path / "elsewhere")

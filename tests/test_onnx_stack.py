@@ -84,7 +84,7 @@ def test_any_mix_of_widths_and_biases(layers, tied, seed):
     [
         ("bert", None, []),
         ("bert", 6, ["query,key,value"]),
-        ("mistral", 6, ["q_proj,k_proj,v_proj", "gate_proj,up_proj"]),
+        pytest.param("mistral", 6, ["q_proj,k_proj,v_proj", "gate_proj,up_proj"], marks=pytest.mark.slow),
     ],
 )
 def test_a_stacked_model_computes_what_it_did(family, rank, stacks, tmp_path, monkeypatch):

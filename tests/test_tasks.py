@@ -121,13 +121,13 @@ def test_perplexity_weighs_tokens_not_batches(decoder):
     assert result.value == pytest.approx(math.exp(losses.double().mean().item()), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_names_its_batch(classifier):
+def test_a_loss_that_is_not_finite_names_its_sample(classifier):
     def predict(batch):
         logits = torch_predictor(classifier, CLASSIFICATION)(batch).clone()
         logits[2] = float("nan")
         return logits
 
-    with pytest.raises(FloatingPointError, match="sample 2 of batch 0"):
+    with pytest.raises(FloatingPointError, match="on sample 2;"):
         evaluate(predict, CLASSIFICATION, classifier_batches())
 
 
