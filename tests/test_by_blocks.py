@@ -14,7 +14,7 @@ from prehab_export.compression.calibration import Gather, calibrate
 from prehab_export.compression.chain import Chain
 from prehab_export.compression.moment_files import load_statistics
 from prehab_export.compression.spool import Spool
-from prehab_export.compression.training import frozen_copy
+from prehab_export.compression.training import frozen_copy, sharing_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.inputs.models import load_model
 
@@ -190,3 +190,13 @@ def test_blocks_of_every_kind_give_the_moments_of_whole_passes(kind, monkeypatch
     model, batches, layers, found = calibrated(kind)
     monkeypatch.setattr(calibration, "_chain", lambda *_: None)
     assert_same_moments(found, calibrate(model, CLASSIFY, batches, layers).statistics)
+
+
+def test_a_copy_that_shares_weights_leaves_out_the_graph_of_the_latest_pass():
+    """Some models keep a state of their latest pass, which may be part of a graph."""
+    model = torch.nn.Linear(2, 2)
+    model.state = model(torch.ones(1, 2))
+    copied = sharing_copy(model)
+    assert copied.weight is model.weight
+    assert torch.equal(copied.state, model.state)
+    assert copied.state.grad_fn is None

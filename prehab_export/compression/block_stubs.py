@@ -1,12 +1,14 @@
 """Runs what lies around a model's blocks without the blocks: what they are called with, and what follows the last."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from prehab_export.compression.replaced_forwards import replaced_forwards
 
 
 @dataclass(frozen=True)
@@ -47,22 +49,12 @@ class BlockStubs:
     forms: Mapping[str, OutputForm]
     keywords: Mapping[str, str | None]
 
-    @contextmanager
-    def standing_in(self, model: nn.Module, final: Tensor | None = None) -> Iterator[None]:
+    def standing_in(self, model: nn.Module, final: Tensor | None = None) -> AbstractContextManager[None]:
         """Replace the blocks of the model within the context; the last one returns ``final`` if that is given."""
         last = list(self.forms)[-1]
-        blocks = {name: model.get_submodule(name) for name in self.forms}
-        own = {name: vars(block)["forward"] for name, block in blocks.items() if "forward" in vars(block)}
-        try:
-            for name, block in blocks.items():
-                block.forward = self._stub(name, final if name == last else None)
-            yield
-        finally:
-            for name, block in blocks.items():
-                if name in own:
-                    block.forward = own[name]
-                else:
-                    vars(block).pop("forward", None)
+        return replaced_forwards(
+            {model.get_submodule(name): self._stub(name, final if name == last else None) for name in self.forms}
+        )
 
     def _stub(self, name: str, final: Tensor | None) -> Callable:
         form, keyword = self.forms[name], self.keywords[name]

@@ -5,7 +5,7 @@ attention above all, gives the same in every one of these runs.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from prehab_export.compression.dataflow import TokenRows
+from prehab_export.compression.replaced_forwards import replaced_forwards
 from prehab_export.compression.spool import Spool, Spooled
 
 
@@ -70,23 +71,15 @@ class FinishedModules:
         self._outputs = {key: output for key, output in self._outputs.items() if key[0] in names}
         self._names = names
 
-    @contextmanager
-    def standing_in(self, number: int, rows: TokenRows) -> Iterator[None]:
+    def standing_in(self, number: int, rows: TokenRows) -> AbstractContextManager[None]:
         """Within the context, finished modules give the output that they gave before for this batch.
 
         One that has not run for this batch yet runs, and its output is kept.
         """
         modules = {name: self.model.get_submodule(name) for name in self._names}
-        own = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}
-        try:
-            for name, module in modules.items():
-                module.forward = self._stand_in(name, number, rows, module.forward)
-            yield
-        finally:
-            for name, module in modules.items():
-                vars(module).pop("forward", None)
-                if name in own:
-                    module.forward = own[name]
+        return replaced_forwards(
+            {module: self._stand_in(name, number, rows, module.forward) for name, module in modules.items()}
+        )
 
     def _stand_in(self, name: str, number: int, rows: TokenRows, run: Callable) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -152,16 +152,22 @@ def shuffled_batches(samples: Samples, batch_size: int, seed: int) -> Iterator[B
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """Copy the model as it is now, without gradients, for example as a teacher."""
-    # A tensor kept from the latest pass (a recurrent state) may be part of a graph, which cannot be copied.
-    tensors = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-    memo: dict[int, object] = {id(value): value.detach().clone() for value in tensors if not value.is_leaf}
-    return copy.deepcopy(model, memo).eval().requires_grad_(False)
+    return copy.deepcopy(model, _kept_from_passes(model)).eval().requires_grad_(False)
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
     """Copy the modules of a model but not its tensors: layers of the copy may be replaced, weights must not change."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, _kept_from_passes(model) | shared).eval()
+
+
+def _kept_from_passes(model: nn.Module) -> dict[int, object]:
+    """Return copies of tensors kept from the latest pass (a recurrent state), by identity, for ``copy.deepcopy``.
+
+    They may be part of a graph, which it cannot copy.
+    """
+    tensors = (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    return {id(value): value.detach().clone() for value in tensors if not value.is_leaf}
 
 
 def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float = 0.0) -> Loss:
