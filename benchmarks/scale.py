@@ -31,21 +31,19 @@ from torch import Tensor, nn
 
 from converters.lowrank import Factors, dense_weight, factorize
 from converters.selection import select_layers
-from prehab_export.compression import Gather, Samplesets, calibrate, compress, needed_samples
-from prehab_export.config import DataConfig, TruncateConfig
-from prehab_export.inputs import (
-    TASKS,
-    Samples,
-    evaluate,
-    load_config,
-    load_data,
-    load_model,
-    load_processor,
-    micro_batches,
-    torch_predictor,
-)
+from prehab_export.compression.calibration import Gather, calibrate
+from prehab_export.compression.closed_form import Samplesets, compress
+from prehab_export.compression.sample_size import needed_samples
+from prehab_export.config.data import DataConfig
+from prehab_export.config.truncate import TruncateConfig
+from prehab_export.inputs.batch_splitting import micro_batches
+from prehab_export.inputs.data.loading import load_data
+from prehab_export.inputs.data.samples import Samples
+from prehab_export.inputs.evaluation import evaluate, torch_predictor
+from prehab_export.inputs.models import load_config, load_model, load_processor
+from prehab_export.inputs.tasks import TASKS
 from prehab_export.linalg.allocation import uniform_rank
-from prehab_export.system import machine_facts
+from prehab_export.system.machine import machine_facts
 
 TASK = TASKS["text-generation"]
 WAYS = ("dense", "svd-llm", "ours")

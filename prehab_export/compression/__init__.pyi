@@ -33,6 +33,7 @@ from prehab_export.compression.refinement import refine as refine
 from prehab_export.compression.rehabilitation import Rehabilitation as Rehabilitation
 from prehab_export.compression.rehabilitation import rehab as rehab
 from prehab_export.compression.sample_size import needed_samples as needed_samples
+from prehab_export.compression.spool import SPOOL_LIMIT as SPOOL_LIMIT
 from prehab_export.compression.strength_search import find_strength as find_strength
 from prehab_export.compression.training import Trainable as Trainable
 from prehab_export.compression.training import frozen_copy as frozen_copy

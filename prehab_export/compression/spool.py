@@ -13,7 +13,7 @@ from converters.owned_folders import OwnedFolder
 from prehab_export.compression.blocks import LayerRun
 
 # Bytes of tensors in memory. More of them would take the place of the blocks and moments that are worked on.
-LIMIT = 2**30
+SPOOL_LIMIT = 2**30
 PREFIX = ".prehab-export-spool-"
 _ENTRY = "tensor"
 
@@ -50,7 +50,7 @@ class Spool:
     folder: where to create the folder of the files; by default the system's temporary folder.
     """
 
-    def __init__(self, limit: int = LIMIT, folder: Path | None = None) -> None:
+    def __init__(self, limit: int = SPOOL_LIMIT, folder: Path | None = None) -> None:
         self.limit, self.folder = limit, folder or Path(tempfile.gettempdir())
         self._used = self._count = 0
         self._files: _Files | None = None

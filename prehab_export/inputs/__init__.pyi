@@ -1,3 +1,4 @@
+from prehab_export.inputs.batch_splitting import MICRO_BATCH_POSITIONS as MICRO_BATCH_POSITIONS
 from prehab_export.inputs.batch_splitting import micro_batches as micro_batches
 from prehab_export.inputs.data.loading import load_data as load_data
 from prehab_export.inputs.data.samples import Batches as Batches

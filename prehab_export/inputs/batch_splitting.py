@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator
 from prehab_export.inputs.tasks import Batch, sample_count
 
 # Positions in a part: enough for matrix products to run at full speed. More only takes more memory.
-POSITIONS = 2048
+MICRO_BATCH_POSITIONS = 2048
 # Positions of an image are counted as patches of this size, the usual one.
 _PATCH = 16
 
 
-def micro_batches(batches: Iterable[Batch], limit: int = POSITIONS) -> Iterator[Batch]:
+def micro_batches(batches: Iterable[Batch], limit: int = MICRO_BATCH_POSITIONS) -> Iterator[Batch]:
     """Split every batch into parts of whole samples, with at most ``limit`` positions unless one sample has more."""
     for batch in batches:
         samples = sample_count(batch)

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from prehab_export.compression import SPOOL_LIMIT
 from prehab_export.config import RunConfig
+from prehab_export.inputs import MICRO_BATCH_POSITIONS
 from prehab_export.pipeline.workload import Workload
 
 # The assumptions of the estimate, which the forecast quotes.
@@ -10,10 +12,6 @@ ASSUMPTION = (
     "models in float32, the moments and activations of one block, and float64 work on the largest layer; libraries and "
     "data as they are in memory now"
 )
-# Bytes of hidden states that are kept in memory; further ones are in files.
-SPOOL = 2**30
-# Positions of which a block's activations are in memory at once.
-POSITIONS = 2048
 # The share of all activations that is in memory at once, including those kept for the backward pass.
 LIVE_SHARE = 0.35
 # Copies of a batch's output during the forward and backward passes of its loss.
@@ -60,11 +58,11 @@ class Memory:
     def _blockwise(self) -> float:
         """What calibration and truncation hold of the block that they work on, and of the hidden states of all."""
         blocks, rows = self.workload.blocks, max((layer.rows for layer in self.workload.layers), default=1.0)
-        samples = min(self.config.data.batch_size, max(1.0, POSITIONS / rows))
+        samples = min(self.config.data.batch_size, max(1.0, MICRO_BATCH_POSITIONS / rows))
         activations = 4.0 * samples * (self.workload.activations / blocks + LOSS_COPIES * self.workload.outputs)
         width = max((layer.n for layer in self.workload.layers), default=0)
         states = 4.0 * self.config.calibrate.samples * rows * width * blocks
-        return self._moments / blocks + activations + min(states, SPOOL) + self._layer
+        return self._moments / blocks + activations + min(states, SPOOL_LIMIT) + self._layer
 
     def _activations(self, samples: int) -> float:
         return 4.0 * samples * (LIVE_SHARE * self.workload.activations + LOSS_COPIES * self.workload.outputs)
