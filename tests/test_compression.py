@@ -11,9 +11,12 @@ from test_refinement import as_samples
 
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.closed_form import Samplesets, compress
+from prehab_export.compression.decompositions import decompose_layers
 from prehab_export.compression.objective_choice import choose_objectives, kinds_of
 from prehab_export.compression.strength_search import find_strength
+from prehab_export.compression.spool import Spool
 from prehab_export.compression.training import frozen_copy
+from prehab_export.compression.truncation import plan_truncation, truncate
 
 
 def sets(batches):
@@ -74,3 +77,35 @@ def test_the_search_finds_the_valley_within_its_budget(valley, trials):
     assert min(rows, key=lambda row: row["loss"])["strength"] == pytest.approx(best)
     if trials == 8:
         assert abs(torch.tensor(best).log10().item() - valley) <= 0.26
+
+
+@pytest.mark.parametrize("objective", ["fisher", "activation", "weight"])
+@pytest.mark.parametrize("allocation", ["loss", "uniform"])
+def test_a_plan_predicts_what_truncation_measures(objective, allocation):
+    """Its factors, computed when they are looked up, are those of truncation, kept or not."""
+    model, task, _, _, statistics, _ = prepared("llama")
+    calibrated = Calibrated(model, task, statistics)
+    config = replace(STRONG, objective=objective, allocation=allocation)
+    measured = truncate(calibrated, config)
+    for keep in (None, Spool()):
+        planned = plan_truncation(calibrated, config, decompose_layers(calibrated, config, keep=keep))
+        assert planned.shared == measured.shared
+        assert set(planned.factors) == set(measured.factors)
+        found = dict(planned.factors)
+        for group in planned.shared:
+            assert all(found[name].down is found[group[0]].down for name in group)
+        shared = {name for group in planned.shared for name in group}
+        for expected, result in zip(measured.layers, planned.layers, strict=True):
+            pairs = [truncation.factors.get(expected.name) for truncation in (measured, planned)]
+            if pairs[0] is not None:
+                torch.testing.assert_close(*(pair.up @ pair.down for pair in pairs), rtol=1e-3, atol=1e-5)
+            if expected.name not in shared:
+                assert result.objective == pytest.approx(expected.objective, rel=1e-3)
+                assert result.predicted_loss == pytest.approx(expected.predicted_loss, rel=1e-3)
+            assert (result.rank, result.parameters_after) == (expected.rank, expected.parameters_after)
+        for group in planned.shared:
+            losses = [
+                sum(layer.predicted_loss for layer in truncation.layers if layer.name in group)
+                for truncation in (planned, measured)
+            ]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-3)

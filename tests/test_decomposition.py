@@ -11,6 +11,8 @@ from prehab_export.linalg import krylov
 from prehab_export.linalg.decomposition import (
     decompose,
     decompose_jointly,
+    eigenvalues,
+    joint_eigenvalues,
     objective_value,
     predicted_joint_loss,
     predicted_loss,
@@ -73,6 +75,27 @@ def test_discarded_spectrum_is_the_objective(m, n, sides):
         up, down = result.truncated(rank)
         value = objective_value(weight - up @ down, c, g)
         assert value == pytest.approx(result.objective(rank), rel=1e-8, abs=1e-12 * float(result.spectrum.sum()))
+
+
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("sides", ["C", "G", "CG", ""])
+def test_eigenvalues_are_the_spectrum(m, n, sides):
+    weight, c, g = case(m, n)
+    c, g = (c if "C" in sides else None), (g if "G" in sides else None)
+    torch.testing.assert_close(eigenvalues(weight, c, g), decompose(weight, c, g).spectrum)
+    others = torch.randn(5, n, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = None if g is None else [g, torch.eye(5, dtype=torch.float64)]
+    expected = decompose_jointly([weight, others], c, gradients).spectrum
+    torch.testing.assert_close(joint_eigenvalues([weight, others], c, gradients), expected)
+
+
+def test_eigenvalues_of_a_zero_moment_are_zero():
+    weight, c, g = case(12, 20)
+    assert not eigenvalues(weight, torch.zeros_like(c), g).any()
+    assert not eigenvalues(weight, c, torch.zeros_like(g)).any()
+    assert len(joint_eigenvalues([weight, weight], torch.zeros_like(c))) == 20
+    assert not joint_eigenvalues([weight, weight], c, [torch.zeros_like(g)] * 2).any()
+    assert joint_eigenvalues([weight, weight], c, [torch.zeros_like(g), g]).any()
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,11 +13,12 @@ from typing import Any
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import Block, NotAChain
 from prehab_export.compression.calibrated import Calibrated
-from prehab_export.compression.decompositions import Decompositions
+from prehab_export.compression.decompositions import Decompositions, decompose_layers
 from prehab_export.compression.drift import truncate_along
 from prehab_export.compression.objective_choice import KindTrial, choose_objectives
 from prehab_export.compression.planning import RankPlan
-from prehab_export.compression.truncation import Truncation, truncate
+from prehab_export.compression.spool import Spool
+from prehab_export.compression.truncation import Truncation, plan_truncation, truncate
 from prehab_export.config import TruncateConfig
 from prehab_export.inputs import Samples
 from prehab_export.system import Progress, silent
@@ -77,19 +78,23 @@ def compress(
         decomposed, trials = choose_objectives(
             calibrated, samples.held_out, config, batch_size=samples.batch_size, progress=progress
         )
-    truncation = truncate(calibrated, config, decomposed=decomposed, plan=plan, progress=progress)
-    if not config.drift_correction or config.objective == "weight":  # plain SVD does not use the inputs
-        return Compression(truncation, trials)
+    if not config.corrects_drift:
+        keep = Spool(folder=samples.scratch)
+        decomposed = decomposed or decompose_layers(calibrated, config, keep=keep, progress=progress)
+        return Compression(truncate(calibrated, config, decomposed=decomposed, plan=plan), trials)
+    decomposed = decomposed or decompose_layers(calibrated, config, progress=progress)
+    planned = plan_truncation(calibrated, config, decomposed, plan)
     try:
         corrected = truncate_along(
             calibrated,
             samples.calibration.batches(samples.batch_size),
-            truncation,
+            planned,
             gradient_shrinkage=config.gradient_shrinkage,
             after_block=after_block,
             scratch=samples.scratch,
             progress=progress,
         )
     except NotAChain as reason:
+        truncation = truncate(calibrated, config, decomposed=decomposed, plan=plan)
         return Compression(truncation, trials, [f"drift is not corrected: {reason}"])
     return Compression(corrected, trials, list(corrected.notes))

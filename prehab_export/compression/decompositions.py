@@ -3,16 +3,16 @@
 Each layer is decomposed on its own and, if sharing is allowed, together with the layers that read the same input.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from converters.errors import InputError
-from converters.lowrank import DenseLinear, dense_weight
+from converters.lowrank import dense_weight
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.metric import Metric, layer_metric
+from prehab_export.compression.spool import Spool
 from prehab_export.config import TruncateConfig
 from prehab_export.linalg import (
     Decomposition,
@@ -21,8 +21,11 @@ from prehab_export.linalg import (
     break_even,
     decompose,
     decompose_jointly,
+    eigenvalues,
+    joint_eigenvalues,
     predicted_joint_loss,
     predicted_loss,
+    tails,
 )
 from prehab_export.system import Progress, silent
 
@@ -32,21 +35,27 @@ class Decomposed:
     """The decomposition of one layer.
 
     objective: the objective that it minimises.
-    decomposition: up to the break-even rank.
-    losses: predicted loss at ranks 0, 1, … up to break-even or higher; None if G is not known.
+    values: the objective's value at ranks 0, 1, … up to break-even or higher, float64.
+    losses: predicted loss at these ranks; None if G is not known.
+    factors: rank → factors (m×r, r×n), not balanced. They are computed anew each time, unless they were kept.
     """
 
     objective: str
-    decomposition: Decomposition
+    values: Tensor
     losses: Tensor | None
+    factors: Callable[[int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class JointlyDecomposed:
-    """The joint decomposition of a group up to its break-even rank, and its predicted loss at joint ranks 0, 1, …"""
+    """The joint decomposition of a group.
 
-    decomposition: JointDecomposition
+    losses: predicted loss at joint ranks 0, 1, … up to break-even or higher.
+    factors: joint rank → one up (mᵢ×r) per member, and their down (r×n); as in `Decomposed`.
+    """
+
     losses: Tensor
+    factors: Callable[[int], tuple[tuple[Tensor, ...], Tensor]]
 
 
 # Predicted loss at ranks 0, 1, … of each layer, and at joint ranks of each group of layers with one ``down``.
@@ -67,10 +76,14 @@ class Decompositions:
         return single, {group: entry.losses for group, entry in self.groups.items()}
 
 
-def decompose_layers(calibrated: Calibrated, config: TruncateConfig, *, progress: Progress = silent) -> Decompositions:
+def decompose_layers(
+    calibrated: Calibrated, config: TruncateConfig, *, keep: Spool | None = None, progress: Progress = silent
+) -> Decompositions:
     """Decompose every layer under the configured objective, and groups of layers with one input if sharing is allowed.
 
-    The result is at least as large as the layers, and stays on the device of the moments.
+    Args:
+        keep: holds the factors of every layer up to its break-even rank, which serve all ratios; they take as much as
+            the layers. By default, only spectra are computed now, and factors when they are asked for.
 
     Raises:
         InputError: gradient moments are needed but the statistics hold none.
@@ -83,14 +96,15 @@ def decompose_layers(calibrated: Calibrated, config: TruncateConfig, *, progress
         )
     single = {}
     with progress("decompose", len(layers)) as advance:
-        for name, layer in layers.items():
-            metric = layer_metric(name, layer, statistics, config.gradient_shrinkage, config.base_objective)
-            single[name] = _decompose_layer(layer, metric, statistics.device)
+        for name in layers:
+            single[name] = _decompose_layer(calibrated, name, config, keep)
             advance()
-    return with_groups(calibrated, single, config)
+    return with_groups(calibrated, single, config, keep)
 
 
-def with_groups(calibrated: Calibrated, single: dict[str, Decomposed], config: TruncateConfig) -> Decompositions:
+def with_groups(
+    calibrated: Calibrated, single: dict[str, Decomposed], config: TruncateConfig, keep: Spool | None = None
+) -> Decompositions:
     """Add groups to decompositions of single layers, each under its own objective.
 
     If inputs may be shared, every group of layers with one input and one metric is decomposed jointly.
@@ -98,7 +112,8 @@ def with_groups(calibrated: Calibrated, single: dict[str, Decomposed], config: T
     objectives = {name: entry.objective for name, entry in single.items()}
     groups = sharing_candidates(calibrated, objectives) if config.share_inputs else []
     joint = {
-        names: _decompose_group(calibrated, names, config.gradient_shrinkage, objectives[names[0]]) for names in groups
+        names: _decompose_group(calibrated, names, config.gradient_shrinkage, objectives[names[0]], keep)
+        for names in groups
     }
     return Decompositions(single, joint)
 
@@ -117,40 +132,68 @@ def sharing_candidates(calibrated: Calibrated, objectives: Mapping[str, str]) ->
     return [tuple(names) for names in members.values() if len(names) > 1]
 
 
-def _decompose_layer(layer: DenseLinear, metric: Metric, keep_on: torch.device) -> Decomposed:
+def _decompose_layer(calibrated: Calibrated, name: str, config: TruncateConfig, keep: Spool | None) -> Decomposed:
+    layer = calibrated.layer(name)
     weight = dense_weight(layer)
-    max_rank = break_even(*weight.shape)
-    losses = None
-    if metric.objective == "fisher":
-        full = decompose(weight, *metric.sides, max_rank)
-        losses = 0.5 * full.objectives()  # this objective is twice the predicted loss
-    else:
+
+    def metric_of_layer() -> Metric:
+        return layer_metric(name, layer, calibrated.statistics, config.gradient_shrinkage, config.base_objective)
+
+    def factors(rank: int) -> tuple[Tensor, Tensor]:
+        return decompose(weight, *metric_of_layer().sides, rank).truncated(rank)
+
+    metric, max_rank = metric_of_layer(), break_even(*weight.shape)
+    full: Decomposition | None
+    losses: Tensor | None
+    if metric.objective != "fisher" and metric.gradient_moment is not None:
         # The losses are in another metric than the factors, so they need the factors at all ranks.
         full = decompose(weight, *metric.sides)
-        if metric.gradient_moment is not None:
-            losses = predicted_loss(full, metric.second_moment, metric.gradient_moment)
-    sliced = replace(full, up=_stored(full.up[:, :max_rank], keep_on), down=_stored(full.down[:max_rank], keep_on))
-    return Decomposed(metric.objective, sliced, losses)
+        values, losses = full.objectives(), predicted_loss(full, metric.second_moment, metric.gradient_moment)
+    else:
+        full = None if keep is None else decompose(weight, *metric.sides, max_rank)
+        values = tails(eigenvalues(weight, *metric.sides)) if full is None else full.objectives()
+        losses = 0.5 * values if metric.objective == "fisher" else None  # this objective is twice the predicted loss
+    if full is None or keep is None:
+        return Decomposed(metric.objective, values, losses, factors)
+    up, down = (keep.keep(_stored(factor)) for factor in full.truncated(max_rank))
+    return Decomposed(metric.objective, values, losses, lambda rank: (up.load()[:, :rank], down.load()[:rank]))
 
 
 def _decompose_group(
-    calibrated: Calibrated, names: Sequence[str], gradient_shrinkage: float, objective: str
+    calibrated: Calibrated, names: Sequence[str], gradient_shrinkage: float, objective: str, keep: Spool | None
 ) -> JointlyDecomposed:
-    layers, statistics = calibrated.layers, calibrated.statistics
-    metrics = [layer_metric(name, layers[name], statistics, gradient_shrinkage, objective) for name in names]
-    moments = [metric.gradient_moment for metric in metrics if metric.gradient_moment is not None]
-    weights = [dense_weight(layers[name]) for name in names]
+    weights = [dense_weight(calibrated.layer(name)) for name in names]
+
+    def moments_of_group() -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Return the C that predicts losses, that of the objective, and the Gs."""
+        statistics = calibrated.statistics
+        metrics = [
+            layer_metric(name, calibrated.layer(name), statistics, gradient_shrinkage, objective) for name in names
+        ]
+        gradients = [metric.gradient_moment for metric in metrics if metric.gradient_moment is not None]
+        return metrics[0].second_moment, metrics[0].sides[0], gradients
+
+    def factors(rank: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        _, second, gradients = moments_of_group()
+        return decompose_jointly(weights, second, gradients if objective == "fisher" else None, rank).truncated(rank)
+
+    second, used_second, gradients = moments_of_group()
+    full: JointDecomposition | None
     max_rank = break_even(sum(weight.shape[0] for weight in weights), weights[0].shape[1])
-    if objective == "fisher":
-        full = decompose_jointly(weights, metrics[0].sides[0], moments, max_rank)
-        losses = 0.5 * full.objectives()
+    if objective != "fisher":
+        full = decompose_jointly(weights, used_second)
+        losses = predicted_joint_loss(full, second, gradients)
     else:
-        full = decompose_jointly(weights, metrics[0].sides[0])
-        losses = predicted_joint_loss(full, metrics[0].second_moment, moments)
-    ups = tuple(_stored(up[:, :max_rank], statistics.device) for up in full.ups)
-    return JointlyDecomposed(replace(full, ups=ups, down=_stored(full.down[:max_rank], statistics.device)), losses)
+        full = None if keep is None else decompose_jointly(weights, used_second, gradients, max_rank)
+        joint = tails(joint_eigenvalues(weights, used_second, gradients)) if full is None else full.objectives()
+        losses = 0.5 * joint
+    if full is None or keep is None:
+        return JointlyDecomposed(losses, factors)
+    ups, down = full.truncated(max_rank)
+    kept, kept_down = [keep.keep(_stored(up)) for up in ups], keep.keep(_stored(down))
+    return JointlyDecomposed(losses, lambda rank: (tuple(up.load()[:, :rank] for up in kept), kept_down.load()[:rank]))
 
 
-def _stored(factor: Tensor, device: torch.device) -> Tensor:
+def _stored(factor: Tensor) -> Tensor:
     """Copy a factor for later use: float32 keeps it at the dense weight's size, although the eigen-step was float64."""
-    return factor.float().clone().to(device)
+    return factor.float().clone()

@@ -53,7 +53,7 @@ from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.moments import centred
 from prehab_export.compression.spool import Spool
 from prehab_export.compression.training import divergence, sharing_copy
-from prehab_export.compression.truncation import Refit, Truncation, computed_dtype, stored_factors
+from prehab_export.compression.truncation import LayerResult, Refit, Truncation, computed_dtype, stored_factors
 from prehab_export.inputs import Batch, Task, device_of, moved
 from prehab_export.linalg import Group, decompose, decompose_jointly, gram, objective_value, valid_rows
 from prehab_export.system import Advance, Progress, silent
@@ -180,7 +180,7 @@ def _fit_blocks(
     chain = Chain.of(model, fitter.calibrated.task, moved(batches[0], device_of(model)), layers)
     in_blocks = {name for block in chain.blocks for name in block.layers}
     student = sharing_copy(model)
-    factorize(student, {name: pair for name, pair in plan.factors.items() if name not in in_blocks})
+    factorize(student, {name: plan.factors[name] for name in plan.factors if name not in in_blocks})
     walk = BlockWalk(chain, student, batches, spool)
     results = {result.name: result for result in plan.layers}
     refits: dict[str, Refit] = {}
@@ -239,7 +239,7 @@ def _fit_by_whole_passes(
         return plan  # no layer depends on another
     if len(inputs) > MOST_INPUTS:
         raise NotAChain(f"{reason}, and {len(inputs)} inputs of layers would take as many passes of the whole model")
-    best = current = plan
+    best = current = plan = replace(plan, factors=dict(plan.factors))
     best_distance = _distance(model, plan, task, walk.batches)
     unfitted: dict[str, None] = {}
     for sweep in range(SWEEPS):
@@ -252,7 +252,7 @@ def _fit_by_whole_passes(
                 results = {result.name: result for result in (*current.layers, *part.layers)}
                 current = replace(
                     current,
-                    factors=current.factors | part.factors,
+                    factors={**current.factors, **part.factors},
                     refits=current.refits | part.refits,
                     layers=list(results.values()),
                 )
@@ -311,21 +311,21 @@ class _Fitter:
         """Fit layers that read one input, each (or each group with one ``down``) at the plan's rank."""
         layers = self.calibrated.layers
         planned = {result.name: result for result in self.plan.layers}
-        part = Truncation({}, [])
+        factors: dict[str, Factors] = {}
+        refits: dict[str, Refit] = {}
+        results: list[LayerResult] = []
         for unit in _units(members, self.plan.shared):
             regressions = [_regress(name, layers[name], moments) for name in unit]
             rank = planned[unit[0]].rank
             if rank is None:
-                part.refits[unit[0]] = _refit(layers[unit[0]], regressions[0])
+                refits[unit[0]] = _refit(layers[unit[0]], regressions[0])
                 continue
             gs = [self._gradient_metric(name) if planned[unit[0]].metric == "fisher" else None for name in unit]
-            pairs = _factors(unit, layers, regressions, gs, rank)
-            for name, regression, g, pair in zip(unit, regressions, gs, pairs, strict=True):
-                part.factors[name] = pair
-                delta = regression.weight - pair.up.double() @ pair.down.double()
-                value = objective_value(delta, regression.second_moment, g)
-                part.layers.append(replace(planned[name], objective=value))
-        return part
+            pairs, values = _factors(unit, layers, regressions, gs, rank)
+            for name, pair, value in zip(unit, pairs, values, strict=True):
+                factors[name] = pair
+                results.append(replace(planned[name], objective=value))
+        return Truncation(factors, results, refits)
 
     def _gradient_metric(self, name: str) -> Tensor | None:
         layer = self.calibrated.layer(name)
@@ -412,18 +412,25 @@ def _factors(
     regressions: Sequence[_Regression],
     gradients: Sequence[Tensor | None],
     rank: int,
-) -> list[Factors]:
-    """Return the factors of W* at this rank; several layers with one ``down`` are factored together."""
+) -> tuple[list[Factors], list[float]]:
+    """Return the factors of W* at this rank, and the objective's value for each layer; several layers with one ``down``
+    are factored together."""
     if len(unit) == 1:
-        up, down = decompose(regressions[0].weight, regressions[0].second_moment, gradients[0], rank).truncated(rank)
+        single = decompose(regressions[0].weight, regressions[0].second_moment, gradients[0], rank)
+        up, down = single.truncated(rank)
         ups: Sequence[Tensor] = (up,)
+        values = [single.objective(rank)]
     else:
         weights = [regression.weight for regression in regressions]
         known = [g for g in gradients if g is not None]
         ups, down = decompose_jointly(weights, regressions[0].second_moment, known or None, rank).truncated(rank)
+        values = [
+            objective_value(weight - up @ down, regression.second_moment, g)
+            for weight, up, regression, g in zip(weights, ups, regressions, gradients, strict=True)
+        ]
     triples = zip(unit, regressions, ups, strict=True)
     biases = [regression.bias(layers[name].bias, up, down) for name, regression, up in triples]
-    return stored_factors(ups, down, biases, computed_dtype(layers[unit[0]]))
+    return stored_factors(ups, down, biases, computed_dtype(layers[unit[0]])), values
 
 
 def _units(members: Sequence[str], shared: Sequence[Group]) -> list[Group]:

@@ -17,6 +17,7 @@ from prehab_export.compression.blocks import find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.decompositions import Decompositions, decompose_layers, with_groups
 from prehab_export.compression.planning import plan_ranks
+from prehab_export.compression.spool import Spool
 from prehab_export.compression.training import sharing_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config import TruncateConfig
@@ -70,8 +71,9 @@ def choose_objectives(
     model, task = calibrated.model, calibrated.task
     # Trials share no inputs: a group has one objective, but a trial changes only one kind at a time.
     unshared = replace(config, share_inputs=False)
-    fisher = decompose_layers(calibrated, replace(unshared, objective="fisher"))
-    activation = decompose_layers(calibrated, replace(unshared, objective="activation"))
+    keep = Spool()
+    fisher = decompose_layers(calibrated, replace(unshared, objective="fisher"), keep=keep)
+    activation = decompose_layers(calibrated, replace(unshared, objective="activation"), keep=keep)
     plan = plan_ranks(calibrated, fisher, config)
     reference = torch_predictor(model, task)
 
@@ -92,4 +94,4 @@ def choose_objectives(
                 chosen |= {name: activation.layers[name] for name in names}
             trials.append(KindTrial(kind, len(names), change, error, objective))
             advance()
-    return with_groups(calibrated, chosen, config), trials
+    return with_groups(calibrated, chosen, config, keep), trials

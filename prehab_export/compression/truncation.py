@@ -16,7 +16,9 @@ from converters.lowrank import DenseLinear, Factors, balance, dense_weight, fact
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.decompositions import Decompositions, decompose_layers
 from prehab_export.compression.metric import Metric, layer_metric
+from prehab_export.compression.moments import Lookup
 from prehab_export.compression.planning import RankPlan, plan_ranks
+from prehab_export.compression.spool import Spool
 from prehab_export.config import TruncateConfig
 from prehab_export.inputs import device_of
 from prehab_export.linalg import Group, objective_value
@@ -62,7 +64,7 @@ class Truncation:
     notes: messages for the user.
     """
 
-    factors: dict[str, Factors]
+    factors: Mapping[str, Factors]
     layers: list[LayerResult]
     refits: dict[str, Refit] = field(default_factory=dict)
     shared: tuple[Group, ...] = ()
@@ -78,7 +80,7 @@ class Truncation:
         """
         for name, refit in self.refits.items():
             replace_weight(model.get_submodule(name), refit.weight, refit.bias)
-        return factorize(model, self.factors)
+        return factorize(model, dict(self.factors))
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -132,36 +134,98 @@ def truncate(
     Raises:
         InputError: gradient moments are needed but missing, or every layer would stay dense.
     """
-    decomposed = decomposed or decompose_layers(calibrated, config, progress=progress)
-    plan = plan or plan_ranks(calibrated, decomposed, config)
-    layers, statistics = calibrated.layers, calibrated.statistics
-
-    def metric_of(name: str) -> Metric:
+    decomposed = decomposed or decompose_layers(calibrated, config, keep=Spool(), progress=progress)
+    planned = plan_truncation(calibrated, config, decomposed, plan)
+    factors, followers = dict(planned.factors), {name for group in planned.shared for name in group[1:]}
+    results = []
+    for name, layer in calibrated.layers.items():
         # One at a time: in float64, all metrics together are far larger than the model.
         objective = decomposed.layers[name].objective
-        return layer_metric(name, layers[name], statistics, config.gradient_shrinkage, objective)
+        metric = layer_metric(name, layer, calibrated.statistics, config.gradient_shrinkage, objective)
+        results.append(_measure(name, layer, factors.get(name), metric, counts_down=name not in followers))
+    return Truncation(factors, results, shared=planned.shared)
 
-    factors: dict[str, Factors] = {}
-    for group in plan.shared:
-        rank = plan.ranks[group[0]]
-        assert rank is not None
-        ups, down = decomposed.groups[group].decomposition.truncated(rank)
-        factors |= _cut(group, layers, ups, down, metric_of(group[0]).mean)
-    for name, rank in plan.ranks.items():
-        if rank is not None and name not in factors:
-            up, down = decomposed.layers[name].decomposition.truncated(rank)
-            factors |= _cut((name,), layers, (up,), down, metric_of(name).mean)
-    followers = {name for group in plan.shared for name in group[1:]}
-    results = [
-        _measure(name, layer, factors.get(name), metric_of(name), counts_down=name not in followers)
-        for name, layer in layers.items()
-    ]
-    if not factors:
+
+def plan_truncation(
+    calibrated: Calibrated, config: TruncateConfig, decomposed: Decompositions, plan: RankPlan | None = None
+) -> Truncation:
+    """Return what `truncate` returns, with factors that are computed when they are looked up.
+
+    The results are predicted from the decompositions.
+
+    Members of a group with one ``down`` follow one another, and get one tensor if they are looked up in this order.
+    The predicted loss of a group is divided between them in proportion to what their own factors would lose.
+
+    Raises:
+        InputError: every layer would stay dense.
+    """
+    plan = plan or plan_ranks(calibrated, decomposed, config)
+    units = [*plan.shared, *((name,) for name in plan.ranks if not any(name in group for group in plan.shared))]
+    units = [unit for unit in units if plan.ranks[unit[0]] is not None]
+    if not units:
         reason, advice = "gets smaller", "remove more"
         if config.latency is not None:
             reason, advice = "is faster as two factors on this machine", "use --ratio to make the model smaller anyway"
         raise InputError(f"no layer {reason} at {config.goal}; {advice}")
-    return Truncation(factors, results, shared=plan.shared)
+    unit_of = {name: unit for unit in units for name in unit}
+    latest: dict[str, Factors] = {}
+
+    def factors_of_layer(name: str) -> Factors:
+        if name not in latest:
+            latest.clear()
+            latest.update(_unit_factors(calibrated, config, decomposed, unit_of[name], plan.ranks[name]))
+        return latest[name]
+
+    results = [_predict(calibrated, decomposed, plan, name, unit_of.get(name, (name,))) for name in calibrated.layers]
+    return Truncation(Lookup(unit_of, factors_of_layer), results, shared=plan.shared)
+
+
+def _unit_factors(
+    calibrated: Calibrated, config: TruncateConfig, decomposed: Decompositions, unit: Group, rank: int | None
+) -> dict[str, Factors]:
+    """Return the factors of one layer, or of several layers with one ``down``."""
+    assert rank is not None
+    if len(unit) > 1:
+        ups, down = decomposed.groups[unit].factors(rank)
+    else:
+        up, down = decomposed.layers[unit[0]].factors(rank)
+        ups = (up,)
+    layers, objective = calibrated.layers, decomposed.layers[unit[0]].objective
+    metric = layer_metric(unit[0], layers[unit[0]], calibrated.statistics, config.gradient_shrinkage, objective)
+    return _cut(unit, layers, ups, down, metric.mean)
+
+
+def _predict(calibrated: Calibrated, decomposed: Decompositions, plan: RankPlan, name: str, unit: Group) -> LayerResult:
+    """Return the result that a layer's decomposition predicts."""
+    (m, n), rank, entry = dense_weight(calibrated.layer(name)).shape, plan.ranks[name], decomposed.layers[name]
+    objective, loss = 0.0, None if entry.losses is None else 0.0
+    if rank is not None:
+        objective, loss = float(entry.values[rank]), None if entry.losses is None else float(entry.losses[rank])
+        if len(unit) > 1:
+            share = _share_lost(decomposed, unit, rank)
+            objective, loss = share * objective, None if loss is None else share * loss
+    return LayerResult(
+        name=name,
+        out_features=m,
+        in_features=n,
+        rank=rank,
+        metric=entry.objective,
+        objective=objective,
+        predicted_loss=loss,
+        parameters_before=m * n,
+        parameters_after=_parameters_after(m, n, rank, counts_down=name == unit[0]),
+    )
+
+
+def _share_lost(decomposed: Decompositions, unit: Group, rank: int) -> float:
+    """Return the predicted loss of factors with one ``down``, as a multiple of that of the members' own factors."""
+    losses = [decomposed.layers[name].losses for name in unit]
+    own = sum(float(values[rank]) for values in losses if values is not None)
+    return float(decomposed.groups[unit].losses[rank]) / own if own > 0 else 1.0
+
+
+def _parameters_after(m: int, n: int, rank: int | None, *, counts_down: bool) -> int:
+    return m * n if rank is None else rank * (m + n if counts_down else m)
 
 
 def _cut(
@@ -221,5 +285,5 @@ def _measure(
         objective=objective,
         predicted_loss=loss,
         parameters_before=m * n,
-        parameters_after=m * n if pair is None else pair.rank * (m + n if counts_down else m),
+        parameters_after=_parameters_after(m, n, None if pair is None else pair.rank, counts_down=counts_down),
     )

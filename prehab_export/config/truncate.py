@@ -80,6 +80,11 @@ class TruncateConfig:
         return self.base_objective == "fisher" or self.allocation == "loss"
 
     @property
+    def corrects_drift(self) -> bool:
+        """Whether layers are fitted to the compressed layers before them. Plain SVD does not use the inputs."""
+        return self.drift_correction and self.objective != "weight"
+
+    @property
     def base_objective(self) -> str:
         """The objective of layers for which ``auto`` has no measurement."""
         return "fisher" if self.objective == "auto" else self.objective

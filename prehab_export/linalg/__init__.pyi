@@ -8,6 +8,8 @@ from prehab_export.linalg.decomposition import Decomposition as Decomposition
 from prehab_export.linalg.decomposition import JointDecomposition as JointDecomposition
 from prehab_export.linalg.decomposition import decompose as decompose
 from prehab_export.linalg.decomposition import decompose_jointly as decompose_jointly
+from prehab_export.linalg.decomposition import eigenvalues as eigenvalues
+from prehab_export.linalg.decomposition import joint_eigenvalues as joint_eigenvalues
 from prehab_export.linalg.decomposition import objective_value as objective_value
 from prehab_export.linalg.decomposition import predicted_joint_loss as predicted_joint_loss
 from prehab_export.linalg.decomposition import predicted_loss as predicted_loss

@@ -19,6 +19,7 @@ from prehab_export.compression import (
     Decompositions,
     Factored,
     Samplesets,
+    Spool,
     block_refiner,
     compress,
     decompose_layers,
@@ -77,14 +78,19 @@ class _Rows:
         self.parent = session.identity("calibrate")
         self.model: PreTrainedModel | None = None
         self.decompositions: Decompositions | None = None
+        self.keep: Spool | None = None
 
     def all(self, methods: Sequence[Method], ratios: Sequence[float]) -> list[Row]:
         """Return the dense model's row, then a row for every method and ratio."""
         evaluation = {"evaluation": self.session.data.evaluation_fingerprint}
         rows = [self._row("sweep-dense", evaluation, lambda: {"method": "dense", "ratio": 0.0} | self._dense())]
         for objective in dict.fromkeys(method.objective for method in methods):
-            self.decompositions = None  # drop those of the last objective: they are as large as the model
-            for method in (m for m in methods if m.objective == objective):
+            group = [method for method in methods if method.objective == objective]
+            self.decompositions = None
+            # Every ratio uses the same factors, except with drift correction.
+            plain = any(not method.drift_correction for method in group)
+            self.keep = Spool(folder=self.session.workspace.root) if plain else None
+            for method in group:
                 for ratio in ratios:
                     options = evaluation | self._options(method, ratio)
                     name = f"sweep-{method.name}-{ratio:g}"
@@ -120,7 +126,7 @@ class _Rows:
         cut = method.at(ratio, config.cut)
         if self.decompositions is None:
             progress = named(bar, f"decompose for {method.objective}")
-            self.decompositions = decompose_layers(calibrated, cut, progress=progress)
+            self.decompositions = decompose_layers(calibrated, cut, keep=self.keep, progress=progress)
         start = time.monotonic()
         samples = Samplesets(
             session.calibrated_samples, session.held_out, config.data.batch_size, session.workspace.root

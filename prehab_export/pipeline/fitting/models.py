@@ -21,6 +21,7 @@ from prehab_export.compression import (
     Decompositions,
     RankPlan,
     Samplesets,
+    Spool,
     compress,
     decompose_layers,
     frozen_copy,
@@ -65,7 +66,9 @@ class FitModels:
 
     @cached_property
     def decompositions(self) -> Decompositions:
-        return decompose_layers(self.calibrated, self.session.config.cut, progress=bar)
+        cut = self.session.config.cut
+        keep = None if cut.corrects_drift else Spool(folder=self.session.workspace.root)
+        return decompose_layers(self.calibrated, cut, keep=keep, progress=bar)
 
     @cached_property
     def layers(self) -> Layers:
