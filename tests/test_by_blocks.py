@@ -6,13 +6,13 @@ from test_block_walk import Appends, ByName, InPlace, Shares, TwoStreams, calibr
 from test_drift import CLASSIFY, FAMILIES, STRONG, along, prepared
 
 from converters.errors import InputError
-from prehab_export.compression import calibration, chain, drift
+from prehab_export.compression import calibration, chain, checkpoints, drift
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import Gather, calibrate
 from prehab_export.compression.chain import Chain
-from prehab_export.compression.moment_files import load_statistics
+from prehab_export.compression.moment_files import MomentWriter, load_statistics
 from prehab_export.compression.spool import Spool
 from prehab_export.compression.training import frozen_copy, sharing_copy
 from prehab_export.compression.truncation import truncate
@@ -200,3 +200,44 @@ def test_a_copy_that_shares_weights_leaves_out_the_graph_of_the_latest_pass():
     assert copied.weight is model.weight
     assert torch.equal(copied.state, model.state)
     assert copied.state.grad_fn is None
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("family", ["llama", "vit"])
+def test_calibration_goes_on_after_a_kill(gradients, family, tmp_path, monkeypatch):
+    """At the block where it was, and to the same moments, bit for bit."""
+    model, task, batches, layers, *_ = prepared(family)
+
+    def gather(name):
+        return Gather(gradients=gradients, save_to=tmp_path / name)
+
+    expected = calibrate(model, task, batches, layers, gather=gather("whole")).statistics
+    monkeypatch.setattr(checkpoints, "INTERVAL", 0.0)
+    add, written = MomentWriter.add, []
+
+    def add_or_die(self, part):
+        if written:
+            raise Killed
+        written.append(part)
+        return add(self, part)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MomentWriter, "add", add_or_die)
+        with pytest.raises(Killed):
+            calibrate(model, task, batches, layers, gather=gather("killed"))
+    with pytest.raises(InputError, match="no calibration statistics"):
+        load_statistics(tmp_path / "killed")
+    again = []
+    monkeypatch.setattr(MomentWriter, "add", lambda self, part: again.append(part) or add(self, part))
+    found = calibrate(model, task, batches, layers, gather=gather("killed")).statistics
+    assert len(again) == len(list((tmp_path / "whole").glob("*.safetensors"))) - 1
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert_same_moments(found, expected)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -13,8 +13,8 @@ from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.closed_form import Samplesets, compress
 from prehab_export.compression.decompositions import decompose_layers
 from prehab_export.compression.objective_choice import choose_objectives, kinds_of
-from prehab_export.compression.strength_search import find_strength
 from prehab_export.compression.spool import Spool
+from prehab_export.compression.strength_search import find_strength
 from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import plan_truncation, truncate
 

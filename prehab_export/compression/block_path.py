@@ -9,7 +9,7 @@ The model calls a block once, but here it may run many times. Its arguments are 
 - Anything else computed from an earlier block's output cannot be reproduced outside the model (see ``chain``).
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,7 +23,7 @@ from prehab_export.compression.dataflow import TokenRows
 from prehab_export.compression.finished_modules import FinishedModules
 from prehab_export.compression.recording import hidden_of, numbers_in_order, observe_layers
 from prehab_export.compression.spool import Spool, Spooled
-from prehab_export.inputs import Batch, Task
+from prehab_export.inputs import Batch, Task, device_of
 
 # What tracks the rows of a batch, if anything → a context.
 Watching = Callable[[TokenRows | None], AbstractContextManager[object]]
@@ -67,6 +67,21 @@ class BlockPath:
         self.calls.append(calls)
         self.carried.append({})
         self._needed |= {link for call in calls.values() for link in call.links}
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return the states of all batches as `restore` takes them."""
+        states = {f"state/{number}": state.load() for number, state in enumerate(self.states)}
+        return states | {f"rows/{number}": rows for number, rows in enumerate(self.numbers) if rows is not None}
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Put the path back to where `saved` was called, after all batches have entered.
+
+        The blocks must not be called with anything that depends on other blocks.
+        """
+        device = device_of(self.model)
+        self.states = [self.spool.keep(saved[f"state/{i}"].to(device)) for i in range(len(self.states))]
+        rows = [saved.get(f"rows/{number}") for number in range(len(self.numbers))]
+        self.numbers = [None if numbers is None else numbers.to(device) for numbers in rows]
 
     def inputs(self, block: str, number: int) -> tuple[nn.Module, Tensor, Call]:
         """Return the block, and copies of its hidden states and call, so that running it leaves no trace."""

@@ -28,6 +28,7 @@ from prehab_export.compression.blocks import NotAChain
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration_by_blocks import BlockCalibration
 from prehab_export.compression.chain import Chain
+from prehab_export.compression.checkpoints import Checkpoints
 from prehab_export.compression.doubts_of_moments import doubts
 from prehab_export.compression.input_groups import exclusion, trace_inputs
 from prehab_export.compression.moment_files import MomentWriter
@@ -58,8 +59,8 @@ class Gather:
     sampling: also estimate the sampling error of the moments, which shrinkage and the small-sample warning need.
     keep_on: device for the moments; by default the model's device.
     scratch: folder for temporary files, which hold states that do not fit in memory; by default the system's.
-    save_to: new folder to write the moments to, part by part; the result then reads them from there. By default they
-        stay in memory.
+    save_to: folder to write the moments to, part by part; the result then reads them from there. If a process that did
+        the same work on the same samples was killed, its folder is completed. By default moments stay in memory.
 
     Raises (when created):
         InputError: ``labels`` has another value.
@@ -121,13 +122,14 @@ def calibrate(
             return Tally({name: groups[name] for name in names}, {name: orders[name] for name in names}, sums, scale)
 
         labels = labels_of if gather.gradients else None
+        checkpoints = None if gather.save_to is None else Checkpoints(gather.save_to)
         chain = _chain(model, task, parts[0], layers)
         if chain is None:
             moments = _whole_passes(model, task, parts, layers, tally_of(layers), labels, progress)
         else:
-            work = BlockCalibration(chain, parts, layers, tally_of, labels, Spool(folder=gather.scratch))
-            moments = work.parts(progress)
-        statistics = _collected(moments, list(layers), gather)
+            spool = Spool(folder=gather.scratch)
+            moments = BlockCalibration(chain, parts, layers, tally_of, labels, spool, checkpoints).parts(progress)
+        statistics = _collected(moments, list(layers), gather, checkpoints)
     silent = [name for name in layers if name not in statistics.gradients]
     if gather.gradients and silent:
         raise InputError(f"the loss does not depend on {exclusion(silent, groups)}")
@@ -153,7 +155,9 @@ def _whole_passes(
     yield tally.result()
 
 
-def _collected(parts: Iterable[Statistics], layers: Sequence[str], gather: Gather) -> Statistics:
+def _collected(
+    parts: Iterable[Statistics], layers: Sequence[str], gather: Gather, checkpoints: Checkpoints | None
+) -> Statistics:
     """Check the moments of the parts of a model, write them if requested, and return them as one.
 
     Raises:
@@ -161,11 +165,19 @@ def _collected(parts: Iterable[Statistics], layers: Sequence[str], gather: Gathe
             last gradient, since they spread forward and backward.
     """
     writer = None if gather.save_to is None else MomentWriter(gather.save_to)
-    overflows: dict[str, list[str]] = {"input": [], "output gradient": []}
     held: list[Statistics] = []
-    for part in parts:
+    if writer is not None and checkpoints is not None and checkpoints.found is not None:
+        held = writer.keep(checkpoints.found.parts)
+    overflows: dict[str, list[str]] = {"input": [], "output gradient": []}
+
+    def note_overflows(part: Statistics) -> None:
         for kind, layer in part.overflows():
             overflows[kind].append(layer)
+
+    for part in held:
+        note_overflows(part)
+    for part in parts:
+        note_overflows(part)
         held.append(writer.add(part) if writer is not None and part.groups else part)
     order = {layer: number for number, layer in enumerate(layers)}
     for kind, choose in (("input", min), ("output gradient", max)):
@@ -177,6 +189,8 @@ def _collected(parts: Iterable[Statistics], layers: Sequence[str], gather: Gathe
             )
     if writer is not None:
         writer.finish(layers, gather.labels)
+    if checkpoints is not None:
+        checkpoints.remove()
     return replace(Statistics.joined(held, layers), labels=gather.labels)
 
 

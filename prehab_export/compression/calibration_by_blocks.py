@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from prehab_export.compression.block_path import BlockPath, Watching
 from prehab_export.compression.chain import Chain
+from prehab_export.compression.checkpoints import Checkpoint, Checkpoints
 from prehab_export.compression.moments import Statistics
 from prehab_export.compression.spool import Spool, Spooled
 from prehab_export.compression.tally import LabelsOf, Tally
-from prehab_export.inputs import Batch
+from prehab_export.inputs import Batch, device_of
 from prehab_export.system import Advance, Progress
 
 
@@ -29,6 +30,8 @@ class BlockCalibration:
     layers: the selected layers, by name.
     tally_of: creates an empty tally for these layers.
     labels_of: labels of the units, for gradients; None to gather none.
+    checkpoints: those of an earlier process that was killed, and of this one; None to save none. Parts that were
+        complete at the latest checkpoint are left out.
     """
 
     chain: Chain
@@ -37,6 +40,7 @@ class BlockCalibration:
     tally_of: Callable[[Sequence[str]], Tally]
     labels_of: LabelsOf | None
     spool: Spool
+    checkpoints: Checkpoints | None = None
 
     def parts(self, progress: Progress) -> Iterator[Statistics]:
         """Yield the moments of the layers of each block, and of those behind the last block."""
@@ -51,12 +55,20 @@ class BlockCalibration:
             yield from self._forward_parts(path, advance) if passes == 1 else self._backward_parts(path, advance)
 
     def _forward_parts(self, path: BlockPath, advance: Advance) -> Iterator[Statistics]:
-        for block in self.chain.blocks:
+        saved = self._saved()
+        if saved is not None:
+            path.restore(saved.tensors)
+        for index, block in enumerate(self.chain.blocks):
+            is_done = saved is not None and index < saved.parts
             tally = self.tally_of(block.layers)
             for number, batch in enumerate(self.batches):
-                path.advance(block.name, number, self._watching(tally, batch))
+                if not is_done:
+                    path.advance(block.name, number, self._watching(tally, batch))
                 advance()
-            yield tally.result()
+            if not is_done:
+                yield tally.result()
+                if self.checkpoints is not None:
+                    self.checkpoints.save(index + 1, path.saved)
         behind = self._behind()
         for number, batch in enumerate(self.batches):
             if behind.groups:
@@ -67,26 +79,51 @@ class BlockCalibration:
         yield behind.result()
 
     def _backward_parts(self, path: BlockPath, advance: Advance) -> Iterator[Statistics]:
+        saved, blocks = self._saved(), self.chain.blocks
+        finished = 0 if saved is None else saved.facts["blocks"]
+        remaining = blocks[: len(blocks) - finished]
         entered: dict[str, list[Spooled]] = {}
-        for block in self.chain.blocks:
-            entered[block.name] = list(path.states)
+        for block in blocks:
+            if block in remaining:
+                entered[block.name] = list(path.states)
             for number in range(len(self.batches)):
-                path.advance(block.name, number)
+                # What follows the last of the remaining blocks is only needed for the loss.
+                if block in remaining[:-1] or saved is None:
+                    path.advance(block.name, number)
                 advance()
         behind, gradients = self._behind(), []
-        for number, batch in enumerate(self.batches):
-            gradients.append(self.spool.keep(self._loss_gradient(behind, batch, path.states[number].load())))
-            advance()
-        yield behind.result()
-        for block in reversed(self.chain.blocks):
+        if saved is None:
+            for number, batch in enumerate(self.batches):
+                gradients.append(self.spool.keep(self._loss_gradient(behind, batch, path.states[number].load())))
+                advance()
+            units = behind.units
+            yield behind.result()
+        else:
+            units = saved.facts["units"]
+            device = device_of(self.chain.model)
+            gradients = [self.spool.keep(saved.tensors[str(i)].to(device)) for i in range(len(self.batches))]
+            for _ in range(len(self.batches) * (1 + finished)):
+                advance()
+        for block in reversed(remaining):
             tally, path.states = self.tally_of(block.layers), entered.pop(block.name)
-            tally.units = behind.units
+            tally.units = units
             for number, batch in enumerate(self.batches):
                 gradient = gradients[number].load()
                 gradient = path.backward(block.name, number, gradient, self._watching(tally, batch))
                 gradients[number] = self.spool.keep(gradient)
                 advance()
             yield tally.result()
+            finished += 1
+            if self.checkpoints is not None:
+                self.checkpoints.save(
+                    finished + bool(behind.groups),
+                    lambda: {str(number): gradient.load() for number, gradient in enumerate(gradients)},
+                    blocks=finished,
+                    units=units,
+                )
+
+    def _saved(self) -> Checkpoint | None:
+        return None if self.checkpoints is None else self.checkpoints.found
 
     def _behind(self) -> Tally:
         """Return an empty tally for the selected layers behind the last block."""

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from converters.errors import InputError
+from converters.publishing import publish_text
+from prehab_export.compression.checkpoints import save_beside
 from prehab_export.compression.moments import InputMoment, Lookup, Statistics
 from prehab_export.linalg import Sampling
 
@@ -24,13 +25,24 @@ _METADATA = "statistics"
 
 @dataclass
 class MomentWriter:
-    """Writes moments to a new folder, one part of the model after the other.
+    """Writes moments to a folder, one part of the model after the other.
 
     The folder can be read only after `finish`.
+
+    files: names of the files of the parts that are complete.
     """
 
     folder: Path
     files: list[str] = field(default_factory=list)
+
+    def keep(self, parts: int) -> list[Statistics]:
+        """Return the first parts that an earlier process wrote, and write after them from now on.
+
+        Raises:
+            InputError: a file of them is missing or damaged.
+        """
+        self.files = [_part_name(number) for number in range(parts)]
+        return [_read_part(self.folder / name, torch.device("cpu")) for name in self.files]
 
     def add(self, part: Statistics) -> Statistics:
         """Write the moments of some layers, and return them as they can be read from the file."""
@@ -44,10 +56,9 @@ class MomentWriter:
             "input_sampling": {group: asdict(moment.sampling) for group, moment in part.inputs.items()},
             "gradient_sampling": {name: asdict(sampling) for name, sampling in part.gradient_sampling.items()},
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{len(self.files):05d}.safetensors"
+        name = _part_name(len(self.files))
         stored = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(stored, self.folder / name, metadata={_METADATA: json.dumps(facts)})
+        save_beside(stored, self.folder / name, {_METADATA: json.dumps(facts)})
         self.files.append(name)
         return _read_part(self.folder / name, torch.device("cpu"))
 
@@ -59,7 +70,13 @@ class MomentWriter:
             labels: where the labels for the gradients came from.
         """
         index = {"files": self.files, "layers": list(layers), "labels": labels}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        for unused in set(self.folder.glob(_part_name("*"))) - {self.folder / name for name in self.files}:
+            unused.unlink()
+        publish_text(self.folder / INDEX, json.dumps(index, indent=1) + "\n")
+
+
+def _part_name(number: int | str) -> str:
+    return f"{number:05d}.safetensors" if isinstance(number, int) else f"{number}.safetensors"
 
 
 def save_statistics(statistics: Statistics, folder: Path) -> None:

@@ -1,0 +1,93 @@
+"""Saves where a walk over a model's blocks has come to, so that it goes on there after a kill.
+
+A walk writes its results part by part, one part for each block. What it needs besides these to begin with a later block
+are the states of the sample there. They are as large as what flows between two blocks, so they are saved only if a
+minute has passed since the last time: short walks never save them, long ones after every block.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+# Seconds between two checkpoints.
+INTERVAL = 60.0
+_FILE = "checkpoint.safetensors"
+_FACTS = "checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A point that a walk has come to.
+
+    parts: number of parts that were complete.
+    tensors: the states of the sample, by name.
+    facts: anything else, as JSON types.
+    """
+
+    parts: int
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+class Checkpoints:
+    """Saves the checkpoints of one walk, each in place of the last, in the folder of its results.
+
+    found: the checkpoint that a killed process left; None if there is none that can be read. It must be of the same
+        work on the same input.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / _FILE
+        self.found = self._load()
+        self._latest = time.monotonic()
+
+    def _load(self) -> Checkpoint | None:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                facts = json.loads(file.metadata()[_FACTS])
+                # Copies, since the file is replaced while the walk goes on.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        return Checkpoint(facts.pop("parts"), tensors, facts)
+
+    def save(self, parts: int, state: Callable[[], Mapping[str, Tensor]], **facts: Any) -> None:
+        """Save a checkpoint if it is time.
+
+        Args:
+            parts: number of parts that are complete.
+            state: returns the states of the sample.
+            facts: anything else to save, as JSON types.
+        """
+        if time.monotonic() - self._latest < INTERVAL:
+            return
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
+        save_beside(tensors, self.path, {_FACTS: json.dumps({"parts": parts, **facts})})
+        self._latest = time.monotonic()
+
+    def remove(self) -> None:
+        """Remove the checkpoint: the walk is complete."""
+        self.path.unlink(missing_ok=True)
+
+
+def save_beside(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that appears complete or not at all, in a folder that is created if need be.
+
+    Raises:
+        OSError: the disk is full or cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(dict(tensors), partial, metadata=dict(metadata))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
