@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,22 @@ from converters.registration import (
 __all__ = ["from_pretrained", "register_auto_model", "save_folder"]
 
 
-def save_folder(model: PreTrainedModel, folder: Path, processor: Any = None, max_shard_size: int | str = "5GB") -> None:
+def save_folder(
+    model: PreTrainedModel,
+    folder: Path,
+    processor: Any = None,
+    max_shard_size: int | str = "5GB",
+    *,
+    widens: bool = False,
+) -> None:
     """Write a model, factored or dense, and its tokenizer or image processor as a Hugging Face folder.
 
     The folder appears complete or not at all, its bytes depend only on the model, and the model does not change.
     Weights are written without conversion, as safetensors in shards of at most ``max_shard_size``; tied weights are
     written once. To round weights to a smaller dtype, call `converters.dtypes.cast_weights` first.
+
+    Args:
+        widens: if parameters have several dtypes, let loading convert them to the widest.
 
     Raises:
         InputError: the folder exists and is not empty, or the model has an unmerged adapter, a foreign quantisation,
@@ -57,10 +68,11 @@ def save_folder(model: PreTrainedModel, folder: Path, processor: Any = None, max
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder, or remove it first")
+    dtype = _loading_dtype(model, widens=widens)
     config = _config_to_save(model)
     with published_folder(folder) as partial, _swapped_config(model, config), _names_declared(model):
         model.save_pretrained(partial, max_shard_size=max_shard_size)
-        _finish_config(partial / "config.json", name_of(main_dtype(model)), guarded=bool(ranks_of(model)))
+        _finish_config(partial / "config.json", name_of(dtype), guarded=bool(ranks_of(model)))
         if processor is not None:
             processor.save_pretrained(partial)
         # Only their owner may read the weights as safetensors writes them; allow all who may read the config.
@@ -134,16 +146,29 @@ def _check_saveable(model: PreTrainedModel) -> None:
     if getattr(model, "peft_config", None):
         raise InputError("the model has an adapter: merge it first, see converters.adapters")
     _check_names(model)
+
+
+def _loading_dtype(model: PreTrainedModel, *, widens: bool) -> torch.dtype:
+    """Return the dtype in which a saved model has to be loaded.
+
+    Raises:
+        InputError: parameters of several dtypes would not survive loading.
+    """
+    main = main_dtype(model)
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if len(dtypes) > 1:
-        main, state = main_dtype(model), model.state_dict()
-        # Loading casts every tensor to one dtype, except for those that the architecture keeps in float32.
-        wrong = [name for name, dtype in loaded_dtypes(model, main).items() if state[name].dtype != dtype]
-        if wrong:
-            raise InputError(
-                f"the model has parameters in {', '.join(sorted(map(str, dtypes)))}, and loading would cast {wrong[0]} "
-                f"to another dtype: cast it first with converters.dtypes.cast_weights(model, {main})"
-            )
+    if len(dtypes) == 1:
+        return main
+    if widens:
+        return reduce(torch.promote_types, dtypes)
+    # Loading casts every tensor to one dtype, except for those that the architecture keeps in float32.
+    state = model.state_dict()
+    wrong = [name for name, dtype in loaded_dtypes(model, main).items() if state[name].dtype != dtype]
+    if wrong:
+        raise InputError(
+            f"the model has parameters in {', '.join(sorted(map(str, dtypes)))}, and loading would cast {wrong[0]} "
+            f"to another dtype: cast it first with converters.dtypes.cast_weights(model, {main})"
+        )
+    return main
 
 
 def _check_names(model: PreTrainedModel) -> None:

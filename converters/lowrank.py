@@ -60,15 +60,21 @@ class LowRankLinear(nn.Module):
         self.up = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
 
     @classmethod
-    def from_factors(cls, factors: Factors) -> "LowRankLinear":
-        """Build a layer from copies of factors."""
+    def from_factors(cls, factors: Factors, *, copy: bool = True) -> "LowRankLinear":
+        """Build a layer from factors.
+
+        Args:
+            copy: copy the factors, so that changes to the layer do not change them.
+        """
         (m, r), n = factors.up.shape, factors.down.shape[1]
         layer = cls(n, m, r, bias=factors.bias is not None, device="meta", dtype=factors.up.dtype)
-        # Copies, so that changes to the layer do not change the factors.
-        layer.down.weight = nn.Parameter(factors.down.clone(memory_format=torch.contiguous_format))
-        layer.up.weight = nn.Parameter(factors.up.clone(memory_format=torch.contiguous_format))
+
+        def parameter(tensor: Tensor) -> nn.Parameter:
+            return nn.Parameter(tensor.clone(memory_format=torch.contiguous_format) if copy else tensor)
+
+        layer.down.weight, layer.up.weight = parameter(factors.down), parameter(factors.up)
         if factors.bias is not None:
-            layer.up.bias = nn.Parameter(factors.bias.clone())
+            layer.up.bias = parameter(factors.bias)
         return layer
 
     @property
@@ -131,9 +137,12 @@ def add_weight_gradient(layer: nn.Module, gradient: Tensor) -> None:
     weight.grad = oriented.clone() if weight.grad is None else weight.grad.add_(oriented)
 
 
-def factorize(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
+def factorize(model: nn.Module, factors: Mapping[str, Factors], *, copy: bool = True) -> nn.Module:
     """Replace the named dense linears by their factors, in place; returns the model. Layers whose factors hold the same
     ``down`` tensor object share one ``down`` module.
+
+    Args:
+        copy: copy the factors, so that changes to the model do not change them.
 
     Raises:
         InputError: a name is not a dense linear of the model, or shapes do not fit.
@@ -149,7 +158,7 @@ def factorize(model: nn.Module, factors: Mapping[str, Factors]) -> nn.Module:
             )
         if (pair.bias is None) != (layer.bias is None):
             raise InputError(f"{name}: the factors and the layer must both have a bias, or neither")
-        _replace(model, name, LowRankLinear.from_factors(pair))
+        _replace(model, name, LowRankLinear.from_factors(pair, copy=copy))
     share_down(model, _grouped({name: factors[name].down for name in low_rank_layers(model) if name in factors}))
     return model
 
@@ -229,9 +238,14 @@ def share_down(model: nn.Module, groups: Iterable[Sequence[str]]) -> None:
             layer._tied_weights_keys = {"down.weight": f"{first}.down.weight"}  # type: ignore[assignment]
 
 
-def factors_of(model: nn.Module) -> dict[str, Factors]:
-    """Return the factors of every two-factor linear, detached, by layer name; a shared ``down`` is one tensor."""
-    layers = low_rank_layers(model)
+def factors_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Factors]:
+    """Return the factors of the named two-factor linears, by default of all, detached, by layer name; a shared ``down``
+    is one tensor.
+
+    Raises:
+        InputError: a name is not a two-factor linear.
+    """
+    layers = low_rank_layers(model) if names is None else {name: _low_rank(model, name) for name in names}
     downs = {id(layer.down): layer.down.weight.detach() for layer in layers.values()}
     return {
         name: Factors(
@@ -241,6 +255,23 @@ def factors_of(model: nn.Module) -> dict[str, Factors]:
         )
         for name, layer in layers.items()
     }
+
+
+def exchange_factors(model: nn.Module, factors: Mapping[str, Factors]) -> None:
+    """Give two-factor linears these tensors as their factors, in place and without a copy.
+
+    Raises:
+        InputError: a name is not a two-factor linear, or the shapes differ.
+    """
+    for name, pair in factors.items():
+        layer = _low_rank(model, name)
+        shapes = [(layer.up.weight.shape, layer.down.weight.shape), (pair.up.shape, pair.down.shape)]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"{name}: factors of shapes {shapes[1]} do not fit a layer of shapes {shapes[0]}")
+        trains = layer.up.weight.requires_grad
+        layer.up.weight, layer.down.weight = (nn.Parameter(tensor, trains) for tensor in (pair.up, pair.down))
+        if pair.bias is not None:
+            layer.up.bias = nn.Parameter(pair.bias, trains)
 
 
 @torch.no_grad()

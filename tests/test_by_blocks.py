@@ -12,10 +12,14 @@ from prehab_export.compression.blocks import find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import Gather, calibrate
 from prehab_export.compression.chain import Chain
+from prehab_export.compression.drift import truncate_along
+from prehab_export.compression.factor_files import FactorFiles
 from prehab_export.compression.moment_files import MomentWriter, load_statistics
-from prehab_export.compression.spool import Spool
+from prehab_export.compression.refinement import block_refiner
+from prehab_export.compression.spool import Folders, Spool
 from prehab_export.compression.training import frozen_copy, sharing_copy
 from prehab_export.compression.truncation import truncate
+from prehab_export.config.training import RefineConfig
 from prehab_export.inputs.models import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.compression.calibration.CalibrationWarning")
@@ -241,3 +245,55 @@ def test_calibration_goes_on_after_a_kill(gradients, family, tmp_path, monkeypat
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("refines", [False, True])
+@pytest.mark.parametrize("family", ["llama", "bert", "vit"])
+def test_truncation_goes_on_after_a_kill(family, refines, tmp_path, monkeypatch):
+    """At the block where it was, and to the same factors, bit for bit; they are those that stay in memory."""
+    model, task, batches, layers, statistics, plan = prepared(family)
+    config = RefineConfig(block_steps=3)
+    after_block = block_refiner(config, statistics) if refines else None
+
+    def factors(folder):
+        return truncate_along(
+            Calibrated(model, task, statistics),
+            batches,
+            plan,
+            gradient_shrinkage=STRONG.gradient_shrinkage,
+            after_block=after_block,
+            folders=Folders(save_to=folder),
+        )
+
+    held, expected = factors(None), factors(tmp_path / "whole")
+    monkeypatch.setattr(checkpoints, "INTERVAL", 0.0)
+    write, written = FactorFiles.write, []
+
+    def write_or_die(self, number, block):
+        if number == 1:
+            raise Killed
+        written.append(number)
+        return write(self, number, block)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FactorFiles, "write", write_or_die)
+        with pytest.raises(Killed):
+            factors(tmp_path / "killed")
+    monkeypatch.setattr(
+        FactorFiles, "write", lambda self, number, block: written.append(number) or write(self, number, block)
+    )
+    found = factors(tmp_path / "killed")
+    assert written == [0, 1]
+    for other in (held, found):
+        assert other.layers == expected.layers
+        assert (other.shared, other.notes) == (expected.shared, expected.notes)
+        assert other.factors.keys() == expected.factors.keys()
+        assert other.refits.keys() == expected.refits.keys()
+        for name, pair in expected.factors.items():
+            assert torch.equal(other.factors[name].up, pair.up)
+            assert torch.equal(other.factors[name].down, pair.down)
+        for group in expected.shared:
+            assert len({id(other.factors[name].down) for name in group}) == 1
+    answers = [result.apply(frozen_copy(model)) for result in (held, found)]
+    with torch.no_grad():
+        torch.testing.assert_close(*(task.logits(answer, batches[0]) for answer in answers), rtol=0, atol=0)

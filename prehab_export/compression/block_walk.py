@@ -5,7 +5,7 @@ which block, what a block is called with on the calibration sample, and what flo
 are run on their own, so a walk over the whole model costs a few forward passes, however deep the model is.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class BlockWalk:
     student as often as needed, and then left behind by `advance`. The states have the dtypes that blocks pass on in the
     task's precision.
 
+    batches: the sample, in micro-batches.
+
     Args (when created):
         chain: the dense model.
         spool: holds the states.
@@ -38,7 +40,8 @@ class BlockWalk:
         # First layer of a group of the current block → records of its runs in the dense model, for every batch.
         self._records: dict[str, list[list[SpooledRun]]] = {}
         device = device_of(chain.model)
-        for batch in micro_batches(moved(batch, device) for batch in batches):
+        self.batches = list(micro_batches(moved(batch, device) for batch in batches))
+        for batch in self.batches:
             self._enter(batch)
 
     @property
@@ -60,6 +63,17 @@ class BlockWalk:
         self.masks.append(self.task.token_mask(batch))
         self._dense.enter(batch, recording.entered[0], recording.calls, recording.numbers)
         self._student.enter(batch, entered, copies, recording.numbers)
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return the states of both models as `restore` takes them."""
+        sides = {"dense": self._dense, "student": self._student}
+        return {f"{side}/{name}": state for side, path in sides.items() for name, state in path.saved().items()}
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Put the walk back to the block where `saved` was called (see `BlockPath.restore`)."""
+        for side, path in (("dense", self._dense), ("student", self._student)):
+            states = {name: state for name, state in saved.items() if name.startswith(f"{side}/")}
+            path.restore({name.removeprefix(f"{side}/"): state for name, state in states.items()})
 
     def run_dense(self, block: Block, groups: Sequence[Sequence[str]]) -> None:
         """Run the dense block on every batch, and record these groups of its layers; each group reads one input."""

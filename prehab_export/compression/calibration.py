@@ -122,7 +122,7 @@ def calibrate(
             return Tally({name: groups[name] for name in names}, {name: orders[name] for name in names}, sums, scale)
 
         labels = labels_of if gather.gradients else None
-        checkpoints = None if gather.save_to is None else Checkpoints(gather.save_to)
+        checkpoints = None if gather.save_to is None else Checkpoints(gather.save_to, parts)
         chain = _chain(model, task, parts[0], layers)
         if chain is None:
             moments = _whole_passes(model, task, parts, layers, tally_of(layers), labels, progress)

@@ -8,7 +8,7 @@ minute has passed since the last time: short walks never save them, long ones af
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from prehab_export.inputs import Batch
 
 # Seconds between two checkpoints.
 INTERVAL = 60.0
@@ -40,12 +42,17 @@ class Checkpoint:
 class Checkpoints:
     """Saves the checkpoints of one walk, each in place of the last, in the folder of its results.
 
-    found: the checkpoint that a killed process left; None if there is none that can be read. It must be of the same
-        work on the same input.
+    found: the checkpoint that a killed process left; None if there is none that can be read, or one of other batches.
+        All else about the work must be the same.
+
+    Args (when created):
+        folder: the folder of the results.
+        batches: the sample.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, batches: Sequence[Batch]) -> None:
         self.path = folder / _FILE
+        self._shapes = [list(next(iter(batch.values())).shape) for batch in batches]
         self.found = self._load()
         self._latest = time.monotonic()
 
@@ -53,6 +60,8 @@ class Checkpoints:
         try:
             with safe_open(self.path, framework="pt") as file:
                 facts = json.loads(file.metadata()[_FACTS])
+                if facts.pop("shapes") != self._shapes:
+                    return None
                 # Copies, since the file is replaced while the walk goes on.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError):
@@ -70,7 +79,7 @@ class Checkpoints:
         if time.monotonic() - self._latest < INTERVAL:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
-        save_beside(tensors, self.path, {_FACTS: json.dumps({"parts": parts, **facts})})
+        save_beside(tensors, self.path, {_FACTS: json.dumps({"parts": parts, "shapes": self._shapes, **facts})})
         self._latest = time.monotonic()
 
     def remove(self) -> None:

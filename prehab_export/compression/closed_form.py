@@ -7,7 +7,6 @@ form (``truncation``), and fit the factors again at the same ranks to the inputs
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from prehab_export.compression.block_walk import BlockWalk
@@ -17,7 +16,7 @@ from prehab_export.compression.decompositions import Decompositions, decompose_l
 from prehab_export.compression.drift import truncate_along
 from prehab_export.compression.objective_choice import KindTrial, choose_objectives
 from prehab_export.compression.planning import RankPlan
-from prehab_export.compression.spool import Spool
+from prehab_export.compression.spool import Folders, Spool
 from prehab_export.compression.truncation import Truncation, plan_truncation, truncate
 from prehab_export.config import TruncateConfig
 from prehab_export.inputs import Samples
@@ -26,17 +25,16 @@ from prehab_export.system import Progress, silent
 
 @dataclass(frozen=True)
 class Samplesets:
-    """Samples for `compress`.
+    """Samples for `compress`, and folders for what does not fit in memory.
 
     calibration: the samples that the moments were gathered from.
     held_out: samples that calibration did not see; they decide between alternatives.
-    scratch: folder for temporary files, which hold states that do not fit in memory; by default the system's.
     """
 
     calibration: Samples
     held_out: Samples
     batch_size: int = 32
-    scratch: Path | None = None
+    folders: Folders = field(default_factory=Folders)
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def compress(
             calibrated, samples.held_out, config, batch_size=samples.batch_size, progress=progress
         )
     if not config.corrects_drift:
-        keep = Spool(folder=samples.scratch)
+        keep = Spool(folder=samples.folders.scratch)
         decomposed = decomposed or decompose_layers(calibrated, config, keep=keep, progress=progress)
         return Compression(truncate(calibrated, config, decomposed=decomposed, plan=plan), trials)
     decomposed = decomposed or decompose_layers(calibrated, config, progress=progress)
@@ -91,7 +89,7 @@ def compress(
             planned,
             gradient_shrinkage=config.gradient_shrinkage,
             after_block=after_block,
-            scratch=samples.scratch,
+            folders=samples.folders,
             progress=progress,
         )
     except NotAChain as reason:

@@ -36,22 +36,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import inf, isfinite
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from converters.lowrank import DenseLinear, Factors, dense_weight, factorize, factors_of
+from converters.lowrank import DenseLinear, Factors, dense_weight, exchange_factors, factorize, factors_of
 from converters.roots import damped, scale_of
 from prehab_export.compression.activations import frozen
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import Block, LayerRun, NotAChain
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.chain import Chain
+from prehab_export.compression.checkpoints import Checkpoints
+from prehab_export.compression.factor_files import FactorFiles, FittedBlock
 from prehab_export.compression.metric import gradient_metric, input_metric
 from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.moments import centred
-from prehab_export.compression.spool import Spool
+from prehab_export.compression.spool import Folders, Spool
 from prehab_export.compression.training import divergence, sharing_copy
 from prehab_export.compression.truncation import LayerResult, Refit, Truncation, computed_dtype, stored_factors
 from prehab_export.inputs import Batch, Task, device_of, moved
@@ -137,7 +138,7 @@ def truncate_along(
     *,
     gradient_shrinkage: float,
     after_block: Callable[[BlockWalk, Block], None] | None = None,
-    scratch: Path | None = None,
+    folders: Folders | None = None,
     progress: Progress = silent,
 ) -> Truncation:
     """Repeat the truncation ``plan``, with each layer fitted to the inputs that the compressed model gives it.
@@ -148,7 +149,7 @@ def truncate_along(
         plan: ranks and objectives of every layer.
         gradient_shrinkage: as in ``TruncateConfig``.
         after_block: called when a block of the student has its factors, before the walk continues.
-        scratch: folder for temporary files, which hold states that do not fit in memory; by default the system's.
+        folders: where to put states that do not fit in memory, and the factors of each block when it is done.
 
     Returns:
         The truncation; its notes say which layers keep the plan's factors, and why.
@@ -159,7 +160,7 @@ def truncate_along(
     sample, fitter = list(batches), _Fitter(calibrated, plan, gradient_shrinkage)
     with frozen(calibrated.model), progress("truncate", len(calibrated.layers)) as advance:
         try:
-            return _fit_blocks(fitter, sample, after_block, Spool(folder=scratch), advance)
+            return _fit_blocks(fitter, sample, after_block, folders or Folders(), advance)
         except NotAChain as reason:
             return _fit_by_whole_passes(fitter, sample, reason, after_block is not None, advance)
 
@@ -168,7 +169,7 @@ def _fit_blocks(
     fitter: "_Fitter",
     batches: Sequence[Batch],
     after_block: Callable[[BlockWalk, Block], None] | None,
-    spool: Spool,
+    folders: Folders,
     advance: Advance,
 ) -> Truncation:
     """Fit layers one block at a time.
@@ -181,39 +182,70 @@ def _fit_blocks(
     in_blocks = {name for block in chain.blocks for name in block.layers}
     student = sharing_copy(model)
     factorize(student, {name: plan.factors[name] for name in plan.factors if name not in in_blocks})
-    walk = BlockWalk(chain, student, batches, spool)
-    results = {result.name: result for result in plan.layers}
-    refits: dict[str, Refit] = {}
-    unfitted: list[str] = []
-    done: set[str] = set()
-    for block in chain.blocks:
-        groups = fitter.by_input(walk.order[block.name])
-        walk.run_dense(block, groups)
-        for group in groups:
-            # Layers that read one input may be in several blocks; if they share a ``down``, the first block fits all.
-            members = [name for name in group if name not in done]
-            if not members:
-                continue
-            done |= {name for unit in _units(members, plan.shared) for name in unit}
-            moments = _gather(walk.observe(block, group), members)
-            if moments is None:
-                part = _planned(members, plan)
-                unfitted += members
-            else:
-                part = fitter.fit(members, moments)
-            part.apply(student)
-            refits |= part.refits
-            results |= {result.name: result for result in part.layers}
-            walk.finish(block, done)
-            advance(len(members))
+    walk = BlockWalk(chain, student, batches, Spool(folder=folders.scratch))
+    files = None if folders.save_to is None else FactorFiles(folders.save_to, device_of(model))
+    # If a block is called with what another has computed, that would have to be saved too.
+    checkpoints = None if files is None or chain.stubs is None else Checkpoints(files.folder, walk.batches)
+    fitted: list[FittedBlock] = []
+    if files is not None and checkpoints is not None and checkpoints.found is not None:
+        fitted = [files.read(number) for number in range(checkpoints.found.parts)]
+        walk.restore(checkpoints.found.tensors)
+    for part in fitted:
+        Truncation(part.factors, [], dict(part.refits)).apply(student, copy=False)
+        advance(len(part.factors) + len(part.refits))
+    done = {name for part in fitted for name in (*part.factors, *part.refits)}
+    for number, block in list(enumerate(chain.blocks))[len(fitted) :]:
+        part = _fit_block(fitter, walk, block, done, advance)
         if after_block is not None:
             after_block(walk, block)
         walk.advance(block, changed=after_block is not None)
+        if files is not None:
+            part = replace(part, factors=factors_of(student, part.factors))
+            part = files.write(number, part)
+            exchange_factors(student, part.factors)
+            if checkpoints is not None:
+                checkpoints.save(number + 1, walk.saved)
+        fitted.append(part)
+    results = {result.name: result for part in fitted for result in part.results}
     notes = [
-        *_note("which may see other tokens in the compressed model", unfitted),
+        *_note("which may see other tokens in the compressed model", [n for part in fitted for n in part.unfitted]),
         *_note("outside the repeated blocks", [name for name in layers if name not in in_blocks]),
     ]
-    return Truncation(factors_of(student), list(results.values()), refits, plan.shared, tuple(notes))
+    return Truncation(
+        factors_of(student),
+        [results.get(result.name, result) for result in plan.layers],
+        {name: refit for part in fitted for name, refit in part.refits.items()},
+        plan.shared,
+        tuple(notes),
+    )
+
+
+def _fit_block(fitter: "_Fitter", walk: BlockWalk, block: Block, done: set[str], advance: Advance) -> FittedBlock:
+    """Fit the layers of a block that are not done yet, put their weights into the student, and add them to ``done``."""
+    plan, factors, refits = fitter.plan, dict[str, Factors](), dict[str, Refit]()
+    results: list[LayerResult] = []
+    unfitted: list[str] = []
+    groups = fitter.by_input(walk.order[block.name])
+    walk.run_dense(block, groups)
+    for group in groups:
+        # Layers that read one input may be in several blocks; if they share a ``down``, the first block fits all.
+        members = [name for name in group if name not in done]
+        if not members:
+            continue
+        done |= {name for unit in _units(members, plan.shared) for name in unit}
+        moments = _gather(walk.observe(block, group), members)
+        if moments is None:
+            part = _planned(members, plan)
+            unfitted += members
+        else:
+            part = fitter.fit(members, moments)
+        part.apply(walk.student)
+        factors |= part.factors
+        refits |= part.refits
+        results += part.layers
+        walk.finish(block, done)
+        advance(len(members))
+    return FittedBlock(factors, refits, results, unfitted)
 
 
 def _note(reason: str, names: Sequence[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import tempfile
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -16,6 +16,19 @@ from prehab_export.compression.blocks import LayerRun
 SPOOL_LIMIT = 2**30
 PREFIX = ".prehab-export-spool-"
 _ENTRY = "tensor"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Folders for what does not fit in memory.
+
+    scratch: folder for temporary files; by default the system's.
+    save_to: folder to write results to, part by part; they are then mapped from there. If a process that did the same
+        work was killed, its folder is completed. By default results stay in memory.
+    """
+
+    scratch: Path | None = None
+    save_to: Path | None = None
 
 
 class _Files:

@@ -71,16 +71,19 @@ class Truncation:
     notes: tuple[str, ...] = ()
 
     @torch.no_grad()
-    def apply(self, model: nn.Module) -> nn.Module:
+    def apply(self, model: nn.Module, *, copy: bool = True) -> nn.Module:
         """Put the new weights into the model, in place, and return it. Its old weights do not change: they may belong
         to another model too.
+
+        Args:
+            copy: copy the factors, so that changes to the model do not change them.
 
         Raises:
             InputError: the model does not have these layers, as dense linear layers of these shapes.
         """
         for name, refit in self.refits.items():
             replace_weight(model.get_submodule(name), refit.weight, refit.bias)
-        return factorize(model, dict(self.factors))
+        return factorize(model, dict(self.factors), copy=copy)
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -98,10 +98,15 @@ def reference_of(model: PreTrainedModel, task: Task, batches: list[Batch]) -> Re
     return Reference(batches, logits, tensor_digests(model), greedy)
 
 
-def tensor_digests(model: nn.Module) -> dict[str, str]:
-    """Return the SHA-256 of every tensor of the state dict, over dtype, shape and values."""
+def tensor_digests(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """Return the SHA-256 of every tensor of the state dict, over dtype, shape and values.
+
+    Args:
+        dtype: dtype to convert floating-point tensors to first; by default they stay as they are.
+    """
 
     def digest(tensor: Tensor) -> str:
+        tensor = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data.tobytes()).hexdigest()
 

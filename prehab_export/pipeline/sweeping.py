@@ -18,6 +18,7 @@ from prehab_export.compression import (
     Calibrated,
     Decompositions,
     Factored,
+    Folders,
     Samplesets,
     Spool,
     block_refiner,
@@ -129,7 +130,7 @@ class _Rows:
             self.decompositions = decompose_layers(calibrated, cut, keep=self.keep, progress=progress)
         start = time.monotonic()
         samples = Samplesets(
-            session.calibrated_samples, session.held_out, config.data.batch_size, session.workspace.root
+            session.calibrated_samples, session.held_out, config.data.batch_size, Folders(session.workspace.root)
         )
         refines_blocks = method.refined and config.refine.block_steps > 0
         result = compress(

@@ -60,6 +60,8 @@ UNFINISHED = (
     *(f"{parent}*{PARTIAL}" for parent in ("", "stages/*/", "manifests/", "manifests/*/", "targets/")),
     KITS,
 )
+# Start of the name of a folder with parts of a result.
+UNFINISHED_RESULT = "unfinished-"
 # Digits of the key in a result's folder name.
 KEY_DIGITS = 16
 RECORDED_VERSIONS = (
@@ -129,6 +131,7 @@ class Workspace:
     current: dict[str, str] = field(default_factory=dict)
     saves_selection: bool = True
     writable: bool = True
+    _unfinished: Path | None = field(default=None, init=False)
 
     @classmethod
     def open(cls, root: Path) -> "Workspace":
@@ -228,6 +231,8 @@ class Workspace:
     ) -> Iterator[Path]:
         """Give an empty folder to write into, which becomes the result under this key only if the block succeeds.
 
+        Within the block, `unfinished` is a folder that outlives a kill or a full disk.
+
         Args:
             options: the stage's options, for the manifest.
             origin: everything else that the key depends on, for the manifest.
@@ -236,7 +241,7 @@ class Workspace:
             StorageError: the disk is full or cannot be written to.
         """
         folder, started = self.result(stage, key), time.monotonic()
-        with replacing(folder) as partial:
+        with self._keeping_unfinished(stage, key), replacing(folder) as partial:
             yield partial
             seconds = time.monotonic() - started
             files = {
@@ -257,6 +262,33 @@ class Workspace:
             "files": files,
         }
         self._write_manifest(stage, key, manifest)
+
+    @property
+    def unfinished(self) -> Path:
+        """The folder for parts of the result that is being written, which need not exist yet.
+
+        After a kill it is still there, for the next process that writes the result under the same key.
+        """
+        assert self._unfinished is not None, "no result is being written"
+        return self._unfinished
+
+    @contextmanager
+    def _keeping_unfinished(self, stage: str, key: str) -> Iterator[None]:
+        self._unfinished = self.result(stage, key).with_name(UNFINISHED_RESULT + key[:KEY_DIGITS])
+        for other in self._unfinished.parent.glob(UNFINISHED_RESULT + "*"):
+            if other != self._unfinished:
+                remove(other)
+        try:
+            yield
+        except (OSError, StorageError):
+            raise
+        except Exception:
+            remove(self._unfinished)
+            raise
+        else:
+            remove(self._unfinished)
+        finally:
+            self._unfinished = None
 
     def result(self, stage: str, key: str) -> Path:
         """Return the folder of the result under this key, whether or not it exists."""

@@ -19,6 +19,7 @@ from converters.onnx.quantized_weights import count_quantized
 from prehab_export.compression import (
     Calibrated,
     Decompositions,
+    Folders,
     RankPlan,
     Samplesets,
     Spool,
@@ -116,7 +117,7 @@ class FitModels:
         session, config = self.session, self.session.config
         say(f"make a model with {len(plan_facts(plan)['ranks'])} factored layers", style="bold")
         samples = Samplesets(
-            session.calibrated_samples, session.held_out, config.data.batch_size, session.workspace.root
+            session.calibrated_samples, session.held_out, config.data.batch_size, Folders(session.workspace.root)
         )
         result = compress(self.calibrated, samples, config.cut, decomposed=self.decompositions, plan=plan, progress=bar)
         for warning in result.warnings:

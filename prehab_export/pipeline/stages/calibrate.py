@@ -1,5 +1,6 @@
 """The stages before compression: merging an adapter and gathering moments."""
 
+import os
 import warnings
 from math import ceil
 from pathlib import Path
@@ -42,7 +43,8 @@ def calibrate_dense(session: Session, folder: Path) -> None:
     model = session.load_dense(as_stored=True)
     check_runs(model, session.task, session.calibration)
     samples = _enough_samples(session, model)
-    statistics = gather_statistics(session, model, samples, save_to=folder / STATISTICS)
+    # They are written block by block, so that a run that is killed goes on at the next.
+    statistics = gather_statistics(session, model, samples, save_to=session.workspace.unfinished / STATISTICS)
     warning_messages = doubts(statistics)
     for message in warning_messages:
         warn(message)
@@ -56,6 +58,7 @@ def calibrate_dense(session: Session, folder: Path) -> None:
         "warnings": warning_messages,
     }
     write_json(folder / "calibrate.json", facts)
+    os.replace(session.workspace.unfinished / STATISTICS, folder / STATISTICS)
 
 
 def _enough_samples(session: Session, model: PreTrainedModel) -> Samples:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from converters.coverage import coverage
@@ -9,6 +10,7 @@ from converters.folder import save_folder
 from prehab_export.compression import (
     Calibrated,
     Compression,
+    Folders,
     Samplesets,
     Truncation,
     block_refiner,
@@ -28,9 +30,10 @@ def compressed_loss(session: Session, calibrated: Calibrated) -> float:
     return session.held_out_loss(truncation.apply(sharing_copy(calibrated.model)))
 
 
-def _compress_model(session: Session, calibrated: Calibrated) -> Compression:
+def _compress_model(session: Session, calibrated: Calibrated, save_to: Path | None = None) -> Compression:
     config = session.config
-    samples = Samplesets(session.calibrated_samples, session.held_out, config.data.batch_size, session.workspace.root)
+    folders = Folders(session.workspace.root, save_to)
+    samples = Samplesets(session.calibrated_samples, session.held_out, config.data.batch_size, folders)
     refines_blocks = config.refine.block_steps > 0
     return compress(
         calibrated,
@@ -46,12 +49,13 @@ def truncate_prepared(session: Session, folder: Path) -> None:
     model, statistics = session.load_prepared()
     calibrated = session.calibrated(model, statistics)
     selection = coverage(model, calibrated.layers)
-    compression = _compress_model(session, calibrated)
+    # The factors of each block are written when it is done, so that a run that is killed goes on at the next.
+    compression = _compress_model(session, calibrated, session.workspace.unfinished / "factors")
     for warning in compression.warnings:
         warn(warning)
     latency = predicted_latency(session, compression.truncation)
     _report_removal(session, compression.truncation, latency)
-    compression.truncation.apply(model).float()
+    compression.truncation.apply(model, copy=False)
     facts = compression.summary() | {
         "total_parameters_before": selection.total,
         "total_parameters_after": sum(parameter.numel() for parameter in model.parameters()),
@@ -65,10 +69,13 @@ def truncate_prepared(session: Session, folder: Path) -> None:
 
 
 def save_factored(session: Session, model: PreTrainedModel, folder: Path) -> None:
-    """Write a factored model to ``model/``, and the digests of its tensors in memory."""
+    """Write a factored model to ``model/``, and the digests of its tensors in memory, in float32.
+
+    Weights that are stored in half precision are written so, beside factors in float32; they are loaded in float32.
+    """
     model.cpu()
-    write_json(folder / DIGESTS, tensor_digests(model))
-    save_folder(model, folder / "model", session.fresh_processor())
+    write_json(folder / DIGESTS, tensor_digests(model, torch.float32))
+    save_folder(model, folder / "model", session.fresh_processor(), widens=True)
 
 
 def _report_removal(session: Session, truncation: Truncation, latency: float | None) -> None:
