@@ -251,7 +251,7 @@ def contents(folder):
 @pytest.mark.parametrize("family", ["llama", "bert", "vit"])
 def test_truncation_goes_on_after_a_kill(family, refines, tmp_path, monkeypatch):
     """At the block where it was, and to the same factors, bit for bit; they are those that stay in memory."""
-    model, task, batches, layers, statistics, plan = prepared(family)
+    model, task, batches, _layers, statistics, plan = prepared(family)
     config = RefineConfig(block_steps=3)
     after_block = block_refiner(config, statistics) if refines else None
 

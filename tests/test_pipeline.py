@@ -826,7 +826,7 @@ def test_a_disk_that_fills_is_a_sentence_and_leaves_nothing_half_done(kind, vit_
     """The device that is always full stands in for the disk; a library of another language hands its words on."""
     from safetensors import SafetensorError
 
-    from prehab_export.compression import moment_files
+    from prehab_export.compression import checkpoints
 
     output = tmp_path / "run"
 
@@ -841,7 +841,7 @@ def test_a_disk_that_fills_is_a_sentence_and_leaves_nothing_half_done(kind, vit_
             words = f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
         raise SafetensorError(words)
 
-    monkeypatch.setattr(moment_files, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_file", full)
     assert invoke("calibrate", *vit_options(vit_folder), "-o", output) == 6
     error = capsys.readouterr().err
     assert "No space left on device" in error

@@ -50,10 +50,12 @@ class Decomposed:
 class JointlyDecomposed:
     """The joint decomposition of a group.
 
-    losses: predicted loss at joint ranks 0, 1, … up to break-even or higher.
+    values: the objective's value at joint ranks 0, 1, … up to break-even or higher, float64.
+    losses: predicted loss at these ranks.
     factors: joint rank → one up (mᵢ×r) per member, and their down (r×n); as in `Decomposed`.
     """
 
+    values: Tensor
     losses: Tensor
     factors: Callable[[int], tuple[tuple[Tensor, ...], Tensor]]
 
@@ -182,16 +184,18 @@ def _decompose_group(
     max_rank = break_even(sum(weight.shape[0] for weight in weights), weights[0].shape[1])
     if objective != "fisher":
         full = decompose_jointly(weights, used_second)
-        losses = predicted_joint_loss(full, second, gradients)
+        values, losses = full.objectives(), predicted_joint_loss(full, second, gradients)
     else:
         full = None if keep is None else decompose_jointly(weights, used_second, gradients, max_rank)
-        joint = tails(joint_eigenvalues(weights, used_second, gradients)) if full is None else full.objectives()
-        losses = 0.5 * joint
+        values = tails(joint_eigenvalues(weights, used_second, gradients)) if full is None else full.objectives()
+        losses = 0.5 * values
     if full is None or keep is None:
-        return JointlyDecomposed(losses, factors)
+        return JointlyDecomposed(values, losses, factors)
     ups, down = full.truncated(max_rank)
     kept, kept_down = [keep.keep(_stored(up)) for up in ups], keep.keep(_stored(down))
-    return JointlyDecomposed(losses, lambda rank: (tuple(up.load()[:, :rank] for up in kept), kept_down.load()[:rank]))
+    return JointlyDecomposed(
+        values, losses, lambda rank: (tuple(up.load()[:, :rank] for up in kept), kept_down.load()[:rank])
+    )
 
 
 def _stored(factor: Tensor) -> Tensor:

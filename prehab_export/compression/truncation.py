@@ -202,11 +202,14 @@ def _predict(calibrated: Calibrated, decomposed: Decompositions, plan: RankPlan,
     """Return the result that a layer's decomposition predicts."""
     (m, n), rank, entry = dense_weight(calibrated.layer(name)).shape, plan.ranks[name], decomposed.layers[name]
     objective, loss = 0.0, None if entry.losses is None else 0.0
-    if rank is not None:
+    if rank is not None and len(unit) > 1:
+        joint, members = decomposed.groups[unit], [decomposed.layers[member] for member in unit]
+        index = unit.index(name)
+        objective = _divided(joint.values, [member.values for member in members], rank)[index]
+        losses = [member.losses for member in members if member.losses is not None]
+        loss = None if loss is None else _divided(joint.losses, losses, rank)[index]
+    elif rank is not None:
         objective, loss = float(entry.values[rank]), None if entry.losses is None else float(entry.losses[rank])
-        if len(unit) > 1:
-            share = _share_lost(decomposed, unit, rank)
-            objective, loss = share * objective, None if loss is None else share * loss
     return LayerResult(
         name=name,
         out_features=m,
@@ -220,11 +223,16 @@ def _predict(calibrated: Calibrated, decomposed: Decompositions, plan: RankPlan,
     )
 
 
-def _share_lost(decomposed: Decompositions, unit: Group, rank: int) -> float:
-    """Return the predicted loss of factors with one ``down``, as a multiple of that of the members' own factors."""
-    losses = [decomposed.layers[name].losses for name in unit]
-    own = sum(float(values[rank]) for values in losses if values is not None)
-    return float(decomposed.groups[unit].losses[rank]) / own if own > 0 else 1.0
+def _divided(joint: Tensor, own: Sequence[Tensor], rank: int) -> list[float]:
+    """Divide the joint value at a rank between members, in proportion to their own values at this rank.
+
+    Args:
+        joint: values at joint ranks 0, 1, …
+        own: the same of each member; the joint rank may be higher than a member's full rank.
+    """
+    shares = torch.stack([values[min(rank, len(values) - 1)] for values in own])
+    shares = shares / shares.sum() if shares.sum() > 0 else torch.full_like(shares, 1 / len(shares))
+    return (joint[rank] * shares).tolist()
 
 
 def _parameters_after(m: int, n: int, rank: int | None, *, counts_down: bool) -> int:
