@@ -346,8 +346,11 @@ class _Fitter:
         factors: dict[str, Factors] = {}
         refits: dict[str, Refit] = {}
         results: list[LayerResult] = []
+        inputs = {
+            folds: _Input.of(moments, folds_mean=folds) for folds in {layers[name].bias is not None for name in members}
+        }
         for unit in _units(members, self.plan.shared):
-            regressions = [_regress(name, layers[name], moments) for name in unit]
+            regressions = [_regress(n, layers[n], moments, inputs[layers[n].bias is not None]) for n in unit]
             rank = planned[unit[0]].rank
             if rank is None:
                 refits[unit[0]] = _refit(layers[unit[0]], regressions[0])
@@ -411,27 +414,46 @@ def _same_tokens(dense: LayerRun, student: LayerRun, mask: Tensor | None, positi
     return not dense.from_tokens or not positions or dense.shape[:-1].numel() == positions
 
 
-def _regress(name: str, layer: DenseLinear, sums: _Moments) -> _Regression:
+@dataclass(frozen=True)
+class _Input:
+    """What the regressions of all layers with one input x' share, if they have a bias, or if they have none.
+
+    moment: C' (n×n), centred if a bias can absorb the mean.
+    metric: C' damped for truncation.
+    mean: E[x'] (n).
+    lu: LU decomposition of C' + εI, and its pivots. Rounding may make C' indefinite if x' hardly varies.
+    """
+
+    moment: Tensor
+    metric: Tensor
+    mean: Tensor
+    lu: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, sums: _Moments, *, folds_mean: bool) -> "_Input":
+        moment, mean = sums.outer / sums.tokens, sums.student / sums.tokens
+        moment = centred(moment, mean) if folds_mean else moment
+        return cls(moment, input_metric(moment), mean, torch.linalg.lu_factor(damped(moment, RIDGE)))
+
+
+def _regress(name: str, layer: DenseLinear, sums: _Moments, student: _Input) -> _Regression:
     """Return the regression of one layer; its W* is the best weight that the layer could have if it stayed dense."""
     w, count = dense_weight(layer).double(), sums.tokens
-    c, student_mean = sums.outer / count, sums.student / count
     if name in sums.targets:
         target, output_mean = sums.targets[name] / count, sums.totals[name] / count
         if layer.bias is not None:  # the targets are outputs, which include it
-            target = target - torch.outer(layer.bias.double(), student_mean)
+            target = target - torch.outer(layer.bias.double(), student.mean)
             output_mean = output_mean - layer.bias.double()
     else:
         assert sums.cross is not None
         assert sums.dense is not None
         target, output_mean = w @ (sums.cross / count), w @ (sums.dense / count)
     if layer.bias is not None:
-        c = centred(c, student_mean)
         # The bias absorbs constant inputs entirely.
-        target = (target - torch.outer(output_mean, student_mean)) * (c.diagonal() > 0)
-    ridge = RIDGE * scale_of(c)
-    regular = damped(c, RIDGE)
-    weight = torch.linalg.solve(regular, target + ridge * w, left=False)
-    return _Regression(weight, input_metric(c), output_mean, None if layer.bias is None else student_mean)
+        target = (target - torch.outer(output_mean, student.mean)) * (student.moment.diagonal() > 0)
+    target = target + RIDGE * scale_of(student.moment) * w
+    weight = torch.linalg.lu_solve(*student.lu, target, left=False)
+    return _Regression(weight, student.metric, output_mean, None if layer.bias is None else student.mean)
 
 
 def _refit(layer: DenseLinear, regression: _Regression) -> Refit:
