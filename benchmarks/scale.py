@@ -86,7 +86,7 @@ def _row(model: str, way: str, options: dict[str, Any]) -> dict[str, Any]:
     data = load_data(data_options, TASK, load_processor(model, TASK), load_config(model), seed=options["seed"])
     samples = data.train.subset(min(options["windows"], len(data.train)), options["seed"])
     row: dict[str, Any] = {"way": way}
-    with _peaks(row):
+    with peaks(row):
         if way == "dense":
             result: nn.Module = load_model(model, TASK, dtype=None)
         else:
@@ -166,7 +166,7 @@ def _svd_llm(name: str, samples: Samples, options: dict[str, Any], row: dict[str
 
 
 @contextmanager
-def _peaks(row: dict[str, Any]) -> Iterator[None]:
+def peaks(row: dict[str, Any]) -> Iterator[None]:
     """Record the largest resident and anonymous memory of this process within the context, in MB."""
     process, stop, largest = psutil.Process(), threading.Event(), [0.0, 0.0]
 
