@@ -1,4 +1,4 @@
-"""Starts several processes that work together on this machine, as ``accelerate launch`` would: over gloo, on the CPU."""
+"""Starts several processes that work together on this machine, as ``accelerate launch`` does: over gloo, on CPUs."""
 
 import os
 import socket

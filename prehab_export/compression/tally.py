@@ -194,7 +194,9 @@ class Tally:
 
     def _input_moment(self, group: str) -> InputMoment:
         sums = self.inputs.pop(group)
-        shift, offset = (values.to(sums.outer.device, torch.float64) for values in (self.shift[group], self.total[group]))
+        shift, offset = (
+            values.to(sums.outer.device, torch.float64) for values in (self.shift[group], self.total[group])
+        )
         offset = offset / sums.rows
         sampling, second = sums.sampling(), sums.outer.div_(sums.rows)
         # offset shiftᵀ + shift offsetᵀ + shift shiftᵀ, as two updates in place

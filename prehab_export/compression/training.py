@@ -2,25 +2,30 @@
 
 It is made for short runs: AdamW, a linear warm-up and a cosine decay to zero, and optional distillation from a frozen
 teacher. Dropout is off: a few hundred steps do not overfit without it, and teacher and statistics see the same network.
+
+Processes that work together hold the same model. Each one runs a share of every batch, and their gradients are added
+up, so that the steps are those of one process. A loss is therefore this process's share of the loss of the whole batch:
+a sum over its own units, divided by the number of units of all.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import cos, pi
+from math import cos, isfinite, pi
 
 import torch
 from torch import Tensor, nn
 
+from converters.errors import InputError
 from prehab_export.config import Schedule
 from prehab_export.inputs import Batch, Samples, Task, device_of, gradient_scaler, moved
 from prehab_export.linalg import Bases, EigenbasisAdamW
-from prehab_export.system import Advance, Progress, silent
+from prehab_export.system import Advance, Progress, silent, team
 
 # The figures of one step.
 Row = dict[str, float]
-# (model, batch) → the loss to minimise, and figures for the history.
+# (model, share of a batch) → the share of the loss to minimise, and of the figures for the history.
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Row]]
 # (step) → figures for the history. Called between backward pass and optimiser step; it may add to .grad.
 AfterBackward = Callable[[int], Row]
@@ -56,16 +61,22 @@ def train(
     """Train in place, on batches drawn from the samples; return one row of figures per step.
 
     Raises:
+        InputError: a batch has fewer samples than there are processes.
         FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
     """
     model = trainable.model
     batches, device = shuffled_batches(samples, schedule.batch_size, seed), device_of(model)
+    if min(schedule.batch_size, len(samples)) < team().size:
+        raise InputError(
+            f"batches of {min(schedule.batch_size, len(samples))} samples cannot be shared out over {team().size} "
+            "processes; train with larger batches, or start fewer processes"
+        )
     model.eval()
     with only_trainable(model, trainable.parameters), progress("train", schedule.steps) as advance:
         return optimise(
             trainable,
             schedule,
-            lambda _step: loss(model, moved(next(batches), device)),
+            lambda _step: loss(model, moved(_share(next(batches)), device)),
             after_backward=after_backward,
             advance=advance,
         )
@@ -85,7 +96,7 @@ def optimise(
     ``after_backward``. A step whose gradients overflow is skipped.
 
     Args:
-        loss_at: step → the loss, and figures for the step's row.
+        loss_at: step → this process's share of the loss, and of the figures for the step's row.
 
     Raises:
         FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
@@ -100,13 +111,15 @@ def optimise(
         optimizer.zero_grad(set_to_none=True)
         row: Row = {"step": step, "learning_rate": float(rate.get_last_lr()[0])}
         loss, figures = loss_at(step)
-        if not torch.isfinite(loss):
+        value, *parts = team().totals([loss.item(), *figures.values()])
+        if not isfinite(value):
             advice = "lower the learning rate" + (", or use --precision bfloat16" if scaler.is_enabled() else "")
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {advice}")
+            raise FloatingPointError(f"the loss is {value} at step {step}; {advice}")
         scaler.scale(loss).backward()
+        _add_up_gradients(parameters)
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, schedule.clip)
-        row |= figures | (after_backward(step) if after_backward else {})
+        row |= dict(zip(figures, parts, strict=True)) | (after_backward(step) if after_backward else {})
         if _step(scaler, optimizer, step):
             rate.step()
         history.append(row)
@@ -114,6 +127,21 @@ def optimise(
             advance(1, note=", ".join(f"{name} {row[key]:.4f}" for key, name in NOTED.items() if key in row))
     optimizer.zero_grad(set_to_none=True)
     return history
+
+
+def _share(batch: Batch) -> Batch:
+    """Return this process's share of a batch."""
+    return {name: value[team().rank :: team().size] for name, value in batch.items()}
+
+
+def _add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Give every parameter the sum of its gradients in all processes; None if it has none in any of them."""
+    if team().size == 1:
+        return
+    has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+    for parameter, processes in zip(parameters, team().total(has_gradient).tolist(), strict=True):
+        if processes:
+            parameter.grad = team().total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
 def _step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, step: int) -> bool:
@@ -171,11 +199,14 @@ def _kept_from_passes(model: nn.Module) -> dict[int, object]:
 
 
 def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float = 0.0) -> Loss:
-    """Return the loss (1 − distill)·cross-entropy + distill·KL(teacher ‖ model), averaged over units, in nats."""
+    """Return the loss (1 − distill)·cross-entropy + distill·KL(teacher ‖ model), averaged over units, in nats.
+
+    Of processes that work together, each gets its share of the average over the units of all.
+    """
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Row]:
         logits = task.unit_logits(task.logits(model, batch), batch).float()
-        value = nn.functional.cross_entropy(logits, task.unit_labels(batch))
+        value = nn.functional.cross_entropy(logits, task.unit_labels(batch), reduction="sum") / units_of_all(logits)
         figures = {"task_loss": value.item()}
         if teacher is not None and distill > 0:
             with torch.no_grad():
@@ -189,10 +220,19 @@ def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float =
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Return KL(target ‖ logits) averaged over units, in nats; both arguments are logits (U, K)."""
-    return nn.functional.kl_div(
-        logits.float().log_softmax(-1), target.float().log_softmax(-1), reduction="batchmean", log_target=True
+    """Return KL(target ‖ logits) averaged over units, in nats; both arguments are logits (U, K).
+
+    Of processes that work together, each gets its share of the average over the units of all.
+    """
+    total = nn.functional.kl_div(
+        logits.float().log_softmax(-1), target.float().log_softmax(-1), reduction="sum", log_target=True
     )
+    return total / units_of_all(logits)
+
+
+def units_of_all(logits: Tensor) -> float:
+    """Return the number of units (U) of these logits (U, K) and of those of the other processes at work."""
+    return team().totals([len(logits)])[0]
 
 
 def one_cycle(step: int, schedule: Schedule) -> float:

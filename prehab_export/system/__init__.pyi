@@ -31,6 +31,7 @@ from prehab_export.system.machine import available_cores as available_cores
 from prehab_export.system.machine import machine_facts as machine_facts
 from prehab_export.system.machine import usable_cores as usable_cores
 from prehab_export.system.processes import Team as Team
+from prehab_export.system.processes import alone as alone
 from prehab_export.system.processes import everyone as everyone
 from prehab_export.system.processes import in_step as in_step
 from prehab_export.system.processes import join_processes as join_processes
@@ -46,6 +47,7 @@ from prehab_export.system.progress import silent as silent
 from prehab_export.system.progress import step as step
 from prehab_export.system.rendering import render as render
 from prehab_export.system.terminal import bar as bar
+from prehab_export.system.terminal import mute as mute
 from prehab_export.system.terminal import result_console as result_console
 from prehab_export.system.terminal import say as say
 from prehab_export.system.terminal import warn as warn

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prehab_export.system.errors import ProcessError
@@ -81,6 +82,14 @@ class Team:
 
         return _connected(lambda: gather_object([value]))
 
+    def exchange(self, values: "Sequence[Tensor]") -> None:
+        """Give all of these tensors to every process, in place. Each process has computed those of its `share_of`."""
+        if self.size > 1:
+            from accelerate.utils import broadcast
+
+            for number, tensor in enumerate(values):
+                _connected(partial(broadcast, tensor, from_process=number % self.size))
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         self.from_each(None)
@@ -151,6 +160,17 @@ def together() -> Iterator[Team]:
         _in_step = True
     finally:
         _current = Team()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Leave the work inside this context to this process, even within `together`."""
+    global _current
+    before, _current = _current, Team()
+    try:
+        yield
+    finally:
+        _current = before
 
 
 def in_step() -> bool:
