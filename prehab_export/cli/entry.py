@@ -26,6 +26,8 @@ from prehab_export.system import (
     out_of_space,
 )
 
+# The exit code after SIGTERM, which a launcher sends to all processes when one of them has ended.
+TERMINATED = 128 + signal.SIGTERM
 FULL_DISK_ADVICE = "free some space and run the same command again to continue"
 
 
@@ -54,6 +56,12 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         code = error.exit_code
+    except SystemExit as stop:
+        if stop.code == TERMINATED and everyone().size > 1:
+            _report(
+                "terminated, perhaps because another process of this run has ended; run the command again to continue"
+            )
+        raise
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run the same command again to continue", err=True)
         code = 130

@@ -3,9 +3,9 @@
 It is made for short runs: AdamW, a linear warm-up and a cosine decay to zero, and optional distillation from a frozen
 teacher. Dropout is off: a few hundred steps do not overfit without it, and teacher and statistics see the same network.
 
-Processes that work together hold the same model. Each one runs a share of every batch, and their gradients are added
-up, so that the steps are those of one process. A loss is therefore this process's share of the loss of the whole batch:
-a sum over its own units, divided by the number of units of all.
+Processes that work together share out the parameters (see ``sharding``) and every batch, and take the steps that one
+process would take. A loss is therefore this process's share of the loss of the whole batch: a sum over its own units,
+divided by the number of units of all.
 """
 
 import copy
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from converters.errors import InputError
+from prehab_export.compression.sharding import ShardedCopy
 from prehab_export.config import Schedule
 from prehab_export.inputs import Batch, Samples, Task, device_of, gradient_scaler, moved
 from prehab_export.linalg import Bases, EigenbasisAdamW
@@ -73,13 +74,41 @@ def train(
         )
     model.eval()
     with only_trainable(model, trainable.parameters), progress("train", schedule.steps) as advance:
-        return optimise(
-            trainable,
+        worked_on, in_step = trainable, after_backward
+        if team().size > 1:
+            sharded = ShardedCopy(model, trainable.parameters, team(), _kept_from_passes(model))
+            worked_on = _standing_in(trainable, sharded)
+            in_step = None if after_backward is None else _on_the_model_itself(after_backward, sharded)
+        history = optimise(
+            worked_on,
             schedule,
-            lambda _step: loss(model, moved(_share(next(batches)), device)),
-            after_backward=after_backward,
+            lambda _step: loss(worked_on.model, moved(_share(next(batches)), device)),
+            after_backward=in_step,
             advance=advance,
         )
+        if team().size > 1:
+            sharded.write_back()
+        return history
+
+
+def _standing_in(trainable: Trainable, sharded: ShardedCopy) -> Trainable:
+    """Return the same work on a copy whose parameters are shared out over processes."""
+    pairs = zip(trainable.parameters, sharded.parameters, strict=True)
+    bases = {part: trainable.bases[whole] for whole, part in pairs if whole in trainable.bases}
+    return Trainable(sharded.model, sharded.parameters, bases, trainable.precision)
+
+
+def _on_the_model_itself(after_backward: AfterBackward, sharded: ShardedCopy) -> AfterBackward:
+    """Return the same function for training a copy: it sees the model itself with the weights of the copy, which
+    takes over the weights and gradients that it leaves."""
+
+    def in_step(step: int) -> Row:
+        sharded.write_back()
+        row = after_backward(step)
+        sharded.take_over()
+        return row
+
+    return in_step
 
 
 def optimise(
@@ -116,7 +145,6 @@ def optimise(
             advice = "lower the learning rate" + (", or use --precision bfloat16" if scaler.is_enabled() else "")
             raise FloatingPointError(f"the loss is {value} at step {step}; {advice}")
         scaler.scale(loss).backward()
-        _add_up_gradients(parameters)
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, schedule.clip)
         row |= dict(zip(figures, parts, strict=True)) | (after_backward(step) if after_backward else {})
@@ -132,16 +160,6 @@ def optimise(
 def _share(batch: Batch) -> Batch:
     """Return this process's share of a batch."""
     return {name: value[team().rank :: team().size] for name, value in batch.items()}
-
-
-def _add_up_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Give every parameter the sum of its gradients in all processes; None if it has none in any of them."""
-    if team().size == 1:
-        return
-    has_gradient = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-    for parameter, processes in zip(parameters, team().total(has_gradient).tolist(), strict=True):
-        if processes:
-            parameter.grad = team().total(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
 def _step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, step: int) -> bool:

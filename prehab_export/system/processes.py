@@ -152,11 +152,16 @@ def team() -> Team:
 
 @contextmanager
 def together() -> Iterator[Team]:
-    """Share out the work inside this context over all processes, which must all enter it."""
+    """Share out the work inside this context over all processes, which must all enter it.
+
+    Raises:
+        ProcessError: another process has ended.
+    """
     global _current, _in_step
     _current, _in_step = _everyone, False
     try:
-        yield _current
+        with _named_losses():
+            yield _current
         _in_step = True
     finally:
         _current = Team()
@@ -184,8 +189,17 @@ def _connected(action: Callable[[], Any]) -> Any:
     Raises:
         ProcessError: one of them cannot be reached.
     """
-    try:
+    with _named_losses():
         return action()
+
+
+@contextmanager
+def _named_losses() -> Iterator[None]:
+    """Turn the errors of gloo and NCCL about a lost connection into a `ProcessError`."""
+    try:
+        yield
+    except ProcessError:
+        raise
     except RuntimeError as error:
         if not any(word in str(error).lower() for word in _LOST):
             raise
