@@ -94,7 +94,7 @@ def train(
 def _standing_in(trainable: Trainable, sharded: ShardedCopy) -> Trainable:
     """Return the same work on a copy whose parameters are shared out over processes."""
     pairs = zip(trainable.parameters, sharded.parameters, strict=True)
-    bases = {part: trainable.bases[whole] for whole, part in pairs if whole in trainable.bases}
+    bases: Bases = {part: trainable.bases[whole] for whole, part in pairs if whole in trainable.bases}
     return Trainable(sharded.model, sharded.parameters, bases, trainable.precision)
 
 
