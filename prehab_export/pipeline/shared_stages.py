@@ -28,6 +28,7 @@ class _SharedStage:
     root: the run's folder.
     current: the current results in it.
     folder: the folder that the first process writes to.
+    unfinished: the folder of the parts of its result.
     """
 
     stage: str
@@ -35,6 +36,7 @@ class _SharedStage:
     root: Path
     current: dict[str, str]
     folder: Path
+    unfinished: Path
 
 
 def do_stage(session: Session, stage: Stage, folder: Path) -> None:
@@ -47,9 +49,8 @@ def do_stage(session: Session, stage: Stage, folder: Path) -> None:
         stage.work(session, folder)
         return
     workspace = session.workspace
-    work = _SharedStage(
-        stage.name, asdict(session.config), workspace.root.absolute(), workspace.current, folder.absolute()
-    )
+    root, folder, unfinished = (path.absolute() for path in (workspace.root, folder, workspace.unfinished))
+    work = _SharedStage(stage.name, asdict(session.config), root, workspace.current, folder, unfinished)
     everyone().from_first(work)
     _do_together(session, stage, folder)
 
@@ -68,6 +69,7 @@ def follow_first_process() -> None:
             prepare_process(config)
             session = Session(config, Workspace(work.root, writable=False))
         session.workspace.current = work.current
+        session.workspace.share_unfinished(work.unfinished)
         _do_together(session, STAGES[work.stage], work.folder)
 
 

@@ -46,6 +46,7 @@ def calibrate_dense(session: Session, folder: Path) -> None:
     samples = _enough_samples(session, model)
     # They are written block by block, so that a run that is killed goes on at the next.
     statistics = gather_statistics(session, model, samples, save_to=session.workspace.unfinished / STATISTICS)
+    team().wait()  # nobody reads them any more where they are
     if not session.workspace.writable:
         return
     warning_messages = doubts(statistics)
