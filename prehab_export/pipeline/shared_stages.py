@@ -16,7 +16,7 @@ from prehab_export.pipeline.stages.table import STAGES, Stage
 from prehab_export.pipeline.workspace import Workspace
 from prehab_export.system import everyone, mute, team, together
 
-SHARED_STAGES = frozenset({"calibrate", "prehab", "refine", "rehab"})
+SHARED_STAGES = frozenset({"calibrate", "prehab", "truncate", "refine", "rehab"})
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def do_stage(session: Session, stage: Stage, folder: Path) -> None:
     Raises:
         ProcessError: another process has ended.
     """
-    if everyone().size == 1 or stage.name not in SHARED_STAGES:
+    # Blocks are refined on the whole sample, which only one process has.
+    refines_blocks = stage.name == "truncate" and session.config.refine.block_steps > 0
+    if everyone().size == 1 or stage.name not in SHARED_STAGES or refines_blocks:
         stage.work(session, folder)
         return
     workspace = session.workspace

@@ -50,6 +50,18 @@ class Team:
         """
         return range(self.rank, count, self.size)
 
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """Return a process for each item, so that all have about the same to do (largest first, to the least loaded).
+
+        >>> Team(0, 2).owners([1.0, 4.0, 2.0, 2.0])
+        [1, 0, 1, 1]
+        """
+        loads, result = [0.0] * self.size, [0] * len(costs)
+        for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+            result[item] = min(range(self.size), key=lambda rank: loads[rank])
+            loads[result[item]] += costs[item]
+        return result
+
     def total(self, values: "Tensor") -> "Tensor":
         """Return the sum of a tensor over all processes, the same bits in each of them."""
         if self.size == 1:

@@ -60,6 +60,8 @@ def truncate_prepared(session: Session, folder: Path) -> None:
     selection = coverage(model, calibrated.layers)
     # The factors of each block are written when it is done, so that a run that is killed goes on at the next.
     compression = _compress_model(session, calibrated, session.workspace.unfinished / "factors")
+    if not session.workspace.writable:
+        return
     for warning in compression.warnings:
         warn(warning)
     latency = predicted_latency(session, compression.truncation)
