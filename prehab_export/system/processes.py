@@ -13,6 +13,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from converters.errors import InputError
 from prehab_export.system.errors import ProcessError
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def join_processes() -> Team:
     """Connect to the other launched processes, and return all of them as a team.
 
     Raises:
+        InputError: the launcher was told to train in a way that this program does not.
         ProcessError: another process cannot be reached.
     """
     global _everyone
@@ -134,6 +136,12 @@ def join_processes() -> Team:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):  # transformers would load an empty model in most processes
+            raise InputError(
+                f"accelerate is set to use {plugin} here, but prehab-export shares out models itself; launch it with "
+                "--multi_gpu alone, and with --config_file=FILE if your usual accelerate config says otherwise"
+            )
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     # Objects and everything kept in the host's memory go by gloo, which waits without keeping a GPU busy.
     backend = "gloo" if on_cpu else "cuda:nccl,cpu:gloo"
