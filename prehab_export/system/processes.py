@@ -55,7 +55,7 @@ class Team:
         """Return a process for each item, so that all have about the same to do (largest first, to the least loaded).
 
         >>> Team(0, 2).owners([1.0, 4.0, 2.0, 2.0])
-        [1, 0, 1, 1]
+        [0, 0, 1, 1]
         """
         loads, result = [0.0] * self.size, [0] * len(costs)
         for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
@@ -139,8 +139,8 @@ def join_processes() -> Team:
     for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{plugin}"):  # transformers would load an empty model in most processes
             raise InputError(
-                f"accelerate is set to use {plugin} here, but prehab-export shares out models itself; launch it with "
-                "--multi_gpu alone, and with --config_file=FILE if your usual accelerate config says otherwise"
+                f"accelerate is set to use {plugin}, but this program shares out models itself; launch it without, and "
+                "with another config file for accelerate if your usual one asks for it"
             )
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     # Objects and everything kept in the host's memory go by gloo, which waits without keeping a GPU busy.
