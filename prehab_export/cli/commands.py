@@ -31,7 +31,7 @@ def cli() -> None:
     Exit codes: 0 success, 1 a bug in this program, 2 bad input, 3 the exported
     model computes wrong results, 4 slower than --min-speedup or no model within
     a fit's budget, 5 the target of a measurement fails, 6 the disk is full or
-    fails.
+    fails, 7 another process that shares in the work has ended.
     """
 
 

@@ -5,13 +5,29 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
 from converters.errors import InputError
 from prehab_export.cli.commands import cli
-from prehab_export.system import BudgetError, ParityError, StorageError, TargetError, is_full, out_of_space
+from prehab_export.system import (
+    BudgetError,
+    ParityError,
+    ProcessError,
+    StorageError,
+    TargetError,
+    everyone,
+    in_step,
+    is_full,
+    join_processes,
+    launched_processes,
+    leave_processes,
+    out_of_space,
+)
 
+# The exit code after SIGTERM, which a launcher sends to all processes when one of them has ended.
+TERMINATED = 128 + signal.SIGTERM
 FULL_DISK_ADVICE = "free some space and run the same command again to continue"
 
 
@@ -26,29 +42,62 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         with _clean_exit_on_signals():
-            code = cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)
+            code = _run_command(arguments) if launched_processes() == 1 else _run_in_step(arguments)
     except InputError as error:  # a full disk can look like an unreadable input
         advice = f"; {FULL_DISK_ADVICE}" if is_full(error) else ""
-        click.echo(f"error: {error}{advice}", err=True)
+        _report(f"error: {error}{advice}")
         code = StorageError.exit_code if is_full(error) else error.exit_code
-    except (ParityError, BudgetError, TargetError, StorageError) as error:
-        click.echo(f"error: {error}", err=True)
+    except (ParityError, BudgetError, TargetError, StorageError, ProcessError) as error:
+        _report(f"error: {error}")
         code = error.exit_code
     except FloatingPointError as error:  # a loss overflowed; the message says what to change
-        click.echo(f"error: {error}", err=True)
+        _report(f"error: {error}")
         code = InputError.exit_code
     except click.ClickException as error:
         error.show()
         code = error.exit_code
+    except SystemExit as stop:
+        if stop.code == TERMINATED and everyone().size > 1:
+            _report(
+                "terminated, perhaps because another process of this run has ended; run the command again to continue"
+            )
+        raise
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; run the same command again to continue", err=True)
         code = 130
     except Exception as error:
         if (reason := out_of_space(error)) is None:
             raise
-        click.echo(f"error: {reason}; {FULL_DISK_ADVICE}", err=True)
+        _report(f"error: {reason}; {FULL_DISK_ADVICE}")
         code = StorageError.exit_code
     sys.exit(code or 0)
+
+
+def _run_command(arguments: list[str] | None) -> Any:
+    return cli.main(args=arguments, prog_name="prehab-export", standalone_mode=False)
+
+
+def _run_in_step(arguments: list[str] | None) -> Any:
+    """Run the command in the first of several processes, and let the others share in its work."""
+    from prehab_export.pipeline import dismiss_processes, follow_first_process
+
+    if not join_processes().leads:
+        follow_first_process()
+        code = 0
+    else:
+        try:
+            code = _run_command(arguments)
+        finally:
+            if in_step():
+                dismiss_processes()
+    leave_processes()
+    return code
+
+
+def _report(message: str) -> None:
+    """Print why this process ends; the first one of several is the one that the user has to do with."""
+    rank = everyone().rank
+    click.echo(f"process {rank}: {message}" if rank else message, err=True)
 
 
 def _exit_with_signal(number: int, _: object) -> None:

@@ -119,6 +119,13 @@ class BlockPath:
             output = self.calls[number][block].run(module, before, self.carried[number])
         self._keep(number, block, output, rows)
 
+    def probe(self, block: str, number: int, watching: Watching) -> None:
+        """Run the block on the states of one batch as `advance` does, without changing any state."""
+        module, hidden, call = self.inputs(block, number)
+        rows = self.token_rows(number, hidden) if self.tracks_rows else None
+        with self.task.running(module), watching(rows), rows or nullcontext():
+            call.run(module, hidden, self.carried[number])
+
     def advance_recorded(self, block: str, number: int, groups: Sequence[Sequence[str]]) -> list[list[LayerRun]]:
         """Run the block as `advance` does, and return records of these groups of layers (see `observe_layers`)."""
         module, before = self.model.get_submodule(block), self.states[number].load().clone()

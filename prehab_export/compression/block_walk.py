@@ -16,6 +16,7 @@ from prehab_export.compression.chain import Chain
 from prehab_export.compression.recording import record_pass
 from prehab_export.compression.spool import Spool, Spooled, SpooledRun
 from prehab_export.inputs import Batch, device_of, micro_batches, moved
+from prehab_export.system import team
 
 
 class BlockWalk:
@@ -25,7 +26,7 @@ class BlockWalk:
     student as often as needed, and then left behind by `advance`. The states have the dtypes that blocks pass on in the
     task's precision.
 
-    batches: the sample, in micro-batches.
+    batches: the sample, in micro-batches; of processes that work together, each one's share of it.
 
     Args (when created):
         chain: the dense model.
@@ -40,7 +41,10 @@ class BlockWalk:
         # First layer of a group of the current block → records of its runs in the dense model, for every batch.
         self._records: dict[str, list[list[SpooledRun]]] = {}
         device = device_of(chain.model)
-        self.batches = list(micro_batches(moved(batch, device) for batch in batches))
+        parts = list(micro_batches(batches))
+        # If there are too few for all processes, each takes all of them, which changes no mean.
+        share = team().share_of(len(parts)) if len(parts) >= team().size else range(len(parts))
+        self.batches = [moved(parts[number], device) for number in share]
         for batch in self.batches:
             self._enter(batch)
 

@@ -34,11 +34,11 @@ from prehab_export.compression.input_groups import exclusion, trace_inputs
 from prehab_export.compression.moment_files import MomentWriter
 from prehab_export.compression.moments import Statistics
 from prehab_export.compression.spool import Spool
-from prehab_export.compression.tally import LabelsOf, Tally, gradient_hook
+from prehab_export.compression.tally import Labels, LabelsOf, Tally, gradient_hook
 from prehab_export.config import FISHER_LABELS
 from prehab_export.inputs import Batch, Task, device_of, micro_batches, moved
 from prehab_export.linalg import ClusterSums, PlainSums
-from prehab_export.system import Progress, silent
+from prehab_export.system import Progress, silent, team
 
 # In float16 the loss is scaled so that the largest gradients of a sample come to about this size. float16 ends at 2^16,
 # and values smaller than this by 2^26 are still normal numbers.
@@ -90,7 +90,8 @@ def calibrate(
 ) -> Calibrated:
     """Run the batches through the model and gather moments of every layer to compress.
 
-    The moments are float32: n² numbers per input and, with gradients, m² per layer.
+    The moments are float32: n² numbers per input and, with gradients, m² per layer. Processes that work together
+    take a share of the batches each, and all return the same moments.
 
     Args:
         batches: batches for the task; the task's token mask excludes padding.
@@ -104,18 +105,23 @@ def calibrate(
     gather = gather or Gather()
     layers = select_layers(model) if layers is None else layers
     device = device_of(model)
-    parts = list(micro_batches(moved(batch, device) for batch in batches))
+    parts = list(micro_batches(batches))
     if not parts:
         raise InputError("the calibration sample is empty; give a split with rows in it")
-    groups, orders = trace_inputs(model, task, parts[0], layers)
-    generator = torch.Generator().manual_seed(seed)
+    first = moved(parts[0], device)
+    share = {number: moved(parts[number], device) for number in team().share_of(len(parts))}
+    groups, orders = trace_inputs(model, task, first, layers)
+    seeds = torch.randint(2**31, (len(parts),), generator=torch.Generator().manual_seed(seed)).tolist()
 
-    def labels_of(unit_logits: Tensor, batch: Batch) -> Tensor:
-        return task.unit_labels(batch) if gather.labels == "data" else _sample_labels(unit_logits, generator)
+    def labels_of(number: int) -> Labels:
+        if gather.labels == "data":
+            return lambda _, batch: task.unit_labels(batch)
+        generator = torch.Generator().manual_seed(seeds[number])
+        return lambda unit_logits, _: _sample_labels(unit_logits, generator)
 
     with frozen(model), torch.set_grad_enabled(gather.gradients):
         scaled = gather.gradients and task.precision == "float16"
-        scale = _loss_scale(model, task, parts[0], layers) if scaled else 1.0
+        scale = team().from_first(_loss_scale(model, task, first, layers) if scaled else 1.0)
 
         def tally_of(names: Iterable[str]) -> Tally:
             sums = partial(ClusterSums if gather.sampling else PlainSums, gather.keep_on)
@@ -123,12 +129,12 @@ def calibrate(
 
         labels = labels_of if gather.gradients else None
         checkpoints = None if gather.save_to is None else Checkpoints(gather.save_to, parts)
-        chain = _chain(model, task, parts[0], layers)
+        chain = _chain(model, task, first, layers)
         if chain is None:
-            moments = _whole_passes(model, task, parts, layers, tally_of(layers), labels, progress)
+            moments = _whole_passes(model, task, share, layers, tally_of(layers), labels, progress)
         else:
             spool = Spool(folder=gather.scratch)
-            moments = BlockCalibration(chain, parts, layers, tally_of, labels, spool, checkpoints).parts(progress)
+            moments = BlockCalibration(chain, share, layers, tally_of, labels, spool, checkpoints).parts(progress)
         statistics = _collected(moments, list(layers), gather, checkpoints)
     silent = [name for name in layers if name not in statistics.gradients]
     if gather.gradients and silent:
@@ -141,17 +147,25 @@ def calibrate(
 def _whole_passes(
     model: nn.Module,
     task: Task,
-    batches: Sequence[Batch],
+    batches: Mapping[int, Batch],
     layers: Mapping[str, nn.Module],
     tally: Tally,
     labels_of: LabelsOf | None,
     progress: Progress,
 ) -> Iterator[Statistics]:
     """Run the whole model forward and backward on each batch, and yield the moments of all layers."""
+
+    def watch_first(trial: Tally) -> None:
+        for batch in batches.values():
+            if not trial.has_shift:
+                trial.watch(model, task, batch, layers, None)
+
+    tally.set_shift(team(), watch_first)
     with progress("calibrate", len(batches)) as advance:
-        for batch in batches:
-            tally.watch(model, task, batch, layers, labels_of)
+        for number, batch in batches.items():
+            tally.watch(model, task, batch, layers, None if labels_of is None else labels_of(number))
             advance()
+    tally.pool(team(), device_of(model))
     yield tally.result()
 
 

@@ -4,6 +4,8 @@ The sample goes forward through the blocks once, and what enters each block is p
 from the last block to the first, every block runs again under autograd from its stored input, and the gradient of its
 output is taken from the block behind it. This is checkpointing (arXiv 1604.06174) with the loop over blocks outside and
 the loop over batches inside.
+
+Processes that work together take a share of the batches each. When a block is done, its sums are added up over them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +22,14 @@ from prehab_export.compression.moments import Statistics
 from prehab_export.compression.spool import Spool, Spooled
 from prehab_export.compression.tally import LabelsOf, Tally
 from prehab_export.inputs import Batch, device_of
-from prehab_export.system import Advance, Progress
+from prehab_export.system import Advance, Progress, team
 
 
 @dataclass(frozen=True)
 class BlockCalibration:
     """What the passes over the blocks of one sample share.
 
+    batches: this process's share of the sample, by the number of the batch in the whole sample.
     layers: the selected layers, by name.
     tally_of: creates an empty tally for these layers.
     labels_of: labels of the units, for gradients; None to gather none.
@@ -35,7 +38,7 @@ class BlockCalibration:
     """
 
     chain: Chain
-    batches: Sequence[Batch]
+    batches: Mapping[int, Batch]
     layers: Mapping[str, nn.Module]
     tally_of: Callable[[Sequence[str]], Tally]
     labels_of: LabelsOf | None
@@ -49,7 +52,7 @@ class BlockCalibration:
         passes = 1 if self.labels_of is None else 2
         steps = len(self.batches) * (1 + passes * len(self.chain.blocks))
         with torch.no_grad(), progress("calibrate", steps) as advance:
-            for batch in self.batches:
+            for batch in self.batches.values():
                 recording = self.chain.record(batch)
                 path.enter(batch, recording.entered[0], recording.calls, recording.numbers)
             yield from self._forward_parts(path, advance) if passes == 1 else self._backward_parts(path, advance)
@@ -61,22 +64,25 @@ class BlockCalibration:
         for index, block in enumerate(self.chain.blocks):
             is_done = saved is not None and index < saved.parts
             tally = self.tally_of(block.layers)
-            for number, batch in enumerate(self.batches):
+            if not is_done:
+                self._set_shift(tally, path, block.name)
+            for number, batch in enumerate(self.batches.values()):
                 if not is_done:
                     path.advance(block.name, number, self._watching(tally, batch))
                 advance()
             if not is_done:
-                yield tally.result()
+                yield self._result(tally)
                 if self.checkpoints is not None:
                     self.checkpoints.save(index + 1, path.saved)
         behind = self._behind()
-        for number, batch in enumerate(self.batches):
+        self._set_shift(behind, path)
+        for number, batch in enumerate(self.batches.values()):
             if behind.groups:
                 with self._watching(behind, batch)(None):
                     self.chain.logits(batch, path.states[number].load())
             behind.units += len(self.chain.task.unit_labels(batch))
             advance()
-        yield behind.result()
+        yield self._result(behind)
 
     def _backward_parts(self, path: BlockPath, advance: Advance) -> Iterator[Statistics]:
         saved, blocks = self._saved(), self.chain.blocks
@@ -93,11 +99,14 @@ class BlockCalibration:
                 advance()
         behind, gradients = self._behind(), []
         if saved is None:
-            for number, batch in enumerate(self.batches):
-                gradients.append(self.spool.keep(self._loss_gradient(behind, batch, path.states[number].load())))
+            self._set_shift(behind, path)
+            for number, (place, batch) in enumerate(self.batches.items()):
+                final = path.states[number].load()
+                gradients.append(self.spool.keep(self._loss_gradient(behind, place, batch, final)))
                 advance()
-            units = behind.units
-            yield behind.result()
+            moments = self._result(behind)
+            units = moments.units
+            yield moments
         else:
             units = saved.facts["units"]
             device = device_of(self.chain.model)
@@ -106,13 +115,13 @@ class BlockCalibration:
                 advance()
         for block in reversed(remaining):
             tally, path.states = self.tally_of(block.layers), entered.pop(block.name)
-            tally.units = units
-            for number, batch in enumerate(self.batches):
+            self._set_shift(tally, path, block.name)
+            for number, batch in enumerate(self.batches.values()):
                 gradient = gradients[number].load()
                 gradient = path.backward(block.name, number, gradient, self._watching(tally, batch))
                 gradients[number] = self.spool.keep(gradient)
                 advance()
-            yield tally.result()
+            yield self._result(tally, units)
             finished += 1
             if self.checkpoints is not None:
                 self.checkpoints.save(
@@ -125,22 +134,48 @@ class BlockCalibration:
     def _saved(self) -> Checkpoint | None:
         return None if self.checkpoints is None else self.checkpoints.found
 
+    def _set_shift(self, tally: Tally, path: BlockPath, block: str | None = None) -> None:
+        """Agree on the tally's shift with the other processes; without a block, for the layers behind the last one."""
+
+        def watch_first(trial: Tally) -> None:
+            for number, batch in enumerate(self.batches.values()):
+                if trial.has_shift:
+                    return
+                watching = self._watching(trial, batch, gradients=False)
+                if block is not None:
+                    path.probe(block, number, watching)
+                else:
+                    with watching(None):
+                        self.chain.logits(batch, path.states[number].load())
+
+        tally.set_shift(team(), watch_first)
+
+    def _result(self, tally: Tally, units: int | None = None) -> Statistics:
+        """Return the moments of all processes' batches; ``units`` in place of those that the tally counted."""
+        tally.pool(team(), device_of(self.chain.model))
+        tally.units = tally.units if units is None else units
+        return tally.result()
+
     def _behind(self) -> Tally:
         """Return an empty tally for the selected layers behind the last block."""
         in_blocks = {name for block in self.chain.blocks for name in block.layers}
         return self.tally_of([name for name in self.layers if name not in in_blocks])
 
-    def _watching(self, tally: Tally, batch: Batch) -> Watching:
+    def _watching(self, tally: Tally, batch: Batch, *, gradients: bool = True) -> Watching:
         """Let the tally watch its layers on this batch."""
         layers = {name: self.layers[name] for name in tally.groups}
-        return partial(tally.watching, self.chain.task, batch, layers, self.labels_of is not None)
+        return partial(tally.watching, self.chain.task, batch, layers, gradients and self.labels_of is not None)
 
-    def _loss_gradient(self, tally: Tally, batch: Batch, final: Tensor) -> Tensor:
+    def _loss_gradient(self, tally: Tally, place: int, batch: Batch, final: Tensor) -> Tensor:
         """Return the gradient of the summed loss at the hidden states after the last block, scaled by the tally.
 
         The logits are computed in pieces, since those of a whole batch may be larger than all else together.
+
+        Args:
+            place: the number of the batch in the whole sample.
         """
         assert self.labels_of is not None
+        labels = self.labels_of(place)
         task, gradient = self.chain.task, torch.zeros_like(final)
         # Rows that belong to two pieces would be counted twice.
         pieces = self.chain.pieces(batch, *final.shape[:2]) if not tally.groups else [(slice(None), batch)]
@@ -148,9 +183,7 @@ class BlockCalibration:
             leaf = final[:, positions].detach().clone().requires_grad_()
             with torch.enable_grad(), self._watching(tally, part)(None):
                 unit_logits = task.unit_logits(self.chain.logits(part, leaf), part)
-                loss = nn.functional.cross_entropy(
-                    unit_logits.float(), self.labels_of(unit_logits, part), reduction="sum"
-                )
+                loss = nn.functional.cross_entropy(unit_logits.float(), labels(unit_logits, part), reduction="sum")
                 (tally.loss_scale * loss).backward()
             tally.units += unit_logits.shape[0]
             if leaf.grad is not None:

@@ -3,6 +3,9 @@
 A walk writes its results part by part, one part for each block. What it needs besides these to begin with a later block
 are the states of the sample there. They are as large as what flows between two blocks, so they are saved only if a
 minute has passed since the last time: short walks never save them, long ones after every block.
+
+Processes that work together save the states of their shares of the sample, each in a file of its own. The same number
+of processes can go on from there; another number begins the walk anew.
 """
 
 import json
@@ -18,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prehab_export.inputs import Batch
+from prehab_export.system import team
 
 # Seconds between two checkpoints.
 INTERVAL = 60.0
-_FILE = "checkpoint.safetensors"
+_FILE = "checkpoint-{rank}-of-{size}.safetensors"
 _FACTS = "checkpoint"
 
 
@@ -42,8 +46,9 @@ class Checkpoint:
 class Checkpoints:
     """Saves the checkpoints of one walk, each in place of the last, in the folder of its results.
 
-    found: the checkpoint that a killed process left; None if there is none that can be read, or one of other batches.
-        All else about the work must be the same.
+    found: the checkpoint that a killed process left; None if there is none that can be read, or one of other batches,
+        or if processes that work together have not all come to the same point. All else about the work must be the
+        same.
 
     Args (when created):
         folder: the folder of the results.
@@ -51,9 +56,11 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, batches: Sequence[Batch]) -> None:
-        self.path = folder / _FILE
+        self.path = folder / _FILE.format(rank=team().rank, size=team().size)
         self._shapes = [list(next(iter(batch.values())).shape) for batch in batches]
-        self.found = self._load()
+        found = self._load()
+        parts = team().from_each(None if found is None else found.parts)
+        self.found = found if len(set(parts)) == 1 else None
         self._latest = time.monotonic()
 
     def _load(self) -> Checkpoint | None:
@@ -76,7 +83,7 @@ class Checkpoints:
             state: returns the states of the sample.
             facts: anything else to save, as JSON types.
         """
-        if time.monotonic() - self._latest < INTERVAL:
+        if not team().from_first(time.monotonic() - self._latest >= INTERVAL):
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
         save_beside(tensors, self.path, {_FACTS: json.dumps({"parts": parts, "shapes": self._shapes, **facts})})

@@ -1,10 +1,12 @@
 """Decomposes every layer once, for all ratios and allocations.
 
 Each layer is decomposed on its own and, if sharing is allowed, together with the layers that read the same input.
+Processes that work together share out the layers' spectra.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from prehab_export.linalg import (
     predicted_loss,
     tails,
 )
-from prehab_export.system import Progress, silent
+from prehab_export.system import Progress, silent, team
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,34 @@ def decompose_layers(
             "calibrate with gradients, or use --objective activation --allocation uniform"
         )
     single = {}
+    costs = [float(m) ** 3 + float(n) ** 3 for m, n in calibrated.shapes.values()]
+    owners = team().owners(costs) if keep is None else [team().rank] * len(layers)
     with progress("decompose", len(layers)) as advance:
-        for name in layers:
-            single[name] = _decompose_layer(calibrated, name, config, keep)
+        for name, owner in zip(layers, owners, strict=True):
+            if owner == team().rank:
+                single[name] = _decompose_layer(calibrated, name, config, keep)
             advance()
+    if keep is None:
+        single = _exchanged(calibrated, single, config)
     return with_groups(calibrated, single, config, keep)
+
+
+def _exchanged(calibrated: Calibrated, mine: dict[str, Decomposed], config: TruncateConfig) -> dict[str, Decomposed]:
+    """Return the decompositions of all layers, of which each process has some; factors are computed where needed."""
+    if team().size == 1:
+        return mine
+    spectra = {
+        name: (each.objective, each.values.cpu(), None if each.losses is None else each.losses.cpu())
+        for name, each in mine.items()
+    }
+    found = {name: spectrum for each in team().from_each(spectra) for name, spectrum in each.items()}
+    result = {}
+    for name, layer in calibrated.layers.items():
+        (objective, values, losses), device = found[name], dense_weight(layer).device
+        losses = None if losses is None else losses.to(device)
+        factors = partial(_factors_at, calibrated, name, config)
+        result[name] = Decomposed(objective, values.to(device), losses, factors)
+    return result
 
 
 def with_groups(
@@ -135,16 +160,8 @@ def sharing_candidates(calibrated: Calibrated, objectives: Mapping[str, str]) ->
 
 
 def _decompose_layer(calibrated: Calibrated, name: str, config: TruncateConfig, keep: Spool | None) -> Decomposed:
-    layer = calibrated.layer(name)
-    weight = dense_weight(layer)
-
-    def metric_of_layer() -> Metric:
-        return layer_metric(name, layer, calibrated.statistics, config.gradient_shrinkage, config.base_objective)
-
-    def factors(rank: int) -> tuple[Tensor, Tensor]:
-        return decompose(weight, *metric_of_layer().sides, rank).truncated(rank)
-
-    metric, max_rank = metric_of_layer(), break_even(*weight.shape)
+    weight = dense_weight(calibrated.layer(name))
+    metric, max_rank = _metric_of(calibrated, name, config), break_even(*weight.shape)
     full: Decomposition | None
     losses: Tensor | None
     if metric.objective != "fisher" and metric.gradient_moment is not None:
@@ -156,9 +173,19 @@ def _decompose_layer(calibrated: Calibrated, name: str, config: TruncateConfig, 
         values = tails(eigenvalues(weight, *metric.sides)) if full is None else full.objectives()
         losses = 0.5 * values if metric.objective == "fisher" else None  # this objective is twice the predicted loss
     if full is None or keep is None:
-        return Decomposed(metric.objective, values, losses, factors)
+        return Decomposed(metric.objective, values, losses, partial(_factors_at, calibrated, name, config))
     up, down = (keep.keep(_stored(factor)) for factor in full.truncated(max_rank))
     return Decomposed(metric.objective, values, losses, lambda rank: (up.load()[:, :rank], down.load()[:rank]))
+
+
+def _metric_of(calibrated: Calibrated, name: str, config: TruncateConfig) -> Metric:
+    layer, statistics = calibrated.layer(name), calibrated.statistics
+    return layer_metric(name, layer, statistics, config.gradient_shrinkage, config.base_objective)
+
+
+def _factors_at(calibrated: Calibrated, name: str, config: TruncateConfig, rank: int) -> tuple[Tensor, Tensor]:
+    sides = _metric_of(calibrated, name, config).sides
+    return decompose(dense_weight(calibrated.layer(name)), *sides, rank).truncated(rank)
 
 
 def _decompose_group(

@@ -57,7 +57,7 @@ from prehab_export.compression.training import divergence, sharing_copy
 from prehab_export.compression.truncation import LayerResult, Refit, Truncation, computed_dtype, stored_factors
 from prehab_export.inputs import Batch, Task, device_of, moved
 from prehab_export.linalg import Group, decompose, decompose_jointly, gram, objective_value, valid_rows
-from prehab_export.system import Advance, Progress, silent
+from prehab_export.system import Advance, Progress, Team, alone, silent, team
 
 # ε as a share of the mean diagonal of C'.
 RIDGE = 1e-2
@@ -93,6 +93,18 @@ class _Moments:
         self.outer += gram(student)
         self.student += student.sum(0)
         self.tokens += student.shape[0]
+
+    def pooled(self, team: Team) -> "_Moments":
+        """Return the sums over the tokens of all processes of a team."""
+        return _Moments(
+            team.total(self.outer),
+            team.total(self.student),
+            None if self.cross is None else team.total(self.cross),
+            None if self.dense is None else team.total(self.dense),
+            {name: team.total(target) for name, target in self.targets.items()},
+            {name: team.total(total) for name, total in self.totals.items()},
+            int(team.totals([self.tokens])[0]),
+        )
 
     def add_dense(self, dense: Tensor, student: Tensor) -> None:
         """Add rows of x (t×n) that belong to rows of x'."""
@@ -145,10 +157,11 @@ def truncate_along(
 
     Args:
         calibrated: the dense model, which does not change, and its moments.
-        batches: the calibration sample.
+        batches: the calibration sample. Processes that work together take a share of it each, and all return the same.
         plan: ranks and objectives of every layer.
         gradient_shrinkage: as in ``TruncateConfig``.
-        after_block: called when a block of the student has its factors, before the walk continues.
+        after_block: called when a block of the student has its factors, before the walk continues. It sees one
+            process's share of the sample, so it cannot be used by several.
         folders: where to put states that do not fit in memory, and the factors of each block when it is done.
 
     Returns:
@@ -162,7 +175,8 @@ def truncate_along(
         try:
             return _fit_blocks(fitter, sample, after_block, folders or Folders(), advance)
         except NotAChain as reason:
-            return _fit_by_whole_passes(fitter, sample, reason, after_block is not None, advance)
+            with alone():  # every process does the same
+                return _fit_by_whole_passes(fitter, sample, reason, after_block is not None, advance)
 
 
 def _fit_blocks(
@@ -373,8 +387,20 @@ def _gather(
     """Gather moments of the members' common input in both models, over all of their runs.
 
     Returns:
-        The moments; None if the two models may see different tokens, or run the members a different number of times.
+        The moments, over the shares of all processes that work together; None if the two models may see different
+        tokens, or run the members a different number of times.
     """
+    sums = _gather_share(observations, members)
+    if not all(team().from_each(sums is not None)):
+        return None
+    assert sums is not None
+    return sums if team().size == 1 else sums.pooled(team())
+
+
+def _gather_share(
+    observations: Iterable[tuple[list[LayerRun], list[LayerRun], Tensor | None, int]], members: Sequence[str]
+) -> _Moments | None:
+    """Gather moments as `_gather` does, over the observations of this process."""
     sums: _Moments | None = None
     for dense_runs, student_runs, mask, positions in observations:
         if not dense_runs or len(dense_runs) != len(student_runs):

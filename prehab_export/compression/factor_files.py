@@ -16,6 +16,7 @@ from torch import Tensor
 from converters.lowrank import Factors
 from prehab_export.compression.checkpoints import save_beside
 from prehab_export.compression.truncation import LayerResult, Refit
+from prehab_export.system import team
 
 _METADATA = "factors"
 
@@ -49,6 +50,8 @@ class FactorFiles:
     def write(self, number: int, block: FittedBlock) -> FittedBlock:
         """Write the block with this number, and return it with tensors that are mapped from the file.
 
+        Of processes that work together, the first one writes, and all read.
+
         Raises:
             OSError: the disk is full or cannot be written to.
         """
@@ -71,7 +74,9 @@ class FactorFiles:
             "unfitted": list(block.unfitted),
         }
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_beside(stored, self._path(number), {_METADATA: json.dumps(facts)})
+        if team().leads:
+            save_beside(stored, self._path(number), {_METADATA: json.dumps(facts)})
+        team().wait()
         return self.read(number)
 
     def read(self, number: int) -> FittedBlock:

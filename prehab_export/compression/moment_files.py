@@ -17,6 +17,7 @@ from converters.publishing import publish_text
 from prehab_export.compression.checkpoints import save_beside
 from prehab_export.compression.moments import InputMoment, Lookup, Statistics
 from prehab_export.linalg import Sampling
+from prehab_export.system import team
 
 # Names the files of the parts. Without it a folder holds nothing that can be read.
 INDEX = "index.json"
@@ -27,7 +28,7 @@ _METADATA = "statistics"
 class MomentWriter:
     """Writes moments to a folder, one part of the model after the other.
 
-    The folder can be read only after `finish`.
+    The folder can be read only after `finish`. Of processes that work together the first one writes, and all read.
 
     files: names of the files of the parts that are complete.
     """
@@ -57,8 +58,10 @@ class MomentWriter:
             "gradient_sampling": {name: asdict(sampling) for name, sampling in part.gradient_sampling.items()},
         }
         name = _part_name(len(self.files))
-        stored = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        save_beside(stored, self.folder / name, {_METADATA: json.dumps(facts)})
+        if team().leads:
+            stored = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+            save_beside(stored, self.folder / name, {_METADATA: json.dumps(facts)})
+        team().wait()
         self.files.append(name)
         return _read_part(self.folder / name, torch.device("cpu"))
 
@@ -70,9 +73,11 @@ class MomentWriter:
             labels: where the labels for the gradients came from.
         """
         index = {"files": self.files, "layers": list(layers), "labels": labels}
-        for unused in set(self.folder.glob(_part_name("*"))) - {self.folder / name for name in self.files}:
-            unused.unlink()
-        publish_text(self.folder / INDEX, json.dumps(index, indent=1) + "\n")
+        if team().leads:
+            for unused in set(self.folder.glob(_part_name("*"))) - {self.folder / name for name in self.files}:
+                unused.unlink()
+            publish_text(self.folder / INDEX, json.dumps(index, indent=1) + "\n")
+        team().wait()
 
 
 def _part_name(number: int | str) -> str:

@@ -22,7 +22,7 @@ from prehab_export.compression.training import sharing_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config import TruncateConfig
 from prehab_export.inputs import Samples, divergences, torch_predictor
-from prehab_export.system import Progress, silent
+from prehab_export.system import Progress, silent, team
 
 # A kind switches if it gains more than this many standard errors of the paired difference.
 CONFIDENCE = 2.0
@@ -89,7 +89,7 @@ def choose_objectives(
         for kind, names in kinds.items():
             difference = divergence_with(names) - base
             change, error = float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
-            objective = "activation" if change < -CONFIDENCE * error else "fisher"
+            objective = team().from_first("activation" if change < -CONFIDENCE * error else "fisher")
             if objective == "activation":
                 chosen |= {name: activation.layers[name] for name in names}
             trials.append(KindTrial(kind, len(names), change, error, objective))

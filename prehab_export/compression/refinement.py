@@ -24,7 +24,7 @@ from prehab_export.compression.recording import hidden_of
 from prehab_export.compression.training import Row, Trainable, divergence, optimise, train
 from prehab_export.config import RefineConfig
 from prehab_export.inputs import Batch, Samples
-from prehab_export.system import Progress, named, silent
+from prehab_export.system import Progress, named, silent, team
 
 
 def block_refiner(config: RefineConfig, statistics: Statistics, *, seed: int = 0) -> Callable[[BlockWalk, Block], None]:
@@ -106,11 +106,15 @@ def refine(
 
 
 def relative_error(output: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """Return ‖output − target‖² / ‖target − its mean‖² over real tokens, as a scalar tensor."""
+    """Return ‖output − target‖² / ‖target − its mean‖² over real tokens, as a scalar tensor.
+
+    Of processes that work together, each gets its share of that over the tokens of all.
+    """
     if mask is not None and mask.shape == target.shape[:-1]:
         output, target = output[mask], target[mask]
     output, target = output.float().flatten(0, -2), target.float().flatten(0, -2)
-    return (output - target).square().sum() / (target - target.mean(0)).square().sum().clamp_min(1e-12)
+    mean = team().total(target.sum(0)) / team().totals([len(target)])[0]
+    return (output - target).square().sum() / team().total((target - mean).square().sum()).clamp_min(1e-12)
 
 
 class _Outputs:

@@ -1,9 +1,10 @@
 """Regularises training with rank surrogates of all weights that truncation would cut.
 
-The regulariser decides which surrogate is evaluated in which step, with which weight and in which metric.
+The regulariser decides which surrogate is evaluated in which step, with which weight and in which metric. Of processes
+that work together, each evaluates a share of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from prehab_export.linalg import (
     stable_rank,
     tails,
 )
+from prehab_export.system import team
 
 # Least layer weight, as a share of the layer's Fisher energy, if the predicted loss is lower.
 LEAST_LOSS = 1e-9
@@ -129,10 +131,11 @@ class Regulariser:
 
         The units whose turn it is are evaluated; the others use the gradient of their last turn.
         """
-        for unit in self._due(step):
+        due = self._due(step)
+        for unit, gradient in zip(
+            due, self._evaluated(due, lambda term, weight: term.surrogate.evaluate(weight)), strict=True
+        ):
             term = self.terms[unit]
-            value, gradient = term.surrogate.evaluate(self._stacked(unit))
-            term.latest = float(value)
             term.gradient = (term.weight / term.start / len(self.terms) * gradient).contiguous()
         for unit, term in self.terms.items():
             if term.gradient is not None:
@@ -148,13 +151,39 @@ class Regulariser:
         Args:
             rate: λ times the learning rate.
         """
-        for unit in self._due(step):
-            term = self.terms[unit]
+
+        def shrink(term: Term, weight: Tensor) -> tuple[Tensor, Tensor]:
             assert isinstance(term.surrogate, Tail | Nuclear)  # the configuration allows only these
-            value, shrunk = term.surrogate.shrink(self._stacked(unit), rate * self.config.every * term.weight)
-            term.latest = float(value)
+            return term.surrogate.shrink(weight, rate * self.config.every * term.weight)
+
+        due = self._due(step)
+        for unit, shrunk in zip(due, self._evaluated(due, shrink), strict=True):
             for name, part in self._parts(unit, shrunk):
                 dense_weight(self.calibrated.layer(name)).copy_(part)
+
+    def _evaluated(self, units: list[Unit], evaluate: Callable[[Term, Tensor], tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Evaluate the surrogates of these units, each in one process, and return a matrix for each of them (m×n).
+
+        Args:
+            evaluate: (term, stacked weight) → the value of its surrogate, and the matrix.
+        """
+        # Random surrogates are cheap, and draw the same numbers in every process if each of them evaluates all.
+        random = self.config.surrogate == "stochastic-stable-rank"
+        mine = set(range(len(units)) if random else team().share_of(len(units)))
+        values, matrices = [0.0] * len(units), []
+        for number, unit in enumerate(units):
+            weight = self._stacked(unit)
+            matrix = torch.empty_like(weight)
+            if number in mine:
+                value, result = evaluate(self.terms[unit], weight)
+                values[number], matrix = float(value), result.to(weight.dtype).contiguous()
+            matrices.append(matrix)
+        if not random:
+            team().exchange(matrices)
+            values = team().totals(values)
+        for unit, latest in zip(units, values, strict=True):
+            self.terms[unit].latest = latest
+        return matrices
 
     def _due(self, step: int) -> list[Unit]:
         units = list(self.terms)

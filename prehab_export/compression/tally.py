@@ -1,6 +1,6 @@
 """Running sums of outer products, gathered by hooks while a model runs forward and backward."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -13,10 +13,13 @@ from prehab_export.compression.input_groups import RowOrders
 from prehab_export.compression.moments import InputMoment, Statistics
 from prehab_export.compression.token_rows import token_rows
 from prehab_export.inputs import Batch, Task, full_precision, sample_count
-from prehab_export.linalg import ClusterSums, PlainSums, real
+from prehab_export.linalg import ClusterSums, PlainSums, Sampling, real
+from prehab_export.system import Team
 
-# (logits of the units, batch) → a label for each unit.
-LabelsOf = Callable[[Tensor, Batch], Tensor]
+# (logits of the units, batch or a piece of it) → a label for each unit.
+Labels = Callable[[Tensor, Batch], Tensor]
+# Number of a batch in the whole sample → its labels; the same whatever has been drawn for other batches.
+LabelsOf = Callable[[int], Labels]
 
 Sums = ClusterSums | PlainSums
 
@@ -40,25 +43,26 @@ class Tally:
         self.loss_scale = loss_scale
         self.units = 0
         # Inputs are summed relative to the mean of the first batch: large means cancel before they are squared, and
-        # the sampling error is that of the centred moment.
+        # the sampling error is that of the centred moment. All processes of a team need the same shift (`set_shift`).
         self.shift: dict[str, Tensor] = {}
+        self.shift_is_set = False
         self.total: dict[str, Tensor] = {}
         # A group whose first layer is elsewhere is gathered there.
         self.inputs = {name: sums() for name, group in groups.items() if name == group}
         self.gradients: dict[str, Sums] = {}
 
     def watch(
-        self, model: nn.Module, task: Task, batch: Batch, layers: Mapping[str, nn.Module], labels_of: LabelsOf | None
+        self, model: nn.Module, task: Task, batch: Batch, layers: Mapping[str, nn.Module], labels: Labels | None
     ) -> None:
-        """Add one batch: run a forward pass and, if ``labels_of`` is given, a backward pass of the loss."""
+        """Add one batch: run a forward pass and, if ``labels`` is given, a backward pass of the loss."""
         mask = task.token_mask(batch)
         rows = token_rows(batch, mask) if self.tracks_rows and mask is not None else None
-        with self.watching(task, batch, layers, labels_of is not None, rows):
+        with self.watching(task, batch, layers, labels is not None, rows):
             with rows or nullcontext():
                 logits = task.logits(model, batch)
             unit_logits = task.unit_logits(logits, batch)
-            if labels_of is not None:
-                targets = labels_of(unit_logits, batch)
+            if labels is not None:
+                targets = labels(unit_logits, batch)
                 # The sum, not the mean, so that every unit keeps the gradient of its own loss.
                 loss = nn.functional.cross_entropy(unit_logits.float(), targets, reduction="sum")
                 (self.loss_scale * loss).backward()
@@ -114,10 +118,12 @@ class Tally:
                 if not bool(valid.any()):
                     return
                 if name not in self.shift:
-                    self.shift[name] = real(values, valid).mean(0)
-                    self.total[name] = torch.zeros_like(self.shift[name])
+                    mean = real(values, valid).mean(0)
+                    self.shift[name] = torch.zeros_like(mean) if self.shift_is_set else mean
+                self.shift[name] = self.shift[name].to(values.device)
                 values = values - self.shift[name]
-                self.total[name] += real(values, valid).sum(0)
+                total = real(values, valid).sum(0, dtype=torch.float64)
+                self.total[name] = self.total[name] + total if name in self.total else total
                 self.inputs[name].add(values, valid, valid.sum(1))
 
         return hook
@@ -145,16 +151,64 @@ class Tally:
 
         return hook
 
+    def set_shift(self, team: Team, watch_first: Callable[["Tally"], None]) -> None:
+        """Sum inputs relative to the same shift in all processes of a team: the mean of the first one's first batch.
+
+        An input that no batch of the first process reaches is summed as it is.
+
+        Args:
+            watch_first: lets an empty tally watch the batches of this process until all inputs have a shift.
+        """
+        if team.size == 1:
+            return
+        trial = Tally(self.groups, self.orders, PlainSums, self.loss_scale)
+        if team.leads:
+            watch_first(trial)
+        self.shift, self.shift_is_set = team.from_first({name: mean.cpu() for name, mean in trial.shift.items()}), True
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether every input has been reached."""
+        return self.shift.keys() == self.inputs.keys()
+
+    def pool(self, team: Team, device: torch.device) -> None:
+        """Replace all sums by their totals over the processes of a team, each of which has added other batches.
+
+        Args:
+            device: the device of the model.
+        """
+        if team.size == 1:
+            return
+        mine = [{name: sums.outer.shape[0] for name, sums in held.items()} for held in (self.inputs, self.gradients)]
+        inputs, gradients = (_largest(widths) for widths in zip(*team.from_each(mine), strict=True))
+        for group, sums in self.inputs.items():
+            if inputs[group]:
+                sums.pool(team.total, inputs[group], device)
+                nothing = torch.zeros(inputs[group], dtype=torch.float64, device=device)
+                self.shift.setdefault(group, nothing.float())
+                self.total[group] = team.total(self.total.get(group, nothing))
+        for name in self.groups:
+            if name in gradients:
+                self.gradients.setdefault(name, self.sums()).pool(team.total, gradients[name], device)
+        self.units = int(team.totals([self.units])[0])
+
     def _input_moment(self, group: str) -> InputMoment:
-        sums = self.inputs[group]
-        shift, offset = (values.to(sums.outer.device) for values in (self.shift[group], self.total[group] / sums.rows))
+        sums = self.inputs.pop(group)
+        shift, offset = (
+            values.to(sums.outer.device, torch.float64) for values in (self.shift[group], self.total[group])
+        )
+        offset = offset / sums.rows
+        sampling, second = sums.sampling(), sums.outer.div_(sums.rows)
         # offset shiftᵀ + shift offsetᵀ + shift shiftᵀ, as two updates in place
-        second = sums.outer / sums.rows
         second.addr_(offset + shift, shift).addr_(shift, offset)
-        return InputMoment(second, shift + offset, sums.rows, sums.sampling())
+        return InputMoment(second.float(), (shift + offset).float(), sums.rows, sampling)
+
+    def _gradient_moment(self, name: str) -> tuple[Tensor, Sampling]:
+        sums = self.gradients.pop(name)
+        return (sums.outer / self.units).float(), sums.sampling()
 
     def result(self) -> Statistics:
-        """Return the moments of everything added so far.
+        """Return the moments of everything added, in float32. The sums, which are larger, are freed one by one.
 
         Raises:
             InputError: no token reached a layer.
@@ -162,13 +216,24 @@ class Tally:
         empty = [group for group, sums in self.inputs.items() if not sums.rows]
         if empty:
             raise InputError(f"no token of this data reaches {empty[0]}; exclude it with --exclude {empty[0]!r}")
+        inputs = {group: self._input_moment(group) for group in list(self.inputs)}
+        gradients = {name: self._gradient_moment(name) for name in list(self.gradients)}
         return Statistics(
-            {group: self._input_moment(group) for group in self.inputs},
+            inputs,
             dict(self.groups),
-            {name: sums.outer / self.units for name, sums in self.gradients.items()},
+            {name: moment for name, (moment, _) in gradients.items()},
             self.units,
-            {name: sums.sampling() for name, sums in self.gradients.items()},
+            {name: sampling for name, (_, sampling) in gradients.items()},
         )
+
+
+def _largest(widths: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Return the largest width of each input or output over processes, of which some have not been reached by it."""
+    result: dict[str, int] = {}
+    for each in widths:
+        for name, width in each.items():
+            result[name] = max(width, result.get(name, 0))
+    return result
 
 
 def gradient_hook(action: Callable[[Tensor], None]) -> Callable:

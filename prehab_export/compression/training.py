@@ -2,25 +2,31 @@
 
 It is made for short runs: AdamW, a linear warm-up and a cosine decay to zero, and optional distillation from a frozen
 teacher. Dropout is off: a few hundred steps do not overfit without it, and teacher and statistics see the same network.
+
+Processes that work together share out the parameters (see ``sharding``) and every batch, and take the steps that one
+process would take. A loss is therefore this process's share of the loss of the whole batch: a sum over its own units,
+divided by the number of units of all.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import cos, pi
+from math import cos, isfinite, pi
 
 import torch
 from torch import Tensor, nn
 
+from converters.errors import InputError
+from prehab_export.compression.sharding import ShardedCopy
 from prehab_export.config import Schedule
 from prehab_export.inputs import Batch, Samples, Task, device_of, gradient_scaler, moved
 from prehab_export.linalg import Bases, EigenbasisAdamW
-from prehab_export.system import Advance, Progress, silent
+from prehab_export.system import Advance, Progress, silent, team
 
 # The figures of one step.
 Row = dict[str, float]
-# (model, batch) → the loss to minimise, and figures for the history.
+# (model, share of a batch) → the share of the loss to minimise, and of the figures for the history.
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, Row]]
 # (step) → figures for the history. Called between backward pass and optimiser step; it may add to .grad.
 AfterBackward = Callable[[int], Row]
@@ -56,19 +62,53 @@ def train(
     """Train in place, on batches drawn from the samples; return one row of figures per step.
 
     Raises:
+        InputError: a batch has fewer samples than there are processes.
         FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
     """
     model = trainable.model
     batches, device = shuffled_batches(samples, schedule.batch_size, seed), device_of(model)
+    if min(schedule.batch_size, len(samples)) < team().size:
+        raise InputError(
+            f"batches of {min(schedule.batch_size, len(samples))} samples cannot be shared out over {team().size} "
+            "processes; train with larger batches, or start fewer processes"
+        )
     model.eval()
     with only_trainable(model, trainable.parameters), progress("train", schedule.steps) as advance:
-        return optimise(
-            trainable,
+        worked_on, in_step = trainable, after_backward
+        if team().size > 1:
+            sharded = ShardedCopy(model, trainable.parameters, team(), _kept_from_passes(model))
+            worked_on = _standing_in(trainable, sharded)
+            in_step = None if after_backward is None else _on_the_model_itself(after_backward, sharded)
+        history = optimise(
+            worked_on,
             schedule,
-            lambda _step: loss(model, moved(next(batches), device)),
-            after_backward=after_backward,
+            lambda _step: loss(worked_on.model, moved(_share(next(batches)), device)),
+            after_backward=in_step,
             advance=advance,
         )
+        if team().size > 1:
+            sharded.write_back()
+        return history
+
+
+def _standing_in(trainable: Trainable, sharded: ShardedCopy) -> Trainable:
+    """Return the same work on a copy whose parameters are shared out over processes."""
+    pairs = zip(trainable.parameters, sharded.parameters, strict=True)
+    bases: Bases = {part: trainable.bases[whole] for whole, part in pairs if whole in trainable.bases}
+    return Trainable(sharded.model, sharded.parameters, bases, trainable.precision)
+
+
+def _on_the_model_itself(after_backward: AfterBackward, sharded: ShardedCopy) -> AfterBackward:
+    """Return the same function for training a copy: it sees the model itself with the weights of the copy, which
+    takes over the weights and gradients that it leaves."""
+
+    def in_step(step: int) -> Row:
+        sharded.write_back()
+        row = after_backward(step)
+        sharded.take_over()
+        return row
+
+    return in_step
 
 
 def optimise(
@@ -85,7 +125,7 @@ def optimise(
     ``after_backward``. A step whose gradients overflow is skipped.
 
     Args:
-        loss_at: step → the loss, and figures for the step's row.
+        loss_at: step → this process's share of the loss, and of the figures for the step's row.
 
     Raises:
         FloatingPointError: the loss is NaN or Inf, or float16 cannot hold its gradients.
@@ -100,13 +140,14 @@ def optimise(
         optimizer.zero_grad(set_to_none=True)
         row: Row = {"step": step, "learning_rate": float(rate.get_last_lr()[0])}
         loss, figures = loss_at(step)
-        if not torch.isfinite(loss):
+        value, *parts = team().totals([loss.item(), *figures.values()])
+        if not isfinite(value):
             advice = "lower the learning rate" + (", or use --precision bfloat16" if scaler.is_enabled() else "")
-            raise FloatingPointError(f"the loss is {loss.item()} at step {step}; {advice}")
+            raise FloatingPointError(f"the loss is {value} at step {step}; {advice}")
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(parameters, schedule.clip)
-        row |= figures | (after_backward(step) if after_backward else {})
+        row |= dict(zip(figures, parts, strict=True)) | (after_backward(step) if after_backward else {})
         if _step(scaler, optimizer, step):
             rate.step()
         history.append(row)
@@ -114,6 +155,11 @@ def optimise(
             advance(1, note=", ".join(f"{name} {row[key]:.4f}" for key, name in NOTED.items() if key in row))
     optimizer.zero_grad(set_to_none=True)
     return history
+
+
+def _share(batch: Batch) -> Batch:
+    """Return this process's share of a batch."""
+    return {name: value[team().rank :: team().size] for name, value in batch.items()}
 
 
 def _step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, step: int) -> bool:
@@ -171,11 +217,14 @@ def _kept_from_passes(model: nn.Module) -> dict[int, object]:
 
 
 def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float = 0.0) -> Loss:
-    """Return the loss (1 − distill)·cross-entropy + distill·KL(teacher ‖ model), averaged over units, in nats."""
+    """Return the loss (1 − distill)·cross-entropy + distill·KL(teacher ‖ model), averaged over units, in nats.
+
+    Of processes that work together, each gets its share of the average over the units of all.
+    """
 
     def loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Row]:
         logits = task.unit_logits(task.logits(model, batch), batch).float()
-        value = nn.functional.cross_entropy(logits, task.unit_labels(batch))
+        value = nn.functional.cross_entropy(logits, task.unit_labels(batch), reduction="sum") / units_of_all(logits)
         figures = {"task_loss": value.item()}
         if teacher is not None and distill > 0:
             with torch.no_grad():
@@ -189,10 +238,19 @@ def labelled_loss(task: Task, teacher: nn.Module | None = None, distill: float =
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Return KL(target ‖ logits) averaged over units, in nats; both arguments are logits (U, K)."""
-    return nn.functional.kl_div(
-        logits.float().log_softmax(-1), target.float().log_softmax(-1), reduction="batchmean", log_target=True
+    """Return KL(target ‖ logits) averaged over units, in nats; both arguments are logits (U, K).
+
+    Of processes that work together, each gets its share of the average over the units of all.
+    """
+    total = nn.functional.kl_div(
+        logits.float().log_softmax(-1), target.float().log_softmax(-1), reduction="sum", log_target=True
     )
+    return total / units_of_all(logits)
+
+
+def units_of_all(logits: Tensor) -> float:
+    """Return the number of units (U) of these logits (U, K) and of those of the other processes at work."""
+    return team().totals([len(logits)])[0]
 
 
 def one_cycle(step: int, schedule: Schedule) -> float:

@@ -19,19 +19,25 @@ from torch import Tensor, nn
 from converters.dtypes import DTYPES
 from converters.errors import InputError
 from prehab_export.config import check_device_name
+from prehab_export.system import everyone, local_rank
 
 
 def choose_device(name: str, precision: str = "float32") -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the first CUDA device, else the CPU.
 
+    Of several processes on a machine, each has the CUDA device of its own number.
+
     Raises:
-        InputError: the name is unknown, there is no such device, or its hardware does not support this precision.
+        InputError: the name is unknown, there is no such device, its hardware does not support this precision, or
+            several processes were started for one device.
     """
     check_device_name(name)
+    if ":" in name and everyone().size > 1:
+        raise InputError(f"--device {name} is one device, but there are several processes; use --device cuda, or auto")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not count):
         return torch.device("cpu")
-    index = int(name.partition(":")[2] or 0)
+    index = int(name.partition(":")[2] or local_rank())
     if index >= count:
         available = f"CUDA devices here: {count}, numbered from 0" if count else "PyTorch finds no CUDA device here"
         raise InputError(f"--device {name}: {available}; use --device cpu, or auto")

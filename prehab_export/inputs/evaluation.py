@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from converters.number_formats import ARRAY_FORMATS
 from prehab_export.inputs.batch_splitting import micro_batches
 from prehab_export.inputs.devices import device_of, moved
 from prehab_export.inputs.tasks import Batch, Task, sample_count
-from prehab_export.system import Progress, silent
+from prehab_export.system import Progress, silent, team
 
 if TYPE_CHECKING:  # evaluating a torch model must not import onnxruntime
     from onnxruntime import InferenceSession
@@ -51,6 +52,8 @@ def evaluate(
 ) -> Metrics:
     """Return the mean loss and the metric of ``predict`` (batch → logits) over the batches.
 
+    Processes that work together evaluate a share of the batches each, and all return the same metrics.
+
     Raises:
         InputError: the batches contain no unit of loss.
         FloatingPointError: a loss is NaN or Inf; the message gives the sample's number.
@@ -58,7 +61,7 @@ def evaluate(
     loss, correct, units, samples = 0.0, 0, 0, 0
     steps = len(batches) if isinstance(batches, Sized) else 0
     with progress("evaluate", steps) as advance:
-        for batch in batches:
+        for batch in islice(batches, team().rank, None, team().size):
             # The logits of a large vocabulary are the largest tensor here: they are computed for a few windows at a
             # time, and never copied whole.
             for part in micro_batches([batch], _POSITIONS) if task.metric == "perplexity" else [batch]:
@@ -79,6 +82,8 @@ def evaluate(
                         correct += int((predictions == task.unit_labels(sample)).sum())
                 samples += sample_count(part)
             advance()
+    loss, *counts = team().totals([loss, correct, units, samples])
+    correct, units, samples = map(int, counts)
     if not units:
         raise InputError("nothing to evaluate: the data has no sample with a label, or no window of two tokens")
     mean = loss / units

@@ -29,6 +29,8 @@ from prehab_export.linalg.shrinkage import ClusterSums as ClusterSums
 from prehab_export.linalg.shrinkage import PlainSums as PlainSums
 from prehab_export.linalg.shrinkage import Sampling as Sampling
 from prehab_export.linalg.shrinkage import shrunk as shrunk
+from prehab_export.linalg.slices import gathered as gathered
+from prehab_export.linalg.slices import sliced as sliced
 from prehab_export.linalg.surrogates import Frame as Frame
 from prehab_export.linalg.surrogates import Nuclear as Nuclear
 from prehab_export.linalg.surrogates import Spectral as Spectral

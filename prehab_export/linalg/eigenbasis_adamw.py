@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prehab_export.linalg.slices import gathered, sliced
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -44,7 +46,10 @@ class EigenbasisAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Turn parameters and gradients into their bases, take AdamW's step, and turn the parameters back."""
+        """Turn parameters and gradients into their bases, take AdamW's step, and turn the parameters back.
+
+        A parameter that is shared out over processes is whole only while it is turned.
+        """
         in_bases = [
             (parameter, self.bases[parameter])
             for group in self.param_groups
@@ -52,9 +57,9 @@ class EigenbasisAdamW(torch.optim.AdamW):
             if parameter in self.bases and parameter.grad is not None
         ]
         for parameter, basis in in_bases:
-            parameter.copy_(basis.into(parameter))
-            parameter.grad = basis.into(parameter.grad)
+            parameter.copy_(sliced(basis.into(gathered(parameter)), parameter))
+            parameter.grad = sliced(basis.into(gathered(parameter.grad)), parameter)
         result = super().step(closure)
         for parameter, basis in in_bases:
-            parameter.copy_(basis.back(parameter))
+            parameter.copy_(sliced(basis.back(gathered(parameter)), parameter))
         return result

@@ -16,6 +16,7 @@ normal, independent rows. Multiplied out, the variance needs only ``Σ‖S_i‖�
 The *effective* number of tokens is the number of independent tokens with the same error (Kish's design effect).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan, nan
 
@@ -90,6 +91,9 @@ class ClusterSums:
     ``κ = ⟨ΣsSP, ΣSP⟩ / ‖ΣSP‖²``. The estimate is exact when all sizes are equal, and when one direction outweighs the
     rest.
 
+    The products of one batch are computed in the values' dtype, and summed over batches in float64: the order of the
+    batches, or their distribution over processes, then makes no difference in float32.
+
     Args:
         keep_on: the device of the n×n sum, by default that of the values; everything else stays with the values.
     """
@@ -98,7 +102,7 @@ class ClusterSums:
         self.keep_on = keep_on
         self.samples = self.rows = 0
         self.size = self.squared_size = self.squared_norms = self.fourth = 0.0
-        self.outer = self._weighted = torch.empty(0)
+        self.outer = self._weighted = torch.empty(0, dtype=torch.float64)
 
     def add(self, values: Tensor, mask: Tensor, sizes: Tensor) -> None:
         """Add B samples.
@@ -122,21 +126,33 @@ class ClusterSums:
                 outer += sample_outer
                 self.squared_norms += float(sample_outer.flatten().dot(sample_outer.flatten()))
         weighted = (flat * per_row).T @ (flat @ probes)
-        if self.outer.numel() == 0:
-            self.outer, self._weighted = outer.to(self.keep_on or x.device), weighted
-        else:
-            self.outer += outer.to(self.outer.device)
-            self._weighted += weighted
+        self.outer = _added(self.outer, outer, self.keep_on or x.device)
+        self._weighted = _added(self._weighted, weighted, x.device)
         self.fourth += float(flat.square().sum(1).double().square().sum())
         self.samples += int((sizes > 0).sum())
         self.rows += int(mask.sum())
         self.size += float(sizes.double().sum())
         self.squared_size += float(sizes.double().square().sum())
 
+    def pool(self, total: Callable[[Tensor], Tensor], features: int, device: torch.device) -> None:
+        """Replace every sum by its total over several processes, each of which has added other samples.
+
+        Args:
+            total: returns the total of a tensor over all processes.
+            features: n, for a process that has added none.
+            device: the device of the values, for the same case.
+        """
+        self.outer = total(_sized(self.outer, (features, features), self.keep_on or device))
+        self._weighted = total(_sized(self._weighted, _probes(features).shape, device))
+        figures = [self.samples, self.rows, self.size, self.squared_size, self.squared_norms, self.fourth]
+        samples, rows, *others = total(torch.tensor(figures, dtype=torch.float64)).tolist()
+        self.samples, self.rows = int(samples), int(rows)
+        self.size, self.squared_size, self.squared_norms, self.fourth = others
+
     def sampling(self) -> Sampling:
         """Return the sampling error of ``outer / size``. A single sample says nothing about the next one, so its
         tokens stand in for samples."""
-        total = self.outer.double()
+        total = self.outer
         energy = _energy(total)
         if energy == 0:
             return Sampling(self.samples, 0.0, 0.0)
@@ -156,19 +172,37 @@ class PlainSums:
     def __init__(self, keep_on: torch.device | None = None) -> None:
         self.keep_on = keep_on
         self.samples = self.rows = 0
-        self.outer = torch.empty(0)
+        self.outer = torch.empty(0, dtype=torch.float64)
 
     def add(self, values: Tensor, mask: Tensor, sizes: Tensor) -> None:
         """Add B samples, as `ClusterSums.add` does."""
         rows = real(values, mask)
-        outer = gram(rows)
-        self.outer = self.outer + outer.to(self.outer.device) if self.outer.numel() else outer.to(self.keep_on)
+        self.outer = _added(self.outer, gram(rows), self.keep_on or rows.device)
         self.samples += int((sizes > 0).sum())
         self.rows += len(rows)
+
+    def pool(self, total: Callable[[Tensor], Tensor], features: int, device: torch.device) -> None:
+        """Replace every sum by its total over several processes, as `ClusterSums.pool` does."""
+        self.outer = total(_sized(self.outer, (features, features), self.keep_on or device))
+        samples, rows = total(torch.tensor([self.samples, self.rows], dtype=torch.float64)).tolist()
+        self.samples, self.rows = int(samples), int(rows)
 
     def sampling(self) -> Sampling:
         """Return the number of samples with unknown errors."""
         return Sampling(self.samples, nan, nan)
+
+
+def _added(so_far: Tensor, values: Tensor, device: torch.device) -> Tensor:
+    """Add values to a float64 sum in place; an empty one begins on this device."""
+    if so_far.numel() == 0:
+        return values.to(device, torch.float64)
+    so_far += values.to(so_far.device)
+    return so_far
+
+
+def _sized(so_far: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return a sum, or zeros of this shape if nothing was added to it."""
+    return so_far if so_far.numel() else so_far.new_zeros(shape, device=device)
 
 
 def _energy(matrix: Tensor) -> float:

@@ -20,6 +20,8 @@ from prehab_export.pipeline.run_status import StageStatus as StageStatus
 from prehab_export.pipeline.run_status import UnusedResults as UnusedResults
 from prehab_export.pipeline.run_status import status as status
 from prehab_export.pipeline.running import run as run
+from prehab_export.pipeline.shared_stages import dismiss_processes as dismiss_processes
+from prehab_export.pipeline.shared_stages import follow_first_process as follow_first_process
 from prehab_export.pipeline.stages.dependencies import DEPENDENCIES as DEPENDENCIES
 from prehab_export.pipeline.staleness import StaleReasons as StaleReasons
 from prehab_export.pipeline.staleness import describe_difference as describe_difference

@@ -62,7 +62,8 @@ class Memory:
         activations = 4.0 * samples * (self.workload.activations / blocks + LOSS_COPIES * self.workload.outputs)
         width = max((layer.n for layer in self.workload.layers), default=0)
         states = 4.0 * self.config.calibrate.samples * rows * width * blocks
-        return self._moments / blocks + activations + min(states, SPOOL_LIMIT) + self._layer
+        # While they are summed, moments are float64.
+        return 2 * self._moments / blocks + activations + min(states, SPOOL_LIMIT) + self._layer
 
     def _activations(self, samples: int) -> float:
         return 4.0 * samples * (LIVE_SHARE * self.workload.activations + LOSS_COPIES * self.workload.outputs)

@@ -14,6 +14,7 @@ from prehab_export.config import RunConfig, plain_options, to_yaml
 from prehab_export.pipeline.checks import check, disk_estimate
 from prehab_export.pipeline.preflight import check_export
 from prehab_export.pipeline.session import Session, prepare_process
+from prehab_export.pipeline.shared_stages import do_stage
 from prehab_export.pipeline.stages.dependencies import enabled_parents
 from prehab_export.pipeline.stages.table import STAGES, Stage
 from prehab_export.pipeline.workspace import SOURCE, Workspace, stage_key, summaries
@@ -170,7 +171,7 @@ def _run_stage(session: Session, stage: Stage, key: str) -> None:
     torch.manual_seed(session.config.seed)
     options, origin = stage.options(session.config), _origin(session, stage)
     with session.workspace.publish(stage.name, key, options, origin) as folder:
-        stage.work(session, folder)
+        do_stage(session, stage, folder)
     say(f"  done in {time.monotonic() - start:.1f} s")
 
 

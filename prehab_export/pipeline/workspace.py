@@ -272,6 +272,10 @@ class Workspace:
         assert self._unfinished is not None, "no result is being written"
         return self._unfinished
 
+    def share_unfinished(self, folder: Path) -> None:
+        """Work on the parts of a result that another process is writing, which are in this folder."""
+        self._unfinished = folder
+
     @contextmanager
     def _keeping_unfinished(self, stage: str, key: str) -> Iterator[None]:
         self._unfinished = self.result(stage, key).with_name(UNFINISHED_RESULT + key[:KEY_DIGITS])

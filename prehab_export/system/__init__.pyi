@@ -13,6 +13,7 @@ from prehab_export.system.digests import sha256_of_text as sha256_of_text
 from prehab_export.system.digests import sha512_integrity as sha512_integrity
 from prehab_export.system.errors import BudgetError as BudgetError
 from prehab_export.system.errors import ParityError as ParityError
+from prehab_export.system.errors import ProcessError as ProcessError
 from prehab_export.system.errors import StorageError as StorageError
 from prehab_export.system.errors import TargetError as TargetError
 from prehab_export.system.errors import is_full as is_full
@@ -29,6 +30,16 @@ from prehab_export.system.files import write_json as write_json
 from prehab_export.system.machine import available_cores as available_cores
 from prehab_export.system.machine import machine_facts as machine_facts
 from prehab_export.system.machine import usable_cores as usable_cores
+from prehab_export.system.processes import Team as Team
+from prehab_export.system.processes import alone as alone
+from prehab_export.system.processes import everyone as everyone
+from prehab_export.system.processes import in_step as in_step
+from prehab_export.system.processes import join_processes as join_processes
+from prehab_export.system.processes import launched_processes as launched_processes
+from prehab_export.system.processes import leave_processes as leave_processes
+from prehab_export.system.processes import local_rank as local_rank
+from prehab_export.system.processes import team as team
+from prehab_export.system.processes import together as together
 from prehab_export.system.progress import Advance as Advance
 from prehab_export.system.progress import Progress as Progress
 from prehab_export.system.progress import named as named
@@ -36,6 +47,7 @@ from prehab_export.system.progress import silent as silent
 from prehab_export.system.progress import step as step
 from prehab_export.system.rendering import render as render
 from prehab_export.system.terminal import bar as bar
+from prehab_export.system.terminal import mute as mute
 from prehab_export.system.terminal import result_console as result_console
 from prehab_export.system.terminal import say as say
 from prehab_export.system.terminal import warn as warn

@@ -36,6 +36,12 @@ class StorageError(RuntimeError):
     exit_code = 6
 
 
+class ProcessError(RuntimeError):
+    """Another process that shares in the work has ended or cannot be reached; what was finished before is kept."""
+
+    exit_code = 7
+
+
 def out_of_space(error: BaseException, reasons: tuple[int, ...] = _OUT_OF_SPACE) -> str | None:
     """Return the file system's message if an error, or one of its causes, is that no more can be written; else None.
 

@@ -13,7 +13,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from prehab_export.system.progress import Advance
+from prehab_export.system.progress import Advance, silent
 
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -47,6 +47,11 @@ def result_console() -> Console:
     return _Literal() if Console().is_terminal else _Literal(width=160)
 
 
+def mute() -> None:
+    """Print no more messages, warnings and progress: of several processes only the first one does."""
+    console.quiet = True
+
+
 def say(text: str, style: str | None = None) -> None:
     """Print a line on stderr, literally; ``style`` is one of rich's: ``bold``, ``dim``, ``yellow``."""
     console.print(text, style=style)
@@ -61,6 +66,10 @@ def warn(text: str) -> None:
 def bar(what: str, steps: int) -> Iterator[Advance]:
     """Show progress to a person; a `Progress`."""
     what = printable(what)
+    if console.quiet:
+        with silent(what, steps) as advance:
+            yield advance
+        return
     if not console.is_terminal:
         with _lines(what, steps) as advance:
             yield advance

@@ -5,6 +5,7 @@ import warnings
 from math import ceil
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from converters.adapters import merge_dense_adapter
@@ -22,7 +23,7 @@ from prehab_export.compression import (
 )
 from prehab_export.inputs import Samples, check_runs, device_of, room_for
 from prehab_export.pipeline.session import STATISTICS, Session
-from prehab_export.system import bar, named, say, warn, write_json
+from prehab_export.system import bar, named, say, team, warn, write_json
 
 # Samples of the pilot, and how many more are used than it says are needed: it is small, so that it may be wrong.
 PILOT, MARGIN = 16, 1.25
@@ -45,6 +46,9 @@ def calibrate_dense(session: Session, folder: Path) -> None:
     samples = _enough_samples(session, model)
     # They are written block by block, so that a run that is killed goes on at the next.
     statistics = gather_statistics(session, model, samples, save_to=session.workspace.unfinished / STATISTICS)
+    team().wait()  # nobody reads them any more where they are
+    if not session.workspace.writable:
+        return
     warning_messages = doubts(statistics)
     for message in warning_messages:
         warn(message)
@@ -91,10 +95,12 @@ def gather_statistics(
     options = session.config
     layers = session.layers(model)
     shapes = ((w.shape[0], w.shape[1]) for w in map(dense_weight, layers.values()))
+    device = device_of(model)
+    room = room_for(moments_size(shapes, options.needs_gradients), device)
     gather = Gather(
         gradients=options.needs_gradients,
         labels=options.calibrate.labels,
-        keep_on=room_for(moments_size(shapes, options.needs_gradients), device_of(model)),
+        keep_on=device if all(team().from_each(room == device)) else torch.device("cpu"),
         scratch=session.workspace.root,
         save_to=save_to,
     )

@@ -21,13 +21,22 @@ from prehab_export.deployment import tensor_digests
 from prehab_export.pipeline.latency_budget import predicted_latency
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.export import DIGESTS
-from prehab_export.system import bar, say, warn, write_json
+from prehab_export.system import alone, bar, say, team, warn, write_json
 
 
 def compressed_loss(session: Session, calibrated: Calibrated) -> float:
-    """Return the held-out loss that the model has after compression; the model itself does not change."""
-    truncation = _compress_model(session, calibrated).truncation
-    return session.held_out_loss(truncation.apply(sharing_copy(calibrated.model)))
+    """Return the held-out loss that the model has after compression; the model itself does not change.
+
+    Of processes that work together, the first one compresses, and all get the loss.
+    """
+    loss = None
+    if team().leads:
+        with alone():
+            truncation = _compress_model(session, calibrated).truncation
+            loss = session.held_out_loss(truncation.apply(sharing_copy(calibrated.model)))
+    loss = team().from_first(loss)
+    assert loss is not None
+    return loss
 
 
 def _compress_model(session: Session, calibrated: Calibrated, save_to: Path | None = None) -> Compression:
@@ -51,6 +60,8 @@ def truncate_prepared(session: Session, folder: Path) -> None:
     selection = coverage(model, calibrated.layers)
     # The factors of each block are written when it is done, so that a run that is killed goes on at the next.
     compression = _compress_model(session, calibrated, session.workspace.unfinished / "factors")
+    if not session.workspace.writable:
+        return
     for warning in compression.warnings:
         warn(warning)
     latency = predicted_latency(session, compression.truncation)

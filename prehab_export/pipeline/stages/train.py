@@ -39,8 +39,11 @@ def prehab_dense(session: Session, folder: Path) -> None:
     loss_with = compressed_loss(session, prepared) if options.guard else None
     is_kept = loss_with is None or loss_without is None or loss_with < loss_without
     if is_kept:
-        save_folder(model.cpu(), folder / "model", session.fresh_processor())
         save_statistics(prepared.statistics, folder / STATISTICS)
+    if not session.workspace.writable:
+        return
+    if is_kept:
+        save_folder(model.cpu(), folder / "model", session.fresh_processor())
     losses = {"truncated_loss_without": loss_without, "truncated_loss_with": loss_with}
     facts = {"kept": is_kept, "strength": options.strength, "strength_trials": trials, **losses, "history": history}
     write_json(folder / "prehab.json", facts)
@@ -109,6 +112,8 @@ def refine_factors(session: Session, folder: Path) -> None:
         "held_out_loss_after": loss_after,
         "teacher": teacher_name,
     }
+    if not session.workspace.writable:
+        return
     write_json(folder / "refine.json", facts | {"samples": len(session.training), "history": history})
     save_factored(session, model if is_kept else truncated, folder)
 
@@ -130,5 +135,7 @@ def rehab_factors(session: Session, folder: Path) -> None:
         seed=session.config.seed,
         progress=bar,
     )
+    if not session.workspace.writable:
+        return
     write_json(folder / "rehab.json", asdict(result) | {"teacher": teacher_name})
     save_factored(session, model, folder)
