@@ -30,6 +30,7 @@ from prehab_export.inputs.models import task_of as task_of
 from prehab_export.inputs.smollm2 import make_smollm2 as make_smollm2
 from prehab_export.inputs.stored_weights import WeightFiles as WeightFiles
 from prehab_export.inputs.stored_weights import check_fit_in as check_fit_in
+from prehab_export.inputs.stored_weights import check_fit_model as check_fit_model
 from prehab_export.inputs.stored_weights import weight_files as weight_files
 from prehab_export.inputs.tasks import TASKS as TASKS
 from prehab_export.inputs.tasks import Batch as Batch
