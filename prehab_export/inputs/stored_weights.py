@@ -51,7 +51,8 @@ class WeightFiles:
     @property
     def main_half(self) -> torch.dtype | None:
         """The half precision that most weights have; None if they have another, or the rest is not float32."""
-        return DTYPES[self.dtype] if set(self.dtypes) - {"float32"} == {self.dtype} else None
+        others = set(self.dtypes) - {self.dtype}
+        return DTYPES[self.dtype] if self.dtype in ("bfloat16", "float16") and others <= {"float32"} else None
 
     @property
     def kept_dtype(self) -> str:
