@@ -12,6 +12,7 @@ from prehab_export.inputs.devices import moved as moved
 from prehab_export.inputs.devices import prepare_determinism as prepare_determinism
 from prehab_export.inputs.devices import room_for as room_for
 from prehab_export.inputs.evaluation import Metrics as Metrics
+from prehab_export.inputs.evaluation import Predict as Predict
 from prehab_export.inputs.evaluation import divergences as divergences
 from prehab_export.inputs.evaluation import evaluate as evaluate
 from prehab_export.inputs.evaluation import feeds_of as feeds_of

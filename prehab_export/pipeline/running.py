@@ -12,6 +12,7 @@ import torch
 from converters.publishing import publish_text
 from prehab_export.config import RunConfig, plain_options, to_yaml
 from prehab_export.pipeline.checks import check, disk_estimate
+from prehab_export.pipeline.estimating import check_memory, estimate_stages
 from prehab_export.pipeline.preflight import check_export
 from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.stages.dependencies import enabled_parents
@@ -111,7 +112,13 @@ def _checked_session(
         if any(stage in EXPORT_STAGES and not session.workspace.has(stage) for stage in stages):
             check_export(session)
         existing_bytes = sum(workspace.size(stage, key) for stage, key in workspace.current.items())
-        check_disk_space(output, disk_estimate(session) - existing_bytes)
+        disk_bytes = max(0, disk_estimate(session) - existing_bytes)
+        check_disk_space(output, disk_bytes)
+        if any(STAGES[name].is_enabled(config) and not workspace.has(name) for name in stages):
+            estimate = estimate_stages(session, stages)
+            say(estimate.sentence(disk_bytes))
+            check_memory(session, estimate)
+            session = session.within(estimate.limits)
         yield session
 
 

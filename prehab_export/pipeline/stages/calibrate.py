@@ -67,7 +67,7 @@ def _enough_samples(session: Session, model: PreTrainedModel) -> Samples:
     if not session.config.calibrate.enough or len(samples) <= 2 * PILOT:
         return samples
     batches = samples.first(PILOT).batches(session.config.data.batch_size)
-    gather = Gather(gradients=False, scratch=session.workspace.root)
+    gather = Gather(gradients=False, scratch=session.workspace.root, limits=session.memory)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
         pilot = calibrate(
@@ -96,6 +96,7 @@ def gather_statistics(
         labels=options.calibrate.labels,
         keep_on=room_for(moments_size(shapes, options.needs_gradients), device_of(model)),
         scratch=session.workspace.root,
+        limits=session.memory,
         save_to=save_to,
     )
     batches = samples.batches(options.data.batch_size)
