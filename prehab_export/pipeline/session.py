@@ -157,7 +157,7 @@ class Session:
     @cached_property
     def digests(self) -> DigestCache:
         """Hashes of the files that the run reads, cached from one command to the next."""
-        return DigestCache(self.workspace.root / READ_FILES)
+        return DigestCache(self.workspace.root / READ_FILES, bar)
 
     def _folder_hash(self, folder: Path) -> dict[str, str]:
         return {path.name: self.digests.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
