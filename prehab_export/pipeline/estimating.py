@@ -107,12 +107,15 @@ def _held(stage: StageForecast) -> int:
     return (stage.memory_bytes or 0) - (stage.mapped_bytes or 0)
 
 
-def estimate_stages(session: Session, names: Sequence[str], valid: Collection[str] = ()) -> Estimate:
+def estimate_stages(
+    session: Session, names: Sequence[str], valid: Collection[str] = (), redo: Collection[str] = ()
+) -> Estimate:
     """Estimate the stages that are to do, with the largest limits on work on samples that the allowed memory permits.
 
     Args:
         names: stages in execution order.
         valid: stages that need repeating only if an earlier stage gives a different result.
+        redo: stages that are to do even if they have a result.
     """
     workload, config = count_workload(session), session.config
     counts = Counts(len(session.calibration), len(session.held_out), len(session.data.evaluation))
@@ -120,7 +123,8 @@ def estimate_stages(session: Session, names: Sequence[str], valid: Collection[st
     kept_share = config.cut.keep if plan.ranks is None else plan.parameters / workload.selected
     resident, free = psutil.Process().memory_info().rss, _free_memory()
     allowed = memory_bytes(config.max_memory) or resident + free
-    to_do = [name for name in names if STAGES[name].is_enabled(config) and not session.workspace.has(name)]
+    enabled = [name for name in names if STAGES[name].is_enabled(config)]
+    to_do = [name for name in enabled if name in redo or not session.workspace.has(name)]
     # What a training stage or a merged adapter wrote is float32.
     half = session.weights.main_half is not None and config.adapter is None and not config.prehab.train.steps
     effort = Effort(config, workload, counts, kept_share)
@@ -128,7 +132,7 @@ def estimate_stages(session: Session, names: Sequence[str], valid: Collection[st
     pace = measure_pace(session.device)
 
     def stage_forecast(name: str) -> StageForecast:
-        if not STAGES[name].is_enabled(config):
+        if name not in enabled:
             return StageForecast(name, DISABLED)
         if name not in to_do:
             return StageForecast(name, UP_TO_DATE)
