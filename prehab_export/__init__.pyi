@@ -24,11 +24,13 @@ from prehab_export.compression import Compression as Compression
 from prehab_export.compression import Decomposed as Decomposed
 from prehab_export.compression import Decompositions as Decompositions
 from prehab_export.compression import Factored as Factored
+from prehab_export.compression import Folders as Folders
 from prehab_export.compression import Gather as Gather
 from prehab_export.compression import InputMoment as InputMoment
 from prehab_export.compression import JointlyDecomposed as JointlyDecomposed
 from prehab_export.compression import KindTrial as KindTrial
 from prehab_export.compression import LayerResult as LayerResult
+from prehab_export.compression import MemoryLimits as MemoryLimits
 from prehab_export.compression import NotAChain as NotAChain
 from prehab_export.compression import RankPlan as RankPlan
 from prehab_export.compression import Refit as Refit

@@ -21,7 +21,7 @@ _ENTRY = "tensor"
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """What work on a sample holds in memory at once. The results are the same up to rounding.
+    """What work on a sample holds in memory at once. Moments and factors are the same up to rounding.
 
     positions: the most positions in a micro-batch, unless one sample has more.
     spool_bytes: bytes of hidden states in memory; the others are in temporary files.

@@ -22,10 +22,14 @@ LOSS_COPIES = 4
 LIBRARIES, BENCH_CEILINGS = 250e6, 450e6
 # Resident memory over memory in use: the allocator keeps some freed memory.
 ALLOCATOR_OVERHEAD = 1.25
-# The same for work by blocks, which loads little and mostly allocates large matrices, which are given back.
-BLOCKWISE_LIBRARIES, BLOCKWISE_OVERHEAD = 100e6, 1.1
-# Bytes of the logits that are computed together in calibration, and samples of a trial, which passes the whole model.
-LOGITS, TRIAL_SAMPLES = 2**26, 2
+# Bytes of libraries that work by blocks loads.
+BLOCKWISE_LIBRARIES = 200e6
+# What the allocator keeps of the blocks' weights in float32: matrices below 32 MB are not given back to the system.
+MOST_KEPT = 5e8
+# Bytes of the logits that are computed together in calibration.
+LOGITS = 2**26
+# Samples of a trial, which passes the whole model, and copies of their logits that it compares.
+TRIAL_SAMPLES, TRIAL_COPIES = 2, 5
 # The least bytes of hidden states that are worth holding in memory.
 LEAST_SPOOL = 2**24
 # Stages that work on one block at a time.
@@ -146,7 +150,7 @@ class Memory:
     def _calibration(self) -> float:
         """What calibration holds. A block's moments are summed in float64; logits are made while no block runs."""
         logits = 4.0 * self.workload.outputs
-        loss = max(TRIAL_SAMPLES * logits, LOSS_COPIES * min(self._samples * logits, LOGITS))
+        loss = max(TRIAL_SAMPLES * TRIAL_COPIES * logits, LOSS_COPIES * min(self._samples * logits, LOGITS))
         sums = 3 * self._moments / self.workload.blocks
         return self._converted + sums + self._layer / 2 + max(self._block_activations, loss) + self._states
 
@@ -154,7 +158,7 @@ class Memory:
     def _truncation(self) -> float:
         """What truncation holds: a block of both models with its factors, its moments, and work on one layer."""
         block, moments = 4.0 * self.workload.selected / self.workload.blocks, 2 * self._moments / self.workload.blocks
-        passes = max(self._block_activations, TRIAL_SAMPLES * 4.0 * self.workload.outputs)
+        passes = max(self._block_activations, TRIAL_SAMPLES * TRIAL_COPIES * 4.0 * self.workload.outputs)
         return self._converted + 2 * block + moments + self._layer + passes + self._states
 
     def _activations(self, samples: int) -> float:
@@ -170,7 +174,8 @@ class Memory:
         """Return the peak memory of one stage."""
         held, mapped = self._needs(stage)
         if stage in BY_BLOCKS:
-            return Need(BLOCKWISE_LIBRARIES + BLOCKWISE_OVERHEAD * held, mapped)
+            kept = min(4.0 * self.workload.selected, MOST_KEPT)
+            return Need(BLOCKWISE_LIBRARIES + kept + ALLOCATOR_OVERHEAD * held, mapped)
         extra = LIBRARIES + (BENCH_CEILINGS if stage == "bench" else 0)
         return Need(extra + ALLOCATOR_OVERHEAD * held, mapped)
 
