@@ -105,10 +105,6 @@ class Folders:
     save_to: Path | None = None
     limits: MemoryLimits = USUAL_LIMITS
 
-    def spool(self) -> Spool:
-        """Create an empty spool within the limits."""
-        return Spool(self.limits.spool_bytes, self.scratch)
-
 
 class SpooledRun:
     """A `LayerRun` whose tensors are in a spool."""
