@@ -6,7 +6,7 @@ from test_block_walk import Appends, ByName, InPlace, Shares, TwoStreams, calibr
 from test_drift import CLASSIFY, FAMILIES, STRONG, along, prepared
 
 from converters.errors import InputError
-from prehab_export.compression import calibration, chain, checkpoints, drift
+from prehab_export.compression import calibration, chain, checkpoints
 from prehab_export.compression.block_walk import BlockWalk
 from prehab_export.compression.blocks import find_blocks
 from prehab_export.compression.calibrated import Calibrated
@@ -16,7 +16,7 @@ from prehab_export.compression.drift import truncate_along
 from prehab_export.compression.factor_files import FactorFiles
 from prehab_export.compression.moment_files import MomentWriter, load_statistics
 from prehab_export.compression.refinement import block_refiner
-from prehab_export.compression.spool import Folders, Spool
+from prehab_export.compression.spool import Folders, MemoryLimits, Spool
 from prehab_export.compression.training import frozen_copy, sharing_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config.training import RefineConfig
@@ -25,14 +25,15 @@ from prehab_export.inputs.models import load_model
 pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.compression.calibration.CalibrationWarning")
 
 
-def assert_same_moments(found, expected):
+def assert_same_moments(found, expected, sampling=True):
     assert list(found.groups.items()) == list(expected.groups.items())
     assert found.units == expected.units
     for group, moment in expected.inputs.items():
         torch.testing.assert_close(found.inputs[group].second_moment, moment.second_moment, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(found.inputs[group].mean, moment.mean, rtol=1e-4, atol=1e-6)
         assert found.inputs[group].tokens == moment.tokens
-        assert found.inputs[group].sampling.error == pytest.approx(moment.sampling.error, rel=1e-3, abs=1e-9)
+        if sampling:
+            assert found.inputs[group].sampling.error == pytest.approx(moment.sampling.error, rel=1e-3, abs=1e-9)
     assert found.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
         scale = gradient.abs().max().item()
@@ -53,16 +54,29 @@ def test_moments_by_blocks_are_those_of_whole_passes(family, gradients, monkeypa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_changes_when_states_lie_in_files(family, monkeypatch):
+def test_nothing_changes_when_states_lie_in_files(family):
     model, task, batches, layers, statistics, plan = prepared(family)
     in_memory = along(model, task, batches, layers, statistics, plan)
-    for module in (calibration, drift):
-        monkeypatch.setattr(module, "Spool", lambda folder=None: Spool(0, folder))
-    assert_same_moments(calibrate(model, task, batches, layers).statistics, statistics)
-    in_files = along(model, task, batches, layers, statistics, plan)
+    limits = MemoryLimits(spool_bytes=0)
+    assert_same_moments(calibrate(model, task, batches, layers, gather=Gather(limits=limits)).statistics, statistics)
+    in_files = along(model, task, batches, layers, statistics, plan, limits=limits)
     for name, pair in in_memory.factors.items():
         assert torch.equal(in_files.factors[name].up, pair.up)
         assert torch.equal(in_files.factors[name].down, pair.down)
+
+
+@pytest.mark.parametrize(("family", "padded"), [("llama", True), ("vit", False)])
+def test_the_size_of_a_micro_batch_makes_no_difference_but_rounding(family, padded):
+    model, task, batches, layers, statistics, plan = prepared(family, padded=padded)
+    together = along(model, task, batches, layers, statistics, plan)
+    limits = MemoryLimits(positions=1)  # every sample by itself
+    apart = calibrate(model, task, batches, layers, gather=Gather(limits=limits)).statistics
+    # The sampling error is that of moments about the mean of the first micro-batch.
+    assert_same_moments(apart, statistics, sampling=False)
+    by_sample = along(model, task, batches, layers, statistics, plan, limits=limits)
+    for name, pair in together.factors.items():
+        found = by_sample.factors[name]
+        torch.testing.assert_close(found.up @ found.down, pair.up @ pair.down, rtol=1e-2, atol=1e-3)
 
 
 def test_files_go_with_what_they_hold(tmp_path):

@@ -192,6 +192,7 @@ def everything() -> RunConfig:
 OTHER = {
     "task": "text-classification",
     "device": "cuda",
+    "max_memory": "16GB",
     "precision": "bfloat16",
     "dtype": "float16",
     "kv_cache": "latent",
@@ -246,6 +247,7 @@ def first_stage(path: str) -> str | None:
 EARLIER = {
     "precision",  # in which calibration runs
     "device",  # changes rounding only
+    "max_memory",  # as well
     "bench.threads",  # of all that is computed
     "ort",  # with it, export goes on to the stage of that name
     "min_speedup",  # is judged as soon as the bench is done

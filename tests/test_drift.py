@@ -23,7 +23,7 @@ from prehab_export.compression.drift import RIDGE, _Fitter, _gather, truncate_al
 from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.planning import RankPlan, plan_ranks
 from prehab_export.compression.recording import observe_layers
-from prehab_export.compression.spool import Spool
+from prehab_export.compression.spool import USUAL_LIMITS, Folders, Spool
 from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config.truncate import TruncateConfig
@@ -60,10 +60,9 @@ def prepared(family, padded=False, config=STRONG):
     return model, task, batches, layers, statistics, truncate(Calibrated(model, task, statistics), config)
 
 
-def along(model, task, batches, layers, statistics, plan):
-    return truncate_along(
-        Calibrated(model, task, statistics), batches, plan, gradient_shrinkage=STRONG.gradient_shrinkage
-    )
+def along(model, task, batches, layers, statistics, plan, limits=USUAL_LIMITS):
+    calibrated, shrinkage = Calibrated(model, task, statistics), STRONG.gradient_shrinkage
+    return truncate_along(calibrated, batches, plan, gradient_shrinkage=shrinkage, folders=Folders(limits=limits))
 
 
 def divergence(model, other, task, batches):

@@ -215,7 +215,7 @@ def test_every_stage_has_an_effort_and_more_work_takes_longer():
     for stage in DEPENDENCIES:
         assert 0 < seconds(short, stage) < 3600
         if stage != "bench":
-            assert Memory(short, LOAD, 0.4).stage_bytes(stage) >= 0
+            assert Memory(short, LOAD, 0.4).need(stage).total >= 0
     for stage in ("prehab", "refine", "rehab"):
         assert seconds(long, stage) > 1.5 * seconds(short, stage) - 10
     assert seconds(replace(short, prehab=replace(short.prehab, strength="auto")), "prehab") > seconds(short, "prehab")

@@ -6,7 +6,7 @@ import pytest
 from progress_record import ProgressRecord
 
 from prehab_export.measurement.targets.rounds import follow
-from prehab_export.system import terminal
+from prehab_export.system import digests, terminal
 from prehab_export.system.progress import named, silent, step
 from prehab_export.system.terminal import bar
 
@@ -63,12 +63,41 @@ def test_a_long_note_leaves_the_numbers_their_room(monkeypatch):
     assert "0:00:00" in shown.getvalue()
 
 
-@pytest.mark.parametrize(("steps", "line"), [(3, "  bench: 1 of 3 memory of [m]\n"), (0, "  bench: 1 memory of [m]\n")])
-def test_lines_where_there_is_no_terminal(monkeypatch, capsys, steps, line):
-    """Not each step: one line in a while."""
-    now = iter([0.0, 16.0, 16.0, 17.0, 18.0])
+def lines_of(capsys, monkeypatch, steps: int, times: list[float]) -> list[str]:
+    """The lines of a work of which one step is done at each of these times."""
+    now = iter([0.0, *times])
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(now))
     with bar("bench", steps) as advance:
-        advance(1, "memory of [m]")
-        advance()
-    assert capsys.readouterr().err == line
+        for _ in times:
+            advance(1, "memory of [m]")
+    return capsys.readouterr().err.splitlines()
+
+
+def test_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    """Not each step: every tenth, with the time that is left at this pace."""
+    lines = lines_of(capsys, monkeypatch, 40, [2.0 * step for step in range(1, 41)])
+    assert len(lines) == 10
+    assert lines[0] == "  bench: 4 of 40 (10%) after 8 s, about 72 s left memory of [m]"
+    assert lines[-1] == "  bench: 40 of 40 (100%) after 80 s memory of [m]"
+
+
+def test_lines_of_quick_and_of_slow_steps(monkeypatch, capsys):
+    assert lines_of(capsys, monkeypatch, 10, [0.4 * step for step in range(1, 11)]) == []
+    lines = lines_of(capsys, monkeypatch, 1000, [10.0 * step for step in range(1, 11)])
+    assert [line.split(",")[0] for line in lines] == [
+        "  bench: 3 of 1000 (0%) after 30 s",
+        "  bench: 6 of 1000 (0%) after 60 s",
+        "  bench: 9 of 1000 (0%) after 90 s",
+    ]
+    assert lines_of(capsys, monkeypatch, 0, [16.0, 32.0]) == ["  bench: 2 after 32 s memory of [m]"]
+
+
+def test_a_large_file_is_read_with_progress(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights" * 100)
+    expected, record = digests.sha256_of(path), ProgressRecord()
+    monkeypatch.setattr(digests, "LARGE", 100)
+    monkeypatch.setattr(digests, "STEP", 64)
+    cache = digests.DigestCache(tmp_path / "cache.json", record)
+    assert cache.sha256_of(path) == cache.sha256_of(path) == expected
+    record.check_all_done("read model.safetensors, MiB")

@@ -142,6 +142,7 @@ FLAGS = (
     Flag("--delimiter", "data.delimiter", UNUSUAL_DATA, "merge", metavar="CHARACTER"),
     Flag("--header/--no-header", "data.header", UNUSUAL_DATA, "merge"),
     Flag("--device", "device", COMPUTE, "merge", metavar="DEVICE"),
+    Flag("--max-memory", "max_memory", COMPUTE, "merge", metavar="SIZE"),
     Flag("--precision", "precision", COMPUTE, "merge", PRECISIONS),
     Flag("--threads", "bench.threads", COMPUTE, "merge", metavar="N"),
     Flag("--seed", "seed", COMPUTE, "merge", metavar="N"),

@@ -33,8 +33,9 @@ from prehab_export.compression.refinement import refine as refine
 from prehab_export.compression.rehabilitation import Rehabilitation as Rehabilitation
 from prehab_export.compression.rehabilitation import rehab as rehab
 from prehab_export.compression.sample_size import needed_samples as needed_samples
-from prehab_export.compression.spool import SPOOL_LIMIT as SPOOL_LIMIT
+from prehab_export.compression.spool import USUAL_LIMITS as USUAL_LIMITS
 from prehab_export.compression.spool import Folders as Folders
+from prehab_export.compression.spool import MemoryLimits as MemoryLimits
 from prehab_export.compression.spool import Spool as Spool
 from prehab_export.compression.strength_search import find_strength as find_strength
 from prehab_export.compression.training import Trainable as Trainable

@@ -33,7 +33,7 @@ from prehab_export.compression.doubts_of_moments import doubts
 from prehab_export.compression.input_groups import exclusion, trace_inputs
 from prehab_export.compression.moment_files import MomentWriter
 from prehab_export.compression.moments import Statistics
-from prehab_export.compression.spool import Spool
+from prehab_export.compression.spool import USUAL_LIMITS, MemoryLimits, Spool
 from prehab_export.compression.tally import Labels, LabelsOf, Tally, gradient_hook
 from prehab_export.config import FISHER_LABELS
 from prehab_export.inputs import Batch, Task, device_of, micro_batches, moved
@@ -59,6 +59,7 @@ class Gather:
     sampling: also estimate the sampling error of the moments, which shrinkage and the small-sample warning need.
     keep_on: device for the moments; by default the model's device.
     scratch: folder for temporary files, which hold states that do not fit in memory; by default the system's.
+    limits: what is held in memory at once.
     save_to: folder to write the moments to, part by part; the result then reads them from there. If a process that did
         the same work on the same samples was killed, its folder is completed. By default moments stay in memory.
 
@@ -71,6 +72,7 @@ class Gather:
     sampling: bool = True
     keep_on: torch.device | None = None
     scratch: Path | None = None
+    limits: MemoryLimits = USUAL_LIMITS
     save_to: Path | None = None
 
     def __post_init__(self) -> None:
@@ -105,7 +107,7 @@ def calibrate(
     gather = gather or Gather()
     layers = select_layers(model) if layers is None else layers
     device = device_of(model)
-    parts = list(micro_batches(batches))
+    parts = list(micro_batches(batches, gather.limits.positions))
     if not parts:
         raise InputError("the calibration sample is empty; give a split with rows in it")
     first = moved(parts[0], device)
@@ -133,7 +135,7 @@ def calibrate(
         if chain is None:
             moments = _whole_passes(model, task, share, layers, tally_of(layers), labels, progress)
         else:
-            spool = Spool(folder=gather.scratch)
+            spool = Spool(gather.limits.spool_bytes, gather.scratch)
             moments = BlockCalibration(chain, share, layers, tally_of, labels, spool, checkpoints).parts(progress)
         statistics = _collected(moments, list(layers), gather, checkpoints)
     silent = [name for name in layers if name not in statistics.gradients]

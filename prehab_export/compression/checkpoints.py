@@ -9,7 +9,6 @@ of processes can go on from there; another number begins the walk anew.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from converters.publishing import published_files
 from prehab_export.inputs import Batch
 from prehab_export.system import team
 
@@ -100,10 +100,5 @@ def save_beside(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str
     Raises:
         OSError: the disk is full or cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(dict(tensors), partial, metadata=dict(metadata))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with published_files(path) as fresh:
+        save_file(dict(tensors), fresh / path.name, metadata=dict(metadata))

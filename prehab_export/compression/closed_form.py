@@ -77,7 +77,7 @@ def compress(
             calibrated, samples.held_out, config, batch_size=samples.batch_size, progress=progress
         )
     if not config.corrects_drift:
-        keep = Spool(folder=samples.folders.scratch)
+        keep = Spool(samples.folders.limits.spool_bytes, samples.folders.scratch)
         decomposed = decomposed or decompose_layers(calibrated, config, keep=keep, progress=progress)
         return Compression(truncate(calibrated, config, decomposed=decomposed, plan=plan), trials)
     decomposed = decomposed or decompose_layers(calibrated, config, progress=progress)

@@ -52,10 +52,10 @@ from prehab_export.compression.factor_files import FactorFiles, FittedBlock
 from prehab_export.compression.metric import gradient_metric, input_metric
 from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.moments import centred
-from prehab_export.compression.spool import Folders, Spool
+from prehab_export.compression.spool import Folders
 from prehab_export.compression.training import divergence, sharing_copy
 from prehab_export.compression.truncation import LayerResult, Refit, Truncation, computed_dtype, stored_factors
-from prehab_export.inputs import Batch, Task, device_of, moved
+from prehab_export.inputs import Batch, Task, device_of, micro_batches, moved
 from prehab_export.linalg import Group, decompose, decompose_jointly, gram, objective_value, valid_rows
 from prehab_export.system import Advance, Progress, Team, alone, silent, team
 
@@ -162,7 +162,8 @@ def truncate_along(
         gradient_shrinkage: as in ``TruncateConfig``.
         after_block: called when a block of the student has its factors, before the walk continues. It sees one
             process's share of the sample, so it cannot be used by several.
-        folders: where to put states that do not fit in memory, and the factors of each block when it is done.
+        folders: where to put states that do not fit in memory, how much fits, and where to put the factors of each
+            block when it is done.
 
     Returns:
         The truncation; its notes say which layers keep the plan's factors, and why.
@@ -170,10 +171,12 @@ def truncate_along(
     Raises:
         NotAChain: the model's blocks cannot be run one by one, and there are too many layers for whole passes.
     """
-    sample, fitter = list(batches), _Fitter(calibrated, plan, gradient_shrinkage)
+    folders = folders or Folders()
+    sample = list(micro_batches(batches, folders.limits.positions))
+    fitter = _Fitter(calibrated, plan, gradient_shrinkage)
     with frozen(calibrated.model), progress("truncate", len(calibrated.layers)) as advance:
         try:
-            return _fit_blocks(fitter, sample, after_block, folders or Folders(), advance)
+            return _fit_blocks(fitter, sample, after_block, folders, advance)
         except NotAChain as reason:
             with alone():  # every process does the same
                 return _fit_by_whole_passes(fitter, sample, reason, after_block is not None, advance)
@@ -196,7 +199,7 @@ def _fit_blocks(
     in_blocks = {name for block in chain.blocks for name in block.layers}
     student = sharing_copy(model)
     factorize(student, {name: plan.factors[name] for name in plan.factors if name not in in_blocks})
-    walk = BlockWalk(chain, student, batches, Spool(folder=folders.scratch))
+    walk = BlockWalk(chain, student, batches, folders.spool())
     files = None if folders.save_to is None else FactorFiles(folders.save_to, device_of(model))
     # If a block is called with what another has computed, that would have to be saved too.
     checkpoints = None if files is None or chain.stubs is None else Checkpoints(files.folder, walk.batches)

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from converters.errors import InputError
 from converters.patterns import exclude_options
@@ -43,7 +44,9 @@ def _trace_batch(
 ) -> tuple[dict[str, str], RowOrders]:
     keys: dict[str, list[tuple]] = {name: [] for name in layers}
     orders: RowOrders = {name: [] for name in layers}
-    alive: list[Tensor] = []  # keeps inputs alive until the pass ends, so that no address is used twice
+    # An input's storage is known by its address, which is not used twice while there is even a weak reference to it.
+    # The inputs of all layers themselves would take as much memory as the moments.
+    references: list[StorageWeakRef] = []
     batch = moved(batch, device_of(model))
     mask = task.token_mask(batch)
     rows = None if mask is None else token_rows(batch, mask)
@@ -51,8 +54,8 @@ def _trace_batch(
     def watch(name: str) -> Callable:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            alive.append(x)
-            keys[name].append((x.data_ptr(), x.shape, x.stride(), x._version))
+            references.append(StorageWeakRef(x.untyped_storage()))
+            keys[name].append((references[-1].cdata, x.storage_offset(), x.shape, x.stride(), x._version))
             orders[name].append(row_order(x, rows))
 
         return hook

@@ -22,7 +22,7 @@ from prehab_export.compression.training import sharing_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config import TruncateConfig
 from prehab_export.inputs import Samples, divergences, torch_predictor
-from prehab_export.system import Progress, silent, team
+from prehab_export.system import Progress, named, silent, team
 
 # A kind switches if it gains more than this many standard errors of the paired difference.
 CONFIDENCE = 2.0
@@ -72,8 +72,12 @@ def choose_objectives(
     # Trials share no inputs: a group has one objective, but a trial changes only one kind at a time.
     unshared = replace(config, share_inputs=False)
     keep = Spool()
-    fisher = decompose_layers(calibrated, replace(unshared, objective="fisher"), keep=keep)
-    activation = decompose_layers(calibrated, replace(unshared, objective="activation"), keep=keep)
+    fisher, activation = (
+        decompose_layers(
+            calibrated, replace(unshared, objective=name), keep=keep, progress=named(progress, f"decompose for {name}")
+        )
+        for name in ("fisher", "activation")
+    )
     plan = plan_ranks(calibrated, fisher, config)
     reference = torch_predictor(model, task)
 

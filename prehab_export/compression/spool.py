@@ -11,6 +11,7 @@ from torch import Tensor
 
 from converters.owned_folders import OwnedFolder
 from prehab_export.compression.blocks import LayerRun
+from prehab_export.inputs import MICRO_BATCH_POSITIONS
 
 # Bytes of tensors in memory. More of them would take the place of the blocks and moments that are worked on.
 SPOOL_LIMIT = 2**30
@@ -19,16 +20,18 @@ _ENTRY = "tensor"
 
 
 @dataclass(frozen=True)
-class Folders:
-    """Folders for what does not fit in memory.
+class MemoryLimits:
+    """What work on a sample holds in memory at once. Moments and factors are the same up to rounding.
 
-    scratch: folder for temporary files; by default the system's.
-    save_to: folder to write results to, part by part; they are then mapped from there. If a process that did the same
-        work was killed, its folder is completed. By default results stay in memory.
+    positions: the most positions in a micro-batch, unless one sample has more.
+    spool_bytes: bytes of hidden states in memory; the others are in temporary files.
     """
 
-    scratch: Path | None = None
-    save_to: Path | None = None
+    positions: int = MICRO_BATCH_POSITIONS
+    spool_bytes: int = SPOOL_LIMIT
+
+
+USUAL_LIMITS = MemoryLimits()
 
 
 class _Files:
@@ -86,6 +89,21 @@ class Spool:
 
     def _release(self, size: int) -> None:
         self._used -= size
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Folders for what does not fit in memory.
+
+    scratch: folder for temporary files; by default the system's.
+    save_to: folder to write results to, part by part; they are then mapped from there. If a process that did the same
+        work was killed, its folder is completed. By default results stay in memory.
+    limits: what fits in memory.
+    """
+
+    scratch: Path | None = None
+    save_to: Path | None = None
+    limits: MemoryLimits = USUAL_LIMITS
 
 
 class SpooledRun:

@@ -13,6 +13,7 @@ from prehab_export.config.compute import DTYPES as DTYPES
 from prehab_export.config.compute import PRECISIONS as PRECISIONS
 from prehab_export.config.compute import check_device_name as check_device_name
 from prehab_export.config.compute import check_precision as check_precision
+from prehab_export.config.compute import memory_bytes as memory_bytes
 from prehab_export.config.data import WINDOW_STARTS as WINDOW_STARTS
 from prehab_export.config.data import DataConfig as DataConfig
 from prehab_export.config.keys import Key as Key

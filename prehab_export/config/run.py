@@ -13,7 +13,7 @@ from converters.onnx.modes import BLOCK, BLOCK_MODES, FULL, KV_CACHES, MODES
 from prehab_export.config.bench import BenchConfig
 from prehab_export.config.calibrate import CalibrateConfig
 from prehab_export.config.checks import AUTO, check_choice
-from prehab_export.config.compute import DTYPES, check_device_name, check_precision
+from prehab_export.config.compute import DTYPES, check_device_name, check_precision, memory_bytes
 from prehab_export.config.data import DataConfig
 from prehab_export.config.training import PrehabConfig, RefineConfig, RehabConfig
 from prehab_export.config.truncate import TruncateConfig
@@ -33,6 +33,8 @@ class RunConfig:
     seed: seed of all random numbers.
     device: device to calibrate and train on: ``auto`` (CUDA if available), ``cpu``, ``cuda`` or ``cuda:N``. The
         artifact is exported, verified and measured on the CPU.
+    max_memory: memory that the run may take, such as ``16GB``; ``auto`` is what is free. Samples are processed in
+        smaller pieces if that keeps it; a run that would still take more is refused, or only warned of with ``auto``.
     precision: number format of forward passes in calibration and training; weights and moments stay float32.
     dtype: number format of the artifact's weights; ``auto`` is the format of most of the source's weights. Everything
         is computed in float32 and rounded once, when the artifact is written; graphs hold the rounded weights as
@@ -59,6 +61,7 @@ class RunConfig:
     trust_remote_code: bool = False
     seed: int = 0
     device: str = "auto"
+    max_memory: str = AUTO
     precision: str = "float32"
     dtype: str = AUTO
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
@@ -85,6 +88,7 @@ class RunConfig:
         for mode in self.quantize:
             check_choice("--quantize", mode, MODES)
         check_device_name(self.device)
+        memory_bytes(self.max_memory)
         check_precision(self.precision)
         check_choice("--dtype", self.dtype, DTYPES)
 

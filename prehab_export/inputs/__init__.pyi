@@ -12,6 +12,7 @@ from prehab_export.inputs.devices import moved as moved
 from prehab_export.inputs.devices import prepare_determinism as prepare_determinism
 from prehab_export.inputs.devices import room_for as room_for
 from prehab_export.inputs.evaluation import Metrics as Metrics
+from prehab_export.inputs.evaluation import Predict as Predict
 from prehab_export.inputs.evaluation import divergences as divergences
 from prehab_export.inputs.evaluation import evaluate as evaluate
 from prehab_export.inputs.evaluation import feeds_of as feeds_of
@@ -30,6 +31,7 @@ from prehab_export.inputs.models import task_of as task_of
 from prehab_export.inputs.smollm2 import make_smollm2 as make_smollm2
 from prehab_export.inputs.stored_weights import WeightFiles as WeightFiles
 from prehab_export.inputs.stored_weights import check_fit_in as check_fit_in
+from prehab_export.inputs.stored_weights import check_fit_model as check_fit_model
 from prehab_export.inputs.stored_weights import weight_files as weight_files
 from prehab_export.inputs.tasks import TASKS as TASKS
 from prehab_export.inputs.tasks import Batch as Batch

@@ -48,11 +48,16 @@ def evaluate(
     task: Task,
     batches: Iterable[Batch],
     *,
+    positions: int | None = None,
     progress: Progress = silent,
 ) -> Metrics:
     """Return the mean loss and the metric of ``predict`` (batch → logits) over the batches.
 
     Processes that work together evaluate a share of the batches each, and all return the same metrics.
+
+    Args:
+        positions: the most positions to predict together, unless one sample has more; by default whole batches or, for
+            logits of a whole vocabulary, a few windows.
 
     Raises:
         InputError: the batches contain no unit of loss.
@@ -60,11 +65,13 @@ def evaluate(
     """
     loss, correct, units, samples = 0.0, 0, 0, 0
     steps = len(batches) if isinstance(batches, Sized) else 0
+    if task.metric == "perplexity":
+        positions = min(_POSITIONS, positions or _POSITIONS)
     with progress("evaluate", steps) as advance:
         for batch in islice(batches, team().rank, None, team().size):
             # The logits of a large vocabulary are the largest tensor here: they are computed for a few windows at a
             # time, and never copied whole.
-            for part in micro_batches([batch], _POSITIONS) if task.metric == "perplexity" else [batch]:
+            for part in [batch] if positions is None else micro_batches([batch], positions):
                 logits = predict(part)
                 part = moved(part, logits.device)
                 for row in range(sample_count(part)):

@@ -32,7 +32,7 @@ from converters.model_config import (
 )
 from converters.onnx.inputs import distinguishes_token_types
 from prehab_export.inputs.model_source import check_location, first_line, quiet, readable
-from prehab_export.inputs.stored_weights import check_has_weights, weight_files
+from prehab_export.inputs.stored_weights import check_fit_model, check_has_weights, load_exceptions, weight_files
 from prehab_export.inputs.tasks import TASKS, Task
 from prehab_export.inputs.widening import widen_on_use
 from prehab_export.system import say, sha256_of, sha256_of_all
@@ -139,32 +139,38 @@ def load_model(
 
     Args:
         dtype: dtype of the weights. None maps weights in half precision from their files as they are stored, and lets
-            every module compute in float32 (see `widening`); other weights are read in float32. Such a model can be
-            run, but not trained or exported.
+            every module compute in float32 (see `widening`). If some weights are stored in float32, they stay in it;
+            in any other mixture, all are read in float32. Such a model can be run, but not trained or exported.
 
     Raises:
-        InputError: there are no safetensors weights, a file is damaged, or weights are missing, have another shape, or
-            hold NaN/Inf.
+        InputError: there are no safetensors weights, a file is damaged, or weights are missing, quantised, have another
+            shape, or hold NaN/Inf.
     """
     check_location(model)
     check_has_weights(model)
     config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    weights = weight_files(model, revision=revision, named=getattr(config, "transformers_weights", None))
+
+    def load(dtype: torch.dtype) -> PreTrainedModel:
+        with readable(model, "weights"), quiet():
+            loaded, info = _auto_class(task).from_pretrained(
+                model,
+                config=config,
+                dtype=dtype,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # info lists them by name
+                output_loading_info=True,
+            )
+        _check_loading(model, info)
+        return loaded
+
     as_stored = dtype is None
-    if dtype is None:
-        named = getattr(config, "transformers_weights", None)
-        dtype = weight_files(model, revision=revision, named=named).single_half or torch.float32
-    with readable(model, "weights"), quiet():
-        loaded, info = _auto_class(task).from_pretrained(
-            model,
-            config=config,
-            dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # info lists them by name
-            output_loading_info=True,
-        )
-    _check_loading(model, info)
+    loaded = load(dtype or weights.main_half or torch.float32)
+    check_fit_model(weights, loaded)
+    if as_stored and weights.main_half is not None and not load_exceptions(weights, loaded):
+        loaded = load(torch.float32)
     _check_finite(model, loaded)
     if task.name == "text-classification" and not in_vocabulary(padding_token(loaded.config), loaded.config):
         # Decoders with a classification head find each row's last token by this id.

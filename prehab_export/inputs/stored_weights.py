@@ -3,9 +3,9 @@
 The dtype comes from the headers of the files: the ``dtype`` field of a config may be wrong.
 """
 
-import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -13,15 +13,19 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
+from torch import Tensor, nn
 
 from converters.dtypes import DTYPES, check_range
 from converters.errors import InputError
 from converters.number_formats import NUMBER_FORMATS, SOURCE_FORMATS
 from prehab_export.inputs.model_source import readable
+from prehab_export.inputs.shards import StoredTensor, check_placed, read_headers, read_index
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Name of the dtype in a file's header → our name. Tensors of other dtypes are not weights, or cannot be read here.
 _FORMATS = {NUMBER_FORMATS[name].header: name for name in SOURCE_FORMATS}
+# How names of number formats that are narrower than 16 bits begin.
+_QUANTISED = ("F8_", "F6_", "F4")
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class WeightFiles:
     files: the files that are loaded; other files in the same folder are not listed.
     bytes: total size of the files.
     dtypes: dtypes of the weights (``float64``, ``float32``, ``bfloat16``, ``float16``), the one with most bytes first.
+    tensors: all tensors in the files, by name.
     """
 
     files: tuple[Path, ...]
     bytes: int
     dtypes: tuple[str, ...]
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
 
     @property
     def dtype(self) -> str:
@@ -43,9 +49,10 @@ class WeightFiles:
         return self.dtypes[0]
 
     @property
-    def single_half(self) -> torch.dtype | None:
-        """The dtype of all weights if that is half precision; None if it is not, or if they have several."""
-        return DTYPES[self.dtype] if self.dtypes in (("bfloat16",), ("float16",)) else None
+    def main_half(self) -> torch.dtype | None:
+        """The half precision that most weights have; None if they have another, or the rest is not float32."""
+        others = set(self.dtypes) - {self.dtype}
+        return DTYPES[self.dtype] if self.dtype in ("bfloat16", "float16") and others <= {"float32"} else None
 
     @property
     def kept_dtype(self) -> str:
@@ -60,20 +67,26 @@ def weight_files(model: str, *, revision: str | None = None, named: str | None =
         named: the file or index that the model's config names (``transformers_weights``), if any.
 
     Raises:
-        InputError: there are no weight files, the index names a missing file, or a file is damaged.
+        InputError: there are no weight files, a file that the index names is missing, a file is damaged or cut short,
+            or the index and the files disagree.
     """
     check_has_weights(model)
     with readable(model, "weights"):
-        files = _files(model, revision, named)
+        entry = _entry(model, revision, named)
+        if entry.suffix == ".json":
+            index = read_index(entry)
+            files = _shards(model, revision, entry, index)
+            tensors = read_headers(files)
+            check_placed(entry, index, tensors)
+        else:
+            files = (entry,)
+            tensors = read_headers(files)
         sizes: Counter[str] = Counter()
-        for path in files:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    part = tensors.get_slice(name)
-                    if (dtype := _FORMATS.get(part.get_dtype())) is not None:
-                        sizes[dtype] += NUMBER_FORMATS[dtype].bytes * prod(part.get_shape())
+        for tensor in tensors.values():
+            if (dtype := _FORMATS.get(tensor.format)) is not None:
+                sizes[dtype] += NUMBER_FORMATS[dtype].bytes * prod(tensor.shape)
         dtypes = tuple(dtype for dtype, _ in sizes.most_common()) or ("float32",)
-        return WeightFiles(files, sum(path.stat().st_size for path in files), dtypes)
+        return WeightFiles(files, sum(path.stat().st_size for path in files), dtypes, tensors)
 
 
 def check_has_weights(model: str) -> None:
@@ -105,23 +118,71 @@ def check_fit_in(weights: WeightFiles, dtype: str) -> None:
                     check_range(name, tensors.get_tensor(name), target)
 
 
-def _files(model: str, revision: str | None, named: str | None) -> tuple[Path, ...]:
-    """Find the weight files, in the order in which transformers looks for them."""
-    entry = next(
-        (path for name in ([named] if named else [SINGLE, INDEX]) if (path := _path(model, name, revision))), None
-    )
-    if entry is None:
-        if not Path(model).is_dir():
-            hf_hub_download(model, SINGLE, revision=revision)  # raises an error with the hub's own reason
-        raise InputError(f"{model} has neither {named or SINGLE} nor {INDEX}; save it with save_pretrained")
-    if entry.suffix != ".json":
-        return (entry,)
-    index = json.loads(entry.read_text(encoding="utf-8"))
-    names = sorted(set(index["weight_map"].values()))
-    paths = {name: _path(model, name, revision) for name in names}
-    missing = [name for name, path in paths.items() if path is None]
-    if missing:
-        raise InputError(f"{model} lacks {missing[0]}, which {entry.name} names; the copy is incomplete")
+def load_exceptions(weights: WeightFiles, model: nn.Module) -> bool:
+    """Give the weights that are stored in float32 back to a model that was loaded in half precision.
+
+    Returns:
+        Whether all of them were found in the model; if not, it has to be loaded in float32.
+    """
+    tensors: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    for name, stored in weights.tensors.items():
+        if stored.format != NUMBER_FORMATS["float32"].header:
+            continue
+        with safe_open(stored.file, framework="pt") as file:
+            value = file.get_tensor(name)
+        # A tensor that was renamed or converted in loading is not recognised by its rounded values.
+        if name not in tensors or not torch.equal(value.to(tensors[name].dtype), tensors[name]):
+            return False
+        tensors[name].data = value
+    return True
+
+
+def check_fit_model(weights: WeightFiles, model: nn.Module) -> None:
+    """Check from the headers of the files that the weights are floating-point numbers of the model's shapes.
+
+    Tensors that transformers renames, and shapes that differ in the order of dimensions only, are left to loading:
+    transformers converts the weights of some architectures.
+
+    Args:
+        model: the model, which may be without weights.
+
+    Raises:
+        InputError: a tensor does not fit; the message names the first one.
+    """
+    expected: dict[str, Tensor] = model.state_dict()
+    for name, tensor in weights.tensors.items():
+        place = f"{name} in {tensor.file}"
+        is_weight = name in expected and expected[name].is_floating_point()
+        if tensor.format.startswith(_QUANTISED) or (is_weight and tensor.format not in _FORMATS):
+            raise InputError(
+                f"{place} is stored as {tensor.format}, a quantised format; give the original model with weights in "
+                f"{', '.join(SOURCE_FORMATS)}"
+            )
+        if name in expected and sorted(tensor.shape) != sorted(expected[name].shape):
+            raise InputError(
+                f"{place} has shape {tensor.shape} instead of {tuple(expected[name].shape)}: the weights do not fit "
+                "config.json; put the model's own config.json beside them"
+            )
+
+
+def _entry(model: str, revision: str | None, named: str | None) -> Path:
+    """Find the weight file or the index of several, in the order in which transformers looks for them."""
+    for name in [named] if named else [SINGLE, INDEX]:
+        if (path := _path(model, name, revision)) is not None:
+            return path
+    if not Path(model).is_dir():
+        hf_hub_download(model, SINGLE, revision=revision)  # raises an error with the hub's own reason
+    raise InputError(f"{model} has neither {named or SINGLE} nor {INDEX}; save it with save_pretrained")
+
+
+def _shards(model: str, revision: str | None, entry: Path, index: Mapping[str, str]) -> tuple[Path, ...]:
+    """Return the files that an index names."""
+    paths = {name: _path(model, name, revision) for name in sorted(set(index.values()))}
+    for name, path in paths.items():
+        if path is None:
+            raise InputError(
+                f"{model} lacks {name}, which {entry.name} names; the copy is incomplete, so copy it again"
+            )
     return tuple(path for path in paths.values() if path is not None)
 
 

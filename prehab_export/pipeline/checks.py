@@ -11,7 +11,7 @@ from converters.lowrank import dense_weight
 from converters.model_config import special_tokens
 from converters.onnx.write import EXTERNAL_DATA_THRESHOLD
 from prehab_export.config import BenchConfig, RunConfig, check_provider
-from prehab_export.inputs import check_fit_in, choose_device, longest_input
+from prehab_export.inputs import check_fit_in, check_fit_model, choose_device, longest_input
 from prehab_export.pipeline.session import Session
 from prehab_export.system import say, warn
 
@@ -26,6 +26,7 @@ def check(session: Session) -> None:
     check_provider(session.config.bench.provider)
     model = session.empty_model
     session.layers(model)  # raises for patterns that match nothing
+    check_fit_model(session.weights, model)
     _check_share(session.coverage, session.config)
     if session.config.adapter is not None:
         check_fit(model, Path(session.config.adapter))

@@ -1,30 +1,23 @@
 """``--dry-run``: report what a command would do. Bad input is refused as usual, and nothing is written."""
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from converters.coverage import Coverage
 from converters.dtypes import DTYPES
-from prehab_export.compression import ranks_by
 from prehab_export.config import RunConfig
 from prehab_export.pipeline.checks import check, disk_estimate
-from prehab_export.pipeline.effort import Counts, Effort
+from prehab_export.pipeline.estimating import TO_DO, RankForecast, StageForecast, check_memory, estimate_stages
 from prehab_export.pipeline.graph_sizes import ParameterCounts
-from prehab_export.pipeline.memory import ASSUMPTION, Memory
-from prehab_export.pipeline.pace import measure_pace
+from prehab_export.pipeline.memory import ASSUMPTION
 from prehab_export.pipeline.preflight import check_export
 from prehab_export.pipeline.running import EXPORT_STAGES, select_valid, stages_through
 from prehab_export.pipeline.session import Session, prepare_process
-from prehab_export.pipeline.stages.table import STAGES
-from prehab_export.pipeline.workload import Layer, Workload, count_workload
+from prehab_export.pipeline.workload import Workload
 from prehab_export.pipeline.workspace import Workspace
-from prehab_export.system import check_disk_space, free_space, machine_facts
-
-UP_TO_DATE, TO_DO, IF_CHANGED, DISABLED = "up to date", "to do", "if changed", "not wanted"
+from prehab_export.system import check_disk_space, free_space
 
 
 @dataclass(frozen=True)
@@ -39,21 +32,6 @@ class LayerForecast:
     shape: tuple[int, int]
     layers: int
     ranks: tuple[int, int] | None
-
-
-@dataclass(frozen=True)
-class StageForecast:
-    """One stage.
-
-    state: ``up to date``, ``to do``, ``if changed`` (to do only if an earlier stage gives a different result) or
-        ``not wanted``.
-    seconds, memory_bytes: estimates for stages that are to do, or may be.
-    """
-
-    stage: str
-    state: str
-    seconds: float | None = None
-    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +54,8 @@ class Forecast:
     sizes: bytes of weight files and graphs.
     stages: in execution order.
     disk_bytes, disk_free_bytes: disk space that the command needs in addition to existing results, and free space.
-    memory_bytes, memory_free_bytes: the peak memory of this process, and the memory available to it.
+    memory_bytes, mapped_bytes: the peak memory of this process, and the part of it that is mapped files.
+    memory_free_bytes: the memory that the process may take, by ``--max-memory`` or because it is free.
     pace: the measured speed of this machine (`Pace`).
     notes: further remarks for the user.
     """
@@ -91,6 +70,7 @@ class Forecast:
     disk_bytes: int
     disk_free_bytes: int
     memory_bytes: int
+    mapped_bytes: int
     memory_free_bytes: int
     pace: dict[str, float]
     notes: tuple[str, ...]
@@ -135,24 +115,10 @@ def forecast(config: RunConfig, output: Path, *, until: str = "report", redo: Co
 
 
 def _forecast(session: Session, names: list[str], valid: Collection[str], disk_bytes: int) -> Forecast:
-    workload, config = count_workload(session), session.config
-    counts = Counts(len(session.calibration), len(session.held_out), len(session.data.evaluation))
-    plan = _plan_ranks(session, workload)
+    estimate = estimate_stages(session, names, valid)
+    check_memory(session, estimate)
+    workload, plan = estimate.workload, estimate.plan
     after = None if plan.ranks is None else plan.parameters
-    kept_share = config.cut.keep if after is None else after / workload.selected
-    effort, memory = Effort(config, workload, counts, kept_share), Memory(config, workload, kept_share)
-    pace = measure_pace(session.device)
-    resident = psutil.Process().memory_info().rss
-    stages = []
-    for name in names:
-        if not STAGES[name].is_enabled(config):
-            stages.append(StageForecast(name, DISABLED))
-        elif session.workspace.has(name):
-            stages.append(StageForecast(name, UP_TO_DATE))
-        else:
-            peak = round(resident + memory.stage_bytes(name))
-            state = IF_CHANGED if name in valid else TO_DO
-            stages.append(StageForecast(name, state, effort.stage_work(name).at(pace), peak))
     total = None if after is None else workload.parameters - workload.selected + after
     return Forecast(
         session.coverage,
@@ -161,47 +127,15 @@ def _forecast(session: Session, names: list[str], valid: Collection[str], disk_b
         SizeForecast("selected layers", workload.selected, after),
         SizeForecast("whole model", workload.parameters, total),
         tuple(_sizes(session, total)),
-        tuple(stages),
+        estimate.stages,
         disk_bytes,
         free_space(session.workspace.root),
-        max(resident, *(stage.memory_bytes or 0 for stage in stages)),
-        resident + _free_memory(),
-        asdict(pace),
+        estimate.peak.memory_bytes,
+        estimate.peak.mapped_bytes,
+        estimate.allowed,
+        asdict(estimate.pace),
         tuple(_notes(session, plan, names)),
     )
-
-
-@dataclass(frozen=True)
-class _RankPlan:
-    """The expected ranks.
-
-    ranks: layer name → rank, None for a dense layer; None altogether if the ranks cannot be predicted.
-    parameters: the parameters of all selected layers at these ranks.
-    origin: the source of the ranks, in words.
-    """
-
-    ranks: dict[str, int | None] | None
-    parameters: int
-    origin: str
-
-
-def _plan_ranks(session: Session, workload: Workload) -> _RankPlan:
-    """Return the ranks of the current truncation if there is one, and otherwise those of a uniform allocation."""
-    cut, workspace = session.config.cut, session.workspace
-    if workspace.has("truncate"):
-        rows = workspace.read_json("truncate", "truncate.json")["layers"]
-        parameters = sum(row["parameters_after"] for row in rows)
-        return _RankPlan({row["name"]: row["rank"] for row in rows}, parameters, "the existing truncation")
-    if cut.latency is not None:
-        return _RankPlan(None, workload.selected, "measured times, which are not known yet")
-    shapes = {layer.name: (layer.m, layer.n) for layer in workload.layers}
-    ranks = dict(ranks_by(shapes, ({}, {}), replace(cut, allocation="uniform")).ranks)
-    parameters = sum(_parameters(layer, ranks[layer.name]) for layer in workload.layers)
-    return _RankPlan(ranks, parameters, "an equal share for every layer")
-
-
-def _parameters(layer: Layer, rank: int | None) -> int:
-    return layer.m * layer.n if rank is None else rank * (layer.m + layer.n)
 
 
 def _group_layers(workload: Workload, ranks: dict[str, int | None] | None) -> list[LayerForecast]:
@@ -237,14 +171,7 @@ def _sizes(session: Session, total: int | None) -> list[SizeForecast]:
     return sizes
 
 
-def _free_memory() -> int:
-    """Return the bytes that this process can still allocate, limited by the machine or by its control group."""
-    limit = machine_facts()["memory_limit_mb"]
-    free = psutil.virtual_memory().available
-    return free if limit is None else min(free, int(limit * 1e6) - psutil.Process().memory_info().rss)
-
-
-def _notes(session: Session, plan: _RankPlan, names: list[str]) -> list[str]:
+def _notes(session: Session, plan: RankForecast, names: list[str]) -> list[str]:
     config = session.config
     notes = []
     if plan.ranks is not None and not session.workspace.has("truncate"):

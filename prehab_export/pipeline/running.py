@@ -12,6 +12,8 @@ import torch
 from converters.publishing import publish_text
 from prehab_export.config import RunConfig, plain_options, to_yaml
 from prehab_export.pipeline.checks import check, disk_estimate
+from prehab_export.pipeline.estimating import check_memory, estimate_stages
+from prehab_export.pipeline.memory import BY_BLOCKS
 from prehab_export.pipeline.preflight import check_export
 from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.shared_stages import do_stage
@@ -90,7 +92,7 @@ def side_session(
     Raises:
         InputError: the input is bad; this is found before any slow work.
     """
-    with _checked_session(config, output, stages) as session:
+    with _checked_session(config, output, stages, repeated=BY_BLOCKS) as session:
         if session.workspace.has_options:
             session.workspace.saves_selection = False
         else:
@@ -101,8 +103,17 @@ def side_session(
 
 @contextmanager
 def _checked_session(
-    config: RunConfig, output: Path, stages: Sequence[str], redo: Collection[str] = ()
+    config: RunConfig,
+    output: Path,
+    stages: Sequence[str],
+    redo: Collection[str] = (),
+    repeated: Sequence[str] = (),
 ) -> Iterator[Session]:
+    """Open a checked session.
+
+    Args:
+        repeated: stages whose work is done several times beside the run.
+    """
     prepare_process(config)
     workspace = Workspace.open(output)
     with workspace.locked():
@@ -112,7 +123,15 @@ def _checked_session(
         if any(stage in EXPORT_STAGES and not session.workspace.has(stage) for stage in stages):
             check_export(session)
         existing_bytes = sum(workspace.size(stage, key) for stage, key in workspace.current.items())
-        check_disk_space(output, disk_estimate(session) - existing_bytes)
+        disk_bytes = max(0, disk_estimate(session) - existing_bytes)
+        check_disk_space(output, disk_bytes)
+        to_do = [name for name in stages if STAGES[name].is_enabled(config) and not workspace.has(name)]
+        if to_do or repeated:
+            estimate = estimate_stages(session, [*repeated, *stages], redo=repeated)
+            if not repeated:  # how often is not known here
+                say(estimate.sentence(disk_bytes))
+            check_memory(session, estimate)
+            session = session.within(estimate.limits)
         yield session
 
 

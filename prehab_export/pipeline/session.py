@@ -1,5 +1,6 @@
 """The session of a run, which gives its stages the options, the data and the models of earlier stages."""
 
+import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,13 @@ from converters.folder import from_pretrained
 from converters.lowrank import DenseLinear
 from converters.onnx.runtime import open_session
 from converters.selection import select_layers
-from prehab_export.compression import Calibrated, Statistics, load_statistics
+from prehab_export.compression import USUAL_LIMITS, Calibrated, Folders, MemoryLimits, Statistics, load_statistics
 from prehab_export.config import AUTO, RunConfig
 from prehab_export.inputs import (
     TASKS,
+    Batches,
     Metrics,
+    Predict,
     Samples,
     Task,
     TaskData,
@@ -57,10 +60,24 @@ class Session:
     """The state of one run in this process.
 
     Everything is read from disk on first use, so that a resumed run sees the same as an uninterrupted one.
+
+    memory: limits on what work on samples holds in memory at once.
     """
 
     config: RunConfig
     workspace: Workspace
+    memory: MemoryLimits = USUAL_LIMITS
+
+    def within(self, memory: MemoryLimits) -> "Session":
+        """Return the same session, with what it has read, under other limits."""
+        session = copy.copy(self)
+        object.__setattr__(session, "memory", memory)
+        return session
+
+    @property
+    def folders(self) -> Folders:
+        """Where work on samples puts what does not fit in memory: into the run's folder."""
+        return Folders(self.workspace.root, limits=self.memory)
 
     @property
     def threads(self) -> int:
@@ -140,7 +157,7 @@ class Session:
     @cached_property
     def digests(self) -> DigestCache:
         """Hashes of the files that the run reads, cached from one command to the next."""
-        return DigestCache(self.workspace.root / READ_FILES)
+        return DigestCache(self.workspace.root / READ_FILES, bar)
 
     def _folder_hash(self, folder: Path) -> dict[str, str]:
         return {path.name: self.digests.sha256_of(path) for path in sorted(folder.iterdir()) if path.is_file()}
@@ -285,12 +302,16 @@ class Session:
         """Evaluate a graph on ONNX Runtime, on the evaluation split or on these samples."""
         runtime = open_session(graph, threads=self.threads)
         batches = (self.data.evaluation if samples is None else samples).batches(self.config.data.batch_size)
-        return evaluate(onnx_predictor(runtime, self.task), self.task, batches, progress=named(bar, description))
+        return self._evaluate(onnx_predictor(runtime, self.task), batches, description)
 
     def metrics(self, model: nn.Module, samples: Samples, description: str) -> Metrics:
         """Evaluate a model on its current device, in the run's precision."""
         batches = samples.batches(self.config.data.batch_size)
-        return evaluate(torch_predictor(model, self.task), self.task, batches, progress=named(bar, description))
+        return self._evaluate(torch_predictor(model, self.task), batches, description)
+
+    def _evaluate(self, predict: Predict, batches: Batches, description: str) -> Metrics:
+        positions = self.memory.positions if self.memory.positions < USUAL_LIMITS.positions else None
+        return evaluate(predict, self.task, batches, positions=positions, progress=named(bar, description))
 
     def held_out_loss(self, model: nn.Module) -> float:
         return self.metrics(model, self.held_out, "held-out loss").loss

@@ -18,7 +18,6 @@ from prehab_export.compression import (
     Calibrated,
     Decompositions,
     Factored,
-    Folders,
     Samplesets,
     Spool,
     block_refiner,
@@ -129,9 +128,7 @@ class _Rows:
             progress = named(bar, f"decompose for {method.objective}")
             self.decompositions = decompose_layers(calibrated, cut, keep=self.keep, progress=progress)
         start = time.monotonic()
-        samples = Samplesets(
-            session.calibrated_samples, session.held_out, config.data.batch_size, Folders(session.workspace.root)
-        )
+        samples = Samplesets(session.calibrated_samples, session.held_out, config.data.batch_size, session.folders)
         refines_blocks = method.refined and config.refine.block_steps > 0
         result = compress(
             calibrated,

@@ -30,6 +30,7 @@ from converters.publishing import PARTIAL, publish_text
 from prehab_export.system import (
     FileDigest,
     StorageError,
+    bar,
     is_full,
     link,
     read_json,
@@ -245,7 +246,7 @@ class Workspace:
             yield partial
             seconds = time.monotonic() - started
             files = {
-                path.relative_to(partial).as_posix(): asdict(FileDigest.of(path))
+                path.relative_to(partial).as_posix(): asdict(FileDigest.of(path, bar))
                 for path in sorted(partial.rglob("*"))
                 if path.is_file()
             }

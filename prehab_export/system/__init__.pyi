@@ -45,6 +45,8 @@ from prehab_export.system.progress import Progress as Progress
 from prehab_export.system.progress import named as named
 from prehab_export.system.progress import silent as silent
 from prehab_export.system.progress import step as step
+from prehab_export.system.quantities import format_bytes as format_bytes
+from prehab_export.system.quantities import format_duration as format_duration
 from prehab_export.system.rendering import render as render
 from prehab_export.system.terminal import bar as bar
 from prehab_export.system.terminal import mute as mute

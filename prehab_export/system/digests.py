@@ -8,12 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters.publishing import publish_text
+from prehab_export.system.progress import Progress, silent
+
+# Bytes of a file that takes so long to read that its progress is shown, and bytes of one step of it.
+LARGE, STEP = 2**28, 2**20
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content, read in chunks."""
+def sha256_of(path: Path, progress: Progress = silent) -> str:
+    """Return the SHA-256 of a file's content, read in chunks, with progress in MiB if the file is large."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if size < LARGE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        with progress(f"read {path.name}, MiB", -(-size // STEP)) as advance:
+            while chunk := file.read(STEP):
+                digest.update(chunk)
+                advance()
+        return digest.hexdigest()
 
 
 def sha512_integrity(path: Path) -> str:
@@ -42,11 +54,11 @@ class FileDigest:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> "FileDigest":
+    def of(cls, path: Path, progress: Progress = silent) -> "FileDigest":
         """Read a file and note its digest, size and modification time."""
         # The time is read first, so that a file that is written meanwhile counts as changed.
         facts = path.stat()
-        return cls(facts.st_size, facts.st_mtime_ns, sha256_of(path))
+        return cls(facts.st_size, facts.st_mtime_ns, sha256_of(path, progress))
 
     def still_holds(self, path: Path) -> bool:
         """Whether the file has this content. A file with the same content but another time, such as a copy, is read
@@ -68,6 +80,7 @@ class DigestCache:
     """SHA-256 digests of files outside the run's folder (a model's weights), stored in a file between commands."""
 
     path: Path
+    progress: Progress = silent
     _digests: dict[str, FileDigest] = field(init=False)
     _used_names: set[str] = field(init=False, default_factory=set)
 
@@ -83,7 +96,7 @@ class DigestCache:
         name = str(path.resolve())
         digest, facts = self._digests.get(name), path.stat()
         if digest is None or (digest.size, digest.mtime_ns) != (facts.st_size, facts.st_mtime_ns):
-            digest = self._digests[name] = FileDigest.of(path)
+            digest = self._digests[name] = FileDigest.of(path, self.progress)
         self._used_names.add(name)
         return digest.sha256
 

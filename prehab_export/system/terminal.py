@@ -14,6 +14,10 @@ from rich.table import Column
 from rich.text import Text
 
 from prehab_export.system.progress import Advance, silent
+from prehab_export.system.quantities import format_duration
+
+# Without a terminal, seconds between two lines of progress: at least, and if the work takes long for a tenth of it.
+LEAST_SECONDS, USUAL_SECONDS = 5.0, 30.0
 
 _CONTROLS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
@@ -89,16 +93,29 @@ def bar(what: str, steps: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def _lines(what: str, steps: int, every_s: float = 15.0) -> Iterator[Advance]:
-    """Print a line of progress at most every ``every_s`` seconds."""
-    done, last = 0, time.monotonic()
+def _lines(what: str, steps: int) -> Iterator[Advance]:
+    """Print lines of progress: every tenth of the steps unless they pass quickly, and in between once in a while."""
+    start = last = time.monotonic()
+    done = tenths = 0
 
     def advance(amount: int = 1, note: str = "") -> None:
-        nonlocal done, last
+        nonlocal done, last, tenths
         done += amount
-        if time.monotonic() - last >= every_s:
-            last = time.monotonic()
-            amount_done = f"{done} of {steps}" if steps else f"{done}"
-            print(f"  {what}: {amount_done} {note}".rstrip(), file=sys.stderr, flush=True)
+        now, reached = time.monotonic(), 10 * done // steps if steps else 0
+        if now - last >= (LEAST_SECONDS if reached > tenths else USUAL_SECONDS):
+            last, tenths = now, reached
+            print(f"  {what}: {_state(done, steps, now - start)} {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield advance
+
+
+def _state(done: int, steps: int, elapsed: float) -> str:
+    """Return what is done and how long the rest will take if it goes on at the average pace so far.
+
+    >>> _state(5, 20, 30.0), _state(5, 0, 30.0)
+    ('5 of 20 (25%) after 30 s, about 2 min left', '5 after 30 s')
+    """
+    if not steps:
+        return f"{done} after {format_duration(elapsed)}"
+    left = f", about {format_duration(elapsed / done * (steps - done))} left" if 0 < done < steps else ""
+    return f"{done} of {steps} ({100 * done // steps}%) after {format_duration(elapsed)}{left}"

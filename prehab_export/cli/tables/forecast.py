@@ -4,7 +4,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from prehab_export.pipeline import Forecast
-from prehab_export.system import result_console
+from prehab_export.system import format_bytes, format_duration, result_console
 
 
 def print_forecast(forecast: Forecast) -> None:
@@ -14,11 +14,12 @@ def print_forecast(forecast: Forecast) -> None:
     console.print(_layer_table(forecast))
     console.print(_size_table(forecast))
     console.print(_stage_table(forecast))
-    disk, free_disk = _format_bytes(forecast.disk_bytes), _format_bytes(forecast.disk_free_bytes)
-    memory, free_memory = _format_bytes(forecast.memory_bytes), _format_bytes(forecast.memory_free_bytes)
+    disk, free_disk = format_bytes(forecast.disk_bytes), format_bytes(forecast.disk_free_bytes)
+    memory, free_memory = format_bytes(forecast.memory_bytes), format_bytes(forecast.memory_free_bytes)
+    mapped = f", of which {format_bytes(forecast.mapped_bytes)} are mapped files" if forecast.mapped_bytes else ""
     time = format_duration(forecast.seconds)
     console.print(f"disk: about {disk} more, {free_disk} free")
-    console.print(f"memory: about {memory} at peak, {free_memory} free")
+    console.print(f"memory: about {memory} at peak{mapped}, {free_memory} free")
     console.print(f"time: about {time} at the current speed of this machine, within a factor of about 2")
     for note in forecast.notes:
         console.print(f"note: {note}")
@@ -59,24 +60,6 @@ def _stage_table(forecast: Forecast) -> Table:
         table.add_column(heading, justify="right" if heading in ("time", "memory") else "left")
     for row in forecast.stages:
         time = "" if row.seconds is None else format_duration(row.seconds)
-        memory = "" if row.memory_bytes is None else _format_bytes(row.memory_bytes)
+        memory = "" if row.memory_bytes is None else format_bytes(row.memory_bytes)
         table.add_row(row.stage, row.state, time, memory, style=None if row.state == "to do" else "dim")
     return table
-
-
-def format_duration(seconds: float) -> str:
-    """Format a time with two significant digits at most, because it is an estimate.
-
-    >>> [format_duration(seconds) for seconds in (0.4, 47, 400, 12_000, 400_000)]
-    ['1 s', '47 s', '7 min', '3.3 h', '110 h']
-    """
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 6000:
-        return f"{round(seconds / 60)} min"
-    hours = seconds / 3600
-    return f"{hours:.1f} h" if hours < 10 else f"{float(f'{hours:.2g}'):.0f} h"
-
-
-def _format_bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"

@@ -19,7 +19,6 @@ from converters.onnx.quantized_weights import count_quantized
 from prehab_export.compression import (
     Calibrated,
     Decompositions,
-    Folders,
     RankPlan,
     Samplesets,
     Spool,
@@ -116,9 +115,7 @@ class FitModels:
     def _make_model(self, plan: RankPlan, folder: Path) -> None:
         session, config = self.session, self.session.config
         say(f"make a model with {len(plan_facts(plan)['ranks'])} factored layers", style="bold")
-        samples = Samplesets(
-            session.calibrated_samples, session.held_out, config.data.batch_size, Folders(session.workspace.root)
-        )
+        samples = Samplesets(session.calibrated_samples, session.held_out, config.data.batch_size, session.folders)
         result = compress(self.calibrated, samples, config.cut, decomposed=self.decompositions, plan=plan, progress=bar)
         for warning in result.warnings:
             warn(warning)

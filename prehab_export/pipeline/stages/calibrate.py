@@ -1,6 +1,5 @@
 """The stages before compression: merging an adapter and gathering moments."""
 
-import os
 import warnings
 from math import ceil
 from pathlib import Path
@@ -12,6 +11,7 @@ from converters.adapters import merge_dense_adapter
 from converters.folder import save_folder
 from converters.lowrank import dense_weight
 from converters.model_config import ties_embeddings
+from converters.publishing import move_together
 from prehab_export.compression import (
     CalibrationWarning,
     Gather,
@@ -62,7 +62,7 @@ def calibrate_dense(session: Session, folder: Path) -> None:
         "warnings": warning_messages,
     }
     write_json(folder / "calibrate.json", facts)
-    os.replace(session.workspace.unfinished / STATISTICS, folder / STATISTICS)
+    move_together(session.workspace.unfinished, folder / STATISTICS)
 
 
 def _enough_samples(session: Session, model: PreTrainedModel) -> Samples:
@@ -71,7 +71,7 @@ def _enough_samples(session: Session, model: PreTrainedModel) -> Samples:
     if not session.config.calibrate.enough or len(samples) <= 2 * PILOT:
         return samples
     batches = samples.first(PILOT).batches(session.config.data.batch_size)
-    gather = Gather(gradients=False, scratch=session.workspace.root)
+    gather = Gather(gradients=False, scratch=session.workspace.root, limits=session.memory)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
         pilot = calibrate(
@@ -102,6 +102,7 @@ def gather_statistics(
         labels=options.calibrate.labels,
         keep_on=device if all(team().from_each(room == device)) else torch.device("cpu"),
         scratch=session.workspace.root,
+        limits=session.memory,
         save_to=save_to,
     )
     batches = samples.batches(options.data.batch_size)

@@ -1,5 +1,6 @@
 """The truncation stage, and functions that the training stages share with it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,6 @@ from converters.folder import save_folder
 from prehab_export.compression import (
     Calibrated,
     Compression,
-    Folders,
     Samplesets,
     Truncation,
     block_refiner,
@@ -41,7 +41,7 @@ def compressed_loss(session: Session, calibrated: Calibrated) -> float:
 
 def _compress_model(session: Session, calibrated: Calibrated, save_to: Path | None = None) -> Compression:
     config = session.config
-    folders = Folders(session.workspace.root, save_to)
+    folders = replace(session.folders, save_to=save_to)
     samples = Samplesets(session.calibrated_samples, session.held_out, config.data.batch_size, folders)
     refines_blocks = config.refine.block_steps > 0
     return compress(
