@@ -38,7 +38,7 @@ from prehab_export.compression.closed_form import Samplesets, compress
 from prehab_export.compression.decompositions import Decompositions, decompose_layers
 from prehab_export.compression.factored import Factored
 from prehab_export.compression.refinement import refine
-from prehab_export.compression.spool import Spool
+from prehab_export.compression.spool import Folders
 from prehab_export.compression.training import Trainable, frozen_copy, labelled_loss, train
 from prehab_export.config.training import RefineConfig, RefineSchedule
 from prehab_export.inputs.data.samples import Samples
@@ -236,7 +236,7 @@ class Bench:
         decomposed = None
         if model is self.model:
             if self.decomposed[0] != config.objective:  # one decomposition a layer serves every ratio
-                self.decomposed = (config.objective, decompose_layers(calibrated, config, keep=Spool()))
+                self.decomposed = (config.objective, decompose_layers(calibrated, config, keep=Folders()))
             decomposed = self.decomposed[1]
         result = compress(calibrated, samples, config, decomposed=decomposed, progress=bar)
         facts = {"predicted_loss_increase": result.truncation.summary()["predicted_loss_increase"]}

@@ -36,7 +36,6 @@ from prehab_export.compression import RankPlan as RankPlan
 from prehab_export.compression import Refit as Refit
 from prehab_export.compression import Rehabilitation as Rehabilitation
 from prehab_export.compression import Samplesets as Samplesets
-from prehab_export.compression import Spool as Spool
 from prehab_export.compression import Statistics as Statistics
 from prehab_export.compression import Trainable as Trainable
 from prehab_export.compression import Truncation as Truncation

@@ -13,7 +13,7 @@ from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.closed_form import Samplesets, compress
 from prehab_export.compression.decompositions import decompose_layers
 from prehab_export.compression.objective_choice import choose_objectives, kinds_of
-from prehab_export.compression.spool import Spool
+from prehab_export.compression.spool import Folders
 from prehab_export.compression.strength_search import find_strength
 from prehab_export.compression.training import frozen_copy
 from prehab_export.compression.truncation import plan_truncation, truncate
@@ -87,7 +87,7 @@ def test_a_plan_predicts_what_truncation_measures(objective, allocation):
     calibrated = Calibrated(model, task, statistics)
     config = replace(STRONG, objective=objective, allocation=allocation)
     measured = truncate(calibrated, config)
-    for keep in (None, Spool()):
+    for keep in (None, Folders()):
         planned = plan_truncation(calibrated, config, decompose_layers(calibrated, config, keep=keep))
         assert planned.shared == measured.shared
         assert set(planned.factors) == set(measured.factors)

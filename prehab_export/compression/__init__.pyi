@@ -36,7 +36,6 @@ from prehab_export.compression.sample_size import needed_samples as needed_sampl
 from prehab_export.compression.spool import USUAL_LIMITS as USUAL_LIMITS
 from prehab_export.compression.spool import Folders as Folders
 from prehab_export.compression.spool import MemoryLimits as MemoryLimits
-from prehab_export.compression.spool import Spool as Spool
 from prehab_export.compression.strength_search import find_strength as find_strength
 from prehab_export.compression.training import Trainable as Trainable
 from prehab_export.compression.training import frozen_copy as frozen_copy

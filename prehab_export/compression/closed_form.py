@@ -16,7 +16,7 @@ from prehab_export.compression.decompositions import Decompositions, decompose_l
 from prehab_export.compression.drift import truncate_along
 from prehab_export.compression.objective_choice import KindTrial, choose_objectives
 from prehab_export.compression.planning import RankPlan
-from prehab_export.compression.spool import Folders, Spool
+from prehab_export.compression.spool import Folders
 from prehab_export.compression.truncation import Truncation, plan_truncation, truncate
 from prehab_export.config import TruncateConfig
 from prehab_export.inputs import Samples
@@ -77,8 +77,7 @@ def compress(
             calibrated, samples.held_out, config, batch_size=samples.batch_size, progress=progress
         )
     if not config.corrects_drift:
-        keep = Spool(samples.folders.limits.spool_bytes, samples.folders.scratch)
-        decomposed = decomposed or decompose_layers(calibrated, config, keep=keep, progress=progress)
+        decomposed = decomposed or decompose_layers(calibrated, config, keep=samples.folders, progress=progress)
         return Compression(truncate(calibrated, config, decomposed=decomposed, plan=plan), trials)
     decomposed = decomposed or decompose_layers(calibrated, config, progress=progress)
     planned = plan_truncation(calibrated, config, decomposed, plan)

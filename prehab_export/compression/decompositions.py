@@ -14,7 +14,7 @@ from converters.errors import InputError
 from converters.lowrank import dense_weight
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.metric import Metric, layer_metric
-from prehab_export.compression.spool import Spool
+from prehab_export.compression.spool import Folders, Spool, spool_in
 from prehab_export.config import TruncateConfig
 from prehab_export.linalg import (
     Decomposition,
@@ -81,13 +81,13 @@ class Decompositions:
 
 
 def decompose_layers(
-    calibrated: Calibrated, config: TruncateConfig, *, keep: Spool | None = None, progress: Progress = silent
+    calibrated: Calibrated, config: TruncateConfig, *, keep: Folders | None = None, progress: Progress = silent
 ) -> Decompositions:
     """Decompose every layer under the configured objective, and groups of layers with one input if sharing is allowed.
 
     Args:
-        keep: holds the factors of every layer up to its break-even rank, which serve all ratios; they take as much as
-            the layers. By default, only spectra are computed now, and factors when they are asked for.
+        keep: where to keep the factors of every layer up to its break-even rank, which serve all ratios; they take as
+            much as the layers. By default, only spectra are computed now, and factors when they are asked for.
 
     Raises:
         InputError: gradient moments are needed but the statistics hold none.
@@ -98,17 +98,17 @@ def decompose_layers(
             f"objective {config.objective!r} with allocation {config.allocation!r} needs gradient moments; "
             "calibrate with gradients, or use --objective activation --allocation uniform"
         )
-    single = {}
+    single, spool = {}, None if keep is None else spool_in(keep)
     costs = [float(m) ** 3 + float(n) ** 3 for m, n in calibrated.shapes.values()]
     owners = team().owners(costs) if keep is None else [team().rank] * len(layers)
     with progress("decompose", len(layers)) as advance:
         for name, owner in zip(layers, owners, strict=True):
             if owner == team().rank:
-                single[name] = _decompose_layer(calibrated, name, config, keep)
+                single[name] = _decompose_layer(calibrated, name, config, spool)
             advance()
     if keep is None:
         single = _exchanged(calibrated, single, config)
-    return with_groups(calibrated, single, config, keep)
+    return with_groups(calibrated, single, config, spool)
 
 
 def _exchanged(calibrated: Calibrated, mine: dict[str, Decomposed], config: TruncateConfig) -> dict[str, Decomposed]:

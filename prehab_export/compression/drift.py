@@ -52,7 +52,7 @@ from prehab_export.compression.factor_files import FactorFiles, FittedBlock
 from prehab_export.compression.metric import gradient_metric, input_metric
 from prehab_export.compression.model_walk import ModelWalk
 from prehab_export.compression.moments import centred
-from prehab_export.compression.spool import Folders
+from prehab_export.compression.spool import Folders, spool_in
 from prehab_export.compression.training import divergence, sharing_copy
 from prehab_export.compression.truncation import LayerResult, Refit, Truncation, computed_dtype, stored_factors
 from prehab_export.inputs import Batch, Task, device_of, micro_batches, moved
@@ -199,7 +199,7 @@ def _fit_blocks(
     in_blocks = {name for block in chain.blocks for name in block.layers}
     student = sharing_copy(model)
     factorize(student, {name: plan.factors[name] for name in plan.factors if name not in in_blocks})
-    walk = BlockWalk(chain, student, batches, folders.spool())
+    walk = BlockWalk(chain, student, batches, spool_in(folders))
     files = None if folders.save_to is None else FactorFiles(folders.save_to, device_of(model))
     # If a block is called with what another has computed, that would have to be saved too.
     checkpoints = None if files is None or chain.stubs is None else Checkpoints(files.folder, walk.batches)

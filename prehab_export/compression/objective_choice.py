@@ -17,7 +17,7 @@ from prehab_export.compression.blocks import find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.decompositions import Decompositions, decompose_layers, with_groups
 from prehab_export.compression.planning import plan_ranks
-from prehab_export.compression.spool import Spool
+from prehab_export.compression.spool import Folders, Spool
 from prehab_export.compression.training import sharing_copy
 from prehab_export.compression.truncation import truncate
 from prehab_export.config import TruncateConfig
@@ -71,10 +71,12 @@ def choose_objectives(
     model, task = calibrated.model, calibrated.task
     # Trials share no inputs: a group has one objective, but a trial changes only one kind at a time.
     unshared = replace(config, share_inputs=False)
-    keep = Spool()
     fisher, activation = (
         decompose_layers(
-            calibrated, replace(unshared, objective=name), keep=keep, progress=named(progress, f"decompose for {name}")
+            calibrated,
+            replace(unshared, objective=name),
+            keep=Folders(),
+            progress=named(progress, f"decompose for {name}"),
         )
         for name in ("fisher", "activation")
     )
@@ -98,4 +100,4 @@ def choose_objectives(
                 chosen |= {name: activation.layers[name] for name in names}
             trials.append(KindTrial(kind, len(names), change, error, objective))
             advance()
-    return with_groups(calibrated, chosen, config, keep), trials
+    return with_groups(calibrated, chosen, config, Spool()), trials

@@ -106,6 +106,11 @@ class Folders:
     limits: MemoryLimits = USUAL_LIMITS
 
 
+def spool_in(folders: Folders) -> Spool:
+    """Return an empty spool within the limits."""
+    return Spool(folders.limits.spool_bytes, folders.scratch)
+
+
 class SpooledRun:
     """A `LayerRun` whose tensors are in a spool."""
 

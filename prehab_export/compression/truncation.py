@@ -18,7 +18,7 @@ from prehab_export.compression.decompositions import Decompositions, decompose_l
 from prehab_export.compression.metric import Metric, layer_metric
 from prehab_export.compression.moments import Lookup
 from prehab_export.compression.planning import RankPlan, plan_ranks
-from prehab_export.compression.spool import Spool
+from prehab_export.compression.spool import Folders
 from prehab_export.config import TruncateConfig
 from prehab_export.inputs import device_of
 from prehab_export.linalg import Group, objective_value
@@ -137,7 +137,7 @@ def truncate(
     Raises:
         InputError: gradient moments are needed but missing, or every layer would stay dense.
     """
-    decomposed = decomposed or decompose_layers(calibrated, config, keep=Spool(), progress=progress)
+    decomposed = decomposed or decompose_layers(calibrated, config, keep=Folders(), progress=progress)
     planned = plan_truncation(calibrated, config, decomposed, plan)
     factors, followers = dict(planned.factors), {name for group in planned.shared for name in group[1:]}
     results = []

@@ -19,7 +19,6 @@ from prehab_export.compression import (
     Decompositions,
     Factored,
     Samplesets,
-    Spool,
     block_refiner,
     compress,
     decompose_layers,
@@ -78,7 +77,7 @@ class _Rows:
         self.parent = session.identity("calibrate")
         self.model: PreTrainedModel | None = None
         self.decompositions: Decompositions | None = None
-        self.keep: Spool | None = None
+        self.keep: Folders | None = None
 
     def all(self, methods: Sequence[Method], ratios: Sequence[float]) -> list[Row]:
         """Return the dense model's row, then a row for every method and ratio."""
@@ -89,7 +88,7 @@ class _Rows:
             self.decompositions = None
             # Every ratio uses the same factors, except with drift correction.
             plain = any(not method.drift_correction for method in group)
-            self.keep = Spool(folder=self.session.workspace.root) if plain else None
+            self.keep = Folders(self.session.workspace.root) if plain else None
             for method in group:
                 for ratio in ratios:
                     options = evaluation | self._options(method, ratio)

@@ -21,7 +21,6 @@ from prehab_export.compression import (
     Decompositions,
     RankPlan,
     Samplesets,
-    Spool,
     compress,
     decompose_layers,
     frozen_copy,
@@ -67,7 +66,7 @@ class FitModels:
     @cached_property
     def decompositions(self) -> Decompositions:
         cut = self.session.config.cut
-        keep = None if cut.corrects_drift else Spool(folder=self.session.workspace.root)
+        keep = None if cut.corrects_drift else Folders(self.session.workspace.root)
         return decompose_layers(self.calibrated, cut, keep=keep, progress=bar)
 
     @cached_property
