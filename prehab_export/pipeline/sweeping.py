@@ -18,6 +18,7 @@ from prehab_export.compression import (
     Calibrated,
     Decompositions,
     Factored,
+    Folders,
     Samplesets,
     block_refiner,
     compress,
@@ -88,7 +89,7 @@ class _Rows:
             self.decompositions = None
             # Every ratio uses the same factors, except with drift correction.
             plain = any(not method.drift_correction for method in group)
-            self.keep = Folders(self.session.workspace.root) if plain else None
+            self.keep = self.session.folders if plain else None
             for method in group:
                 for ratio in ratios:
                     options = evaluation | self._options(method, ratio)

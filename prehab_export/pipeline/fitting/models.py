@@ -66,7 +66,7 @@ class FitModels:
     @cached_property
     def decompositions(self) -> Decompositions:
         cut = self.session.config.cut
-        keep = None if cut.corrects_drift else Folders(self.session.workspace.root)
+        keep = None if cut.corrects_drift else self.session.folders
         return decompose_layers(self.calibrated, cut, keep=keep, progress=bar)
 
     @cached_property
