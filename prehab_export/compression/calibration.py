@@ -12,7 +12,8 @@ The model may run in half precision; its activations and gradients are converted
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, log2
@@ -137,7 +138,8 @@ def calibrate(
         else:
             spool = Spool(gather.limits.spool_bytes, gather.scratch)
             moments = BlockCalibration(chain, share, layers, tally_of, labels, spool, checkpoints).parts(progress)
-        statistics = _collected(moments, list(layers), gather, checkpoints)
+        with closing(moments):  # if it is left in the midst, it must not turn gradients off or on later
+            statistics = _collected(moments, list(layers), gather, checkpoints)
     silent = [name for name in layers if name not in statistics.gradients]
     if gather.gradients and silent:
         raise InputError(f"the loss does not depend on {exclusion(silent, groups)}")
@@ -154,7 +156,7 @@ def _whole_passes(
     tally: Tally,
     labels_of: LabelsOf | None,
     progress: Progress,
-) -> Iterator[Statistics]:
+) -> Generator[Statistics, None, None]:
     """Run the whole model forward and backward on each batch, and yield the moments of all layers."""
 
     def watch_first(trial: Tally) -> None:

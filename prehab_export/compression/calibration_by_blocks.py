@@ -8,7 +8,7 @@ the loop over batches inside.
 Processes that work together take a share of the batches each. When a block is done, its sums are added up over them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,7 +45,7 @@ class BlockCalibration:
     spool: Spool
     checkpoints: Checkpoints | None = None
 
-    def parts(self, progress: Progress) -> Iterator[Statistics]:
+    def parts(self, progress: Progress) -> Generator[Statistics, None, None]:
         """Yield the moments of the layers of each block, and of those behind the last block."""
         tracks_rows = self.tally_of(list(self.layers)).tracks_rows
         path = BlockPath(self.chain.model, self.chain.task, self.spool, tracks_rows=tracks_rows)
