@@ -153,7 +153,8 @@ def test_weights_in_single_precision_are_read_as_ever(tmp_path):
 def test_moments_written_block_by_block_are_those_in_memory(tmp_path):
     model, task, batches, layers, statistics, plan = prepared("llama")
     written = calibrate(model, task, batches, layers, gather=Gather(save_to=tmp_path / "moments")).statistics
-    assert len(list((tmp_path / "moments").glob("*.safetensors"))) == len(model.model.layers)
+    # Inputs on the way forward, gradients on the way back.
+    assert len(list((tmp_path / "moments").glob("*.safetensors"))) == 2 * len(model.model.layers)
     for found in (written, load_statistics(tmp_path / "moments")):
         assert_same_moments(found, statistics)
         for name, pair in truncate(Calibrated(model, task, found), STRONG).factors.items():

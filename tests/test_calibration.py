@@ -383,3 +383,26 @@ def test_the_samples_needed_follow_from_what_a_token_is_worth(copies):
     wide = InputMoment(torch.eye(64), torch.zeros(64), 10, Sampling(10, float("nan"), float("nan")))
     statistics = Statistics({"a": moment, "unknown": wide}, {"a": "a", "unknown": "unknown"})
     assert needed_samples(statistics) == pytest.approx(16 / 8, abs=1)
+
+
+@pytest.mark.parametrize("by_blocks", [True, False])
+def test_gradients_are_those_of_the_first_units(by_blocks, monkeypatch):
+    """Inputs are those of all samples. A sample is differentiated as a whole, however it lies in a batch."""
+    if not by_blocks:
+        monkeypatch.setattr(calibration, "_chain", lambda *_: None)
+    torch.manual_seed(0)
+    model, task = llama(), TASKS["text-generation"]
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(2, 50, (6, 9), generator=generator)
+    batches = [{"input_ids": ids[:4]}, {"input_ids": ids[4:]}]
+    every = calibrate(model, task, batches).statistics
+    for units, samples in ((1, 1), (8, 1), (9, 2), (33, 5), (48, 6), (500, 6)):
+        expected = calibrate(model, task, [{"input_ids": ids[:samples]}]).statistics
+        found = calibrate(model, task, batches, gather=Gather(gradient_units=units)).statistics
+        assert found.units == expected.units == 8 * samples
+        for name, gradient in expected.gradients.items():
+            torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-4, atol=1e-9)
+            assert found.gradient_sampling[name].samples == samples
+        for group, moment in every.inputs.items():
+            torch.testing.assert_close(found.inputs[group].second_moment, moment.second_moment, rtol=1e-4, atol=1e-6)
+            assert found.inputs[group].tokens == moment.tokens

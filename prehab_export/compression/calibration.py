@@ -35,7 +35,7 @@ from prehab_export.compression.input_groups import exclusion, trace_inputs
 from prehab_export.compression.moment_files import MomentWriter
 from prehab_export.compression.moments import Statistics
 from prehab_export.compression.spool import USUAL_LIMITS, MemoryLimits, Spool
-from prehab_export.compression.tally import Labels, LabelsOf, Tally, gradient_hook
+from prehab_export.compression.tally import Labels, Tally, gradient_hook, units_by_sample
 from prehab_export.config import FISHER_LABELS
 from prehab_export.inputs import Batch, Task, device_of, micro_batches, moved
 from prehab_export.linalg import ClusterSums, PlainSums
@@ -44,6 +44,10 @@ from prehab_export.system import Progress, silent, team
 # In float16 the loss is scaled so that the largest gradients of a sample come to about this size. float16 ends at 2^16,
 # and values smaller than this by 2^26 are still normal numbers.
 LARGEST_GRADIENT = 2.0**12
+
+
+# Units whose loss is differentiated. More of them change the result less than other samples would.
+GRADIENT_UNITS = 2**15
 
 
 class CalibrationWarning(UserWarning):
@@ -58,6 +62,8 @@ class Gather:
     labels: labels for the gradients: ``data`` uses those of the data (empirical Fisher), ``model`` draws them from the
         model's own output (true Fisher; needs no labels).
     sampling: also estimate the sampling error of the moments, which shrinkage and the small-sample warning need.
+    gradient_units: units whose loss is differentiated: those of the first samples, until they are at least as many.
+        Gradients take two thirds of the time.
     keep_on: device for the moments; by default the model's device.
     scratch: folder for temporary files, which hold states that do not fit in memory; by default the system's.
     limits: what is held in memory at once.
@@ -71,6 +77,7 @@ class Gather:
     gradients: bool = True
     labels: str = "data"
     sampling: bool = True
+    gradient_units: int = GRADIENT_UNITS
     keep_on: torch.device | None = None
     scratch: Path | None = None
     limits: MemoryLimits = USUAL_LIMITS
@@ -108,7 +115,8 @@ def calibrate(
     gather = gather or Gather()
     layers = select_layers(model) if layers is None else layers
     device = device_of(model)
-    parts = list(micro_batches(batches, gather.limits.positions))
+    differentiated, others = _split_at(batches, task, gather.gradient_units if gather.gradients else 0)
+    parts = list(micro_batches([*differentiated, *others], gather.limits.positions))
     if not parts:
         raise InputError("the calibration sample is empty; give a split with rows in it")
     first = moved(parts[0], device)
@@ -116,28 +124,33 @@ def calibrate(
     groups, orders = trace_inputs(model, task, first, layers)
     seeds = torch.randint(2**31, (len(parts),), generator=torch.Generator().manual_seed(seed)).tolist()
 
-    def labels_of(number: int) -> Labels:
+    def labels_of_batch(number: int) -> Labels:
         if gather.labels == "data":
             return lambda _, batch: task.unit_labels(batch)
         generator = torch.Generator().manual_seed(seeds[number])
         return lambda unit_logits, _: _sample_labels(unit_logits, generator)
 
+    count = sum(1 for _ in micro_batches(differentiated, gather.limits.positions))
+    labels_of = {number: labels_of_batch(number) for number in share if number < count}
+
     with frozen(model), torch.set_grad_enabled(gather.gradients):
         scaled = gather.gradients and task.precision == "float16"
         scale = team().from_first(_loss_scale(model, task, first, layers) if scaled else 1.0)
 
-        def tally_of(names: Iterable[str]) -> Tally:
-            sums = partial(ClusterSums if gather.sampling else PlainSums, gather.keep_on)
-            return Tally({name: groups[name] for name in names}, {name: orders[name] for name in names}, sums, scale)
+        def tally_of(names: Iterable[str], *, inputs: bool = True) -> Tally:
+            sums, names = partial(ClusterSums if gather.sampling else PlainSums, gather.keep_on), list(names)
+            orders_of = {name: orders[name] for name in names}
+            return Tally({name: groups[name] for name in names}, orders_of, sums, scale, inputs=inputs)
 
-        labels = labels_of if gather.gradients else None
         checkpoints = None if gather.save_to is None else Checkpoints(gather.save_to, parts)
         chain = _chain(model, task, first, layers)
         if chain is None:
-            moments = _whole_passes(model, task, share, layers, tally_of(layers), labels, progress)
+            moments = _whole_passes(model, task, share, layers, tally_of(layers), labels_of, progress)
         else:
             spool = Spool(gather.limits.spool_bytes, gather.scratch)
-            moments = BlockCalibration(chain, share, layers, tally_of, labels, spool, checkpoints).parts(progress)
+            moments = BlockCalibration(
+                chain, share, layers, tally_of, labels_of, gather.gradients, spool, checkpoints
+            ).parts(progress)
         with closing(moments):  # if it is left in the midst, it must not turn gradients off or on later
             statistics = _collected(moments, list(layers), gather, checkpoints)
     silent = [name for name in layers if name not in statistics.gradients]
@@ -148,13 +161,28 @@ def calibrate(
     return Calibrated(model, task, statistics)
 
 
+def _split_at(batches: Iterable[Batch], task: Task, units: int) -> tuple[list[Batch], list[Batch]]:
+    """Return the first samples of the batches, until they have this many units, and the others."""
+    first: list[Batch] = []
+    others: list[Batch] = []
+    for batch in batches:
+        ends = units_by_sample(task, batch).cumsum(0)
+        count = min(len(ends), int((ends < units).sum()) + 1) if units > 0 else 0
+        if count:
+            first.append({name: value[:count] for name, value in batch.items()})
+            units -= int(ends[count - 1])
+        if count < len(ends):
+            others.append({name: value[count:] for name, value in batch.items()})
+    return first, others
+
+
 def _whole_passes(
     model: nn.Module,
     task: Task,
     batches: Mapping[int, Batch],
     layers: Mapping[str, nn.Module],
     tally: Tally,
-    labels_of: LabelsOf | None,
+    labels_of: Mapping[int, Labels],
     progress: Progress,
 ) -> Generator[Statistics, None, None]:
     """Run the whole model forward and backward on each batch, and yield the moments of all layers."""
@@ -167,7 +195,7 @@ def _whole_passes(
     tally.set_shift(team(), watch_first)
     with progress("calibrate", len(batches)) as advance:
         for number, batch in batches.items():
-            tally.watch(model, task, batch, layers, None if labels_of is None else labels_of(number))
+            tally.watch(model, task, batch, layers, labels_of.get(number))
             advance()
     tally.pool(team(), device_of(model))
     yield tally.result()

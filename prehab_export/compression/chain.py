@@ -87,6 +87,10 @@ class Chain:
             model, task, tuple(blocks), {name: list(ran) for name, ran in order.items()}, tuple(before), stubs, piece
         )
 
+    def block(self, name: str) -> Block:
+        """Return the block with this name."""
+        return next(block for block in self.blocks if block.name == name)
+
     @property
     def names(self) -> list[str]:
         """The names of the blocks."""

@@ -18,8 +18,6 @@ from prehab_export.system import Team
 
 # (logits of the units, batch or a piece of it) → a label for each unit.
 Labels = Callable[[Tensor, Batch], Tensor]
-# Number of a batch in the whole sample → its labels; the same whatever has been drawn for other batches.
-LabelsOf = Callable[[int], Labels]
 
 Sums = ClusterSums | PlainSums
 
@@ -31,10 +29,19 @@ class Tally:
     orders: the order of each layer's rows in each of its runs in one forward pass.
     sums: creates empty sums for one layer.
     loss_scale: power of two by which the loss is multiplied before its backward pass; gradients are divided by it.
+
+    Args (when created):
+        inputs: sum inputs; otherwise only gradients.
     """
 
     def __init__(
-        self, groups: Mapping[str, str], orders: RowOrders, sums: Callable[[], Sums], loss_scale: float = 1.0
+        self,
+        groups: Mapping[str, str],
+        orders: RowOrders,
+        sums: Callable[[], Sums],
+        loss_scale: float = 1.0,
+        *,
+        inputs: bool = True,
     ) -> None:
         self.groups = groups
         self.orders = orders
@@ -48,7 +55,7 @@ class Tally:
         self.shift_is_set = False
         self.total: dict[str, Tensor] = {}
         # A group whose first layer is elsewhere is gathered there.
-        self.inputs = {name: sums() for name, group in groups.items() if name == group}
+        self.inputs = {name: sums() for name, group in groups.items() if inputs and name == group}
         self.gradients: dict[str, Sums] = {}
 
     def watch(
@@ -66,7 +73,7 @@ class Tally:
                 # The sum, not the mean, so that every unit keeps the gradient of its own loss.
                 loss = nn.functional.cross_entropy(unit_logits.float(), targets, reduction="sum")
                 (self.loss_scale * loss).backward()
-        self.units += unit_logits.shape[0]
+                self.units += len(unit_logits)
 
     @contextmanager
     def watching(
@@ -78,10 +85,10 @@ class Tally:
             rows: tracks the tokens of the batch, if the rows of a layer are not in order.
         """
         mask, samples = task.token_mask(batch), sample_count(batch)
-        units = _units_by_sample(task, batch) if gradients else None
+        units = units_by_sample(task, batch) if gradients else None
         handles = []
         for name, layer in layers.items():
-            if self.groups[name] == name:
+            if name in self.inputs:
                 handles.append(layer.register_forward_pre_hook(self._input_hook(name, mask, samples, rows)))
             if units is not None:
                 handles.append(layer.register_forward_hook(self._output_hook(name, mask, units, rows)))
@@ -249,7 +256,7 @@ def gradient_hook(action: Callable[[Tensor], None]) -> Callable:
     return hook
 
 
-def _units_by_sample(task: Task, batch: Batch) -> Tensor:
+def units_by_sample(task: Task, batch: Batch) -> Tensor:
     """Return the number of units of loss in each sample (B)."""
     samples = ({key: value[row : row + 1] for key, value in batch.items()} for row in range(sample_count(batch)))
     return torch.tensor([len(task.unit_labels(sample)) for sample in samples])
