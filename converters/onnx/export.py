@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +93,8 @@ def export_onnx(
     form = form or GraphForm()
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
-    with _evaluating(model), torch.no_grad(), in_float32(model) if form.widen else nullcontext({}) as stored:
+    halves: AbstractContextManager[dict[int, Tensor]] = in_float32(model) if form.widen else nullcontext({})
+    with _evaluating(model), torch.no_grad(), halves as stored:
         if stored and form.kv_cache != FULL:
             raise InputError(f"a {form.kv_cache} cache needs the model in float32: load it with dtype=torch.float32")
         traced = _Traced(model, task, form, samples)

@@ -27,7 +27,7 @@ from prehab_export.deployment import (
     save_reference,
     tensor_digests,
 )
-from prehab_export.inputs import WeightFiles, weight_files, widen_on_use
+from prehab_export.inputs import WeightFiles, has_half_tables, weight_files, widen_on_use
 from prehab_export.pipeline.session import Session
 from prehab_export.system import warn, write_json
 
@@ -105,7 +105,9 @@ def _size_warnings(compressed: WeightFiles, graph_bytes: int, source: WeightFile
 
 def export_baseline(session: Session, folder: Path) -> None:
     """Write ``onnx/model.onnx`` of the dense model, exported in the same way, and its metric."""
-    model = session.load_dense()
+    model = session.load_dense(as_stored=True)
+    if has_half_tables(model):
+        model = session.load_dense()
     facts = {"dtype": session.weights.dtype, "weight_bytes": session.weights.bytes}
     reference = _make_reference(session, model)
     save_reference(reference, folder)
