@@ -44,7 +44,7 @@ def export_artifact(session: Session, folder: Path) -> None:
     source = session.factored_folder()
     model = load_mapped(source, trust_remote_code=session.config.trust_remote_code)
     digests = json.loads((source.parent / DIGESTS).read_text(encoding="utf-8"))
-    check_tensor_digests(digests, tensor_digests(model))
+    check_tensor_digests(digests, tensor_digests(model, torch.float32))
     _write_folder(session, model, folder)
     del model  # the graph is made from the folder, whose weights are mapped and not in memory
     _write_graph(session, folder)
