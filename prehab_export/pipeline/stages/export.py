@@ -71,14 +71,18 @@ def _write_graph(session: Session, folder: Path) -> None:
     """Write the graph of the folder in ``model/``, and the facts about both.
 
     The graph is made from the rounded weights in the folder, so that the folder and all graphs compute the same.
+
+    Raises:
+        ParityError: the folder holds other weights than the model had in memory, or the graph computes something else.
     """
     trust, kv_cache = session.config.trust_remote_code, session.config.kv_cache
-    if kv_cache == FULL:
-        model = load_mapped(folder / "model", trust_remote_code=trust)
-    else:  # latents are found by comparing what parts of the model compute
+    reference = load_reference(folder)
+    model = load_mapped(folder / "model", trust_remote_code=trust)
+    check_tensor_digests(reference.digests, tensor_digests(model))
+    if kv_cache != FULL:  # latents are found by comparing what parts of the model compute
         model = from_pretrained(folder / "model", dtype=torch.float32, trust_remote_code=trust)
     graph = Path("onnx", "model.onnx")
-    export = _export_graph(session, model, folder / "model" / graph, load_reference(folder), kv_cache)
+    export = _export_graph(session, model, folder / "model" / graph, reference, kv_cache)
     files = weight_files(str(folder / "model"))
     facts = {"dtype": session.artifact_dtype, "weight_bytes": files.bytes}
     _write_facts(folder, export, facts, [*_size_warnings(files, export.bytes, session.weights), *export.warnings])
