@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from converters.onnx.form import GraphForm
 from converters.onnx.fuse import count_fusions, fuse_graph, simplify_graph
 from converters.onnx.inputs import GraphInputs, decoder_inputs, image_inputs, text_inputs
 from converters.onnx.latent import latent_layout
+from converters.onnx.modes import FULL
 from converters.onnx.names import restore_weight_names, store_by_head, store_transposed, tidy
 from converters.onnx.quiet import quiet
 from converters.onnx.rope import traceable_frequencies
 from converters.onnx.stack import stack_products
+from converters.onnx.stored import in_float32, put_stored
 from converters.onnx.write import publish_graph
 
 TASKS = ("image-classification", "text-classification", "text-generation")
@@ -79,10 +81,11 @@ def export_onnx(
     inputs that fit its config; the graph is the same for all inputs.
 
     The graph has the model's dtype. ONNX Runtime on CPU runs float16 graphs, but it has few bfloat16 kernels and cannot
-    open a bfloat16 graph: cast such a model to float32 first.
+    open a bfloat16 graph: such a model needs the form's ``widen``.
 
     Raises:
-        InputError: an unknown task, a model that does not fit the task, or ``path`` is a folder.
+        InputError: an unknown task, a model that does not fit the task, or ``path`` is a folder; or ``widen`` with
+            weights in half precision and a cache of latents, which are found by running the model in float32.
         RuntimeError: torch could not trace the model.
     """
     if task not in TASKS:
@@ -90,10 +93,14 @@ def export_onnx(
     form = form or GraphForm()
     if path.is_dir():
         raise InputError(f"{path} is a folder; name the graph in it, such as {path / 'model.onnx'}")
-    with _evaluating(model), torch.no_grad():
+    halves: AbstractContextManager[dict[int, Tensor]] = in_float32(model) if form.widen else nullcontext({})
+    with _evaluating(model), torch.no_grad(), halves as stored:
+        if stored and form.kv_cache != FULL:
+            raise InputError(f"a {form.kv_cache} cache needs the model in float32: load it with dtype=torch.float32")
         traced = _Traced(model, task, form, samples)
         attention, reason = _attention(traced) if form.fuse else (PLAIN_ATTENTION, None)
         graph = _trace(traced, attention, FUSED_OPSET if form.fuse else PLAIN_OPSET)
+        put_stored(graph.graph, stored)
         _optimise(graph, form.fuse, _first_names(model))
         fusions = count_fusions(graph)
         unfused = _unfused(traced, graph, fusions, reason) if form.fuse else []

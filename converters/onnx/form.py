@@ -17,6 +17,8 @@ class GraphForm:
     fuse: use operators that combine many (attention, norms, rotary embeddings). Otherwise, use only standard operators
         of an older opset, for comparisons and for other runtimes.
     kv_cache: what a decoder caches of past tokens: ``full``, ``latent-values`` or ``latent``.
+    widen: write a float32 graph of a model in half precision. The weights are converted one at a time, when they are
+        written, so that the model is never in memory in float32.
     external_data_threshold: if the weights have more bytes than this, they are written to ``<name>.onnx_data`` beside
         the graph; None for the largest size that one file can hold.
 
@@ -28,6 +30,7 @@ class GraphForm:
     image_size: tuple[int, int] | None = None
     fuse: bool = True
     kv_cache: str = FULL
+    widen: bool = False
     external_data_threshold: int | None = None
 
     def __post_init__(self) -> None:

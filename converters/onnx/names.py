@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
-from onnx_ir.tensor_adapters import TorchTensor
+
+from converters.onnx.stored import stored_tensor
 
 TRANSPOSED = ".T"
 HEADS = ".heads"
@@ -42,7 +43,7 @@ def store_transposed(model: ir.Model) -> None:
         tensor = source.const_value
         assert isinstance(tensor, ir.Tensor)
         assert isinstance(tensor.raw, torch.Tensor)
-        value = _register(graph, f"{source.name}{TRANSPOSED}", tensor.raw.detach().T)
+        value = _register(graph, f"{source.name}{TRANSPOSED}", tensor.raw.detach().T, tensor)
         for node in readers:
             node.outputs[0].replace_all_uses_with(value)
     RemoveUnusedNodesPass()(model)
@@ -63,11 +64,11 @@ def store_by_head(model: ir.Model) -> None:
             by_head = tensor.raw.detach().reshape(shape.numpy())
             readers = [reader for reader, _ in node.outputs[0].uses()]
             if readers and all(_swaps_axes(reader, [0, 2, 1]) for reader in readers):
-                value = _register(graph, f"{source.name}{HEADS}{TRANSPOSED}", by_head.transpose(1, 2))
+                value = _register(graph, f"{source.name}{HEADS}{TRANSPOSED}", by_head.transpose(1, 2), tensor)
                 for reader in readers:
                     reader.outputs[0].replace_all_uses_with(value)
             else:
-                node.outputs[0].replace_all_uses_with(_register(graph, f"{source.name}{HEADS}", by_head))
+                node.outputs[0].replace_all_uses_with(_register(graph, f"{source.name}{HEADS}", by_head, tensor))
     RemoveUnusedNodesPass()(model)
 
 
@@ -76,9 +77,9 @@ def _swaps_axes(node: ir.Node, order: Sequence[int] = (1, 0)) -> bool:
     return node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == list(order)
 
 
-def _register(graph: ir.Graph, name: str, tensor: torch.Tensor) -> ir.Value:
-    """Add an initialiser to the graph."""
-    stored = TorchTensor(tensor, name=name)  # a view, which is only copied when it is written
+def _register(graph: ir.Graph, name: str, view: torch.Tensor, original: ir.Tensor) -> ir.Value:
+    """Add an initialiser to the graph that is a view of another one's values, and only copied when it is written."""
+    stored = stored_tensor(view, original, name)
     value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
     graph.register_initializer(value)
     return value

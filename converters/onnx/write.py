@@ -22,6 +22,8 @@ from converters.publishing import published_files
 _MODEL_GRAPH, _GRAPH_INITIALIZER, _TENSOR_RAW_DATA = (field << 3 | 2 for field in (7, 5, 9))
 # Smaller tensors are serialised with the message.
 _LEAST_BYTES = 1024
+# The most bytes of weights in memory while they are written to a file of their own, but for a single larger tensor.
+_IN_FLIGHT = 128 * 2**20
 
 # The default threshold, below the limit of 2 GiB for a protobuf file.
 EXTERNAL_DATA_THRESHOLD = 1_900_000_000
@@ -53,7 +55,7 @@ def publish_graph(model: ir.Model, path: Path, threshold: int | None = None, *, 
     with published_files(data_file(path), path) as folder:
         partial = folder / path.name
         if weights > threshold:
-            ir.save(model, partial, external_data=data_file(path).name)
+            ir.save(model, partial, external_data=data_file(path).name, max_in_flight_bytes=_IN_FLIGHT)
             if check:
                 onnx.checker.check_model(str(partial))  # reads the graph, not its external data
         else:

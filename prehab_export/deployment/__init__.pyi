@@ -1,5 +1,6 @@
 from prehab_export.deployment.exportability import check_exportable_model as check_exportable_model
 from prehab_export.deployment.exporting import export_exact as export_exact
+from prehab_export.deployment.mapped_models import load_mapped as load_mapped
 from prehab_export.deployment.ort_parity import SAMPLES as SAMPLES
 from prehab_export.deployment.ort_parity import largest_difference as largest_difference
 from prehab_export.deployment.parity import TOLERANCE as TOLERANCE
@@ -12,4 +13,4 @@ from prehab_export.deployment.parity import reference_of as reference_of
 from prehab_export.deployment.parity import save_reference as save_reference
 from prehab_export.deployment.parity import tensor_digests as tensor_digests
 from prehab_export.deployment.quantization import tell_quantized as tell_quantized
-from prehab_export.deployment.verification import reloaded as reloaded
+from prehab_export.deployment.verification import check_reloaded as check_reloaded

@@ -108,7 +108,9 @@ def tensor_digests(model: nn.Module, dtype: torch.dtype | None = None) -> dict[s
     def digest(tensor: Tensor) -> str:
         tensor = tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data.tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(data.data)
+        return digest.hexdigest()
 
     return {name: digest(tensor) for name, tensor in model.state_dict().items()}
 

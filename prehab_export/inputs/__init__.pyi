@@ -39,3 +39,5 @@ from prehab_export.inputs.tasks import Task as Task
 from prehab_export.inputs.tasks import model_inputs as model_inputs
 from prehab_export.inputs.tasks import sample_count as sample_count
 from prehab_export.inputs.trial import check_runs as check_runs
+from prehab_export.inputs.widening import has_half_tables as has_half_tables
+from prehab_export.inputs.widening import widen_on_use as widen_on_use

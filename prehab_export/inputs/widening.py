@@ -31,6 +31,13 @@ def widen_on_use(model: nn.Module) -> None:
             module.register_forward_hook(_widen_output)
 
 
+def has_half_tables(model: nn.Module) -> bool:
+    """Whether the model computed a table in half precision while it was loaded. It then differs from the model loaded
+    in float32 by more than its weights are rounded."""
+    stored = model.state_dict().keys()
+    return any(buffer.dtype in _HALF and name not in stored for name, buffer in model.named_buffers())
+
+
 def _together(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the module and the modules inside it, without those that are converted by themselves."""
     if type(module) is not nn.Embedding:  # of a table, a few rows are converted instead of all

@@ -34,8 +34,10 @@ TRIAL_SAMPLES, TRIAL_COPIES = 2, 5
 LEAST_SPOOL = 2**24
 # Stages that work on one block at a time.
 BY_BLOCKS = ("calibrate", "truncate")
-# Copies of a model's weights during export: the model, the graph, the serialised graph, and a session.
-EXPORT_COPIES = 4
+# Copies of a model's weights during export: in a session and, while it opens, in part of the graph; and mapped files.
+EXPORT_COPIES = 2
+# Copies of a model's weights while a graph is quantised: the graph before and after, the written graph, and a session.
+QUANTIZE_COPIES = 4
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ class Memory:
             "export": EXPORT_COPIES * small,
             "baseline": max(EXPORT_COPIES * dense, dense + evaluation),
             "verify": 3 * dense + evaluation,
-            "quantize": EXPORT_COPIES * dense + evaluation,
+            "quantize": QUANTIZE_COPIES * dense + evaluation,
             "ort": 2 * dense,
             "bench": dense,
         }.get(stage, 0.0)

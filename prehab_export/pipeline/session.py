@@ -227,7 +227,8 @@ class Session:
         in both memories.
 
         Args:
-            as_stored: hold weights in half precision as they are stored, for all work but training and export.
+            as_stored: hold weights in half precision as they are stored, for all work but training. An export needs
+                `GraphForm` with ``widen`` then.
         """
         dtype = None if as_stored else torch.float32
         if self.config.adapter is None:

@@ -26,7 +26,7 @@ from prehab_export.compression import (
     frozen_copy,
 )
 from prehab_export.config import drop_of
-from prehab_export.deployment import reloaded, tell_quantized
+from prehab_export.deployment import check_reloaded, tell_quantized
 from prehab_export.inputs import Metrics
 from prehab_export.pipeline.fitting.result_cache import ResultCache
 from prehab_export.pipeline.fitting.search import FLOAT32, Layers
@@ -122,7 +122,7 @@ class FitModels:
         result.truncation.apply(model)
         model.cpu()
         export_model(session.on_cpu, model, folder)
-        reloaded(folder, session.on_cpu.task, trust_remote_code=config.trust_remote_code)
+        check_reloaded(folder, session.on_cpu.task, trust_remote_code=config.trust_remote_code)
 
     def graph(self, plan: RankPlan, mode: str) -> Path:
         """Return the ONNX graph of a plan in a mode."""

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from prehab_export.deployment import (
     Reference,
     check_tensor_digests,
     export_exact,
+    load_mapped,
+    load_reference,
     reference_batches,
     reference_of,
     save_reference,
     tensor_digests,
 )
-from prehab_export.inputs import WeightFiles, weight_files
+from prehab_export.inputs import WeightFiles, has_half_tables, weight_files, widen_on_use
 from prehab_export.pipeline.session import Session
 from prehab_export.system import warn, write_json
 
@@ -39,28 +41,50 @@ def export_artifact(session: Session, folder: Path) -> None:
     Raises:
         ParityError: the model on disk differs from the one that truncation or training had in memory.
     """
-    model = from_pretrained(session.factored_folder(), trust_remote_code=session.config.trust_remote_code)
-    digests = json.loads((session.factored_folder().parent / DIGESTS).read_text(encoding="utf-8"))
-    check_tensor_digests(digests, tensor_digests(model))
-    export_model(session, model, folder)
+    source = session.factored_folder()
+    model = load_mapped(source, trust_remote_code=session.config.trust_remote_code)
+    digests = json.loads((source.parent / DIGESTS).read_text(encoding="utf-8"))
+    check_tensor_digests(digests, tensor_digests(model, torch.float32))
+    _write_folder(session, model, folder)
+    del model  # the graph is made from the folder, whose weights are mapped and not in memory
+    _write_graph(session, folder)
 
 
 def export_model(session: Session, model: PreTrainedModel, folder: Path) -> None:
-    """Export a float32 model like `export_artifact`, and round its weights to the artifact's dtype in place.
+    """Export a model in memory like `export_artifact`, and round its weights to the artifact's dtype in place."""
+    widen_on_use(model)
+    _write_folder(session, model, folder)
+    _write_graph(session, folder)
 
-    The graph is exported from the rounded weights, so that the folder and all graphs compute the same.
+
+def _write_folder(session: Session, model: PreTrainedModel, folder: Path) -> None:
+    """Write ``model/`` without a graph, and the reference answers of the model, which computes in float32.
+
+    The weights are rounded to the artifact's dtype in place before the model answers.
     """
-    dtype = DTYPES[session.artifact_dtype]
-    cast_weights(model, dtype)
-    digests = tensor_digests(model)
+    cast_weights(model, DTYPES[session.artifact_dtype])
     save_folder(model, folder / "model", session.fresh_processor())
-    cast_weights(model, torch.float32)
+    save_reference(_make_reference(session, model), folder)
+
+
+def _write_graph(session: Session, folder: Path) -> None:
+    """Write the graph of the folder in ``model/``, and the facts about both.
+
+    The graph is made from the rounded weights in the folder, so that the folder and all graphs compute the same.
+
+    Raises:
+        ParityError: the folder holds other weights than the model had in memory, or the graph computes something else.
+    """
+    trust, kv_cache = session.config.trust_remote_code, session.config.kv_cache
+    reference = load_reference(folder)
+    model = load_mapped(folder / "model", trust_remote_code=trust)
+    check_tensor_digests(reference.digests, tensor_digests(model))
+    if kv_cache != FULL:  # latents are found by comparing what parts of the model compute
+        model = from_pretrained(folder / "model", dtype=torch.float32, trust_remote_code=trust)
+    graph = Path("onnx", "model.onnx")
+    export = _export_graph(session, model, folder / "model" / graph, reference, kv_cache)
     files = weight_files(str(folder / "model"))
     facts = {"dtype": session.artifact_dtype, "weight_bytes": files.bytes}
-    graph = Path("onnx", "model.onnx")
-    reference = replace(_make_reference(session, model), digests=digests)
-    save_reference(reference, folder)
-    export = _export_graph(session, model, folder / "model" / graph, reference, session.config.kv_cache)
     _write_facts(folder, export, facts, [*_size_warnings(files, export.bytes, session.weights), *export.warnings])
     if session.task.name == "text-generation" and not write_genai_config(model, folder / "model", graph, export.inputs):
         warn("no genai_config.json is written, because onnxruntime-genai does not support this kind of cache")
@@ -85,7 +109,9 @@ def _size_warnings(compressed: WeightFiles, graph_bytes: int, source: WeightFile
 
 def export_baseline(session: Session, folder: Path) -> None:
     """Write ``onnx/model.onnx`` of the dense model, exported in the same way, and its metric."""
-    model = session.load_dense()
+    model = session.load_dense(as_stored=True)
+    if has_half_tables(model):
+        model = session.load_dense()
     facts = {"dtype": session.weights.dtype, "weight_bytes": session.weights.bytes}
     reference = _make_reference(session, model)
     save_reference(reference, folder)
@@ -106,7 +132,7 @@ def _export_graph(
     path.parent.mkdir(parents=True, exist_ok=True)
     is_text = session.task.name != "image-classification"
     names = session.processor.model_input_names if is_text else None
-    form = GraphForm(text_inputs=names, kv_cache=kv_cache)
+    form = GraphForm(text_inputs=names, kv_cache=kv_cache, widen=True)
     return export_exact(model, session.task, path, form, reference, threads=session.threads)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from converters.errors import InputError
 from prehab_export.config import RunConfig, from_dict
-from prehab_export.deployment import TOLERANCE, check_graph, load_reference, reloaded
+from prehab_export.deployment import TOLERANCE, check_graph, check_reloaded, load_reference
 from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.workspace import Workspace
 from prehab_export.system import (
@@ -35,7 +35,7 @@ def verify(session: Session) -> dict[str, Any]:
     """
     export, baseline = session.workspace.folder("export"), session.workspace.folder("baseline")
     compressed, dense = export / "model" / "onnx" / "model.onnx", baseline / "onnx" / "model.onnx"
-    _model, reload = reloaded(export, session.task, trust_remote_code=session.config.trust_remote_code)
+    reload = check_reloaded(export, session.task, trust_remote_code=session.config.trust_remote_code)
     return {
         "tolerance": TOLERANCE,
         "compressed": {"reload": reload, "onnx": _check_graph(session, export, compressed, "compressed")},
