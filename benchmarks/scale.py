@@ -34,6 +34,8 @@ from converters.selection import select_layers
 from prehab_export.compression.calibration import Gather, calibrate
 from prehab_export.compression.closed_form import Samplesets, compress
 from prehab_export.compression.sample_size import needed_samples
+from prehab_export.compression.spool import Folders
+from prehab_export.config.calibrate import CalibrateConfig
 from prehab_export.config.data import DataConfig
 from prehab_export.config.truncate import TruncateConfig
 from prehab_export.inputs.batch_splitting import micro_batches
@@ -57,6 +59,7 @@ WAYS = ("dense", "svd-llm", "ours")
 @click.option("--evaluation", type=int, default=40, help="Windows of the evaluation split.")
 @click.option("--ratio", type=float, default=0.4)
 @click.option("--enough/--all-windows", default=False)
+@click.option("--gradient-units", type=int, default=CalibrateConfig.gradient_units, help="As calibrate.gradient_units.")
 @click.option("--way", "ways", type=click.Choice(WAYS), multiple=True, default=WAYS)
 @click.option("--threads", type=int, default=2)
 @click.option("--seed", type=int, default=0)
@@ -106,15 +109,16 @@ def _ours(name: str, samples: Samples, options: dict[str, Any], row: dict[str, A
             samples = samples.first(min(needed, len(samples)))
             row["pilot_s"] = time.perf_counter() - start
         row["windows"] = len(samples)
-        gather = Gather(save_to=Path(folder) / "moments")
+        gather = Gather(save_to=Path(folder) / "moments", gradient_units=options["gradient_units"])
         calibrated = calibrate(model, TASK, samples.batches(32), gather=gather, seed=options["seed"])
         row["calibrate_s"] = time.perf_counter() - start
         start = time.perf_counter()
         config = TruncateConfig(ratio=options["ratio"])
-        truncation = compress(calibrated, Samplesets(samples, samples), config).truncation
+        folders = Folders(Path(folder), Path(folder) / "factors")
+        truncation = compress(calibrated, Samplesets(samples, samples, folders=folders), config).truncation
         row["truncate_s"] = time.perf_counter() - start
         row["share_removed"] = truncation.summary()["selected_share_removed"]
-        return truncation.apply(model)
+        return truncation.apply(model, copy=False)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from prehab_export.compression.moment_files import MomentWriter
 from prehab_export.compression.moments import Statistics
 from prehab_export.compression.spool import USUAL_LIMITS, MemoryLimits, Spool
 from prehab_export.compression.tally import Labels, Tally, gradient_hook, units_by_sample
-from prehab_export.config import FISHER_LABELS
+from prehab_export.config import FISHER_LABELS, CalibrateConfig
 from prehab_export.inputs import Batch, Task, device_of, micro_batches, moved
 from prehab_export.linalg import ClusterSums, PlainSums
 from prehab_export.system import Progress, silent, team
@@ -44,10 +44,6 @@ from prehab_export.system import Progress, silent, team
 # In float16 the loss is scaled so that the largest gradients of a sample come to about this size. float16 ends at 2^16,
 # and values smaller than this by 2^26 are still normal numbers.
 LARGEST_GRADIENT = 2.0**12
-
-
-# Units whose loss is differentiated. More of them change the result less than other samples would.
-GRADIENT_UNITS = 2**15
 
 
 class CalibrationWarning(UserWarning):
@@ -77,7 +73,7 @@ class Gather:
     gradients: bool = True
     labels: str = "data"
     sampling: bool = True
-    gradient_units: int = GRADIENT_UNITS
+    gradient_units: int = CalibrateConfig.gradient_units
     keep_on: torch.device | None = None
     scratch: Path | None = None
     limits: MemoryLimits = USUAL_LIMITS

@@ -14,6 +14,8 @@ class CalibrateConfig:
     samples: largest number of samples to collect moments from.
     enough: use fewer samples if a pilot shows that fewer give every layer as many independent tokens as it has inputs;
         faster, and less accurate than all of them.
+    gradient_units: units (samples of a classifier, predicted tokens of a language model) to gather gradients from:
+        those of the first samples, until they are at least as many. Gradients take two thirds of the time.
     labels: labels that gradients are computed with: ``data`` (those of the data set) or ``model`` (sampled from the
         model's output).
     include: shell-style pattern of layers to compress instead of the default, such as '*.mlp.*'.
@@ -22,10 +24,12 @@ class CalibrateConfig:
 
     samples: int = 512
     enough: bool = False
+    gradient_units: int = 32768
     labels: str = "data"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_minimum("--calibration-samples", self.samples, 1)
+        check_minimum("calibrate.gradient_units", self.gradient_units, 1)
         check_choice("calibrate.labels", self.labels, FISHER_LABELS)

@@ -7,7 +7,7 @@ as trials that stop early.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from prehab_export.config import AUTO, BenchConfig, RunConfig, TrainConfig
 from prehab_export.linalg import GRIDS
@@ -125,12 +125,16 @@ class Effort:
 
     def _moments(self, samples: float | None = None) -> Work:
         samples = self.counts.calibration if samples is None else samples
-        gradients = self.config.needs_gradients
         inputs = sum(2 * group[0].n ** 2 * group[0].rows for group in self.workload.inputs.values())
-        outputs = sum(2 * layer.m**2 * layer.rows for layer in self.workload.layers) if gradients else 0.0
-        # Forward; with gradients, every block once more and backward.
-        passes = self._passes(samples, 3.0 if gradients else 1.0, self.config.data.batch_size)
-        return passes + Work(float32=samples * (inputs + outputs))
+        work = self._passes(samples, 1.0, self.config.data.batch_size) + Work(float32=samples * inputs)
+        if not self.config.needs_gradients:
+            return work
+        rows = max((layer.rows for layer in self.workload.layers), default=1.0)
+        units = rows if self.config.task == "text-generation" else 1.0
+        samples = min(samples, ceil(self.config.calibrate.gradient_units / units))
+        outputs = sum(2 * layer.m**2 * layer.rows for layer in self.workload.layers)
+        # Every block once more, and backward.
+        return work + self._passes(samples, 2.0, self.config.data.batch_size) + Work(float32=samples * outputs)
 
     def _decompositions(self, jointly: bool) -> Work:
         operations = 0.0

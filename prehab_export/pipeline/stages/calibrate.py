@@ -100,6 +100,7 @@ def gather_statistics(
     gather = Gather(
         gradients=options.needs_gradients,
         labels=options.calibrate.labels,
+        gradient_units=options.calibrate.gradient_units,
         keep_on=device if all(team().from_each(room == device)) else torch.device("cpu"),
         scratch=session.workspace.root,
         limits=session.memory,
