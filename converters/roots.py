@@ -35,14 +35,22 @@ def damped(matrix: Tensor, share: float) -> Tensor:
     [[0.5]]
     """
     a = symmetric(matrix)
+    a = a.clone() if a.data_ptr() == matrix.data_ptr() else a
     a.diagonal().add_(share * scale_of(a))
     return a
 
 
 def symmetric(matrix: Tensor) -> Tensor:
-    """Return the symmetric part in float64; accumulated moments are only symmetric up to rounding."""
-    a = matrix.detach().double()
-    return 0.5 * (a + a.T)
+    """Return the symmetric part in float64; accumulated moments are only symmetric up to rounding.
+
+    What is symmetric in float64 already is returned as it is, since a copy of the moments of a large layer takes a
+    gigabyte. So the result must not be changed in place.
+    """
+    a = matrix.detach()
+    if a.dtype == torch.float64 and torch.equal(a, a.T):
+        return a
+    a = a.double()
+    return (a + a.T).mul_(0.5)
 
 
 def square_root(matrix: Tensor) -> Tensor:

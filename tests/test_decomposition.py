@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.lowrank import balance
-from converters.roots import damped, square_root
+from converters.roots import damped, square_root, symmetric, triangular_root
 from prehab_export.linalg import krylov
 from prehab_export.linalg.decomposition import (
     decompose,
@@ -307,3 +307,13 @@ def test_one_weight_jointly_is_the_weight_alone():
     assert torch.allclose(alone.spectrum, joint.spectrum, rtol=1e-9, atol=0)
     product = torch.matmul(*alone.truncated(5))
     assert torch.allclose(joint.ups[0][:, :5] @ joint.down[:5], product, atol=1e-8)
+
+
+def test_roots_and_damping_leave_moments_as_they_are():
+    """A moment that is symmetric already is not copied, so nothing may be written into it."""
+    _, c, g = case(12, 20)
+    before = c.clone(), g.clone()
+    damped(c, 0.5), square_root(g), triangular_root(torch.zeros_like(c) + c), decompose(case(12, 20)[0], c, g)
+    assert torch.equal(c, before[0])
+    assert torch.equal(g, before[1])
+    assert symmetric(c) is c or torch.equal(symmetric(c), 0.5 * (c + c.T))

@@ -77,7 +77,7 @@ def shrunk(matrix: Tensor, rho: float) -> Tensor:
     [[2.5, 0.5], [0.5, 1.5]]
     """
     a = matrix.detach().double()
-    a = a + a.T
+    a = a + a.T  # twice the symmetric part
     mean = 0.5 * a.diagonal().mean()
     a.mul_(0.5 * (1 - rho)).diagonal().add_(rho * mean)
     return a
