@@ -195,6 +195,7 @@ OTHER = {
     "max_memory": "16GB",
     "precision": "bfloat16",
     "dtype": "float16",
+    "dense_graph": "never",
     "kv_cache": "latent",
     "calibrate.labels": "model",
     "prehab.surrogate": "nuclear",

@@ -16,6 +16,7 @@ from converters.onnx.modes import KV_CACHES, MODES
 from prehab_export.cli.groups import TitledOption, chain
 from prehab_export.config import (
     ALLOCATIONS,
+    DENSE_GRAPHS,
     DTYPES,
     OBJECTIVES,
     PRECISIONS,
@@ -174,6 +175,7 @@ FLAGS = (
     Flag("--lora-rank", "rehab.lora_rank", REHAB, "rehab", metavar="N"),
     Flag("--dtype", "dtype", EXPORT, "export", DTYPES),
     Flag("--kv-cache", "kv_cache", EXPORT, "export", KV_CACHES),
+    Flag("--dense-graph", "dense_graph", EXPORT, "baseline", DENSE_GRAPHS),
     Flag("--ort/--no-ort", "ort", EXPORT, "export"),  # it makes the verb ``export`` run the stage ``ort``
     Flag("--quantize", "quantize", QUANTISATION, "prehab", MODES),  # a mode with blocks restricts the ranks
     Flag("--bench-threads", "bench.thread_counts", BENCH, "bench", metavar="N"),

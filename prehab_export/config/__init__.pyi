@@ -25,6 +25,9 @@ from prehab_export.config.options import plain_options as plain_options
 from prehab_export.config.options import read_options as read_options
 from prehab_export.config.options import read_setting as read_setting
 from prehab_export.config.options import to_yaml as to_yaml
+from prehab_export.config.run import ALWAYS as ALWAYS
+from prehab_export.config.run import DENSE_GRAPHS as DENSE_GRAPHS
+from prehab_export.config.run import NEVER as NEVER
 from prehab_export.config.run import RunConfig as RunConfig
 from prehab_export.config.run import public_names as public_names
 from prehab_export.config.run import with_absolute_paths as with_absolute_paths

@@ -18,6 +18,9 @@ from prehab_export.config.data import DataConfig
 from prehab_export.config.training import PrehabConfig, RefineConfig, RehabConfig
 from prehab_export.config.truncate import TruncateConfig
 
+# Whether a run has a graph of the dense model: if it fits, always or never.
+ALWAYS, NEVER = "always", "never"
+DENSE_GRAPHS = (AUTO, ALWAYS, NEVER)
 TASK_NAMES = ("image-classification", "text-classification", "text-generation")
 
 
@@ -39,6 +42,9 @@ class RunConfig:
     dtype: number format of the artifact's weights; ``auto`` is the format of most of the source's weights. Everything
         is computed in float32 and rounded once, when the artifact is written; graphs hold the rounded weights as
         float32.
+    dense_graph: whether to export the dense model, too, to measure against it: ``always``, ``never``, or if it fits
+        (``auto``). It fits if its export takes no more than ``max_memory`` or, without it, the memory of
+        this machine, and if the disk has room. Without a graph, the dense model is only evaluated, in PyTorch.
     quantize: smaller graph to write in addition, of both the compressed and the dense model; ranks become multiples of
         its block size if it has blocks.
     kv_cache: what a compressed decoder caches for past tokens: keys and values (``full``), or the latents of low-rank
@@ -64,6 +70,7 @@ class RunConfig:
     max_memory: str = AUTO
     precision: str = "float32"
     dtype: str = AUTO
+    dense_graph: str = AUTO
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     prehab: PrehabConfig = field(default_factory=PrehabConfig)
     truncate: TruncateConfig = field(default_factory=TruncateConfig)
@@ -85,12 +92,27 @@ class RunConfig:
             raise InputError(f"--kv-cache {self.kv_cache} is for --task text-generation; {self.task} has no cache")
         if self.truncate.latency is not None and self.bench.provider != "cpu":
             raise InputError("--budget latency is measured on the CPU; use --provider cpu, or --ratio instead")
+        check_choice("--dense-graph", self.dense_graph, DENSE_GRAPHS)
+        if self.dense_graph == NEVER:
+            self._check_without_dense_graph()
         for mode in self.quantize:
             check_choice("--quantize", mode, MODES)
         check_device_name(self.device)
         memory_bytes(self.max_memory)
         check_precision(self.precision)
         check_choice("--dtype", self.dtype, DTYPES)
+
+    def _check_without_dense_graph(self) -> None:
+        """Refuse options that compare times with those of the dense graph."""
+        if self.min_speedup is not None:
+            raise InputError(
+                "--min-speedup compares with the dense graph, which --dense-graph never leaves out; use always or auto"
+            )
+        if self.truncate.latency is not None:
+            raise InputError(
+                "--budget latency is a share of the dense model's time, which cannot be checked with --dense-graph "
+                "never; use always or auto, or --ratio instead"
+            )
 
     @property
     def cut(self) -> TruncateConfig:

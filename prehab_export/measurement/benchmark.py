@@ -41,11 +41,13 @@ def bench(
     config: BenchConfig,
     vocab_size: int | None = None,
     progress: Progress = silent,
+    has_baseline: bool = True,
 ) -> Row:
     """Measure every model in every case.
 
     Args:
         models: name → ONNX file (or a folder with ``model.onnx``). The first model is the baseline.
+        has_baseline: False if no model is the baseline; nothing is compared then.
         vocab_size: upper bound of the random token ids. When None, it is read from the embedding table.
 
     Returns:
@@ -90,7 +92,7 @@ def bench(
             for row in case_rows:
                 row |= roofline_of(row, graphs[row["model"]].weight_bytes, ceilings[case["threads"]])
             rows += case_rows
-            comparison += compare_rows(case_rows, timings)
+            comparison += compare_rows(case_rows, timings) if has_baseline else []
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     settings |= RUNTIME | {"execution_provider": PROVIDERS[config.provider], "vocab_size": vocab_size}
     return {

@@ -92,10 +92,16 @@ def bench_config(session: Session) -> BenchConfig:
     return replace(config, sequence_lengths=(limit - new_tokens,))
 
 
+def disk_needed(session: Session) -> int:
+    """Return the bytes that the run takes on disk in addition to the current results, rounded up."""
+    workspace = session.workspace
+    return max(0, disk_estimate(session) - sum(workspace.size(*result) for result in workspace.current.items()))
+
+
 def disk_estimate(session: Session) -> int:
     """Return the bytes that the run's results take on disk, rounded up.
 
-    They cover moments, intermediate models and both ONNX graphs in float32, and the artifact's weights.
+    They cover moments, intermediate models and the ONNX graphs in float32, and the artifact's weights.
     """
     config, model = session.config, session.empty_model
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -107,7 +113,8 @@ def disk_estimate(session: Session) -> int:
     # The refitted graph exists for a while in float32 and quantised.
     refit = 2 * weights if config.quantize and config.quantize_refit else 0
     # External weights of a graph are copied, not linked: the artifact's twice, the dense graph's once.
-    copies = (3 + len(config.quantize)) * weights if weights >= EXTERNAL_DATA_THRESHOLD else 0
-    # Five float32 models: factored after truncation and after rehab, the artifact's graph, the dense graph, and the
-    # graph being replaced. Two artifacts: the new one and the one being replaced.
-    return moments + prehab + merge + refit + (5 + len(config.quantize)) * weights + 2 * artifact + copies
+    dense = 1 if session.missing_dense_graph is None else 0
+    copies = (2 + dense + len(config.quantize)) * weights if weights >= EXTERNAL_DATA_THRESHOLD else 0
+    # Five float32 models: factored after truncation and after rehab, the artifact's graph, the dense graph if there is
+    # one, and the graph being replaced. Two artifacts: the new one and the one being replaced.
+    return moments + prehab + merge + refit + (4 + dense + len(config.quantize)) * weights + 2 * artifact + copies

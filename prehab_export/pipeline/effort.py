@@ -69,12 +69,14 @@ class Effort:
     """The work of each stage of a run.
 
     kept_share: the share of the selected layers' operations that remains in the compressed model.
+    dense_graph: whether the run has a graph of the dense model.
     """
 
     config: RunConfig
     workload: Workload
     counts: Counts
     kept_share: float
+    dense_graph: bool = True
 
     @property
     def _compressed_cost(self) -> float:
@@ -214,6 +216,8 @@ class Effort:
         return Work(seconds=EXPORT + EXPORT_BLOCK * self.workload.blocks)
 
     def _baseline(self) -> Work:
+        if not self.dense_graph:
+            return self._model() + self._evaluate(self.counts.evaluation, 1.0)
         evaluation = self._evaluate(self.counts.evaluation, FUSED_SHARE)
         return self._model().times(2) + self._export() + evaluation
 
@@ -223,11 +227,12 @@ class Effort:
         return Work(seconds=PROCESS) + self._model().times(3) + graph
 
     def _quantize(self) -> Work:
-        work = Work()
+        work, graphs = Work(), 2 if self.dense_graph else 1
         for mode in self.config.quantize:
             quantization = Work(seconds=1.0) + self._model().times(2)
-            evaluation = self._evaluate(self.counts.evaluation, 1 + self._compressed_cost).times(FUSED_SHARE)
-            work += quantization.times(2) + evaluation
+            passes = (1 if self.dense_graph else 0) + self._compressed_cost
+            evaluation = self._evaluate(self.counts.evaluation, passes).times(FUSED_SHARE)
+            work += quantization.times(graphs) + evaluation
             if self.config.quantize_refit and mode in GRIDS:
                 held_out = self._evaluate(self.counts.held_out, self._compressed_cost).times(2)
                 fits = self._decompositions(False).times(2)
@@ -241,7 +246,8 @@ class Effort:
 
     def _bench(self) -> Work:
         bench = self.config.bench
-        models, cases = 2 + 2 * len(self.config.quantize), _case_count(self.config, bench)
+        models, cases = 1 + len(self.config.quantize), _case_count(self.config, bench)
+        models *= 2 if self.dense_graph else 1
         request = self._request(bench)
         round_work = Work(seconds=bench.min_seconds) if request.seconds <= bench.min_seconds else request
         case = (round_work.times(bench.rounds) + Work(seconds=3 * WORKER) + request.times(bench.warmup)).times(models)

@@ -10,7 +10,7 @@ from converters.errors import InputError
 from prehab_export.compression import MemoryLimits, ranks_by
 from prehab_export.config import memory_bytes
 from prehab_export.pipeline.effort import Counts, Effort
-from prehab_export.pipeline.memory import Memory
+from prehab_export.pipeline.memory import DENSE_GRAPH_STAGES, Memory
 from prehab_export.pipeline.pace import Pace, measure_pace
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.stages.table import STAGES
@@ -127,8 +127,9 @@ def estimate_stages(
     to_do = [name for name in enabled if name in redo or not session.workspace.has(name)]
     # What a training stage or a merged adapter wrote is float32.
     half = session.weights.main_half is not None and config.adapter is None and not config.prehab.train.steps
-    effort = Effort(config, workload, counts, kept_share)
-    memory = Memory(config, workload, kept_share, half).within(to_do, allowed - resident)
+    has_dense_graph = session.missing_dense_graph is None
+    effort = Effort(config, workload, counts, kept_share, has_dense_graph)
+    memory = Memory(config, workload, kept_share, half, dense_graph=has_dense_graph).within(to_do, allowed - resident)
     pace = measure_pace(session.device)
 
     def stage_forecast(name: str) -> StageForecast:
@@ -156,7 +157,7 @@ def check_memory(session: Session, estimate: Estimate) -> None:
     top = max((stage for stage in estimate.stages if stage.state == TO_DO), key=_held, default=None)
     if top is None or _held(top) <= estimate.allowed:
         return
-    need, advice = format_bytes(_held(top)), _advice(top.stage)
+    need, advice = format_bytes(_held(top)), _advice(top.stage, session.missing_dense_graph is None)
     if memory_bytes(session.config.max_memory) is None:
         free = format_bytes(estimate.allowed)
         warn(f"{top.stage} may take {need} of memory, and {free} are free; if it fails, {advice}")
@@ -168,13 +169,15 @@ def check_memory(session: Session, estimate: Estimate) -> None:
     )
 
 
-def _advice(stage: str) -> str:
+def _advice(stage: str, has_dense_graph: bool) -> str:
     """Return what makes a stage take less memory."""
     switches = {"prehab": "--prehab-steps 0", "refine": "--refine-steps 0", "rehab": "--rehab-steps 0"}
     if stage in switches:
         return f"leave the stage out with {switches[stage]}"
     if stage in ("calibrate", "truncate"):
         return "give shorter windows or exclude the largest layers"
+    if has_dense_graph and stage in DENSE_GRAPH_STAGES:
+        return "leave the dense graph out with --dense-graph never"
     return "run it on a machine with more memory"
 
 

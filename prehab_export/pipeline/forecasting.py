@@ -8,12 +8,13 @@ from typing import Any
 from converters.coverage import Coverage
 from converters.dtypes import DTYPES
 from prehab_export.config import RunConfig
-from prehab_export.pipeline.checks import check, disk_estimate
+from prehab_export.pipeline.checks import check, disk_needed
+from prehab_export.pipeline.dense_graph_choice import check_comparisons
 from prehab_export.pipeline.estimating import TO_DO, RankForecast, StageForecast, check_memory, estimate_stages
 from prehab_export.pipeline.graph_sizes import ParameterCounts
 from prehab_export.pipeline.memory import ASSUMPTION
 from prehab_export.pipeline.preflight import check_export
-from prehab_export.pipeline.running import EXPORT_STAGES, select_valid, stages_through
+from prehab_export.pipeline.running import EXPORT_STAGES, select_valid, select_with_dense_graph, stages_through
 from prehab_export.pipeline.session import Session, prepare_process
 from prehab_export.pipeline.workload import Workload
 from prehab_export.pipeline.workspace import Workspace
@@ -100,6 +101,8 @@ def forecast(config: RunConfig, output: Path, *, until: str = "report", redo: Co
     prepare_process(config)
     session = Session(config, Workspace.open_read_only(output))
     check(session)
+    session = select_with_dense_graph(session, redo)
+    check_comparisons(session)
     valid: set[str] = set()
     if session.workspace.has_results:
         select_valid(session)
@@ -108,8 +111,7 @@ def forecast(config: RunConfig, output: Path, *, until: str = "report", redo: Co
     stages = stages_through(until)
     if any(stage in EXPORT_STAGES and not session.workspace.has(stage) for stage in stages):
         check_export(session)
-    existing_bytes = sum(session.workspace.size(stage, key) for stage, key in session.workspace.current.items())
-    disk_bytes = max(0, disk_estimate(session) - existing_bytes)
+    disk_bytes = disk_needed(session)
     check_disk_space(output, disk_bytes)
     return _forecast(session, stages, valid, disk_bytes)
 
@@ -181,6 +183,9 @@ def _notes(session: Session, plan: RankForecast, names: list[str]) -> list[str]:
         notes.append("a latency budget needs measured times: ranks and sizes are known once `truncate` is done")
     if session.device.type != "cpu":
         notes.append("times use the device's measured pace, but memory is estimated as on the CPU")
+    if "baseline" in names and session.missing_dense_graph is not None:
+        reason = session.missing_dense_graph.reason
+        notes.append(f"no dense graph is made, and sizes of one are what they would be: {reason}")
     if "bench" in names and config.min_speedup is not None:
         notes.append("--min-speedup is checked only after the graphs are measured")
     return notes

@@ -34,6 +34,8 @@ TRIAL_SAMPLES, TRIAL_COPIES = 2, 5
 LEAST_SPOOL = 2**24
 # Stages that work on one block at a time.
 BY_BLOCKS = ("calibrate", "truncate")
+# Stages that work on the graph of the dense model.
+DENSE_GRAPH_STAGES = ("baseline", "verify", "quantize", "bench")
 # Copies of a model's weights during export: in a session and, while it opens, in part of the graph; and mapped files.
 EXPORT_COPIES = 2
 # Copies of a model's weights while a graph is quantised: the graph before and after, the written graph, and a session.
@@ -63,6 +65,7 @@ class Memory:
     kept_share: the share of the selected layers' parameters that remains in the compressed model.
     half: whether the weights are stored in half precision, so that they are converted when they are used.
     limits: what work on samples holds at once.
+    dense_graph: whether the run has a graph of the dense model.
     """
 
     config: RunConfig
@@ -70,6 +73,7 @@ class Memory:
     kept_share: float
     half: bool = False
     limits: MemoryLimits = USUAL_LIMITS
+    dense_graph: bool = True
 
     def within(self, stages: Collection[str], held: float) -> "Memory":
         """Return the estimate with the largest limits, up to its own, that keep these stages within ``held`` bytes.
@@ -203,13 +207,16 @@ class Memory:
             held, mapped = training[stage]
             peak = held + self._activations(schedules[stage].batch_size)
             return max(peak, dense + self._truncation) if stage == "prehab" else peak, mapped
+        if stage == "baseline" and not self.dense_graph:
+            return self._converted + evaluation, self._stored
+        largest = dense if self.dense_graph else small
         held = {
             "merge": 2 * dense,
             "export": EXPORT_COPIES * small,
             "baseline": max(EXPORT_COPIES * dense, dense + evaluation),
-            "verify": 3 * dense + evaluation,
-            "quantize": QUANTIZE_COPIES * dense + evaluation,
-            "ort": 2 * dense,
-            "bench": dense,
+            "verify": 3 * largest + evaluation,
+            "quantize": QUANTIZE_COPIES * largest + evaluation,
+            "ort": 2 * largest,
+            "bench": largest,
         }.get(stage, 0.0)
         return held, 0.0

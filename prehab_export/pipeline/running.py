@@ -11,7 +11,8 @@ import torch
 
 from converters.publishing import publish_text
 from prehab_export.config import RunConfig, plain_options, to_yaml
-from prehab_export.pipeline.checks import check, disk_estimate
+from prehab_export.pipeline.checks import check, disk_needed
+from prehab_export.pipeline.dense_graph_choice import check_comparisons, choose_dense_graph
 from prehab_export.pipeline.estimating import check_memory, estimate_stages
 from prehab_export.pipeline.memory import BY_BLOCKS
 from prehab_export.pipeline.preflight import check_export
@@ -119,11 +120,11 @@ def _checked_session(
     with workspace.locked():
         session = Session(config, workspace)
         check(session)
-        select_valid(session, redo)
+        session = select_with_dense_graph(session, redo)
+        check_comparisons(session)
         if any(stage in EXPORT_STAGES and not session.workspace.has(stage) for stage in stages):
             check_export(session)
-        existing_bytes = sum(workspace.size(stage, key) for stage, key in workspace.current.items())
-        disk_bytes = max(0, disk_estimate(session) - existing_bytes)
+        disk_bytes = disk_needed(session)
         check_disk_space(output, disk_bytes)
         to_do = [name for name in stages if STAGES[name].is_enabled(config) and not workspace.has(name)]
         if to_do or repeated:
@@ -133,6 +134,22 @@ def _checked_session(
             check_memory(session, estimate)
             session = session.within(estimate.limits)
         yield session
+
+
+def select_with_dense_graph(session: Session, redo: Collection[str] = ()) -> Session:
+    """Choose whether the run has a dense graph, and select the results that match (`select_valid`).
+
+    Returns:
+        The session with the choice.
+    """
+
+    def has_baseline(candidate: Session) -> bool:
+        select_valid(candidate, redo)
+        return candidate.workspace.has("baseline")
+
+    session = session.without_dense_graph(choose_dense_graph(session, has_baseline))
+    select_valid(session, redo)
+    return session
 
 
 def select_valid(session: Session, redo: Collection[str] = ()) -> None:
@@ -218,6 +235,8 @@ def _origin(session: Session, stage: Stage) -> dict[str, Any]:
 
 def _save_source(session: Session) -> None:
     """Record the content of the run's inputs, so that `status` need not read them."""
+    missing = session.missing_dense_graph
     inputs = {**session.source, "evaluation": session.data.evaluation_fingerprint}
+    inputs |= {"dense_graph": None} if missing is None else missing.inputs
     facts = {"config": plain_options(session.config), "read": summaries(inputs)}
     publish_text(session.workspace.root / SOURCE, json.dumps(facts, indent=1) + "\n")

@@ -44,6 +44,7 @@ from prehab_export.inputs import (
 )
 from prehab_export.linalg import Cost, parameters
 from prehab_export.measurement import RankTimes
+from prehab_export.pipeline.dense_graph import MissingDenseGraph
 from prehab_export.pipeline.workspace import READ_FILES, Workspace
 from prehab_export.system import DigestCache, bar, named
 
@@ -62,16 +63,25 @@ class Session:
     Everything is read from disk on first use, so that a resumed run sees the same as an uninterrupted one.
 
     memory: limits on what work on samples holds in memory at once.
+    missing_dense_graph: why the run is to have no graph of the dense model; None if it is to have one.
     """
 
     config: RunConfig
     workspace: Workspace
     memory: MemoryLimits = USUAL_LIMITS
+    missing_dense_graph: MissingDenseGraph | None = None
 
     def within(self, memory: MemoryLimits) -> "Session":
         """Return the same session, with what it has read, under other limits."""
+        return self._with("memory", memory)
+
+    def without_dense_graph(self, missing: MissingDenseGraph | None) -> "Session":
+        """Return the same session, with what it has read, for this reason without a dense graph; None gives it one."""
+        return self._with("missing_dense_graph", missing)
+
+    def _with(self, name: str, value: Any) -> "Session":
         session = copy.copy(self)
-        object.__setattr__(session, "memory", memory)
+        object.__setattr__(session, name, value)
         return session
 
     @property
@@ -287,6 +297,12 @@ class Session:
         path = self.workspace.folder(stage) / STATISTICS
         size = sum(file.stat().st_size for file in path.iterdir())
         return load_statistics(path, room_for(size, self.device))
+
+    @property
+    def dense_graph(self) -> Path | None:
+        """The float32 graph of the dense model in the current result of ``baseline``; None if that has none."""
+        graph = self.workspace.folder("baseline") / "onnx" / "model.onnx"
+        return graph if graph.is_file() else None
 
     def factored_folder(self) -> Path:
         """Return the folder of the compressed model after the last of truncation, refinement and rehab."""

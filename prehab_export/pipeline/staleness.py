@@ -39,6 +39,7 @@ SOURCES = {
     "task": Origin(("task",), "the task"),
     "seed": Origin(("seed",), "the seed"),
     "batch_size": Origin(("data.batch_size",), "the batch size"),
+    "dense_graph": Origin(("max_memory",), "the room for the dense graph"),
     "evaluation": Origin(("data",), "the evaluation data", "data.data"),
 }
 # The most bytes to hash in files with a new modification time, so that `status` stays quick.

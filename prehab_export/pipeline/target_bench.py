@@ -103,7 +103,8 @@ def import_results(config: RunConfig, output: Path, results: Sequence[Path]) -> 
 
 
 def _make_kit(session: Session, folder: Path, target: Target) -> Kit:
-    kit = make_kit(run_graphs(session), folder, bench_config(session), target.cooldown_s)
+    has_baseline = session.dense_graph is not None
+    kit = make_kit(run_graphs(session), folder, bench_config(session), target.cooldown_s, has_baseline)
     record_kit(session.workspace.root, kit.digest, graph_hashes(session))
     return kit
 

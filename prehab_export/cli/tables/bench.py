@@ -19,7 +19,7 @@ _COMMON_COLUMNS = (("peak MB", "peak_resident_mb", 0), ("file MB", "file_mb", 1)
 
 def format_bench(result: Row) -> Table:
     """Return a table with one row for each case. The last column is the speedup over the dense model, with its
-    confidence interval."""
+    confidence interval, if there is a dense graph."""
     cases = result["cases"]
     has_sequences = any(row["sequence"] is not None for row in cases)
     is_decoder = any(row["time_to_first_token_ms"] is not None for row in cases)
@@ -31,11 +31,13 @@ def format_bench(result: Row) -> Table:
     table.add_column("model", overflow="fold")
     for heading in (*(size.replace("sequence", "seq") for size in sizes), *(heading for heading, _, _ in columns)):
         table.add_column(heading, justify="right")
-    table.add_column("speedup", no_wrap=True)
+    if result["comparison"]:
+        table.add_column("speedup", no_wrap=True)
     for row in cases:
         figures = [_format_figure(row[key], digits) for _, key, digits in columns]
         case_sizes = (str(row[size]) for size in sizes)
-        table.add_row(row["model"], *case_sizes, *figures, _format_speedup(row, result["comparison"]))
+        speedup = [_format_speedup(row, result["comparison"])] if result["comparison"] else []
+        table.add_row(row["model"], *case_sizes, *figures, *speedup)
     return table
 
 

@@ -32,15 +32,17 @@ def _comparison(result: dict[str, Any]) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in ("", "dense", "compressed"):
         table.add_column(heading, justify="left" if not heading else "right")
-    values = [f"{metrics[f'{side}_onnx']['value']:.4f}" for side in ("dense", "compressed")]
-    table.add_row(result["metric"]["name"], *values)
+    has_graph = "missing_graph" not in result["baseline"]
+    dense = metrics["dense_onnx" if has_graph else "dense_pytorch"]
+    table.add_row(result["metric"]["name"], *(f"{row['value']:.4f}" for row in (dense, metrics["compressed_onnx"])))
     for key, label in (("selected", "parameters, selected layers"), ("total", "parameters, whole model")):
         counts = [f"{truncation[f'{key}_parameters_{side}']:,}" for side in ("before", "after")]
         table.add_row(label, *counts)
     table.add_row("selected share of the whole model", f"{truncation['coverage']['selected_share']:.1%}", "")
     weights = (f"{result[side]['weight_bytes'] / 1e6:.2f} {result[side]['dtype']}" for side in ("baseline", "export"))
     table.add_row("weight files, MB", *weights)
-    table.add_row("ONNX file, MB", *(f"{result[side]['bytes'] / 1e6:.2f}" for side in ("baseline", "export")))
+    dense_size = f"{result['baseline']['bytes'] / 1e6:.2f}" if has_graph else "no dense graph"
+    table.add_row("ONNX file, MB", dense_size, f"{result['export']['bytes'] / 1e6:.2f}")
     return table
 
 
@@ -48,6 +50,8 @@ def _print_speed(console: Console, result: dict[str, Any]) -> None:
     from prehab_export.cli.tables.bench import format_bench
 
     console.print(format_bench(result["bench"]))
+    if (reason := result["baseline"].get("missing_graph")) is not None:
+        console.print(f"no dense graph to compare with: {reason}; the dense model was evaluated in PyTorch")
     for row in result["bench"]["comparison"]:
         if row["model"].startswith("compressed") and row["speedup"] < 1:
             console.print(

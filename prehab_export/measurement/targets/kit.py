@@ -51,13 +51,20 @@ class Kit:
         return sha256_of(self.folder / KIT)
 
 
-def make_kit(models: Mapping[str, Path], folder: Path, config: BenchConfig, cooldown_s: float = 0.0) -> Kit:
+def make_kit(
+    models: Mapping[str, Path],
+    folder: Path,
+    config: BenchConfig,
+    cooldown_s: float = 0.0,
+    has_baseline: bool = True,
+) -> Kit:
     """Write a kit. The folder is published only once it is complete.
 
     Args:
         models: name → graph. The first graph is the baseline of comparisons.
         config: its threads, sizes and rounds become the runner's defaults.
         cooldown_s: seconds of rest before each turn.
+        has_baseline: False if no graph is the baseline; nothing is compared then.
 
     Raises:
         InputError: the folder holds results or something that is not a kit, a graph is missing, or the graphs take
@@ -76,7 +83,7 @@ def make_kit(models: Mapping[str, Path], folder: Path, config: BenchConfig, cool
     if len({(graph.takes_tokens, graph.decodes) for graph in graphs.values()}) > 1:
         raise InputError("the models take different inputs, and one kit cannot serve them")
     with published_folder(folder, replace=True) as part:
-        facts = _write(graphs, part, config, cooldown_s)
+        facts = _write(graphs, part, config, cooldown_s, has_baseline)
     return Kit(folder, facts)
 
 
@@ -97,7 +104,9 @@ def read_kit(folder: Path) -> Kit:
     return Kit(folder, facts)
 
 
-def _write(graphs: Mapping[str, GraphFacts], folder: Path, config: BenchConfig, cooldown_s: float) -> Json:
+def _write(
+    graphs: Mapping[str, GraphFacts], folder: Path, config: BenchConfig, cooldown_s: float, has_baseline: bool
+) -> Json:
     slugs = _slugs(list(graphs))
     model_rows = [_copy_model(name, slugs[name], graph, folder) for name, graph in graphs.items()]
     cases = [_record_case(case, graphs, slugs, folder) for case in _make_cases(graphs, config)]
@@ -114,6 +123,7 @@ def _write(graphs: Mapping[str, GraphFacts], folder: Path, config: BenchConfig, 
             "rounds": config.rounds,
             "min_seconds": config.min_seconds,
             "cooldown_s": cooldown_s,
+            **({} if has_baseline else {"compares": False}),
         },
         "tolerance": {row["slug"]: {"relative": _tolerance(row["kind"])} for row in model_rows},
     }

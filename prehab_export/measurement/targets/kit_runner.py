@@ -193,7 +193,7 @@ def measure(models, cases, protocol):
                     )
                 )  # fmt: skip
                 drifts.append(dict(key, **drift(medians[slug])))
-                if model is not models[0]:
+                if model is not models[0] and protocol.get("compares", True):
                     comparison.append(dict(key, **compare(medians[models[0]["slug"]], medians[slug])))
     return {"cases": rows, "drift": drifts, "comparison": comparison}
 

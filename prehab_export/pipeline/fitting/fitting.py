@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from prehab_export.config import PARAMETERS, Budget, RunConfig
+from converters.errors import InputError
+from prehab_export.config import NEVER, PARAMETERS, Budget, RunConfig
 from prehab_export.pipeline.fitting.finals import Finals, measure_finalists, plan_of, stability_warning
 from prehab_export.pipeline.fitting.models import FitModels
 from prehab_export.pipeline.fitting.outcome import Outcome
@@ -48,12 +49,21 @@ def fit(config: RunConfig, output: Path, request: FitRequest) -> Path:
         TargetError: the target cannot be reached or fails.
         BudgetError: no model was found within the budget. The folder holds the figures.
     """
+    if config.dense_graph == NEVER:
+        raise InputError(
+            "a fit compares with the dense graph, which --dense-graph never leaves out; use always or auto"
+        )
     original_config = config
     config = replace(
         config, truncate=replace(config.truncate, budget=PARAMETERS, objective="fisher", allocation="loss")
     )
     check_target(request.target, request.threads)
     with side_session(config, output, original_config, ["baseline"]) as session:
+        if session.missing_dense_graph is not None:
+            reason = session.missing_dense_graph.reason
+            raise InputError(
+                f"a fit compares with the dense graph, and there is none: {reason}; use --dense-graph always"
+            )
         session.workspace.hide("fit")  # it may hold the result of another budget
         merge = ["merge"] if config.adapter is not None else []
         update_stages(session, [*merge, "calibrate", "baseline"])

@@ -32,8 +32,8 @@ def size_warnings(facts: dict[str, Any]) -> list[str]:
 
     The stage ``export`` warns about the weight files.
     """
-    dense, compressed = (facts[side]["bytes"] for side in ("baseline", "export"))
-    if compressed < dense:
+    dense, compressed = facts["baseline"].get("bytes"), facts["export"]["bytes"]
+    if dense is None or compressed < dense:
         return []
     return [
         f"the compressed graph ({compressed / 1e6:.1f} MB) is not smaller than the dense graph ({dense / 1e6:.1f} MB); "

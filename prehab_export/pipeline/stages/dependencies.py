@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prehab_export.config import RunConfig, public_names
+from prehab_export.config import NEVER, RunConfig, public_names
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ def _times_options(config: RunConfig) -> dict[str, Any]:
         "length": config.bench.sequence_lengths[0],
         "objective": config.cut.objective,
     }
+
+
+def _baseline_options(config: RunConfig) -> dict[str, Any]:
+    # Whether the graph fits, if that decides, is an external input. A result that has the graph depends on neither.
+    return {"dense_graph": NEVER} if config.dense_graph == NEVER else {}
 
 
 def _card_options(config: RunConfig) -> dict[str, Any]:
@@ -102,7 +107,7 @@ DEPENDENCIES = {
             lambda c: {"kv_cache": c.kv_cache, "dtype": c.dtype},
             ("truncate", "refine", "rehab"),
         ),
-        Dependencies("baseline", lambda c: {}, ("merge",)),
+        Dependencies("baseline", _baseline_options, ("merge",)),
         Dependencies("verify", lambda c: {}, ("export", "baseline")),
         Dependencies(
             "quantize",

@@ -16,6 +16,7 @@ from converters.number_formats import NUMBER_FORMATS
 from converters.onnx.export import OnnxExport
 from converters.onnx.form import GraphForm
 from converters.onnx.modes import FULL
+from prehab_export.config import NEVER
 from prehab_export.deployment import (
     Reference,
     check_tensor_digests,
@@ -29,7 +30,7 @@ from prehab_export.deployment import (
 )
 from prehab_export.inputs import WeightFiles, has_half_tables, weight_files, widen_on_use
 from prehab_export.pipeline.session import Session
-from prehab_export.system import warn, write_json
+from prehab_export.system import say, warn, write_json
 
 # The file of digests of a factored model's tensors in memory, beside the model's folder.
 DIGESTS = "digests.json"
@@ -108,11 +109,23 @@ def _size_warnings(compressed: WeightFiles, graph_bytes: int, source: WeightFile
 
 
 def export_baseline(session: Session, folder: Path) -> None:
-    """Write ``onnx/model.onnx`` of the dense model, exported in the same way, and its metric."""
+    """Write ``onnx/model.onnx`` of the dense model, exported in the same way, and its metric.
+
+    If the run is to have no dense graph, write only the metric of the model in PyTorch, and why there is no graph.
+    """
     model = session.load_dense(as_stored=True)
     if has_half_tables(model):
         model = session.load_dense()
     facts = {"dtype": session.weights.dtype, "weight_bytes": session.weights.bytes}
+    if (missing := session.missing_dense_graph) is not None:
+        if missing.cause == NEVER:
+            say(f"  no dense graph: {missing.reason}")
+        else:
+            warn(f"no dense graph, so no speedups over it: {missing.reason}; --dense-graph always makes it")
+        write_json(folder / "export.json", facts | {"missing_graph": missing.reason, "warnings": []})
+        in_pytorch = session.metrics(model, session.data.evaluation, "dense model, PyTorch")
+        write_json(folder / "metrics.json", asdict(in_pytorch))
+        return
     reference = _make_reference(session, model)
     save_reference(reference, folder)
     export = _export_graph(session, model, folder / "onnx" / "model.onnx", reference)

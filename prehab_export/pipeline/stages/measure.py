@@ -15,7 +15,9 @@ from prehab_export.system import bar, write_json
 def bench_graphs(session: Session, folder: Path) -> None:
     """Measure the run's graphs and write ``bench.json``."""
     vocabulary = vocabulary_size(session.model_config)
-    write_json(folder / "bench.json", bench(run_graphs(session), bench_config(session), vocabulary, bar))
+    has_baseline = session.dense_graph is not None
+    result = bench(run_graphs(session), bench_config(session), vocabulary, bar, has_baseline=has_baseline)
+    write_json(folder / "bench.json", result)
 
 
 def target_results(session: Session) -> dict[str, Any]:

@@ -32,12 +32,10 @@ ACTIVATION_SAMPLES = 128
 def quantize(session: Session, folder: Path) -> None:
     """Write ``dense/`` and ``compressed/``, with a graph per mode in each, and their metrics in ``quantize.json``.
 
+    Without a dense graph there is no ``dense/``.
     The compressed model's factors are refitted to each mode's grid if that lowers the held-out loss.
     """
-    sources = {
-        "dense": session.workspace.folder("baseline") / "onnx" / "model.onnx",
-        "compressed": session.workspace.folder("export") / "model" / "onnx" / "model.onnx",
-    }
+    sources = _with_dense(session, {"compressed": session.workspace.folder("export") / "model" / "onnx" / "model.onnx"})
     rows = []
     for mode in session.config.quantize:
         for side, source in sources.items():
@@ -55,13 +53,15 @@ def quantize(session: Session, folder: Path) -> None:
 
 
 def run_graphs(session: Session) -> dict[str, Path]:
-    """Return name → graph, for all graphs of a finished run; the dense float32 graph comes first."""
-    workspace = session.workspace
-    return {
-        "dense": workspace.folder("baseline") / "onnx" / "model.onnx",
-        "compressed": workspace.folder("artifact") / "onnx" / "model.onnx",
-        **quantized_graphs(session),
-    }
+    """Return name → graph, for all graphs of a finished run; the dense float32 graph, if there is one, comes first."""
+    compressed = {"compressed": session.workspace.folder("artifact") / "onnx" / "model.onnx"}
+    return _with_dense(session, compressed) | quantized_graphs(session)
+
+
+def _with_dense(session: Session, graphs: dict[str, Path]) -> dict[str, Path]:
+    """Put the dense float32 graph, if there is one, before other graphs."""
+    dense = session.dense_graph
+    return graphs if dense is None else {"dense": dense, **graphs}
 
 
 def graph_hashes(session: Session) -> dict[str, str]:
@@ -134,10 +134,11 @@ def _refit_weights(session: Session, source: Path, target: Path, mode: str) -> l
 
 def quantized_graphs(session: Session) -> dict[str, Path]:
     """Return name (``dense int8``) → graph, for all quantised graphs of the run."""
+    sides = ("compressed",) if session.dense_graph is None else ("dense", "compressed")
     return {
         f"{side} {mode}": session.workspace.folder("quantize") / side / FILE_NAMES[mode]
         for mode in session.config.quantize
-        for side in ("dense", "compressed")
+        for side in sides
     }
 
 

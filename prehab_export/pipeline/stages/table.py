@@ -41,6 +41,12 @@ def _evaluation_data(session: Session) -> dict[str, Any]:
     return {"evaluation": session.data.evaluation_fingerprint}
 
 
+def _baseline_inputs(session: Session) -> dict[str, Any]:
+    """Fingerprint the evaluation data, and what is in the way of a dense graph if `_baseline_options` does not say."""
+    missing = session.missing_dense_graph
+    return _evaluation_data(session) | (missing.inputs if missing is not None else {})
+
+
 def _target_measurements(session: Session) -> dict[str, Any]:
     return {"targets": target_results(session)}
 
@@ -64,7 +70,7 @@ WORK: dict[str, Callable[[Session, Path], None]] = {
 }
 
 EXTERNAL_INPUTS: dict[str, Callable[[Session], Mapping[str, Any]]] = {
-    "baseline": _evaluation_data,
+    "baseline": _baseline_inputs,
     "verify": _evaluation_data,
     "quantize": _evaluation_data,
     "report": _target_measurements,

@@ -25,23 +25,29 @@ from prehab_export.system import (
 
 
 def verify(session: Session) -> dict[str, Any]:
-    """Check the exported folder and the dense graph.
+    """Check the exported folder, and the dense graph if there is one.
 
     Returns:
-        The figures of every check, and the task metric of both graphs.
+        The figures of every check, and the task metric of both graphs. Without a dense graph, the dense model's metric
+        is that in PyTorch.
 
     Raises:
         ParityError: a reloaded tensor or answer differs, or a graph's outputs differ by more than the tolerance.
     """
     export, baseline = session.workspace.folder("export"), session.workspace.folder("baseline")
-    compressed, dense = export / "model" / "onnx" / "model.onnx", baseline / "onnx" / "model.onnx"
+    compressed, dense = export / "model" / "onnx" / "model.onnx", session.dense_graph
     reload = check_reloaded(export, session.task, trust_remote_code=session.config.trust_remote_code)
+    checks: dict[str, Any] = {
+        "compressed": {"reload": reload, "onnx": _check_graph(session, export, compressed, "compressed")}
+    }
+    if dense is not None:
+        checks["dense"] = {"onnx": _check_graph(session, baseline, dense, "dense")}
+    dense_metrics = json.loads((baseline / "metrics.json").read_text(encoding="utf-8"))
     return {
         "tolerance": TOLERANCE,
-        "compressed": {"reload": reload, "onnx": _check_graph(session, export, compressed, "compressed")},
-        "dense": {"onnx": _check_graph(session, baseline, dense, "dense")},
+        **checks,
         "metrics": {
-            "dense_onnx": json.loads((baseline / "metrics.json").read_text(encoding="utf-8")),
+            "dense_pytorch" if dense is None else "dense_onnx": dense_metrics,
             "compressed_onnx": asdict(session.graph_metrics(compressed, "compressed model, ONNX Runtime")),
         },
     }

@@ -196,7 +196,7 @@ function addFigures(result, kitCase, entries, turns, options) {
       ...key, slope_ms_per_round: medians.reduce((sum, value, round) => sum + (round - middle) * value, 0) / spread,
       last_third_over_first_third: median(medians.slice(-third)) / median(medians.slice(0, third)),
     });
-    if (model === entries[0].model) continue;
+    if (model === entries[0].model || result.protocol.compares === false) continue;
     const ratios = medians.map((value, round) => baseline[round] / value), hasInterval = ratios.length >= 5;
     const resamples = hasInterval && Array.from({ length: 1000 }, () => median(ratios.map(() => ratios[Math.floor(Math.random() * ratios.length)])));
     result.comparison.push({
