@@ -30,7 +30,7 @@ def choose_dense_graph(session: Session, has_baseline: Callable[[Session], bool]
     """
     choice = session.config.dense_graph
     if choice == NEVER:
-        return MissingDenseGraph(NEVER, "--dense-graph is never")
+        return MissingDenseGraph(NEVER, "the options say --dense-graph never")
     if choice == ALWAYS:
         return None
     if (missing := lack_of_memory(Memory(session.config, count_workload(session), 1.0))) is not None:
