@@ -79,6 +79,8 @@ def test_a_kit_without_a_dense_graph_compares_nothing(without, capsys):
     results = json.loads(capsys.readouterr().out)
     assert {row["model"] for row in results["cases"]} == {"compressed", "compressed int8"}
     assert results["comparison"] == []
+    assert invoke("bench", without, "--target", "local") == 0
+    assert "no speedups: there is no dense graph to compare with" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from prehab_export.system import result_console
 
 
 def print_results(results: Json) -> None:
-    """Print the cases with their speedups over the dense model on stdout, and the table of threads × memory if there
-    is one."""
+    """Print the cases on stdout, with their speedups over the dense model if it was measured, and the table of threads
+    × memory if there is one."""
     device, console = results["device"], result_console()
     table = Table(
         title=f"{results['place']}: {device.get('cpu') or 'unnamed CPU'}, {device.get('runtime')} "
@@ -18,7 +18,8 @@ def print_results(results: Json) -> None:
         show_edge=False,
     )
     table.add_column("model")
-    for heading in ("case", "threads", "p50 ms", "p95 ms", "peak MB", "speedup", "drift"):
+    compares = bool(results["comparison"])
+    for heading in ("case", "threads", "p50 ms", "p95 ms", "peak MB", *(["speedup"] if compares else []), "drift"):
         table.add_column(heading, justify="right")
     speedups = {(row["model"], row["case"], row["threads"]): row for row in results["comparison"]}
     drifts = {(row["model"], row["case"], row["threads"]): row for row in results["drift"]}
@@ -32,10 +33,12 @@ def print_results(results: Json) -> None:
             f"{row['p50_ms']:.2f}",
             f"{row['p95_ms']:.2f}",
             "" if row.get("peak_mb") is None else f"{row['peak_mb']:.0f}",
-            "" if speedup is None else f"{speedup['speedup']:.2f}×",
+            *(["" if speedup is None else f"{speedup['speedup']:.2f}×"] if compares else []),
             "" if drift is None else f"{drift['last_third_over_first_third']:.2f}",
         )
     console.print(table)
+    if not compares:
+        console.print("no speedups: there is no dense graph to compare with")
     if "matrix" in results:
         console.print(_matrix_table(results["matrix"]))
 
