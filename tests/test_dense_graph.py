@@ -14,6 +14,7 @@ from prehab_export.config.run import RunConfig
 from prehab_export.pipeline import dense_graph_choice
 from prehab_export.pipeline.dense_graph_choice import lack_of_memory
 from prehab_export.pipeline.memory import Memory
+from prehab_export.pipeline.run_status import status
 from prehab_export.pipeline.session import Session
 from prehab_export.pipeline.workspace import Workspace
 
@@ -118,6 +119,8 @@ def test_auto_leaves_the_graph_out_for_want_of_memory_and_always_makes_it(vit_fo
     error = " ".join(capsys.readouterr().err.split())
     assert "warning: no dense graph, so no speedups over it: its export would take about" in error
     assert session_of(output).dense_graph is None
+    states = {row.stage: row.state for row in status(output).stages}
+    assert states["export"] == states["baseline"] == "current"
     assert invoke("bench", output, "--min-speedup", "1.1") == 2
     assert "--min-speedup compares with the dense graph, and there is none: its export" in capsys.readouterr().err
     assert invoke("fit", output, "--size", "1MB") == 2

@@ -82,6 +82,7 @@ class Session:
     def _with(self, name: str, value: Any) -> "Session":
         session = copy.copy(self)
         object.__setattr__(session, name, value)
+        session.__dict__.pop("on_cpu", None)  # it has the earlier value
         return session
 
     @property
