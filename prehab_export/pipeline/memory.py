@@ -108,10 +108,16 @@ class Memory:
         return 4.0 * (self.workload.parameters - (1 - self.kept_share) * self.workload.selected)
 
     @property
+    def _input_moments(self) -> float:
+        return 4.0 * sum(group[0].n ** 2 for group in self.workload.inputs.values())
+
+    @property
+    def _gradient_moments(self) -> float:
+        return 4.0 * sum(layer.m**2 for layer in self.workload.layers) if self.config.needs_gradients else 0.0
+
+    @property
     def _moments(self) -> float:
-        inputs = sum(group[0].n ** 2 for group in self.workload.inputs.values())
-        gradients = sum(layer.m**2 for layer in self.workload.layers) if self.config.needs_gradients else 0
-        return 4.0 * (inputs + gradients)
+        return self._input_moments + self._gradient_moments
 
     @property
     def _layer(self) -> float:
@@ -154,10 +160,11 @@ class Memory:
 
     @property
     def _calibration(self) -> float:
-        """What calibration holds. A block's moments are summed in float64; logits are made while no block runs."""
+        """What calibration holds. A block's moments are summed in float64, those of inputs and those of gradients one
+        after the other; logits are made while no block runs."""
         logits = 4.0 * self.workload.outputs
         loss = max(TRIAL_SAMPLES * TRIAL_COPIES * logits, LOSS_COPIES * min(self._samples * logits, LOGITS))
-        sums = 3 * self._moments / self.workload.blocks
+        sums = 3 * max(self._input_moments, self._gradient_moments) / self.workload.blocks
         return self._converted + sums + self._layer / 2 + max(self._block_activations, loss) + self._states
 
     @property
@@ -214,7 +221,7 @@ class Memory:
             "merge": 2 * dense,
             "export": EXPORT_COPIES * small,
             "baseline": max(EXPORT_COPIES * dense, dense + evaluation),
-            "verify": 3 * largest + evaluation,
+            "verify": EXPORT_COPIES * largest + evaluation,
             "quantize": QUANTIZE_COPIES * largest + evaluation,
             "ort": 2 * largest,
             "bench": largest,
