@@ -16,7 +16,8 @@ def dies(_session, _folder):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-stage = STAGES[sys.argv[1]]
-if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-    STAGES[stage.name] = replace(stage, work=dies)
-main(sys.argv[2:])
+if __name__ == "__main__":
+    stage = STAGES[sys.argv[1]]
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        STAGES[stage.name] = replace(stage, work=dies)
+    main(sys.argv[2:])

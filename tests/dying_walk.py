@@ -10,18 +10,22 @@ import sys
 from prehab_export.cli.entry import main
 from prehab_export.compression import checkpoints, factor_files, moment_files
 
-checkpoints.INTERVAL = 0.0
-parts, save = int(sys.argv[1]), checkpoints.save_beside
+
+def dying_after(parts, save):
+    """Return ``save``, which kills this process when so many parts are written."""
+    written = []
+
+    def save_or_die(tensors, path, metadata):
+        if path.stem.isdigit():  # not a checkpoint
+            if len(written) == parts:
+                os.kill(os.getpid(), signal.SIGKILL)
+            written.append(path)
+        save(tensors, path, metadata)
+
+    return save_or_die
 
 
-def save_or_die(tensors, path, metadata):
-    global parts
-    if path.stem.isdigit():  # not a checkpoint
-        parts -= 1
-        if parts < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-    save(tensors, path, metadata)
-
-
-moment_files.save_beside = factor_files.save_beside = save_or_die
-main(sys.argv[2:])
+if __name__ == "__main__":
+    checkpoints.INTERVAL = 0.0
+    moment_files.save_beside = factor_files.save_beside = dying_after(int(sys.argv[1]), checkpoints.save_beside)
+    main(sys.argv[2:])

@@ -237,7 +237,8 @@ def test_spaces_of_a_template_stand_in_its_text(template):
 
 def test_a_list_in_a_report_has_spaces():
     graphs = [{"mode": mode, "value": 0.5, "bytes": 1.0, "refit": {"kept": True}} for mode in ("int8", "int4")]
-    facts = facts_of_card("m") | {"quantize": {"graphs": [graph for graph in graphs for _ in range(2)]}}
+    pairs = [graph | {"model": model} for graph in graphs for model in ("dense", "compressed")]
+    facts = facts_of_card("m") | {"quantize": {"graphs": pairs}}
     facts |= {"ort": {"files": [{"file": "model.ort"}, {"file": "model_int8.ort"}]}}
     facts |= {"prehab": {"strength": 1.0, "kept": False}}
     facts["config"] |= {"prehab": {"train": {"steps": 3}, "surrogate": "tail"}, "quantize": ["int8", "int4"]}

@@ -597,8 +597,8 @@ def test_what_follows_work_that_came_out_otherwise_is_done_again(vit_folder, tmp
     assert invoke("verify", *options) == 0
     artifact, original = hashes(output / "artifact"), stages._compress_model
 
-    def otherwise(session, calibrated):
-        result = original(session, calibrated)
+    def otherwise(session, calibrated, save_to):
+        result = original(session, calibrated, save_to)
         for pair in result.truncation.factors.values():
             pair.up.mul_(0.5)
         return result

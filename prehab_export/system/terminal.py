@@ -112,8 +112,8 @@ def _lines(what: str, steps: int) -> Iterator[Advance]:
 def _state(done: int, steps: int, elapsed: float) -> str:
     """Return what is done and how long the rest will take if it goes on at the average pace so far.
 
-    >>> _state(5, 20, 30.0), _state(5, 0, 30.0)
-    ('5 of 20 (25%) after 30 s, about 2 min left', '5 after 30 s')
+    >>> _state(5, 20, 30.0)
+    '5 of 20 (25%) after 30 s, about 90 s left'
     """
     if not steps:
         return f"{done} after {format_duration(elapsed)}"
