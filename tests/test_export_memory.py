@@ -102,6 +102,7 @@ print(json.dumps({"graph": size, "anonymous": (peaks["anonymous"] - before) * 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_an_export_takes_no_more_memory_than_one_and_a_half_graphs(tmp_path):
     for name, width in (("tiny", 64), ("model", 1024)):
         config = LlamaConfig(
