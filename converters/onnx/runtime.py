@@ -48,5 +48,7 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     # Threads spin during a run, as by default, but sleep once it returns. Otherwise they would spin on for 50 ms to a
     # second, and take the cores from whatever runs next, such as the other model of a measurement.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # On x86 without VNNI, sums of two products of 8 bits saturate at 16 bits unless weights are made unsigned.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.log_severity_level = 3  # errors only; warnings are about the machine, not the graph
     return options

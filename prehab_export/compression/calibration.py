@@ -162,11 +162,13 @@ def _split_at(batches: Iterable[Batch], task: Task, units: int) -> tuple[list[Ba
     first: list[Batch] = []
     others: list[Batch] = []
     for batch in batches:
+        if units <= 0:
+            others.append(batch)
+            continue
         ends = units_by_sample(task, batch).cumsum(0)
-        count = min(len(ends), int((ends < units).sum()) + 1) if units > 0 else 0
-        if count:
-            first.append({name: value[:count] for name, value in batch.items()})
-            units -= int(ends[count - 1])
+        count = min(len(ends), int((ends < units).sum()) + 1)
+        first.append({name: value[:count] for name, value in batch.items()})
+        units -= int(ends[count - 1])
         if count < len(ends):
             others.append({name: value[count:] for name, value in batch.items()})
     return first, others
