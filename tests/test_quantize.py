@@ -384,3 +384,16 @@ def test_weights_beside_the_graph_are_published_under_the_name_that_is_looked_fo
 def test_an_unknown_mode_is_refused(vit_folder, tmp_path, capsys):
     assert invoke("run", *vit_options(vit_folder), "-o", tmp_path / "run", "--quantize", "int3") == 2
     assert "int8-blocks" in capsys.readouterr().err
+
+
+def test_products_of_eight_bits_do_not_saturate(tmp_path):
+    """On any CPU: the largest weights and activations, 64 of them, against the exact sum."""
+    values = [onnx.helper.make_tensor_value_info("a", onnx.TensorProto.UINT8, [1, 64])]
+    results = [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, [1, 64])]
+    weight = onnx.numpy_helper.from_array(np.full((64, 64), 127, np.int8), "b")
+    node = onnx.helper.make_node("MatMulInteger", ["a", "b"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", values, results, [weight])
+    path = tmp_path / "product.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10), path)
+    (found,) = open_session(path).run(None, {"a": np.full((1, 64), 255, np.uint8)})
+    assert (found == 64 * 255 * 127).all()
