@@ -195,7 +195,7 @@ def plot(check: str, rows: list[dict[str, Any]], dense: dict[str, Any], path: Pa
 @click.option("--data", required=True)
 @click.option("--train-split")
 @click.option("--eval-split")
-@click.option("--eval-samples", type=int)
+@click.option("--eval-samples", type=int, default=10**6, show_default="all")
 @click.option("--evaluation-batch", type=int, default=32)
 @click.option("--shifted-data", help="For sample: data of another domain.")
 @click.option("--samples", type=int, multiple=True, default=(32, 256, 1024), help="For sample: how many.")

@@ -341,7 +341,7 @@ def wanted(recipes: tuple[str, ...], ratios: tuple[float, ...], seeds: int) -> I
 @click.option("--data-config")
 @click.option("--train-split")
 @click.option("--eval-split")
-@click.option("--eval-samples", type=int)
+@click.option("--eval-samples", type=int, default=10**6, show_default="all")
 @click.option("--sequence-length", type=int)
 @click.option("--evaluation-batch", type=int, default=32)
 @click.option("--recipe", "recipes", type=click.Choice(list(RECIPES)), multiple=True, required=True)

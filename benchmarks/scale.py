@@ -45,6 +45,7 @@ from prehab_export.inputs.evaluation import evaluate, torch_predictor
 from prehab_export.inputs.models import load_config, load_model, load_processor
 from prehab_export.inputs.tasks import TASKS
 from prehab_export.linalg.allocation import uniform_rank
+from prehab_export.system.heap import keep_freed_memory
 from prehab_export.system.machine import machine_facts
 
 TASK = TASKS["text-generation"]
@@ -85,6 +86,7 @@ def main(model: str, ways: tuple[str, ...], out: Path, one: bool, **options: Any
 
 def _row(model: str, way: str, options: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(options["threads"])
+    keep_freed_memory()  # as the program does, for every way
     data_options = DataConfig(options["data"], sequence_length=options["length"])
     data = load_data(data_options, TASK, load_processor(model, TASK), load_config(model), seed=options["seed"])
     samples = data.train.subset(min(options["windows"], len(data.train)), options["seed"])

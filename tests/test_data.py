@@ -34,6 +34,7 @@ from prehab_export.cli.parsing import parse_request
 from prehab_export.config.data import DataConfig
 from prehab_export.config.options import from_dict, to_yaml
 from prehab_export.config.run import RunConfig
+from prehab_export.inputs.data import loading
 from prehab_export.inputs.data.labels import read_labels
 from prehab_export.inputs.data.loading import load_data
 from prehab_export.inputs.data.source import open_source
@@ -363,6 +364,7 @@ def test_a_header_that_looks_like_data_can_be_said_to_be_one(tmp_path, word_toke
 
 READS = """
 from prehab_export.config import DataConfig
+from prehab_export.inputs.data import loading
 from prehab_export.inputs.data.labels import read_labels
 from prehab_export.inputs.data.source import open_source
 open_source(DataConfig({path!r}))
@@ -1009,6 +1011,22 @@ def test_fewer_evaluation_windows_are_the_first_ones(tmp_path, byte_tokenizer):
     assert len(part.train) == len(whole.train)
     expected = first_batch(whole.evaluation)["input_ids"][:3]
     assert torch.equal(first_batch(part.evaluation)["input_ids"], expected)
+
+
+def test_a_language_model_is_evaluated_on_so_many_tokens_by_default(tmp_path, byte_tokenizer, monkeypatch):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text(story(300))
+    config = LlamaConfig(**SMALL, vocab_size=500)
+    whole = load(tmp_path, GENERATION, byte_tokenizer, config, sequence_length=16)
+    assert not whole.description["warnings"]
+    monkeypatch.setattr(loading, "EVALUATION_TOKENS", 40)
+    part = load(tmp_path, GENERATION, byte_tokenizer, config, sequence_length=16)
+    assert len(part.evaluation) == 2 < len(whole.evaluation)
+    assert any("first 2 windows of 16 tokens" in warning for warning in part.description["warnings"])
+    assert part.evaluation_fingerprint != whole.evaluation_fingerprint
+    asked = load(tmp_path, GENERATION, byte_tokenizer, config, sequence_length=16, eval_samples=10**6)
+    assert len(asked.evaluation) == len(whole.evaluation)
+    assert not asked.description["warnings"]
 
 
 def test_the_window_is_bounded_by_the_models_positions(tmp_path, byte_tokenizer):

@@ -21,6 +21,7 @@ from prehab_export.system import (
     in_step,
     is_full,
     join_processes,
+    keep_freed_memory,
     launched_processes,
     leave_processes,
     out_of_space,
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot encode is not an error
             stream.reconfigure(errors="backslashreplace")
+    keep_freed_memory()
     try:
         with _clean_exit_on_signals():
             code = _run_command(arguments) if launched_processes() == 1 else _run_in_step(arguments)

@@ -1,7 +1,7 @@
 """Records forward passes: the arguments of blocks, the inputs of layers and the residual streams they write to."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
 from prehab_export.compression.block_calls import CONSTANTS, Call, Link, copy_argument, flatten_arguments, map_arguments
 from prehab_export.compression.block_stubs import BlockStubs, OutputForm
 from prehab_export.compression.blocks import LayerRun, NotAChain
 from prehab_export.compression.dataflow import MarkedTensors, TokenRows, tensors_in
+from prehab_export.compression.replaced_forwards import replaced_forwards
 from prehab_export.compression.token_rows import token_rows
 from prehab_export.inputs import Batch, Task
 
@@ -185,6 +187,9 @@ def observe_layers(
         groups: layers by name; those of one group read the same input.
         writers: stop as soon as every input is known, and the residual stream of each of these layers. By default
             nothing is stopped.
+
+    A single writer is not computed: the pass ends where its output is added, and what it is added to does not depend
+    on it.
     """
     records: list[list[LayerRun]] = [[] for _ in groups]
     additions = _Additions(lambda: stop_if_known())
@@ -217,9 +222,24 @@ def observe_layers(
             hooks.append(leader.register_forward_pre_hook(before(runs)))
             for name, layer in layers.items():
                 hooks.append(layer.register_forward_hook(after(name, runs)))
-        with suppress(_StopForward), rows, additions:
+        with suppress(_StopForward), _giving_zeros(groups, writers), rows, additions:
             run()
     return records
+
+
+def _giving_zeros(
+    groups: Sequence[Mapping[str, nn.Module]], writers: Collection[str] | None
+) -> AbstractContextManager[None]:
+    """Within the context, the only writer among these layers gives zeros; if there are more, all run."""
+    if writers is None or len(writers) != 1:
+        return nullcontext()
+
+    def zeros(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        features = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+        return lambda x: x.new_zeros(*x.shape[:-1], features)
+
+    layers = [layer for group in groups for name, layer in group.items() if name in writers]
+    return replaced_forwards({layer: zeros(layer) for layer in layers})
 
 
 class _StopForward(Exception):

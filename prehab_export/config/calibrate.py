@@ -24,7 +24,7 @@ class CalibrateConfig:
 
     samples: int = 512
     enough: bool = False
-    gradient_units: int = 32768
+    gradient_units: int = 16384
     labels: str = "data"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

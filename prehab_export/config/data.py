@@ -26,7 +26,8 @@ class DataConfig:
     sequence_length: number of tokens in a window of a language model, or maximum for a text of a classifier.
     window_start: tokens that start each window of a language model: ``auto`` (those that the tokenizer puts before a
         text), ``bos`` (its BOS token) or ``none``.
-    eval_samples: number of samples to evaluate on; all when not given.
+    eval_samples: number of samples to evaluate on, at most all; when not given, all, or for a language model the first
+        windows of 131,072 tokens.
     batch_size: samples per batch in calibration and evaluation.
     """
 
