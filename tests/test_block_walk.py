@@ -11,6 +11,8 @@ from prehab_export.compression.blocks import NotAChain, find_blocks
 from prehab_export.compression.calibrated import Calibrated
 from prehab_export.compression.calibration import calibrate
 from prehab_export.compression.chain import Chain
+from prehab_export.compression.dataflow import TokenRows
+from prehab_export.compression.recording import numbers_in_order, observe_layers
 from prehab_export.compression.truncation import truncate
 
 pytestmark = pytest.mark.filterwarnings("ignore::prehab_export.compression.calibration.CalibrationWarning")
@@ -162,3 +164,32 @@ def test_blocks_that_cannot_be_replayed_are_no_chain(kind, reason):
     model, batches, layers, _statistics = calibrated(kind)
     with torch.no_grad(), pytest.raises(NotAChain, match=reason):
         Chain.of(model, CLASSIFY, batches[0], layers)
+
+
+class Counted(nn.Linear):
+    runs = 0
+
+    def forward(self, x):
+        self.runs += 1
+        return super().forward(x)
+
+
+def test_a_layer_that_writes_to_the_stream_is_not_run_to_see_the_stream():
+    block = ByName()
+    block.down = Counted(24, 16)
+    x = torch.randn(2, 3, 16)
+
+    def observe(writers):
+        rows = TokenRows((2, 3))
+        rows.number(x, numbers_in_order(x))
+        ((run,),) = observe_layers([{"down": block.down}], rows, lambda: x + block.change(x), writers=writers)
+        return run
+
+    expected = observe(None)
+    assert block.down.runs == 1
+    found = observe(["down"])
+    assert block.down.runs == 1
+    assert torch.equal(found.input, expected.input)
+    assert torch.equal(found.residuals["down"], expected.residuals["down"])
+    observe(["down", "another"])  # what another writer is added to may depend on this one
+    assert block.down.runs == 2
