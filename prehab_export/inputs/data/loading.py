@@ -45,8 +45,8 @@ def load_data(
 
     ``config.eval_samples`` selects the first windows for a language model, and random rows for a classifier, because
     its splits are often sorted by class. By default a language model gets those of ``EVALUATION_TOKENS``, with a
-    warning if there are more, and a classifier all rows. If the data has only one split, its last windows, or random rows, are set
-    aside for evaluation.
+    warning if there are more, and a classifier all rows. If the data has only one split, its last windows, or random
+    rows, are set aside for evaluation.
 
     Args:
         processor: tokenizer or image processor, from `prehab_export.inputs.models.load_processor`.
