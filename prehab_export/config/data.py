@@ -27,7 +27,7 @@ class DataConfig:
     window_start: tokens that start each window of a language model: ``auto`` (those that the tokenizer puts before a
         text), ``bos`` (its BOS token) or ``none``.
     eval_samples: number of samples to evaluate on, at most all; when not given, all, or for a language model the first
-        windows of 131,072 tokens.
+        windows of 65,536 tokens.
     batch_size: samples per batch in calibration and evaluation.
     """
 

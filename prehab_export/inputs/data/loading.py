@@ -24,9 +24,9 @@ from prehab_export.inputs.tasks import Task
 from prehab_export.system import sha256_of, sha256_of_text
 
 DEFAULT_WINDOW = 256
-# Windows to evaluate a language model on by default hold this many tokens: perplexity is known to about 2% then, its
+# Windows to evaluate a language model on by default hold this many tokens: perplexity is known to about 3% then, its
 # change by compression to a fraction of that, and two cores evaluate a small model's graphs in minutes.
-EVALUATION_TOKENS = 131072
+EVALUATION_TOKENS = 65536
 # More than a short run ever uses; it bounds the time to tokenise a huge corpus.
 MAX_TRAINING_WINDOWS = 65536
 
