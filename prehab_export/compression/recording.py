@@ -236,6 +236,7 @@ def _giving_zeros(
 
     def zeros(layer: nn.Module) -> Callable[[Tensor], Tensor]:
         features = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+        assert isinstance(features, int)
         return lambda x: x.new_zeros(*x.shape[:-1], features)
 
     layers = [layer for group in groups for name, layer in group.items() if name in writers]

@@ -21,7 +21,7 @@ from prehab_export.pipeline.shared_stages import do_stage
 from prehab_export.pipeline.stages.dependencies import enabled_parents
 from prehab_export.pipeline.stages.table import STAGES, Stage
 from prehab_export.pipeline.workspace import SOURCE, Workspace, stage_key, summaries
-from prehab_export.system import ParityError, check_disk_space, say
+from prehab_export.system import ParityError, check_disk_space, return_freed_memory, say
 
 # Stages that export the model to ONNX for the first time, so that a test export precedes them.
 EXPORT_STAGES = ("export", "baseline")
@@ -208,6 +208,7 @@ def _run_stage(session: Session, stage: Stage, key: str) -> None:
     options, origin = stage.options(session.config), _origin(session, stage)
     with session.workspace.publish(stage.name, key, options, origin) as folder:
         do_stage(session, stage, folder)
+    return_freed_memory()
     say(f"  done in {time.monotonic() - start:.1f} s")
 
 

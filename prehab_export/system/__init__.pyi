@@ -28,6 +28,7 @@ from prehab_export.system.files import replacing as replacing
 from prehab_export.system.files import same_content as same_content
 from prehab_export.system.files import write_json as write_json
 from prehab_export.system.heap import keep_freed_memory as keep_freed_memory
+from prehab_export.system.heap import return_freed_memory as return_freed_memory
 from prehab_export.system.machine import available_cores as available_cores
 from prehab_export.system.machine import machine_facts as machine_facts
 from prehab_export.system.machine import usable_cores as usable_cores

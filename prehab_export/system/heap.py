@@ -1,7 +1,7 @@
 """Settings of the C library's memory allocation."""
 
 import ctypes
-from contextlib import suppress
+import sys
 
 # Parameters of mallopt (glibc, malloc.h), and their values in bytes.
 _SETTINGS = {
@@ -18,6 +18,18 @@ def keep_freed_memory() -> None:
     made of new pages, which the system clears one by one; calibration spends a tenth of its time on that. Other C
     libraries have no such setting.
     """
-    with suppress(AttributeError, OSError, TypeError):
+    if (library := _glibc()) is not None:
         for parameter, value in _SETTINGS.items():
-            ctypes.CDLL(None).mallopt(parameter, value)
+            library.mallopt(parameter, value)
+
+
+def return_freed_memory() -> None:
+    """Return all memory of freed tensors to the system, when work of another kind begins."""
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library, or None if it is another one."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
