@@ -37,6 +37,7 @@ from prehab_export.compression.truncation import plan_truncation
 from prehab_export.config.truncate import TruncateConfig
 from prehab_export.inputs.models import empty_model, load_model
 from prehab_export.inputs.tasks import TASKS
+from prehab_export.system.heap import keep_freed_memory
 from prehab_export.system.machine import machine_facts
 
 TASK = TASKS["text-generation"]
@@ -61,6 +62,7 @@ def main(folder: Path, out: Path, step: str | None, **options: Any) -> None:
     model = folder / "model"
     if step is not None:
         torch.set_num_threads(options["threads"])
+        keep_freed_memory()  # as the program does
         print(json.dumps((_calibrate if step == "calibrate" else _truncate)(folder, options)))
         return
     if not (model / "config.json").is_file():
