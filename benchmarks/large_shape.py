@@ -153,9 +153,10 @@ def _truncate(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         model = load_model(str(folder / "model"), TASK, dtype=None)
         calibrated = Calibrated(model, TASK, load_statistics(folder / "moments"))
         watch, config = _Watch(), TruncateConfig(ratio=options["ratio"])
+        row["load_s"] = time.perf_counter() - start
         decomposed = decompose_layers(calibrated, config, progress=watch)
         planned = plan_truncation(calibrated, config, decomposed)
-        row["plan_s"] = time.perf_counter() - start
+        row["plan_s"] = time.perf_counter() - start - row["load_s"]
         truncate_along(
             calibrated,
             _batches(options),
@@ -165,7 +166,8 @@ def _truncate(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             progress=watch,
         )
         row["seconds"] = time.perf_counter() - start
-    in_blocks = sum(seconds for name in ("decompose", "truncate") for _, seconds in watch.steps[name])
+    # The plan is all of layers and of groups of layers, which report no progress.
+    in_blocks = row["plan_s"] + sum(seconds for _, seconds in watch.steps["truncate"])
     return row | _shared_out(row["seconds"], in_blocks, options["blocks"])
 
 

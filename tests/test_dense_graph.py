@@ -133,6 +133,7 @@ def test_auto_leaves_the_graph_out_for_want_of_memory_and_always_makes_it(vit_fo
     assert "baseline: up to date" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_auto_chose_for_the_disk_stays(vit_folder, tmp_path, monkeypatch, capsys):
     small, output = tmp_path / "small", tmp_path / "run"
     usage = collections.namedtuple("usage", "total used free")

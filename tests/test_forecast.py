@@ -83,6 +83,7 @@ def test_it_agrees_with_the_run(bert_folder, reviews, tmp_path, capsys):
     assert [stage for stage, state in states(done).items() if state == "to do"] == ["artifact", "bench", "report"]
 
 
+@pytest.mark.slow
 def test_of_a_run_that_is_there_only_the_rest_is_to_do_and_nothing_changes(vit_folder, tmp_path, capsys):
     output = tmp_path / "run"
     assert invoke("truncate", *vit_options(vit_folder), "-o", output) == 0

@@ -264,6 +264,7 @@ def test_weights_are_replaced_whole_or_not_at_all(tmp_path):
     assert not (tmp_path / "part").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [-1.0, 1.0])
 def test_a_run_keeps_the_refit_only_where_held_out_samples_gain(vit_folder, tmp_path, monkeypatch, capsys, gain):
     output, measured = tmp_path / "run", Session.graph_metrics

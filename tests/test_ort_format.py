@@ -95,6 +95,7 @@ def test_a_run_with_ort_files(vit_folder, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_an_ort_file_that_answers_otherwise_is_not_published(vit_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ort_files, "TOLERANCE", -1.0)
     output = tmp_path / "run"

@@ -588,6 +588,7 @@ def test_work_done_again_that_comes_out_the_same_leaves_the_rest_valid(finished,
     assert (output / "report" / "report.md").is_file()
 
 
+@pytest.mark.slow
 def test_what_follows_work_that_came_out_otherwise_is_done_again(vit_folder, tmp_path, monkeypatch):
     """The artifact must be of the cut that the report quotes."""
     from prehab_export.pipeline.stages import compress as stages

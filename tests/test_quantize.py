@@ -325,6 +325,7 @@ def test_a_run_with_quantised_graphs(vit_folder, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_text_run_with_blocks(bert_folder, reviews, tmp_path, monkeypatch):
     monkeypatch.setattr(quantization, "ACTIVATION_SAMPLES", 8)
     output = tmp_path / "run"
@@ -350,6 +351,7 @@ def test_ranks_fill_their_blocks_unless_told_otherwise():
     assert multiple("int4", own=1) == 1
 
 
+@pytest.mark.slow
 def test_weights_beside_the_graph_are_published_under_the_name_that_is_looked_for(
     gpt2_folder, prose, tmp_path, monkeypatch, capsys
 ):

@@ -128,6 +128,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_a_run_within_a_budget_of_latency(vit_folder, tmp_path, own_cache, monkeypatch, capsys):
     monkeypatch.setattr(rank_times, "_measure", by_parameters)
     output = tmp_path / "run"

@@ -72,6 +72,7 @@ def test_the_sweep_agrees_with_a_run(config, swept, tmp_path):
     assert metrics["loss"] == pytest.approx(row["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_the_run_beside_it_as_it_is(config, tmp_path):
     """Options, what is shown, and what the next verb finds: a sweep goes through ratios of its own."""
     mine = replace(config, truncate=TruncateConfig(ratio=0.7, objective="activation"), refine=RefineConfig())

@@ -42,6 +42,7 @@ def test_refinement_is_reported_and_used(vit_folder, tmp_path):
     assert verified["compressed"]["reload"]["tensors"] > 0
 
 
+@pytest.mark.slow
 def test_objectives_by_measurement_are_in_the_report(vit_folder, tmp_path):
     assert invoke("run", *vit_options(vit_folder), "-o", tmp_path, "--objective", "auto", "--ratio", "0.7") == 0
     trials = facts(tmp_path, "truncate")["objective_trials"]

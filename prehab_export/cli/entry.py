@@ -1,6 +1,8 @@
 """The entry point of the program. It turns errors that a user can fix into one sentence and an exit code."""
 
+import atexit
 import io
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -72,7 +74,21 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _report(f"error: {reason}; {FULL_DISK_ADVICE}")
         code = StorageError.exit_code
+    if launched_processes() > 1:
+        _end_at_once(code or 0)
     sys.exit(code or 0)
+
+
+def _end_at_once(code: int) -> None:
+    """End one of several processes: what Python has to do at exit is done, but no object of C++ is destroyed.
+
+    Threads of the connection to other processes may still run. If their objects are destroyed, the process is aborted
+    after all of its work is done.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run_command(arguments: list[str] | None) -> Any:
