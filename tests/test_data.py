@@ -364,7 +364,6 @@ def test_a_header_that_looks_like_data_can_be_said_to_be_one(tmp_path, word_toke
 
 READS = """
 from prehab_export.config import DataConfig
-from prehab_export.inputs.data import loading
 from prehab_export.inputs.data.labels import read_labels
 from prehab_export.inputs.data.source import open_source
 open_source(DataConfig({path!r}))
